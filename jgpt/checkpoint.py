@@ -1,0 +1,223 @@
+"""The run folder: what a run leaves on disk, and reading it back.
+
+    experiment.json     name, settings as resolved, and the text's place and digest
+    tokenizer.json      the tokenizer, whole
+    env.json            one entry per start: time, command, versions, devices, settings that may change
+    metrics.jsonl       one line per update
+    checkpoints/<step>/ params (all that sampling needs) and train_state (step, moments), written by orbax
+    samples/            text drawn at the end
+
+Responsible for writing these so that a reader never sees half a file, and for reading them without executing anything.
+Not responsible for what is trained. Orbax is named in this file only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jgpt import config as config_lib
+from jgpt import tokenizer as tokenizer_lib
+from jgpt.config import Experiment, UserError
+from jgpt.model import init_params
+from jgpt.step import TrainState
+from jgpt.tokenizer import CharTokenizer
+
+FORMAT = 1
+KEEP_LATEST = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+  """A run folder's settings.
+
+  Attributes:
+    name: of the experiment it began from.
+    experiment: resolved.
+    tokenizer: of the run.
+    data: where the text was found: kind, location, sha256.
+  """
+
+  name: str
+  experiment: Experiment
+  tokenizer: CharTokenizer
+  data: dict[str, str]
+
+
+# --- Settings ---
+
+
+def write_run_files(workdir: Path, files: RunFiles) -> None:
+  """Writes experiment.json and tokenizer.json; the folder is made where it is missing."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / "tokenizer.json", files.tokenizer.to_json())
+  settings = {"format": FORMAT, "name": files.name, "experiment": config_lib.to_json(files.experiment), "data": files.data}
+  settings["tokenizer_sha256"] = files.tokenizer.digest
+  write_json(workdir / "experiment.json", settings)
+
+
+def read_run_files(workdir: Path) -> RunFiles:
+  """Reads experiment.json and tokenizer.json.
+
+  Raises:
+    UserError: if the folder is no run folder, is of a later format, or its files do not go together.
+  """
+  if not (workdir / "experiment.json").is_file():
+    raise UserError(f"{workdir} is not a run folder: it has no experiment.json. Runs are made by python -m jgpt.run.")
+  settings = config_lib.read_json(workdir / "experiment.json")
+  if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+    got = settings.get("format") if isinstance(settings, dict) else None
+    raise UserError(f"{workdir / 'experiment.json'} has format {got!r}; this jgpt reads format {FORMAT}.")
+  tokenizer = tokenizer_lib.from_json(config_lib.read_json(workdir / "tokenizer.json"))
+  if settings.get("tokenizer_sha256") != tokenizer.digest:
+    raise UserError(f"{workdir / 'tokenizer.json'} is not the tokenizer that this run was trained with.")
+  experiment = config_lib.from_json(settings.get("experiment"))
+  if experiment.model.vocab_size is None or experiment.model.vocab_size < tokenizer.vocab_size:
+    raise UserError(f"{workdir / 'experiment.json'} has too small a model.vocab_size for its tokenizer.")
+  data = settings.get("data")
+  if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()) or "sha256" not in data:
+    raise UserError(f"{workdir / 'experiment.json'} does not say which data it was trained on.")
+  return RunFiles(str(settings.get("name")), experiment, tokenizer, data)
+
+
+def append_env(workdir: Path, entry: dict[str, Any]) -> None:
+  """Adds one start of the run to env.json."""
+  path = workdir / "env.json"
+  starts = config_lib.read_json(path) if path.exists() else []
+  write_json(path, [*starts, entry])
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON under a temporary name, then renames."""
+  write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes UTF-8 text under a temporary name, then renames: a reader sees the old file or the new one."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+# --- Arrays ---
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
+  """Opens a run's checkpoints for writing; leaving waits until the last save is on disk."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP_LATEST, create=True)
+  manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+  try:
+    yield manager
+    manager.wait_until_finished()
+  finally:
+    manager.close()
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+  """Saves a state under its step, unless that step is saved already; the state may be donated right after."""
+  step = int(state.step)
+  if step in manager.all_steps():
+    return
+  train_state = {"step": state.step, "opt_state": state.opt_state}
+  args = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train_state=ocp.args.StandardSave(train_state))
+  if not manager.save(step, args=args):
+    raise RuntimeError(f"orbax did not save step {step}")
+
+
+def latest_step(workdir: Path) -> int | None:
+  """The newest saved step of a run folder, or None. Opens no arrays."""
+  steps = list_steps(workdir)
+  return steps[-1] if steps else None
+
+
+def list_steps(workdir: Path) -> list[int]:
+  """The saved steps of a run folder, ascending; orbax gives a step's folder its number when it is complete."""
+  folder = workdir / "checkpoints"
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+
+
+def restore(manager: ocp.CheckpointManager, step: int, shapes: TrainState) -> TrainState:
+  """Restores a state.
+
+  Args:
+    manager: from `open_checkpoints`.
+    step: a saved step.
+    shapes: the state's shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s).
+
+  Raises:
+    UserError: if the files are damaged or hold something else.
+  """
+  targets = {"params": shapes.params, "train_state": {"step": shapes.step, "opt_state": shapes.opt_state}}
+  args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
+  with _explained(manager.directory / str(step)):
+    items = manager.restore(step, args=args)
+  return TrainState(step=items["train_state"]["step"], params=items["params"], opt_state=items["train_state"]["opt_state"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What sampling needs of a run.
+
+  Attributes:
+    params: arrays, as `init_params` returns them.
+    tokenizer: of the run.
+    experiment: resolved.
+    step: updates that made these parameters.
+    workdir: the folder.
+  """
+
+  params: dict
+  tokenizer: CharTokenizer
+  experiment: Experiment
+  step: int
+  workdir: Path
+
+
+def load_run(workdir: str | Path, step: int | None = None) -> Run:
+  """Reads a run's parameters, from the folder alone.
+
+  Args:
+    workdir: a run folder.
+    step: which checkpoint; None takes the newest.
+
+  Raises:
+    UserError: if it is no run folder, or has no such checkpoint.
+  """
+  workdir = Path(workdir)
+  files = read_run_files(workdir)
+  steps = list_steps(workdir)
+  if not steps:
+    raise UserError(f"{workdir} has no checkpoint yet.")
+  if step is not None and step not in steps:
+    raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+  step = steps[-1] if step is None else step
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+  path = (workdir / "checkpoints" / str(step)).resolve()
+  with _explained(path), ocp.StandardCheckpointer() as reader:
+    params = reader.restore(path / "params", target)
+  return Run(params, files.tokenizer, files.experiment, step, workdir)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+  """Turns orbax's errors about damaged or foreign files into one line that names the folder."""
+  try:
+    yield
+  except (ValueError, KeyError, TypeError, OSError) as error:
+    lines = str(error).splitlines() or [type(error).__name__]
+    raise UserError(f"cannot read the checkpoint {path}: {lines[0][:200]}") from error

@@ -1,0 +1,185 @@
+"""Text from parameters.
+
+Responsible for drawing tokens: reading the prompt, decoding with a cache while the text fits the context, full passes over
+the last tokens after that, temperature, top-k, top-p and the stop token. Knows nothing of optimizers, files or experiments'
+training. The network is `model.py`'s, the same in every mode.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgpt.config import ModelConfig, SampleConfig
+from jgpt.model import apply, decode_step, init_cache, prefill
+from jgpt.tokenizer import CharTokenizer
+
+
+def draw(
+  logits_V: jax.Array, key: jax.Array, temperature: jax.Array, top_k: int | None = None, top_p: float = 1.0
+) -> jax.Array:
+  """Draws one token from softmax(logits / temperature), by the Gumbel-max trick.
+
+  Args:
+    logits_V: floating point [V]; -inf is never drawn.
+    key: consumed.
+    temperature: scalar >= 0; 0 takes the largest logit.
+    top_k: keep only the k largest logits (and those equal to the k-th); None or 0 keeps all.
+    top_p: then keep the fewest tokens that hold at least this share of the probability, at least one; 1 keeps all.
+
+  Returns:
+    int32 scalar.
+
+  Source: Gumbel 1954; Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p).
+  """
+  if top_k:
+    kth = jnp.sort(logits_V)[-min(top_k, logits_V.shape[0])]
+    logits_V = jnp.where(logits_V >= kth, logits_V, -jnp.inf)
+  if top_p < 1:
+    order_V = jnp.argsort(-logits_V)
+    sorted_V = jax.nn.softmax(logits_V[order_V] / jnp.maximum(temperature, 1e-6))
+    kept_V = (jnp.cumsum(sorted_V) - sorted_V < top_p).at[0].set(True)  # what stands before it is not yet enough
+    logits_V = jnp.where(jnp.zeros_like(kept_V).at[order_V].set(kept_V), logits_V, -jnp.inf)
+  # logits / temperature + gumbel has its maximum where logits + temperature * gumbel has: 0 needs no case of its own.
+  return jnp.argmax(logits_V + temperature * jax.random.gumbel(key, logits_V.shape, logits_V.dtype)).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("config", "num", "max_tokens", "stop_id", "top_k", "top_p", "past_context"))
+def generate(
+  params: dict,
+  prompt_P: jax.Array,
+  prompt_len: jax.Array,
+  key: jax.Array,
+  temperature: jax.Array,
+  *,
+  config: ModelConfig,
+  num: int,
+  max_tokens: int,
+  stop_id: int | None = None,
+  top_k: int | None = None,
+  top_p: float = 1.0,
+  past_context: bool = False,
+) -> jax.Array:
+  """Continues one prompt `num` times.
+
+  The i-th text depends on the key and i alone: fewer texts are the first of more. While a text fits the context its
+  tokens come from a cache; after that each comes from a full pass over the last `config.max_seq_len` tokens.
+
+  Args:
+    params: as `init_params` returns them.
+    prompt_P: int32 ids, the prompt filled up at the end; P <= `config.max_seq_len`.
+    prompt_len: int32 scalar, 1 <= prompt_len <= P.
+    key: consumed.
+    temperature: scalar >= 0.
+    config: sizes.
+    num: texts, B below.
+    max_tokens: new tokens at most.
+    stop_id: a text ends with this token; None never ends.
+    top_k: see `draw`.
+    top_p: see `draw`.
+    past_context: whether tokens past the context are wanted; without, a text ends where the context is full, after
+      `config.max_seq_len` - prompt_len + 1 new tokens.
+
+  Returns:
+    int32 [B, max_tokens], the new tokens; from the stop token (or the end) on filled with `stop_id` (or 0).
+  """
+  S = config.max_seq_len
+  fill = 0 if stop_id is None else stop_id
+  keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num))
+  text_BT = jnp.full((num, prompt_P.shape[0] + max_tokens), fill, jnp.int32).at[:, : prompt_P.shape[0]].set(prompt_P)
+  if prompt_P.shape[0] == 1:
+    cache = init_cache(num, config, params["tok_embed"].dtype)
+  else:  # entries past the prompt are overwritten before they are read
+    cache = jax.tree.map(lambda c: jnp.repeat(c, num, axis=1), prefill(params, prompt_P[None], config))
+
+  def extend(text_BT: jax.Array, done_B: jax.Array, n: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draws the n-th token of each text that is not done."""
+    draw_one = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    new_B = jax.vmap(draw_one)(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, n - prompt_len))
+    new_B = jnp.where(done_B, fill, new_B)
+    done_B = done_B if stop_id is None else done_B | (new_B == stop_id)
+    return text_BT.at[:, n].set(new_B), done_B
+
+  def decode(carry: tuple) -> tuple:
+    n, text_BT, done_B, cache = carry
+    logits_BV, cache = decode_step(params, text_BT[:, n - 1], cache, n - 1, config)
+    return n + 1, *extend(text_BT, done_B, n, logits_BV), cache
+
+  def slide(carry: tuple) -> tuple:
+    n, text_BT, done_B = carry
+    window_BS = jax.lax.dynamic_slice_in_dim(text_BT, n - S, S, axis=1)
+    return n + 1, *extend(text_BT, done_B, n, apply(params, window_BS, config)[:, -1])
+
+  end = prompt_len + max_tokens
+  fits = jnp.minimum(end, S + 1)  # the token at n is computed from n tokens
+  carry = (prompt_len, text_BT, jnp.zeros(num, bool), cache)
+  n, text_BT, done_B, _ = jax.lax.while_loop(lambda c: (c[0] < fits) & ~jnp.all(c[2]), decode, carry)
+  if past_context:
+    _, text_BT, _ = jax.lax.while_loop(lambda c: (c[0] < end) & ~jnp.all(c[2]), slide, (n, text_BT, done_B))
+  return jax.lax.dynamic_slice_in_dim(text_BT, prompt_len, max_tokens, axis=1)
+
+
+def fit_prompt(ids: list[int], config: ModelConfig) -> tuple[list[int], int]:
+  """Keeps the last `config.max_seq_len` ids of a prompt; returns them and how many were dropped."""
+  kept = ids[-config.max_seq_len :]
+  return kept, len(ids) - len(kept)
+
+
+def generate_texts(
+  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig, *, prompt: str = ""
+) -> list[str]:
+  """Draws documents that begin with a prompt.
+
+  Args:
+    params: as `init_params` returns them.
+    tokenizer: of the run.
+    key: consumed.
+    config: sizes.
+    sample: how many, how long, and how tokens are drawn.
+    prompt: text after BOS; only its last `config.max_seq_len` tokens are read.
+
+  Returns:
+    `sample.num` texts, the prompt included, the mark of the end left out.
+
+  Raises:
+    UserError: if the prompt has characters that the tokenizer does not know.
+  """
+  args, settings, max_tokens = _arguments(params, tokenizer, key, config, sample, prompt)
+  new = np.asarray(generate(*args, **settings))[:, :max_tokens].tolist()
+  return [prompt + tokenizer.decode(_until(ids, tokenizer.bos_id)) for ids in new]
+
+
+def compile_texts(
+  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig
+) -> None:
+  """Compiles what `generate_texts` will call with such arguments, and runs nothing."""
+  args, settings, _ = _arguments(params, tokenizer, key, config, sample, "")
+  generate.lower(*args, **settings).compile()
+
+
+def _arguments(
+  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig, prompt: str
+) -> tuple[tuple, dict, int]:
+  """The arguments of `generate`, by position and by keyword, and how many of its tokens are wanted."""
+  ids, _ = fit_prompt([tokenizer.bos_id, *tokenizer.encode(prompt)], config)
+  # A prompt of BOS alone needs no prefill; all others are filled up to the context and share one executable.
+  prompt_P = np.full(1 if len(ids) == 1 else config.max_seq_len, tokenizer.bos_id, np.int32)
+  prompt_P[: len(ids)] = ids
+  room = config.max_seq_len - len(ids) + 1
+  max_tokens = room if sample.max_tokens is None else sample.max_tokens
+  settings = {
+    "config": config,
+    "num": sample.num,
+    # Without a limit computed for the whole context, and cut by the caller: one executable for every prompt length.
+    "max_tokens": config.max_seq_len if sample.max_tokens is None else max_tokens,
+    "stop_id": tokenizer.bos_id,
+    "top_k": sample.top_k,
+    "top_p": sample.top_p,
+    "past_context": max_tokens > room,
+  }
+  return (params, prompt_P, np.int32(len(ids)), key, np.float32(sample.temperature)), settings, max_tokens
+
+
+def _until(ids: list[int], stop_id: int) -> list[int]:
+  return ids[: ids.index(stop_id)] if stop_id in ids else ids

@@ -1,0 +1,268 @@
+"""python -m jgpt.run: train an experiment, show what happens, keep it in a folder, and end with samples.
+
+Responsible for the command line and for what a person sees. What it does is in `train.py` and can be called from Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jgpt import command, config
+from jgpt.config import Experiment, UserError
+from jgpt.params import count_params
+from jgpt.sources import expected_vocab_size
+
+if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.train import Plan, Result
+
+EXIT_BY_SIGNAL = 128  # a process ended by signal n has status 128 + n, by the shell's convention
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
+  args = _parser().parse_args(argv)
+  if args.list:
+    print(format_list())
+    return 0
+  if not args.experiment:
+    raise UserError(
+      f"choose an experiment: --experiment NAME, one of {', '.join(config.list_experiments())}; or see --list"
+    )
+  name = Path(args.experiment).stem
+  base = config.load_experiment(args.experiment)
+  changes = dict(config.parse_setting(text) for text in args.set)
+  flags = {"train.steps": args.steps, "train.seed": args.seed, "train.log_every": args.log_every}
+  experiment = config.change(base, changes | {k: v for k, v in flags.items() if v is not None})
+  if args.print_config:
+    print(format_config(name, experiment))
+    return 0
+  return _train(args, name, base, experiment)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m jgpt.run",
+    description="Train an experiment. The same command again goes on where it stopped, or samples when it is finished.",
+  )
+  parser.add_argument("--experiment", metavar="NAME", help="an experiment of --list, or the path of a file ending in .py")
+  parser.add_argument("--list", action="store_true", help="list the experiments and stop")
+  parser.add_argument("--print-config", action="store_true", help="print every setting as --set takes it, and stop")
+  parser.add_argument(
+    "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting; repeat for more"
+  )
+  parser.add_argument("--steps", type=int, metavar="N", help="updates in all (train.steps)")
+  parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)")
+  parser.add_argument("--workdir", metavar="DIR", help="run folder; without it runs/NAME, changed settings in the name")
+  parser.add_argument("--fresh", action="store_true", help="set the run folder aside and start over")
+  parser.add_argument("--log-every", type=int, metavar="N", help="updates between two lines of progress (train.log_every)")
+  return parser
+
+
+# --- Without jax ---
+
+
+def format_list() -> str:
+  """The table of experiments: name, parameters, data, description, expected result."""
+  rows = [("experiment", "parameters", "data", "what it is", "expected training loss")]
+  for name in config.list_experiments():
+    experiment, doc = config.load_experiment_file(name)
+    expected = "; ".join(f"{e.loss_nats_per_token:.2f} ± {e.band:.2f} on {e.data}" for e in experiment.expected)
+    what = doc.strip().splitlines()[0].partition(": ")[2] or doc.strip().splitlines()[0]
+    rows.append((name, f"{_num_params(experiment):,}", experiment.data.path or experiment.data.source, what, expected))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def format_config(name: str, experiment: Experiment) -> str:
+  """Every setting as `--set` takes it."""
+  lines = [f"# {name}: {_num_params(experiment):,} parameters"]
+  return "\n".join(lines + [f"{k}={config.format_value(v)}" for k, v in config.settings(experiment).items()])
+
+
+def _num_params(experiment: Experiment) -> int:
+  return count_params(config.resolve(experiment, expected_vocab_size(experiment.data)).model)
+
+
+# --- The run folder ---
+
+
+def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path:
+  """The folder of a run for which none was named.
+
+  `runs/<name>`; with changed settings their names and values are added, so that a changed run has a folder of its own. A
+  folder that holds another run all the same (the experiment's file was edited) is left alone, and a digest is added.
+  """
+  before, now = config.settings(base), config.settings(experiment)
+  starts_anew = [n for n in now if not config.is_circumstance(n) or n == "train.steps"]
+  changed = [f"{n}={config.format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
+  label = ",".join([name, *changed])
+  plain = re.sub(r"[^\w.,=-]+", "-", label)[:120]
+  if plain != label:  # what was replaced or cut must still tell two runs apart
+    plain += f"-{_digest(label)}"
+  folder = Path("runs") / plain
+  if (folder / "experiment.json").exists() and not _holds(folder, experiment):
+    folder = Path("runs") / f"{plain}-{_digest({n: now[n] for n in starts_anew})}"
+  return folder
+
+
+def _holds(folder: Path, experiment: Experiment) -> bool:
+  """Whether a run folder holds this experiment."""
+  from jgpt import checkpoint, train
+
+  recorded = checkpoint.read_run_files(folder)
+  try:
+    return not config.differences(recorded.experiment, train.inherit(experiment, recorded))
+  except UserError:
+    return False
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
+
+
+def set_aside(folder: Path) -> Path | None:
+  """Renames a folder that exists to one that does not, and returns that; None where there is nothing."""
+  if not folder.exists():
+    return None
+  number = 1
+  while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+    number += 1
+  folder.rename(old)
+  return old
+
+
+# --- Training ---
+
+
+def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Experiment) -> int:
+  from jgpt import checkpoint, metrics, runtime, train
+
+  runtime.set_up()
+  workdir = Path(args.workdir) if args.workdir else default_workdir(name, base, experiment)
+  if args.fresh and (old := set_aside(workdir)):
+    print(f"the old run is kept in {old}")
+  plan = train.plan(experiment, workdir=workdir, name=name)
+  for label, text in describe(plan):
+    print(f"{label:<12}{text}")
+  print(flush=True)
+  steps = plan.experiment.train.steps
+  writers, with_samples = [], False
+  if plan.start_step >= steps:
+    print(
+      f"this run is finished: {plan.start_step:,} steps. For more: --steps, a changed setting, or --fresh to start over"
+    )
+  else:
+    if plan.start_step:
+      print(f"going on from step {plan.start_step:,}")
+    console = metrics.ConsoleWriter(steps=steps, log_every=plan.experiment.train.log_every, start_step=plan.start_step)
+    writers, with_samples = [console], console.wants_samples
+  began = time.perf_counter()
+  result = train.train(plan, writers=writers, with_samples=with_samples)
+  if result.signal:
+    step = int(result.state.step)
+    print(f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there")
+    return EXIT_BY_SIGNAL + result.signal
+  texts = train.sample_texts(plan, result.params, int(result.state.step))
+  checkpoint.write_text(workdir / "samples" / f"step_{int(result.state.step)}.txt", "".join(f"{t}\n" for t in texts))
+  print_result(plan, result, texts, time.perf_counter() - began)
+  return 0
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+  """What a run is, as labelled lines; the first look at a device."""
+  import jax
+
+  from jgpt import sharding, tokenizer
+
+  experiment, data = plan.experiment, plan.data
+  mesh = sharding.make_mesh(experiment, jax.devices())
+  used, there = mesh.devices.size, len(jax.devices())
+  device = jax.devices()[0]
+  of = f" of {there}: mesh.data={used}" if used < there else ""
+  batch, steps = experiment.data.batch_size, experiment.train.steps
+  taken = min(steps, experiment.data.num_batches or steps) * batch
+  tokens = data.train.lengths.mean() * batch
+  lines = [
+    ("experiment", plan.name or "(from Python)"),
+    ("device", f"{used}{of} {device.platform.upper()} ({device.device_kind}), jax {jax.__version__}"),
+    ("data", f"{data.text.location} ({data.text.kind}, SHA-256 {data.text.sha256[:12]})"),
+  ]
+  if data.text.note:
+    lines.append(("", data.text.note))
+  cut = f"{data.num_cut:,} cut at the context of {experiment.data.seq_len}"
+  num_heldout = len(data.heldout.tokens)
+  passes = taken / len(data.documents)
+  share = f"{passes:.1%} of the training documents" if passes < 1 else f"{passes:.1f} times the training documents"
+  lines += [
+    ("", f"{data.num_documents:,} documents, {data.num_chars:,} characters, longest {data.longest}, {cut}"),
+    ("", f"{len(data.documents):,} for training, {num_heldout:,} held out"),
+    (
+      "vocabulary",
+      f"{experiment.model.vocab_size} ids: {tokenizer.show_chars(data.tokenizer.chars)} and BOS ({data.tokenizer.bos_id})",
+    ),
+    ("model", f"{count_params(experiment.model):,} parameters"),
+    ("training", f"{steps:,} steps of {batch} document{'s' * (batch > 1)} ({tokens:.1f} tokens on average): {share}"),
+    ("baseline", f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
+    ("run folder", str(plan.workdir)),
+  ]
+  return lines
+
+
+def uniform_loss(vocab_size: int) -> float:
+  """The loss of guessing every id alike: ln(vocab_size), in nats."""
+  import math
+
+  return math.log(vocab_size)
+
+
+def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:
+  """Prints what a finished run learned: losses, their curve, samples, and what to try next."""
+  import math
+
+  from jgpt import metrics
+
+  print()
+  if len(result.losses):
+    last = result.losses[-50:]
+    print(
+      f"training loss {last.mean():.4f} (mean of the last {len(last)} updates), {seconds:.1f} s with compiling and saving"
+    )
+  if result.heldout_loss is not None:
+    print(
+      f"held-out loss {result.heldout_loss:.4f} nats per token, perplexity {math.exp(result.heldout_loss):.2f} "
+      f"({len(plan.data.heldout.tokens):,} documents, {result.heldout_tokens:,} tokens)"
+    )
+  if len(result.losses) > 1:
+    print(f"\n{metrics.draw_curve(result.losses)}")
+  print(f"\n{format_samples(texts, set(plan.data.documents))}\n")
+  name, folder = plan.name, plan.workdir
+  print("next:")
+  print(f"  python -m jgpt.sample --run {folder} --prompt {texts[0][:2] or 'a'} --temperature 0.8")
+  print(f"  python -m jgpt.run --experiment {name} --steps {2 * plan.experiment.train.steps}")
+  print(f"  python -m jgpt.run --experiment {name} --set data.path=my_words.txt")
+
+
+def format_samples(texts: list[str], known: set[str]) -> str:
+  """Samples in columns, those that stand in the training list marked with *."""
+  cells = [f"{text}{'*' if text in known else ''}" for text in texts]
+  width = max(len(c) for c in cells) + 2
+  columns = max(1, min(5, 76 // width))
+  rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+  lines = ["  " + "".join(c.ljust(width) for c in row).rstrip() for row in rows]
+  marked = sum(text in known for text in texts)
+  note = (
+    f" (* stands in the training list: {marked} of {len(texts)})"
+    if marked
+    else " (none of them stands in the training list)"
+  )
+  return "\n".join([f"{len(texts)} samples{note}", *lines])
+
+
+if __name__ == "__main__":
+  sys.exit(command.guard(main))

@@ -1,0 +1,218 @@
+"""One update, and many of them in one call.
+
+Responsible for `TrainState`, the loss, `train_step`, the loop over it inside jit, and evaluation. Everything is a pure
+function of arrays and static settings; where the arrays live is decided outside (`sharding.py`). Not responsible for
+time, files or printing (`train.py`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jgpt.config import Experiment, ModelConfig
+from jgpt.data import Batch, Corpus, batch
+from jgpt.model import apply, init_params
+from jgpt.optim import make_optimizer, make_schedule
+
+
+@struct.dataclass
+class TrainState:
+  """Everything an update reads and replaces.
+
+  Attributes:
+    step: int32 scalar, updates applied so far. Batch n and rate n make the update n -> n + 1.
+    params: as `init_params` returns them.
+    opt_state: of the optax chain, a dict with the names clip, adam, decay and lr.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: optax.OptState
+
+
+def init_state(key: jax.Array, config: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
+  """Makes the state before the first update; `key` is consumed."""
+  params = init_params(key, config)
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def loss_fn(params: dict, batch: Batch, config: ModelConfig, total_weight: jax.Array | None = None) -> jax.Array:
+  """Computes the mean cross-entropy of the next token: sum(w * -log p(target)) / sum(w).
+
+  Args:
+    params: as `init_params` returns them.
+    batch: B sequences of T positions; at least one weight must be positive.
+    config: sizes.
+    total_weight: divides instead of this batch's own sum(w): that of the batch this is a part of.
+
+  Returns:
+    Scalar, nats per token.
+  """
+  logits_BTV = apply(params, batch.inputs_BT, config)
+  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+  total_weight = jnp.sum(batch.weights_BT) if total_weight is None else total_weight
+  return jnp.sum(nats_BT * batch.weights_BT) / total_weight
+
+
+def loss_and_grads(
+  params: dict, batch: Batch, config: ModelConfig, micro_batch_size: int | None = None
+) -> tuple[jax.Array, dict]:
+  """Computes the loss and its gradient, the whole batch at once or accumulated over micro-batches.
+
+  Args:
+    params: as `init_params` returns them.
+    batch: B sequences.
+    config: sizes.
+    micro_batch_size: sequences per forward and backward pass; must divide B. The sum is weighted by valid tokens, so
+      the result is the whole batch's.
+
+  Returns:
+    The loss in nats per token, and gradients shaped like `params`.
+  """
+  if micro_batch_size is None:
+    return jax.value_and_grad(loss_fn)(params, batch, config)
+  num_micro = batch.inputs_BT.shape[0] // micro_batch_size
+  # Micro-batch i takes every num_micro-th sequence: of a batch divided over devices each then uses all of them.
+  parts = jax.tree.map(lambda x: x.reshape(micro_batch_size, num_micro, *x.shape[1:]).swapaxes(0, 1), batch)
+  total_weight = jnp.sum(batch.weights_BT)
+
+  def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
+    return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, part, config, total_weight)), None
+
+  loss = jax.eval_shape(loss_fn, params, batch, config)
+  zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  config: ModelConfig,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  micro_batch_size: int | None = None,
+) -> tuple[TrainState, dict]:
+  """Applies one update. The only step there is: many steps in one call is a loop over it inside jit.
+
+  Args:
+    state: replaced; donate it when this is jitted.
+    batch: what to learn from.
+    config: sizes.
+    tx: the optimizer, from `make_optimizer`.
+    schedule: the rate it uses, to report.
+    micro_batch_size: see `loss_and_grads`.
+
+  Returns:
+    The next state, and metrics, scalars: "train/loss" (nats per token, before the update), "train/grad_norm" (before
+    clipping), "train/lr".
+  """
+  loss, grads = loss_and_grads(state.params, batch, config, micro_batch_size)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
+  return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def train_steps(
+  state: TrainState,
+  corpus: Corpus,
+  num_steps: jax.Array,
+  *,
+  step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict]],
+  batch_fn: Callable[[Corpus, jax.Array], Batch],
+  capacity: int,
+) -> tuple[TrainState, dict]:
+  """Applies `num_steps` updates in one call.
+
+  `num_steps` is an argument of the compiled program, so that every call length is one executable and a run resumed at
+  any step is the same program.
+
+  Args:
+    state: replaced; donate it when this is jitted.
+    corpus: on the device.
+    num_steps: int32 scalar, 0 <= num_steps <= capacity.
+    step_fn: `train_step` with its settings bound.
+    batch_fn: the batch of a step, `data.batch` with its settings bound.
+    capacity: length of the returned metrics.
+
+  Returns:
+    The state after the updates, and metrics [capacity]; entries from `num_steps` on are zero.
+  """
+  # Under jit, so that asking for the metrics' shapes and writing the loop's body trace the step once.
+  next_step = jax.jit(lambda state, corpus: step_fn(state, batch_fn(corpus, state.step)))
+  _, shapes = jax.eval_shape(next_step, state, corpus)
+  history = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
+
+  def body(carry: tuple) -> tuple:
+    i, state, history = carry
+    state, metrics = next_step(state, corpus)
+    return i + 1, state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
+
+  _, state, history = jax.lax.while_loop(lambda carry: carry[0] < num_steps, body, (jnp.int32(0), state, history))
+  return state, history
+
+
+def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+  """Binds `train_step` to a resolved experiment's settings."""
+  return partial(
+    train_step,
+    config=experiment.model,
+    tx=make_optimizer(experiment.optimizer, experiment.model),
+    schedule=make_schedule(experiment.optimizer),
+    micro_batch_size=experiment.train.micro_batch_size,
+  )
+
+
+def make_train_steps(
+  experiment: Experiment, capacity: int, place: Callable[[Batch], Batch] = lambda batch: batch
+) -> Callable[[TrainState, Corpus, jax.Array], tuple[TrainState, dict]]:
+  """Binds `train_steps` to a resolved experiment's settings.
+
+  Args:
+    experiment: resolved.
+    capacity: the most steps one call may take.
+    place: applied to each batch, for example a sharding constraint.
+  """
+  batch_fn = partial(batch, config=experiment.data)
+  return partial(
+    train_steps,
+    step_fn=make_train_step(experiment),
+    batch_fn=lambda corpus, step: place(batch_fn(corpus, step)),
+    capacity=capacity,
+  )
+
+
+def eval_step(params: dict, batch: Batch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """Computes the sum of -log p(target) over a batch's weighted tokens, in nats, and the sum of weights."""
+  return loss_fn(params, batch, config, total_weight=jnp.ones(())), jnp.sum(batch.weights_BT)
+
+
+def evaluate(params: dict, corpus: Corpus, config: ModelConfig, batch_size: int) -> tuple[jax.Array, jax.Array]:
+  """Computes the mean loss over every token of a corpus.
+
+  Args:
+    params: as `init_params` returns them.
+    corpus: at least one document.
+    config: sizes.
+    batch_size: documents per forward pass.
+
+  Returns:
+    Nats per token, and the number of tokens.
+  """
+  num_batches = -(-corpus.tokens.shape[0] // batch_size)
+  room = num_batches * batch_size - corpus.tokens.shape[0]
+  tokens = jnp.pad(corpus.tokens, ((0, room), (0, 0))).reshape(num_batches, batch_size, -1)
+  lengths = jnp.pad(corpus.lengths, (0, room)).reshape(num_batches, batch_size)  # 0: the rows added weigh nothing
+
+  def add(carry: tuple, rows: tuple) -> tuple[tuple, None]:
+    tokens, lengths = rows
+    weights_BT = (jnp.arange(tokens.shape[1] - 1)[None] < lengths[:, None]).astype(jnp.float32)
+    return jax.tree.map(jnp.add, carry, eval_step(params, Batch(tokens[:, :-1], tokens[:, 1:], weights_BT), config)), None
+
+  (nats, weight), _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), (tokens, lengths))
+  return nats / weight, weight
