@@ -1,6 +1,20 @@
 """Names: the smallest model worth training (microgpt).
 
-EXPECTED-TO-BE-MEASURED
+4,192 parameters, context 16, batch 1, 1,000 steps, each on one name: 3.3% of the training names. On 2 CPU cores (AMD EPYC,
+AVX-512, jax 0.10.2) a step takes 31 us inside the compiled loop, and the whole command 1.8 s once its compilations are
+cached, 4.6 s before.
+
+Expected over seeds 0 to 19, with `names.txt` or with the list that comes with jgpt: a mean of the last 50 training losses
+of 2.38 nats per character, between 2.25 and 2.52 (50 names scatter: seed 0 happens to end at 2.32), and a held-out loss of
+2.38, between 2.35 and 2.40. Guessing uniformly is ln 27 = 3.30. Twenty samples at temperature 0.5.
+
+With `--set data.num_batches=1`, the overfit-one-batch check, the loss falls under 0.001 by step 200. At batch 16 it stops
+at 0.38 and cannot come under 0.1: which of 16 names is meant shows only after the first letters, and ln 16 nats a name over
+the 7 predictions of a name are 0.39.
+
+Differs from microgpt.py in the initial values and the order of the names (other random numbers) and in keeping 5% of the
+names for validation; `--set data.heldout_fraction=0` trains on all of them. Seed 0; reproduce with
+`python -m jgpt.run --experiment names`, speed with `python -m jgpt.bench`.
 """
 
 from jgpt.config import (
@@ -29,5 +43,8 @@ EXPERIMENT = Experiment(
   train=TrainConfig(steps=1000, seed=0, log_every=100),
   sample=SampleConfig(num=20, temperature=0.5),
   mesh=MeshConfig(data=1),  # a batch of one cannot be divided
-  expected=(Expected(data="names.txt", loss_nats_per_token=2.32, band=0.1),),
+  expected=(
+    Expected(data="names.txt", loss_nats_per_token=2.38, band=0.14),
+    Expected(data="the bundled list", loss_nats_per_token=2.38, band=0.14),
+  ),
 )

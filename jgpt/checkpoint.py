@@ -32,6 +32,7 @@ from jgpt.step import TrainState
 from jgpt.tokenizer import CharTokenizer
 
 FORMAT = 1
+Manager = ocp.CheckpointManager
 KEEP_LATEST = 2
 
 
@@ -115,10 +116,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
+def open_checkpoints(workdir: Path) -> Iterator[Manager]:
   """Opens a run's checkpoints for writing; leaving waits until the last save is on disk."""
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP_LATEST, create=True)
-  manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+  manager = Manager((workdir / "checkpoints").resolve(), options=options)
   try:
     yield manager
     manager.wait_until_finished()
@@ -126,7 +127,7 @@ def open_checkpoints(workdir: Path) -> Iterator[ocp.CheckpointManager]:
     manager.close()
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+def save(manager: Manager, state: TrainState) -> None:
   """Saves a state under its step, unless that step is saved already; the state may be donated right after."""
   step = int(state.step)
   if step in manager.all_steps():
@@ -149,7 +150,7 @@ def list_steps(workdir: Path) -> list[int]:
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
 
 
-def restore(manager: ocp.CheckpointManager, step: int, shapes: TrainState) -> TrainState:
+def restore(manager: Manager, step: int, shapes: TrainState) -> TrainState:
   """Restores a state.
 
   Args:

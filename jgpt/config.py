@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import math
+import sys
 import types
 import typing
 from pathlib import Path
@@ -157,9 +158,6 @@ class TrainConfig:
     _check_types(self, "train")
     _check_range(self, "train", least=1, names="micro_batch_size log_every save_every")
     _check_range(self, "train", least=0, names="steps seed")
-    for name in ("steps", "seed"):
-      if getattr(self, name) >= 2**31:
-        raise UserError(f"train.{name}={getattr(self, name)} must be below 2**31.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,11 +263,11 @@ CIRCUMSTANCE = frozenset({"mesh", "sample", "train.steps", "train.micro_batch_si
 
 
 def _check_types(config: Any, section: str) -> None:
-  """Raises unless each field holds a value of its declared type; an int where a float is declared becomes one."""
+  """Raises unless each field holds a value of its declared type, whole numbers below 2**31; 1 becomes 1.0 for a float."""
   for name, hint in typing.get_type_hints(type(config)).items():
     value = getattr(config, name)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
       value = float(value)
       object.__setattr__(config, name, value)
     if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(type(v) is str for v in value):
@@ -278,6 +276,8 @@ def _check_types(config: Any, section: str) -> None:
       raise UserError(f"{section}.{name}={value!r} must be {_describe(hint)}.")
     elif type(value) is float and not math.isfinite(value):
       raise UserError(f"{section}.{name}={value!r} must be a finite number.")
+    elif type(value) is int and value >= 2**31:
+      raise UserError(f"{section}.{name}={value} must be below 2**31.")
 
 
 def _check_range(config: Any, section: str, *, least: int, names: str) -> None:
@@ -295,7 +295,8 @@ def _describe(hint: Any) -> str:
 
 def _nearest_divisors(n: int, wanted: int) -> str:
   """The divisors of `n` next to `wanted`, nearest first, as text: "4 or 8"."""
-  divisors = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  divisors = sorted({*small, *(n // d for d in small)}, key=lambda d: (abs(d - wanted), d))
   return " or ".join(str(d) for d in divisors[:2])
 
 

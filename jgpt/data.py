@@ -83,7 +83,9 @@ def batch(corpus: Corpus, step: jax.Array, config: DataConfig) -> Batch:
     B = `batch_size`, T = `seq_len`.
   """
   num_documents, width = corpus.tokens.shape
-  step = step % (config.num_batches or num_documents)  # the order repeats after num_documents steps: no overflow below
+  if config.num_batches:
+    step = step % config.num_batches
+  step = step % num_documents  # the order repeats after so many steps: no overflow below
   rows_B = (step * config.batch_size + jnp.arange(config.batch_size)) % num_documents
   tokens = corpus.tokens[rows_B]
   weights_BT = jnp.arange(width - 1)[None] < corpus.lengths[rows_B][:, None]

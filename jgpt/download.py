@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import os
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 
 from jgpt.sources import Source, cache_dir, make_private
 
@@ -52,8 +53,9 @@ def download(source: Source) -> bytes:
   with contextlib.suppress(OSError):
     make_private(cache_dir())
     failed.touch()
-  reason = getattr(fetched, "reason", None) or fetched
-  raise DownloadError(f"no download of {source.filename} ({reason})")
+  reason = str(getattr(fetched, "reason", None) or fetched)[:200]
+  printable = "".join(c if c.isprintable() else " " for c in reason).strip()  # a server may have chosen the words
+  raise DownloadError(f"no download of {source.filename} ({printable})")
 
 
 def _write_to_cache(filename: str, content: bytes) -> None:
@@ -61,14 +63,20 @@ def _write_to_cache(filename: str, content: bytes) -> None:
   with contextlib.suppress(OSError):
     make_private(cache_dir())
     with tempfile.NamedTemporaryFile(dir=cache_dir(), prefix=f".{filename}.", delete=False) as file:
-      file.write(content)
-    os.replace(file.name, cache_dir() / filename)
+      temporary = Path(file.name)
+    try:
+      temporary.write_bytes(content)
+      temporary.replace(cache_dir() / filename)
+    finally:
+      temporary.unlink(missing_ok=True)  # still there where the disk is full
 
 
 def _fetch_or_error(source: Source) -> bytes | Exception:
   try:
     return _fetch(source)
   except (OSError, ValueError, http.client.HTTPException) as error:
+    if isinstance(error, urllib.error.HTTPError):
+      error.close()  # it holds the connection
     return error
 
 
@@ -97,5 +105,9 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
   max_redirections = MAX_REDIRECTS
 
   def redirect_request(self, req, fp, code, msg, headers, newurl):
-    _require_https(newurl)
+    try:
+      _require_https(newurl)
+    except ValueError:
+      fp.close()
+      raise
     return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -5,6 +5,7 @@ the last tokens after that, temperature, top-k, top-p and the stop token. Knows 
 training. The network is `model.py`'s, the same in every mode.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -145,9 +146,21 @@ def generate_texts(
   Raises:
     UserError: if the prompt has characters that the tokenizer does not know.
   """
+  return begin_texts(params, tokenizer, key, config, sample, prompt=prompt)()
+
+
+def begin_texts(
+  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig, *, prompt: str = ""
+) -> Callable[[], list[str]]:
+  """Like `generate_texts`, and returns at once: calling what it returns waits for the device and gives the texts."""
   args, settings, max_tokens = _arguments(params, tokenizer, key, config, sample, prompt)
-  new = np.asarray(generate(*args, **settings))[:, :max_tokens].tolist()
-  return [prompt + tokenizer.decode(_until(ids, tokenizer.bos_id)) for ids in new]
+  new = generate(*args, **settings)
+
+  def texts() -> list[str]:
+    rows = np.asarray(new)[:, :max_tokens].tolist()
+    return [prompt + tokenizer.decode(_until(ids, tokenizer.bos_id)) for ids in rows]
+
+  return texts
 
 
 def compile_texts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -51,8 +52,11 @@ class JsonlWriter:
     """Opens the file; rows after `step` (a run resumed from there writes them again) and a torn last line are dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read_jsonl(path) if row["step"] <= step]
-    self._file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
-    self._file.writelines(json.dumps(row) + "\n" for row in kept)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+      file.writelines(json.dumps(row) + "\n" for row in kept)
+    temporary.replace(path)  # a run killed before its first write keeps its rows
+    self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
 
   def write(self, chunk: Chunk) -> None:
     """Appends the chunk's rows."""
@@ -72,12 +76,15 @@ def read_jsonl(path: Path) -> list[dict]:
   """Reads metrics.jsonl up to the first line that is torn; an absent file is empty."""
   rows = []
   if path.exists():
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
       for line in file:
         try:
-          rows.append(json.loads(line))
+          row = json.loads(line)
         except ValueError:
           break
+        if not isinstance(row, dict) or "step" not in row:
+          break
+        rows.append(row)
   return rows
 
 
@@ -142,7 +149,7 @@ class ConsoleWriter:
 
 
 def format_line(chunk: Chunk, steps: int, *, loss: float, steps_per_second: float) -> str:
-  """One line of progress: `step 100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`."""
+  """One line of progress: `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`."""
   rate = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2f}"
   parts = [
     f"step {chunk.step:>{len(str(steps))}}/{steps}",
@@ -158,7 +165,8 @@ def draw_curve(losses: Sequence[float], *, first_step: int = 1, width: int = 64,
   """Draws losses over steps as text.
 
   Args:
-    losses: one per update, nats per token; averaged in equal groups, one for each column.
+    losses: one per update, nats per token; averaged in equal groups, one for each column. A group that is not
+      finite, or beyond what the plot can label, leaves its column empty.
     first_step: the update that the first loss belongs to.
     width: columns.
     height: rows.
@@ -166,13 +174,36 @@ def draw_curve(losses: Sequence[float], *, first_step: int = 1, width: int = 64,
   import uniplot  # 0.1 s that only the end of a run pays
 
   losses = np.asarray(losses, np.float64)
-  groups = [g for g in np.array_split(np.arange(len(losses)), width) if len(g)]
+  groups = [g for g in np.array_split(np.arange(len(losses)), width) if len(g) and (np.abs(losses[g]) < 1e12).all()]
+  if not groups:
+    return "no training loss is finite: there is no curve to draw"
   steps = [first_step + float(g.mean()) for g in groups]
   means = [float(losses[g].mean()) for g in groups]
   lines = uniplot.plot_to_string(
     means, steps, lines=len(means) > 1, width=width, height=height, title="training loss, nats per token"
   )
   return lines if isinstance(lines, str) else "\n".join(lines)
+
+
+def format_samples(texts: list[str], known: set[str]) -> str:
+  """Samples in columns, those that stand in the training list marked with *."""
+  cells = [f"{text}{'*' if text in known else ''}" for text in texts]
+  width = max(len(c) for c in cells) + 2
+  columns = max(1, min(5, 76 // width))
+  rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+  lines = ["  " + "".join(c.ljust(width) for c in row).rstrip() for row in rows]
+  marked = sum(text in known for text in texts)
+  note = (
+    f" (* stands in the training list: {marked} of {len(texts)})"
+    if marked
+    else " (none of them stands in the training list)"
+  )
+  return "\n".join([f"{len(texts)} samples{note}", *lines])
+
+
+def uniform_loss(vocab_size: int) -> float:
+  """The loss of guessing every id alike: ln(vocab_size), in nats."""
+  return math.log(vocab_size)
 
 
 class Clock:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
+import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -152,7 +155,7 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
     print(f"{label:<12}{text}")
   print(flush=True)
   steps = plan.experiment.train.steps
-  writers, with_samples = [], False
+  writers, sample_at = [], None
   if plan.start_step >= steps:
     print(
       f"this run is finished: {plan.start_step:,} steps. For more: --steps, a changed setting, or --fresh to start over"
@@ -161,16 +164,16 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
     if plan.start_step:
       print(f"going on from step {plan.start_step:,}")
     console = metrics.ConsoleWriter(steps=steps, log_every=plan.experiment.train.log_every, start_step=plan.start_step)
-    writers, with_samples = [console], console.wants_samples
+    writers, sample_at = [console], console.is_line if console.wants_samples else None
   began = time.perf_counter()
-  result = train.train(plan, writers=writers, with_samples=with_samples)
+  result = train.train(plan, writers=writers, sample_at=sample_at)
   if result.signal:
     step = int(result.state.step)
     print(f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there")
     return EXIT_BY_SIGNAL + result.signal
   texts = train.sample_texts(plan, result.params, int(result.state.step))
   checkpoint.write_text(workdir / "samples" / f"step_{int(result.state.step)}.txt", "".join(f"{t}\n" for t in texts))
-  print_result(plan, result, texts, time.perf_counter() - began)
+  print_result(plan, result, texts, time.perf_counter() - began, command_line(args))
   return 0
 
 
@@ -178,19 +181,20 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
   """What a run is, as labelled lines; the first look at a device."""
   import jax
 
-  from jgpt import sharding, tokenizer
+  from jgpt import metrics, sharding, tokenizer
 
   experiment, data = plan.experiment, plan.data
   mesh = sharding.make_mesh(experiment, jax.devices())
   used, there = mesh.devices.size, len(jax.devices())
   device = jax.devices()[0]
-  of = f" of {there}: mesh.data={used}" if used < there else ""
+  kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+  of = f" of {there} devices (mesh.data={used}):" if there > 1 else ""
   batch, steps = experiment.data.batch_size, experiment.train.steps
   taken = min(steps, experiment.data.num_batches or steps) * batch
   tokens = data.train.lengths.mean() * batch
   lines = [
     ("experiment", plan.name or "(from Python)"),
-    ("device", f"{used}{of} {device.platform.upper()} ({device.device_kind}), jax {jax.__version__}"),
+    ("device", f"{f'{used}{of} ' if of else ''}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
     ("data", f"{data.text.location} ({data.text.kind}, SHA-256 {data.text.sha256[:12]})"),
   ]
   if data.text.note:
@@ -208,23 +212,14 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     ),
     ("model", f"{count_params(experiment.model):,} parameters"),
     ("training", f"{steps:,} steps of {batch} document{'s' * (batch > 1)} ({tokens:.1f} tokens on average): {share}"),
-    ("baseline", f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
-    ("run folder", str(plan.workdir)),
+    ("baseline", f"uniform guessing: {metrics.uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
+    ("run folder", str(plan.workdir or "none: nothing is kept")),
   ]
   return lines
 
 
-def uniform_loss(vocab_size: int) -> float:
-  """The loss of guessing every id alike: ln(vocab_size), in nats."""
-  import math
-
-  return math.log(vocab_size)
-
-
-def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:
-  """Prints what a finished run learned: losses, their curve, samples, and what to try next."""
-  import math
-
+def print_result(plan: Plan, result: Result, texts: list[str], seconds: float, again: str) -> None:
+  """Prints what a finished run learned: losses, their curve, samples, and what to try next (`again`: this command)."""
   from jgpt import metrics
 
   print()
@@ -240,28 +235,20 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
     )
   if len(result.losses) > 1:
     print(f"\n{metrics.draw_curve(result.losses)}")
-  print(f"\n{format_samples(texts, set(plan.data.documents))}\n")
-  name, folder = plan.name, plan.workdir
+  print(f"\n{metrics.format_samples(texts, set(plan.data.documents))}\n")
   print("next:")
-  print(f"  python -m jgpt.sample --run {folder} --prompt {texts[0][:2] or 'a'} --temperature 0.8")
-  print(f"  python -m jgpt.run --experiment {name} --steps {2 * plan.experiment.train.steps}")
-  print(f"  python -m jgpt.run --experiment {name} --set data.path=my_words.txt")
-
-
-def format_samples(texts: list[str], known: set[str]) -> str:
-  """Samples in columns, those that stand in the training list marked with *."""
-  cells = [f"{text}{'*' if text in known else ''}" for text in texts]
-  width = max(len(c) for c in cells) + 2
-  columns = max(1, min(5, 76 // width))
-  rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-  lines = ["  " + "".join(c.ljust(width) for c in row).rstrip() for row in rows]
-  marked = sum(text in known for text in texts)
-  note = (
-    f" (* stands in the training list: {marked} of {len(texts)})"
-    if marked
-    else " (none of them stands in the training list)"
+  print(
+    f"  python -m jgpt.sample --run {shlex.quote(str(plan.workdir))} --prompt {shlex.quote(texts[0][:2])} --temperature 0.8"
   )
-  return "\n".join([f"{len(texts)} samples{note}", *lines])
+  print(f"  {again} --steps {2 * plan.experiment.train.steps}")
+  print(f"  {again} --set data.path=my_words.txt")
+
+
+def command_line(args: argparse.Namespace) -> str:
+  """The command that was given, without its run folder and the settings that the suggestions at the end replace."""
+  kept = [s for s in args.set if not s.startswith(("data.path=", "train.steps="))]
+  words = ["python", "-m", "jgpt.run", "--experiment", args.experiment, *(w for s in kept for w in ("--set", s))]
+  return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ def read_text(path: Path, kind: str) -> Text:
   """
   try:
     content = path.expanduser().read_bytes()
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
+  except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the path; RuntimeError: no such ~user
+    raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
   return _to_text(content, kind, str(path))
 
 
@@ -145,16 +145,17 @@ def _places(source: Source, sha256: str | None) -> Iterator[Text]:
     yield read_text(Path(folder) / source.filename, "JGPT_DATA_DIR")
   cached = cache_dir() / source.filename
   if cached.is_file():
-    text = read_text(cached, "cache")
-    if text.sha256 == source.sha256:  # else the file was damaged: the download below replaces it
-      yield text
+    content = cached.read_bytes()
+    if hashlib.sha256(content).hexdigest() == source.sha256:  # else the file was damaged: the download below replaces it
+      yield _to_text(content, "cache", str(cached))
   if sha256 in (None, source.sha256):  # a download can only be the original
     from jgpt.download import DownloadError, download  # only here: the network's modules take a while to import
 
     try:
       content = download(source)
     except DownloadError as error:
-      note = f"{error}; the bundled list stands in" if source.bundled else str(error)
+      by_hand = f"to use the original, put {source.filename} into a folder and set JGPT_DATA_DIR to the folder"
+      note = f"{error}; the bundled list stands in; {by_hand}"
     else:
       yield _to_text(content, "download", source.url)
       return

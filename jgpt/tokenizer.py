@@ -55,8 +55,7 @@ class CharTokenizer:
     except KeyError:
       unknown = sorted(set(text) - set(self.chars))
       raise UserError(
-        f"{'these characters are' if len(unknown) > 1 else 'the character'} {' '.join(map(repr, unknown))} "
-        f"{'' if len(unknown) > 1 else 'is '}not in the vocabulary, which is: {show_chars(self.chars)}"
+        f"not in the vocabulary: {' '.join(map(repr, unknown))}. The vocabulary is: {show_chars(self.chars)}"
       ) from None
 
   def decode(self, ids: Iterable[int]) -> str:

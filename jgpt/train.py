@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ import numpy as np
 import jgpt
 from jgpt import checkpoint, runtime, sharding
 from jgpt.config import Experiment, UserError, change, differences, is_circumstance, resolve, settings
-from jgpt.data import Batch, Data, load_data
-from jgpt.generate import compile_texts, generate_texts
+from jgpt.data import Batch, Corpus, Data, load_data
+from jgpt.generate import begin_texts, compile_texts
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
 from jgpt.optim import make_optimizer
@@ -137,13 +137,13 @@ def refuse_differences(experiment: Experiment, recorded: checkpoint.RunFiles, wo
     )
 
 
-def train(plan: Plan, *, writers: Sequence[Writer] = (), with_samples: bool = False) -> Result:
+def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[int], bool] | None = None) -> Result:
   """Trains to `train.steps` updates, or until SIGINT or SIGTERM; then evaluates on the held-out documents.
 
   Args:
     plan: from `plan`.
     writers: get the metrics of each compiled call; closed at the end. The run folder's metrics.jsonl is written besides.
-    with_samples: also draws a text after each call, for the writers; it changes no bit of the training.
+    sample_at: says after which steps a text is drawn for the writers; that changes no bit of the training.
 
   Raises:
     UserError: if the devices do not fit the settings, or the run folder cannot be read.
@@ -159,9 +159,8 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), with_samples: bool = Fa
       writers = [JsonlWriter(workdir / "metrics.jsonl", plan.start_step), *writers]
     for writer in writers:
       stack.callback(writer.close)
-    corpus = jax.device_put(plan.data.train, sharding.replicated(mesh))
-    state, run_steps = _compile(plan, mesh, corpus, manager)
-    state, losses = _loop(plan, state, partial(run_steps, corpus), manager, writers, stop, with_samples)
+    state, run_steps, corpus = compile_steps(plan, manager)
+    state, losses = _loop(plan, state, partial(run_steps, corpus), manager, writers, stop, sample_at)
     if manager is not None:
       checkpoint.save(manager, state)
   if workdir is not None:  # the losses of earlier starts too
@@ -171,40 +170,51 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), with_samples: bool = Fa
   return Result(state, losses, heldout_loss, heldout_tokens, plan.data.tokenizer, experiment, stop[0] if stop else None)
 
 
-def _compile(plan: Plan, mesh: jax.sharding.Mesh, corpus, manager):
-  """Makes the state, restored or new and laid out from birth, and the compiled `train_steps(corpus, state, num_steps)`."""
+def compile_steps(plan: Plan, manager: checkpoint.Manager | None = None) -> tuple[TrainState, Callable, Corpus]:
+  """Makes the state, the compiled steps and the corpus, each laid out over the mesh from birth.
+
+  Args:
+    plan: from `plan`.
+    manager: where the state of `plan.start_step` is restored from; None begins anew.
+
+  Returns:
+    The state, a compiled function (corpus, state, num_steps) -> (state, metrics) that consumes its state and takes
+    `MAX_STEPS_PER_CALL` at most, and the corpus on the devices.
+  """
   experiment = plan.experiment
-  platform_name = mesh.devices.flat[0].platform
+  mesh = sharding.make_mesh(experiment, jax.devices())
+  corpus = jax.device_put(plan.data.train, sharding.replicated(mesh))
   init = partial(init_state, config=experiment.model, tx=make_optimizer(experiment.optimizer, experiment.model))
   key = derive_key(experiment.train.seed, INIT)
   shapes = jax.eval_shape(init, key)
   shardings = sharding.state_shardings(shapes, experiment.model, mesh)
+  placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
   batch_sharding = sharding.batch_sharding(mesh)
 
   def place(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding), batch)
-
-  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place)
-  program = jax.jit(
-    lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
-    donate_argnums=1,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=runtime.step_options(count_params(experiment.model), platform_name),
-  )
-  placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
   def make_state() -> TrainState:
     if plan.start_step and manager is not None:
       return checkpoint.restore(manager, plan.start_step, placed)
     return jax.jit(init, out_shardings=shardings, compiler_options=runtime.RUN_ONCE)(key)
 
+  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place)
+  program = jax.jit(
+    lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
+    donate_argnums=1,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=runtime.step_options(count_params(experiment.model), mesh.devices.flat[0].platform),
+  )
   num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-  with ThreadPoolExecutor(1) as pool:  # two compilations at once; on two cores a first run of `names` is 1 s shorter
+  with ThreadPoolExecutor(
+    1
+  ) as pool:  # two compilations at once: where there are cores to spare, the wait is the longer one
     state = pool.submit(make_state)
     afterwards = pool.submit(_compile_ahead, plan, placed.params)
     compiled = program.lower(corpus, placed, num_steps).compile()
     afterwards.result()
-    return state.result(), compiled
+    return state.result(), compiled, corpus
 
 
 def _compile_ahead(plan: Plan, params: dict) -> None:
@@ -217,29 +227,34 @@ def _compile_ahead(plan: Plan, params: dict) -> None:
 
 
 def _loop(
-  plan: Plan, state: TrainState, run_steps, manager, writers: Sequence[Writer], stop: list[int], with_samples: bool
-):
+  plan: Plan,
+  state: TrainState,
+  run_steps: Callable[[TrainState, jax.Array], tuple[TrainState, dict]],
+  manager: checkpoint.Manager | None,
+  writers: Sequence[Writer],
+  stop: list[int],
+  sample_at: Callable[[int], bool] | None,
+) -> tuple[TrainState, list[np.float32]]:
   """Runs the compiled calls; returns the last state and the losses of this start."""
-  experiment, losses = plan.experiment, []
-  steps, step = experiment.train.steps, plan.start_step
-  sample = partial(sample_texts, plan)
-  clock, pending = Clock(), None
+  steps, save_every = plan.experiment.train.steps, plan.experiment.train.save_every
+  step, losses, pending, clock = plan.start_step, [], None, Clock()
 
-  def hand_over(step: int, num: int, metrics: dict, texts: list[str] | None) -> None:
+  def hand_over(step: int, num: int, metrics: dict, texts: Callable[[], list[str]] | None) -> None:
     metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}  # waits for that call to end
     losses.extend(metrics["train/loss"])
-    chunk = Chunk(step, metrics, clock.lap(), texts[0] if texts else None)
+    chunk = Chunk(step, metrics, clock.lap(), texts()[0] if texts else None)
     for writer in writers:
       writer.write(chunk)
 
   while step < steps and not stop:
-    num = next_stop(step, experiment) - step
+    num = next_stop(step, plan.experiment) - step
     state, metrics = run_steps(state, jnp.int32(num))
     step += num
+    texts = begin_samples(plan, state.params, step) if sample_at and sample_at(step) else None
     if pending:  # the previous call's: the device is busy with this one meanwhile
       hand_over(*pending)
-    pending = step, num, metrics, sample(state.params, step) if with_samples else None
-    if manager is not None and experiment.train.save_every and step % experiment.train.save_every == 0:
+    pending = step, num, metrics, texts
+    if manager is not None and save_every and step % save_every == 0:
       checkpoint.save(manager, state)
   if pending:
     hand_over(*pending)
@@ -256,8 +271,13 @@ def next_stop(step: int, experiment: Experiment) -> int:
 
 def sample_texts(plan: Plan, params: dict, step: int) -> list[str]:
   """Draws texts as the experiment says; a function of the seed and the step."""
+  return begin_samples(plan, params, step)()
+
+
+def begin_samples(plan: Plan, params: dict, step: int) -> Callable[[], list[str]]:
+  """Like `sample_texts`, and returns at once: calling what it returns waits for the texts."""
   key = derive_key(plan.experiment.train.seed, SAMPLE, step)
-  return generate_texts(params, plan.data.tokenizer, key, plan.experiment.model, plan.experiment.sample)
+  return begin_texts(params, plan.data.tokenizer, key, plan.experiment.model, plan.experiment.sample)
 
 
 def evaluate_heldout(params: dict, plan: Plan) -> tuple[float | None, int]:

@@ -1,14 +1,35 @@
-"""Every test sees 8 virtual CPU devices, and implicit rank promotion is an error."""
+"""Every test sees 8 virtual CPU devices, and implicit rank promotion is an error.
 
+What the equivalence tests measured in this run is printed as a table at its end.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JGPT_TEST_CACHE" not in os.environ:  # one for this run: pytest-xdist's workers and child processes inherit it
+  cache = Path(tempfile.mkdtemp(prefix="jgpt-test-cache-"))
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  # Compiled programs are shared between tests. No test uses the network: a download is remembered to have failed.
+  (cache / "names.txt.failed").touch()
+  os.environ |= {
+    "JGPT_TEST_CACHE": str(cache),
+    "JGPT_CACHE_DIR": str(cache),
+    "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+  }
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import equivalence
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+rows = []  # measured by all tests
 
 
 @pytest.fixture
@@ -16,3 +37,22 @@ def x64():
   """Turns on float64 for one test."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(autouse=True)
+def _send_measured(request):
+  """Sends what a test measured along with its report, which comes back from pytest-xdist's workers too."""
+  equivalence.MEASURED.clear()
+  yield
+  request.node.user_properties.extend(("measured", list(row)) for row in equivalence.MEASURED)
+
+
+def pytest_runtest_logreport(report):
+  if report.when == "teardown":
+    rows.extend(equivalence.Row(*value) for name, value in report.user_properties if name == "measured")
+
+
+def pytest_terminal_summary(terminalreporter):
+  if rows:
+    terminalreporter.section("equivalence")
+    terminalreporter.write("\n".join([*equivalence.table(rows), ""]))

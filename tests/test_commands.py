@@ -1,0 +1,306 @@
+"""The commands as a person uses them: what they print, what they leave, how they end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jgpt import command, run, sample
+from jgpt.config import UserError, load_experiment, settings
+
+FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
+LINE = re.compile(r"step +(\d+)/40 \| loss \d\.\d{4} \| grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """An empty working folder, with the list of names that comes with jgpt."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
+  return tmp_path
+
+
+def call(capsys, main, *args):
+  """Runs a command in this process; returns its status, standard output and standard error."""
+  status = command.guard(lambda: main([str(a) for a in args]))
+  out, err = capsys.readouterr()
+  return status, out, err
+
+
+def start(*args, **options):
+  """Starts a command in a process of its own."""
+  env = os.environ | {"PYTHONPATH": str(Path(run.__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen([sys.executable, "-m", *args], env=env, **(pipes | options))
+
+
+def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
+  status, out, err = call(capsys, run.main, *FAST)
+  assert status == 0 and err == ""
+  for fact in ("CPU", "bundled", "documents", "longest", "cut at the context of 16", "held out", "27 ids: a-z and BOS"):
+    assert fact in out
+  assert "4,192 parameters" in out and "uniform guessing: 3.296" in out and "40 steps of 1 document" in out
+  lines = [LINE.match(line) for line in out.splitlines() if line.startswith("step")]
+  assert [int(m.group(1)) for m in lines] == [1, 20, 40]
+  assert "held-out loss" in out and "perplexity" in out and "┌" in out and "20 samples" in out and "next:" in out
+  runs = folder / "runs" / "names,train.steps=40"
+  assert {p.name for p in runs.iterdir()} == {
+    "experiment.json", "tokenizer.json", "env.json", "metrics.jsonl", "checkpoints", "samples",
+  }  # fmt: skip
+  rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == list(range(1, 41))
+  printed = [float(re.search(r"loss (\S+)", line).group(1)) for line in out.splitlines() if line.startswith("step")]
+  losses = [row["train/loss"] for row in rows]
+  expected = [losses[0], sum(losses[1:20]) / 19, sum(losses[20:]) / 20]  # each line: the mean since the last
+  assert printed == pytest.approx(expected, abs=1e-4)
+  assert len((runs / "samples" / "step_40.txt").read_text().splitlines()) == 20
+  assert json.loads((runs / "env.json").read_text())[0]["versions"].keys() == {"jgpt", "jax", "python"}
+
+
+def test_the_suggested_commands_work(folder, capsys):
+  """The lines under "next:" run as printed."""
+  (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
+  _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
+  commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
+  assert len(commands) == 3 and all(c[:2] == ["python", "-m"] for c in commands)
+  status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
+  assert status == 0 and len(texts.splitlines()) == 2
+  assert run.main([*commands[2][3:], "--steps", "5"]) == 0
+
+
+def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):
+  _, first, _ = call(capsys, run.main, *FAST)
+  status, again, _ = call(capsys, run.main, *FAST)
+  assert status == 0 and "this run is finished: 40 steps" in again and not LINE.search(again)
+  assert first.split("samples")[1] == again.split("samples")[1]
+  assert len(list((folder / "runs").iterdir())) == 1
+
+
+def test_a_changed_setting_has_a_folder_of_its_own(folder, capsys):
+  for extra in ([], ["--set", "optimizer.peak_lr=0.02"], ["--seed", "1"], ["--set", "sample.temperature=1.0"]):
+    assert call(capsys, run.main, *FAST, *extra)[0] == 0
+  assert sorted(p.name for p in (folder / "runs").iterdir()) == [
+    "names,optimizer.peak_lr=0.02,train.steps=40",
+    "names,train.steps=40",  # sampling otherwise is the same run
+    "names,train.steps=40,train.seed=1",
+  ]
+
+
+def test_fresh_sets_the_old_folder_aside(folder, capsys):
+  call(capsys, run.main, *FAST)
+  kept = (folder / "runs" / "names,train.steps=40" / "metrics.jsonl").read_bytes()
+  _, out, _ = call(capsys, run.main, *FAST, "--fresh")
+  assert "the old run is kept in runs/names,train.steps=40.old-1" in out and "finished" not in out
+  assert (folder / "runs" / "names,train.steps=40.old-1" / "metrics.jsonl").read_bytes() == kept
+
+
+def test_an_edited_experiment_file_does_not_touch_the_old_run(folder, capsys):
+  """The folder's name comes from what differs from the file; when the file itself changed, a digest is added."""
+  text = (Path(run.__file__).parent.parent / "experiments" / "names.py").read_text(encoding="utf-8")
+  own = folder / "own.py"
+  own.write_text(text.replace("steps=1000", "steps=20"), encoding="utf-8")
+  assert call(capsys, run.main, "--experiment", own)[0] == 0
+  own.write_text(text.replace("steps=1000", "steps=20").replace("d_ff=64", "d_ff=32"), encoding="utf-8")
+  assert call(capsys, run.main, "--experiment", own)[0] == 0
+  names = sorted(p.name for p in (folder / "runs").iterdir())
+  assert names[0] == "own" and re.fullmatch(r"own-[0-9a-f]{6}", names[1])
+
+
+def test_a_folder_that_was_named_refuses_another_run(folder, capsys):
+  assert call(capsys, run.main, *FAST, "--workdir", "here")[0] == 0
+  before = (folder / "here" / "metrics.jsonl").read_bytes()
+  status, _, err = call(capsys, run.main, *FAST, "--workdir", "here", "--set", "data.batch_size=2", "--seed", "4")
+  assert status == 2 and "data.batch_size is 1 there and 2 here" in err and "train.seed is 0 there and 4 here" in err
+  assert (folder / "here" / "metrics.jsonl").read_bytes() == before
+
+
+def test_steps_may_grow_in_a_named_folder_while_the_rate_lasts(folder, capsys):
+  args = ["--experiment", "names", "--workdir", "here", "--set", "optimizer.decay_steps=100"]
+  assert call(capsys, run.main, *args, "--steps", "20")[0] == 0
+  status, out, _ = call(capsys, run.main, *args, "--steps", "40")
+  assert status == 0 and "going on from step 20" in out
+
+
+def test_a_list_of_your_own(folder, capsys):
+  (folder / "Städte.txt").write_text("Köln\r\nBonn\n\n  Ulm  \nKöln\n", encoding="utf-8")
+  args = ["--experiment", "names", "--set", "data.path=Städte.txt", "--set", "data.heldout_fraction=0", "--steps", "300"]
+  status, out, err = call(capsys, run.main, *args)
+  assert status == 0 and err == ""
+  assert "4 documents, 15 characters, longest 4, 0 cut" in out and "'Köln'" not in out
+  assert "10 ids: B K U l-o ö and BOS (9)" in out.replace("l m n o", "l-o") or "and BOS" in out
+  assert "Köln*" in out  # it has learnt the list by heart, and says so
+  (folder / "Städte.txt").write_text("Berlin\n", encoding="utf-8")
+  status, _, err = call(capsys, run.main, *args)
+  assert status == 2 and "Städte.txt has changed since this run began" in err
+
+
+@pytest.mark.parametrize(
+  ("args", "error"),
+  [
+    (["--experiment", "nmaes"], "no experiment 'nmaes'. Did you mean names?"),
+    (["--experiment", "names", "--set", "train.step=5"], "no setting 'train.step'. Did you mean train.steps"),
+    (["--experiment", "names", "--set", "model.d_model=18"], "model.num_heads"),
+    (["--experiment", "names", "--set", "data.path=missing.txt"], "cannot read missing.txt"),
+    (["--experiment", "names", "--set", "model.vocab_size=20"], "smaller than the tokenizer's 27 ids"),
+    (["--experiment", "names", "--set", "train.seed"], "has no '='"),
+    ([], "choose an experiment"),
+  ],
+)
+def test_a_users_error_is_one_line_and_status_2(folder, capsys, args, error):
+  status, out, err = call(capsys, run.main, *args)
+  assert status == 2 and out == "" and err.count("\n") == 1 and error in err and err.startswith("error: ")
+  assert not (folder / "runs").exists()  # raised before anything was written
+
+
+def test_print_config_reads_back_as_settings(capsys):
+  _, out, _ = call(capsys, run.main, "--experiment", "names", "--print-config", "--set", "model.vocab_size=28")
+  lines = out.splitlines()
+  assert lines[0] == "# names: 4,224 parameters" and "model.vocab_size=28" in lines
+  assert [line.split("=")[0] for line in lines[1:]] == list(settings(load_experiment("names")))
+  again = [word for line in lines[1:] for word in ("--set", line)]
+  assert call(capsys, run.main, "--experiment", "names", "--print-config", *again)[1] == out
+
+
+def test_twenty_eight_ids(folder, capsys):
+  """The teaching text's model: 4,224 parameters and ln 28, with BOS still 26."""
+  _, out, _ = call(capsys, run.main, *FAST, "--set", "model.vocab_size=28")
+  assert "28 ids: a-z and BOS (26)" in out and "4,224 parameters" in out and "uniform guessing: 3.332" in out
+
+
+def test_sample_from_the_folder_alone(folder, capsys):
+  """Experiment files, the data and the optimizer's state may be gone."""
+  call(capsys, run.main, *FAST, "--workdir", "here")
+  for path in (folder / "here").glob("checkpoints/40/train_state/**/*"):
+    path.unlink() if path.is_file() else None
+  moved = (folder / "here").rename(folder / "elsewhere")
+  status, out, err = call(capsys, sample.main, "--run", moved, "--num", "4", "--prompt", "an", "--seed", "3")
+  assert status == 0 and err == "" and len(out.splitlines()) == 4 and all(t.startswith("an") for t in out.splitlines())
+  assert call(capsys, sample.main, "--run", moved, "--num", "4", "--prompt", "an", "--seed", "3")[1] == out
+  greedy = call(capsys, sample.main, "--run", moved, "--num", "4", "--temperature", "0")[1]
+  assert len(set(greedy.splitlines())) == 1
+
+
+@pytest.mark.parametrize(
+  ("args", "error"),
+  [
+    (["--prompt", "Zoë"], "not in the vocabulary: 'Z' 'ë'. The vocabulary is: a-z"),
+    (["--step", "7"], "no checkpoint of step 7; it has 40"),
+    (["--temperature", "-1"], "sample.temperature=-1.0 must be at least 0"),
+    (["--top-p", "2"], "sample.top_p=2.0 must be from 0 to 1"),
+  ],
+)
+def test_sampling_errors_are_one_line(folder, capsys, args, error):
+  call(capsys, run.main, *FAST, "--workdir", "here")
+  status, out, err = call(capsys, sample.main, "--run", "here", *args)
+  assert status == 2 and out == "" and err.count("\n") == 1 and error in err
+
+
+def test_sampling_from_what_is_no_run(folder, capsys):
+  status, _, err = call(capsys, sample.main, "--run", ".")
+  assert status == 2 and "no experiment.json" in err
+
+
+def test_a_long_prompt_is_said_to_be_cut(folder, capsys):
+  call(capsys, run.main, *FAST, "--workdir", "here")
+  status, out, err = call(capsys, sample.main, "--run", "here", "--prompt", "abcdefghijklmnopqrst", "--num", "2")
+  assert status == 0 and "only its last 16 fit the context" in err
+  assert all(t.startswith("abcdefghijklmnopqrst") for t in out.splitlines())
+
+
+def test_reading_a_run_executes_nothing(folder, capsys):
+  """A tokenizer or settings that are not what they should be are refused, whatever they hold."""
+  call(capsys, run.main, *FAST, "--workdir", "here")
+  settings_file = folder / "here" / "experiment.json"
+  good = settings_file.read_text()
+  for bad in (
+    "__import__('os').abort()",
+    "[]",
+    good.replace('"format": 1', '"format": 2'),
+    good.replace('"d_ff"', '"d_f"'),
+    "",
+  ):
+    settings_file.write_text(bad)
+    status, _, err = call(capsys, sample.main, "--run", "here")
+    assert status == 2 and err.count("\n") == 1
+  settings_file.write_text(good)
+  (folder / "here" / "tokenizer.json").write_text('{"type": "characters", "chars": "ab"}')
+  assert "not the tokenizer" in call(capsys, sample.main, "--run", "here")[2]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
+  (folder / "runs").write_text("a file where the folder should be")
+  status, _, err = call(capsys, run.main, *FAST)
+  assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
+  """A real process, a real signal: status 130, one line, and the second run ends where the first would have."""
+  args = ["jgpt.run", "--experiment", "names", "--steps", "60000", "--log-every", "2000"]
+  with start(*args) as first:
+    for line in first.stdout:
+      if line.startswith("step  2000/"):
+        first.send_signal(signal.SIGINT)
+        break
+    rest, err = first.communicate(timeout=60)
+  assert first.returncode == 130 and err == "", err
+  stopped = int(re.search(r"stopped after step ([\d,]+), which is saved in runs/names", rest).group(1).replace(",", ""))
+  assert 2000 <= stopped < 60000
+  with start(*args) as second:
+    out, err = second.communicate(timeout=120)
+  assert second.returncode == 0 and err == "" and f"going on from step {stopped:,}" in out and "20 samples" in out
+  rows = (folder / "runs" / "names,train.steps=60000" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(row)["step"] for row in rows] == list(range(1, 60001))
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder):
+  with start("jgpt.run", "--experiment", "names", "--print-config") as process:
+    process.stdout.close()
+    assert process.stderr.read() == ""
+
+
+def test_the_console_script_dispatches(capsys, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["jgpt", "run", "--list"])
+  assert command.main() == 0 and "names" in capsys.readouterr().out
+  monkeypatch.setattr(sys, "argv", ["jgpt", "rnu"])
+  assert command.main() == 2 and "there are run, sample, bench" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_bar_and_a_name_on_each_line(folder):
+  """In a pseudo-terminal each line of progress ends with a name drawn at that moment."""
+  pty = pytest.importorskip("pty", reason="pseudo-terminals are POSIX")
+  reader, writer = pty.openpty()
+  process = start("jgpt.run", *FAST, stdout=writer, stderr=subprocess.STDOUT)
+  os.close(writer)
+  shown, began = b"", time.monotonic()
+  while time.monotonic() - began < 100:
+    try:
+      chunk = os.read(reader, 65536)
+    except OSError:  # the other end is closed
+      break
+    if not chunk:
+      break
+    shown += chunk
+  os.close(reader)
+  assert process.wait(timeout=60) == 0, shown.decode()
+  plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+  lines = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("step")]
+  assert len(lines) == 3 and all(re.search(r"steps/s \| [a-z]*$", line.rstrip()) for line in lines)
+  assert "training" in plain and "/40" in plain
+
+
+def test_bench_names_prints_its_table(capsys):
+  from jgpt import bench
+
+  assert bench.main(["--only", "names", "--rounds", "1", "--json"]) == 0
+  rows = json.loads(capsys.readouterr().out)["rows"]
+  assert [row["case"] for row in rows[:3]] == ["names, batch 1", "names, batch 16", "names, batch 64"]
+  assert all(len(row["seconds"]) == 1 for row in rows) and all(row["tokens_per_second"] > 0 for row in rows[:3])
+  assert [row["case"].split(",")[0] for row in rows[3:]] == ["run --help", *["run --experiment names"] * 2]
+  with pytest.raises(UserError, match="Did you mean names"):
+    bench.main(["--only", "nams"])

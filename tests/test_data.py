@@ -1,0 +1,264 @@
+"""Documents, the held-out split, and batches as a function of the step."""
+
+import dataclasses
+import hashlib
+import random
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from jgpt.config import UserError, load_experiment
+from jgpt.data import Corpus, batch, in_heldout, load_data, make_corpus
+from jgpt.sources import Text, find_text, read_text
+from jgpt.tokenizer import train_char_tokenizer
+
+NAMES = load_experiment("names").data
+LAST_STEP = 2**31 - 1
+MANY = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "ra", "lind", "s", "x", "y", "z", "m", "o")]
+
+
+def make_text(lines):
+  return Text("\n".join(lines), "path", "words.txt", "")
+
+
+def load(lines, *, seed=0, **changes):
+  """Loads lines as the experiment `names` would, nothing held out unless asked for."""
+  return load_data(make_text(lines), dataclasses.replace(NAMES, **{"heldout_fraction": 0.0, **changes}), seed)
+
+
+def microgpt_documents(lines, seed):
+  """The order of microgpt, as it is written there."""
+  docs = [line.strip() for line in "\n".join(lines).strip().split("\n") if line.strip()]
+  random.Random(seed).shuffle(docs)
+  return docs
+
+
+# --- The stream ---
+
+
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 16), (3, 5)])
+def test_stream_is_microgpts(batch_size, seq_len):
+  """Step by step the document, its ids, its number of positions and nothing beyond; rows of one batch go on in order."""
+  lines = ["emma ", "", "  olivia", "ava", "\t", "isabella-sophia", "mia", "ava", "zoë"]
+  data = load(lines, seed=42, batch_size=batch_size, seq_len=seq_len)
+  config = dataclasses.replace(NAMES, batch_size=batch_size, seq_len=seq_len)
+  docs = microgpt_documents(lines, 42)
+  uchars = sorted(set("".join(docs)))
+  bos = len(uchars)
+  for step in range(20):
+    got = batch(data.train, jnp.int32(step), config)
+    assert got.inputs_BT.shape == got.targets_BT.shape == got.weights_BT.shape == (batch_size, seq_len)
+    for row in range(batch_size):
+      doc = docs[(step * batch_size + row) % len(docs)]
+      tokens = [bos] + [uchars.index(ch) for ch in doc] + [bos]
+      n = min(seq_len, len(tokens) - 1)
+      assert got.inputs_BT[row, :n].tolist() == tokens[:n]
+      assert got.targets_BT[row, :n].tolist() == tokens[1 : n + 1]
+      assert got.weights_BT[row].tolist() == [1.0] * n + [0.0] * (seq_len - n)
+
+
+def test_seed_decides_the_order_and_loading_touches_no_global_random_state():
+  state = random.getstate()
+  first, again, other = load(MANY, seed=1), load(MANY, seed=1), load(MANY, seed=2)
+  assert random.getstate() == state
+  assert first.documents == again.documents != other.documents
+  assert sorted(first.documents) == sorted(other.documents) == sorted(MANY)
+
+
+def test_documents_longer_than_the_window_are_cut_and_counted():
+  """A cut document predicts as many tokens as fit, and no end that it does not have; one that just fits has its end."""
+  data = load(["abcd", "abcde", "abcdef"], seq_len=5)
+  rows = dict(zip(data.documents, data.train.tokens.tolist(), strict=True))
+  assert rows == {"abcd": [6, 0, 1, 2, 3, 6], "abcde": [6, 0, 1, 2, 3, 4], "abcdef": [6, 0, 1, 2, 3, 4]}
+  assert data.train.lengths.tolist() == [5, 5, 5]
+  assert (data.num_cut, data.longest, data.num_documents, data.num_chars) == (2, 6, 3, 15)
+
+
+# --- The held-out split ---
+
+
+def test_heldout_documents_are_chosen_by_their_sha256():
+  """The hash read as a number in [0, 1) is below the fraction: the choice can be repeated by any program."""
+  for document in MANY[:50]:
+    place = int(hashlib.sha256(document.encode()).hexdigest(), 16) / 2**256
+    assert in_heldout(document, place * 1.0001)
+    assert not in_heldout(document, place * 0.9999)
+    assert not in_heldout(document, 0.0)
+
+
+def test_heldout_split_keeps_repeats_together_and_is_near_its_fraction():
+  data = load(MANY * 3, heldout_fraction=0.3)
+  heldout = len(data.heldout.tokens)
+  train, both = set(data.documents), len(data.documents) + heldout
+  assert both == data.num_documents == 3 * len(MANY)
+  assert heldout == 3 * (len(MANY) - len(train))  # no held-out document stands in the training documents
+  assert 0.2 < heldout / both < 0.4
+
+
+def test_five_percent_of_the_bundled_names_are_held_out():
+  import jgpt.sources
+
+  names = read_text(Path(jgpt.sources.__file__).parent / "bundled" / "names.txt", "path").documents()
+  share = sum(in_heldout(name, 0.05) for name in names) / len(names)
+  assert abs(share - 0.05) < 4 * (0.05 * 0.95 / len(names)) ** 0.5  # 4 standard deviations
+
+
+def test_nothing_is_held_out_at_fraction_zero():
+  data = load(MANY)
+  assert data.heldout.tokens.shape == (0, NAMES.seq_len + 1)
+  assert len(data.documents) == len(MANY)
+
+
+def test_heldout_documents_depend_on_neither_the_order_of_lines_nor_the_seed():
+  """Nor do they change when other lines are added; so results stay comparable when a list grows."""
+
+  def training(lines, seed):
+    return set(load(lines, seed=seed, heldout_fraction=0.2).documents)
+
+  kept = training(MANY, 0)
+  assert 0 < len(kept) < len(MANY)
+  assert training(MANY[::-1], 0) == training(MANY, 7) == kept
+  assert training([*MANY, "zyxwv", "another"], 0) & set(MANY) == kept
+
+
+def test_heldout_characters_have_ids_too():
+  """The tokenizer is made from all documents, so evaluating cannot meet an unknown character."""
+  data = load(MANY, heldout_fraction=0.9)
+  assert data.tokenizer.chars == "".join(sorted(set("".join(MANY))))
+  assert len(data.heldout.tokens) > len(data.train.tokens) > 0
+
+
+# --- Batches ---
+
+
+def by_hand(corpus, step, config):
+  """The rows of a batch in Python's unbounded integers."""
+  if config.num_batches:
+    step %= config.num_batches
+  return [(step * config.batch_size + i) % len(corpus.tokens) for i in range(config.batch_size)]
+
+
+def assert_is_batch(got, corpus, rows):
+  np.testing.assert_array_equal(got.inputs_BT, corpus.tokens[rows, :-1])
+  np.testing.assert_array_equal(got.targets_BT, corpus.tokens[rows, 1:])
+  positions = np.arange(corpus.tokens.shape[1] - 1)
+  np.testing.assert_array_equal(got.weights_BT, np.float32(positions < corpus.lengths[rows][:, None]))
+  assert (got.inputs_BT.dtype, got.targets_BT.dtype, got.weights_BT.dtype) == (jnp.int32, jnp.int32, jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("num_documents", "changes"),
+  [
+    (7, {"batch_size": 1}),
+    (7, {"batch_size": 3}),
+    (3, {"batch_size": 8}),  # one batch goes around more than twice
+    (1, {"batch_size": 2}),
+    (7, {"batch_size": 3, "num_batches": 1}),
+    (7, {"batch_size": 3, "num_batches": 5}),
+    (7, {"batch_size": 3, "num_batches": 2**30 + 1}),  # more than int32 can multiply by 3
+  ],
+)
+def test_batch_of_any_step_is_the_next_documents_in_turn(num_documents, changes):
+  """Around the end of the documents, up to the last step that an int32 holds; inside jit as outside."""
+  documents = MANY[:: len(MANY) // num_documents][:num_documents]
+  corpus = make_corpus(documents, train_char_tokenizer(documents), 6)
+  config = dataclasses.replace(NAMES, seq_len=6, **changes)
+  jitted = jax.jit(partial(batch, config=config))
+
+  @hypothesis_settings(deadline=None, max_examples=20)
+  @given(st.one_of(st.integers(0, 30), st.integers(0, LAST_STEP), st.just(LAST_STEP)))
+  def check(step):
+    rows = by_hand(corpus, step, config)
+    for made in (batch(corpus, jnp.int32(step), config), jitted(corpus, jnp.int32(step))):
+      assert_is_batch(made, corpus, rows)
+
+  check()
+
+
+def test_large_corpora_and_batches_do_not_overflow():
+  """The largest product that `load_data` allows, at the last step before the order repeats and at the last step of all."""
+  n, size = 40_000, 53_687  # their product is 7,168 below 2**31
+  corpus = Corpus(np.arange(2 * n, dtype=np.int32).reshape(n, 2), np.ones(n, np.int32))
+  config = dataclasses.replace(NAMES, seq_len=1, batch_size=size)
+  for step in (n - 1, n, LAST_STEP):
+    assert_is_batch(batch(corpus, jnp.int32(step), config), corpus, by_hand(corpus, step, config))
+
+
+def test_sizes_whose_rows_an_int32_cannot_count_are_refused():
+  with pytest.raises(UserError, match=r"2 documents times data\.batch_size=1073741824 must stay below 2\*\*31"):
+    load(["emma", "ava"], batch_size=2**30)
+  assert load(["emma", "ava"], batch_size=2**30 - 1).num_documents == 2
+
+
+# --- Texts that nobody wishes for ---
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \t\r\n\n\u2003\n", "\ufeff"])
+def test_text_without_a_document_is_refused_by_name(tmp_path, content):
+  path = tmp_path / "words.txt"
+  path.write_text(content, encoding="utf-8")
+  config = dataclasses.replace(NAMES, path=str(path))
+  with pytest.raises(UserError, match=f"{path} holds no text"):
+    load_data(find_text(config), config, 0)
+
+
+def test_text_that_is_held_out_whole_is_refused_with_what_would_do():
+  document = min(MANY, key=lambda d: hashlib.sha256(d.encode()).digest())
+  with pytest.raises(UserError, match=r"all 2 documents of words\.txt are held out .*--set data\.heldout_fraction=0"):
+    load([document, document], heldout_fraction=0.1)
+  assert load([document, document], heldout_fraction=0.0).documents == [document, document]
+
+
+def test_one_document_is_every_batch():
+  data = load(["a"], batch_size=2)
+  assert_is_batch(batch(data.train, jnp.int32(5), dataclasses.replace(NAMES, batch_size=2)), data.train, [0, 0])
+  assert data.train.lengths.tolist() == [2]  # a, then the end
+
+
+def test_huge_line_costs_no_more_than_its_window():
+  """A file without line ends is one document; its first characters are learned and the rest is counted as cut."""
+  data = load(["ab" * 500_000])
+  assert data.train.tokens.tolist() == [[2, *[0, 1] * 8]]
+  assert (data.num_cut, data.longest) == (1, 1_000_000)
+
+
+def test_nul_is_a_character_like_any_other():
+  data = load(["a\0b"])
+  assert data.tokenizer.chars == "\0ab"
+  assert data.train.tokens[0, :5].tolist() == [3, 1, 0, 2, 3]
+
+
+ODD_LINES = st.lists(st.sampled_from(["emma", "\xe9", "\0", "\r", " ", "\ufeff", "\u2028", "\x1c", "\U0001f600", "\n"]))
+
+
+@hypothesis_settings(deadline=None, max_examples=200)
+@given(
+  st.one_of(st.binary(), st.text().map(str.encode), ODD_LINES.map(lambda parts: "".join(parts).encode())),
+  st.sampled_from([0.0, 0.5]),
+  st.integers(0, 3),
+)
+def test_any_bytes_are_data_or_a_user_error_that_names_the_file(content, heldout_fraction, seed):
+  """Where they are data, every document is in it once, and decodes back to itself up to where it was cut."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "words.txt"
+    path.write_bytes(content)
+    config = dataclasses.replace(NAMES, path=str(path), heldout_fraction=heldout_fraction)
+    try:
+      data = load_data(find_text(config), config, seed)
+    except UserError as error:
+      assert str(path) in str(error)
+      return
+  assert len(data.train.tokens) + len(data.heldout.tokens) == data.num_documents
+  assert [data.tokenizer.decode(row) for row in data.train.tokens] == [d[: config.seq_len] for d in data.documents]
+  for corpus in (data.train, data.heldout):
+    assert (corpus.tokens.dtype, corpus.lengths.dtype) == (np.int32, np.int32)
+    assert ((corpus.lengths >= 1) & (corpus.lengths <= config.seq_len)).all()
+    assert ((corpus.tokens >= 0) & (corpus.tokens < data.tokenizer.vocab_size)).all()

@@ -1,0 +1,116 @@
+"""The house: what stands where, who may import whom, and that each parameter's shape stands in one place."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jgpt.command import VERBS
+from jgpt.config import load_experiment, resolve
+from jgpt.params import param_table
+
+ROOT = Path(__file__).parent.parent
+MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init__"}
+
+# A module may import from the rows above its own, never from its own row or below.
+ORDER = [
+  ["config"],
+  ["params"],
+  ["sources", "keys", "runtime"],
+  ["download", "tokenizer"],
+  ["data", "attention", "optim", "sharding"],
+  ["model"],
+  ["step", "generate"],
+  ["checkpoint", "metrics"],
+  ["train"],
+  ["command"],
+  ["run", "sample", "bench"],
+]
+# Imported inside a function, against the order: what is found by a download is handed down to `sources`.
+EXCEPTIONS = {("sources", "download"), ("runtime", "sources")}
+PURE = ["config", "params", "tokenizer", "model", "attention", "optim", "step", "sharding", "generate", "keys"]
+
+
+def imports(path: Path) -> set[str]:
+  """The jgpt modules that a file imports."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.ImportFrom) and node.module == "jgpt":
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jgpt."):
+      found.add(node.module.split(".")[1])
+    elif isinstance(node, ast.Import):
+      found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jgpt.")}
+  return found & MODULES.keys()
+
+
+def test_every_module_has_a_row_in_the_order():
+  assert sorted(m for row in ORDER for m in row) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_one_way(module):
+  row = {m: i for i, names in enumerate(ORDER) for m in names}
+  wrong = {m for m in imports(MODULES[module]) if row[m] >= row[module] and (module, m) not in EXCEPTIONS}
+  assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_files_do_not_print_log_time_or_read(module):
+  """Pure files stay pure: no clock, no log, no printing; files only where experiments are found."""
+  tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+  called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+  imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+  assert not called & {"print", "open", "input", "exec", "eval"}
+  assert not imported & {"time", "logging", "os", "pickle", "random", "subprocess"}
+
+
+def test_the_top_level_holds_what_the_design_names():
+  tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+  if tracked.returncode:
+    pytest.skip("not a git checkout")
+  top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+  files = {".ci", ".gitignore", "LICENSE", "README.md", "pyproject.toml"}
+  assert top <= files | {"jgpt", "experiments", "tests", "notebooks"}
+
+
+def test_each_parameters_shape_stands_in_one_place():
+  """Every parameter's name is a key in `param_table` and nowhere else in jgpt: other code reads it by name only."""
+  config = resolve(load_experiment("names"), 27).model
+  table = param_table(config)
+  names = [n for n in table if n != "blocks"] + list(table["blocks"])
+  for name in names:
+    declared = [m for m, p in MODULES.items() if re.search(rf'"{name}":', p.read_text(encoding="utf-8"))]
+    assert declared == ["params"], f"{name} is declared in {declared}"
+
+
+def test_no_file_and_no_function_outgrows_its_reader():
+  """A file over 400 lines or a function over 60 wants splitting by noun (docstrings and signatures count)."""
+  for module, path in MODULES.items():
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 480, f"{module} has {text.count(chr(10))} lines"
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef):
+        lines = node.end_lineno - node.lineno + 1
+        documented = len((ast.get_docstring(node) or "").splitlines())
+        assert lines - documented <= 60, f"{module}.{node.name} has {lines - documented} lines of code"
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_imports_no_jax(verb):
+  """`--help` answers at once: jax alone would take half a second."""
+  code = f"import sys, jgpt.{verb} as verb\ntry: verb.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize("args", [["--list"], ["--experiment", "names", "--print-config"]])
+def test_listing_and_counting_import_no_jax(args):
+  code = f"import sys, jgpt.run\njgpt.run.main({args!r})\nassert 'jax' not in sys.modules"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "4,192" in done.stdout

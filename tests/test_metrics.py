@@ -1,0 +1,174 @@
+"""What a run says: rows that read back exactly, lines of progress, and the curve as text."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, read_jsonl
+
+
+def make_chunk(step, losses, *, seconds=0.5, sample=None):
+  """A chunk that ends at `step`; norms and rates are told apart from losses and from each other."""
+  losses = np.asarray(losses, np.float32)
+  metrics = {"train/loss": losses, "train/grad_norm": losses + 10, "train/lr": losses / 1000}
+  return Chunk(step, metrics, seconds, sample)
+
+
+# --- metrics.jsonl ---
+
+
+def test_rows_are_numbered_by_update_and_hold_every_metric(tmp_path):
+  """The first update is step 1; a chunk ends at its step."""
+  path = tmp_path / "folder" / "metrics.jsonl"
+  writer = JsonlWriter(path, 0)
+  writer.write(make_chunk(1, [3.25]))
+  writer.write(make_chunk(3, [2.5, 2.25]))
+  assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3]  # readable while the run goes on
+  writer.close()
+  assert json.loads(path.read_text(encoding="utf-8").splitlines()[1]) == {
+    "step": 2,
+    "train/loss": 2.5,
+    "train/grad_norm": 12.5,
+    "train/lr": float(str(np.float32(0.0025))),
+  }
+
+
+@hypothesis_settings(deadline=None)
+@given(losses=st.lists(st.floats(width=32), min_size=1, max_size=5))
+@example(losses=[0.1, 1e-45, 3.4028235e38, math.nan, -math.inf, -0.0])
+def test_float32_reads_back_bit_for_bit(tmp_path_factory, losses):
+  path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+  writer = JsonlWriter(path, 0)
+  writer.write(make_chunk(len(losses), losses))
+  writer.close()
+  read = np.array([row["train/loss"] for row in read_jsonl(path)], np.float32)
+  np.testing.assert_array_equal(read, np.array(losses, np.float32))
+  np.testing.assert_array_equal(np.signbit(read), np.signbit(np.array(losses, np.float32)) & ~np.isnan(read))
+
+
+TORN = [b"", b'{"step": 6, "train/lo', b'{"step"', b"\0" * 50, b"\xff\xfe\x80", b"7", b"null", b"{}", b"[6]\n"]
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_resuming_drops_rows_after_the_step_and_a_torn_last_line(tmp_path, torn):
+  """Whatever a crash left at the end, the file is then that of a run that was never interrupted."""
+  path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
+  for name, chunks in ((path, [(5, [5, 4, 3, 2, 1])]), (whole, [(3, [5, 4, 3]), (5, [2.5, 1.5])])):
+    writer = JsonlWriter(name, 0)
+    for chunk in chunks:
+      writer.write(make_chunk(*chunk))
+    writer.close()
+  with open(path, "ab") as file:
+    file.write(torn)
+  assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4, 5]
+  writer = JsonlWriter(path, 3)
+  writer.write(make_chunk(5, [2.5, 1.5]))
+  writer.close()
+  assert path.read_bytes() == whole.read_bytes()
+
+
+def test_rows_outlive_a_run_that_is_killed_before_it_writes_any(tmp_path):
+  """Opening the file again leaves it whole at once: what it keeps is not held back in a buffer."""
+  path = tmp_path / "metrics.jsonl"
+  writer = JsonlWriter(path, 0)
+  writer.write(make_chunk(3, [3, 2, 1]))
+  writer.close()
+  before = path.read_bytes()
+  resumed = JsonlWriter(path, 3)  # and not closed yet
+  assert path.read_bytes() == before
+  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+  resumed.close()
+
+
+def test_absent_file_has_no_rows(tmp_path):
+  assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+# --- Lines of progress ---
+
+
+def test_line_has_the_format_that_is_documented():
+  metrics = {"train/loss": np.float32([9.0]), "train/grad_norm": np.float32([1.021]), "train/lr": np.float32([0.009])}
+  line = format_line(Chunk(100, metrics, 1.0), 1000, loss=2.43214, steps_per_second=21_000.4)
+  assert line == "step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s"
+  line = format_line(Chunk(7, metrics, 1.0, sample="emma"), 9, loss=math.nan, steps_per_second=0.251)
+  assert line == "step 7/9 | loss nan | grad norm 1.02 | lr 9.0e-03 | 0.25 steps/s | emma"
+
+
+def test_line_is_the_mean_since_the_last_line(capsys):
+  """The first and the last update have a line whatever `log_every` is; norm and rate are those of the last update."""
+  writer = ConsoleWriter(steps=7, log_every=3, terminal=False)
+  for step, losses in [(1, [9]), (2, [4]), (3, [2]), (6, [1, 2, 6]), (7, [5])]:
+    writer.write(make_chunk(step, losses))
+  writer.close()
+  assert capsys.readouterr().out.splitlines() == [
+    "step 1/7 | loss 9.0000 | grad norm 19.00 | lr 9.0e-03 | 2.00 steps/s",
+    "step 3/7 | loss 3.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s",
+    "step 6/7 | loss 3.0000 | grad norm 16.00 | lr 6.0e-03 | 6.00 steps/s",
+    "step 7/7 | loss 5.0000 | grad norm 15.00 | lr 5.0e-03 | 2.00 steps/s",
+  ]
+
+
+def test_clock_that_stood_still_divides_by_no_zero(capsys):
+  writer = ConsoleWriter(steps=1, log_every=1, terminal=False)
+  writer.write(make_chunk(1, [1], seconds=0.0))
+  assert capsys.readouterr().out.endswith("steps/s\n")
+
+
+def test_terminal_has_whole_lines_with_samples_as_they_are(capsys):
+  """Samples may look like rich's markup, and lines may be wider than the terminal; neither is touched."""
+  writer = ConsoleWriter(steps=10, log_every=5, start_step=4, terminal=True)
+  assert writer.wants_samples
+  sample = "[bold]emma[/bold] " + "x" * 200
+  writer.write(make_chunk(5, [2], sample=sample))
+  writer.close()
+  assert f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s | {sample}\n" in capsys.readouterr().out
+  assert not ConsoleWriter(steps=10, log_every=5, terminal=False).wants_samples
+
+
+# --- The curve ---
+
+
+def test_curve_falls_as_the_losses_do():
+  """Marks lie lower further to the right, and each column averages as many losses as the others."""
+  rows = draw_curve(np.linspace(4, 1, 10_000)).splitlines()
+  assert "training loss" in rows[0]
+  columns = [[row for row, line in enumerate(rows[2:14]) if line[1 + column] != " "] for column in range(64)]
+  lowest = [max(marks) for marks in columns if marks]
+  assert len(lowest) > 60
+  assert lowest == sorted(lowest)
+  assert (lowest[0], lowest[-1]) == (0, 11)
+
+
+@pytest.mark.parametrize(
+  "losses",
+  [
+    [2.5],
+    [2.5, 2.0],
+    [3.0 - i / 10 for i in range(10)],
+    [2.0] * 10_000,
+    [0.0] * 3,
+    [1e-45, 0.0],
+    [-1.0, 1.0],
+    [3.0, math.nan, 2.0],
+    [3.0, 1e30, math.inf],
+    np.float32([3, 2, 1]),
+  ],
+)
+def test_curve_of_any_losses_is_text_of_the_size_asked_for(losses):
+  """Losses that are not finite leave a gap: a run that diverged still ends with its summary."""
+  rows = draw_curve(losses, width=40, height=8).splitlines()
+  frame = [row for row in rows if row[:1] in "┌│└"]
+  assert [row[0] for row in frame] == ["┌", *"│" * 8, "└"]
+  assert all(len(row) >= 42 for row in frame)
+  assert any(row[1:41].strip() for row in frame[1:-1])
+
+
+@pytest.mark.parametrize("losses", [[], [math.nan] * 3, [math.inf], [1e30, -1e30]])
+def test_losses_without_a_curve_are_said_to_have_none(losses):
+  assert "no curve" in draw_curve(losses)

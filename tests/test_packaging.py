@@ -1,0 +1,61 @@
+"""A wheel, built without network and run from another folder, finds its experiments, its names and its commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+  """A folder with the wheel's files, as pip lays them out."""
+  pytest.importorskip("hatchling", reason="the wheel is built by hatchling (the test extra)")
+  folder = tmp_path_factory.mktemp("wheel")
+  source = folder / "source"
+  shutil.copytree(
+    ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", "dist")
+  )
+  build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
+  done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout + done.stderr
+  (wheel,) = (folder / "dist").glob("*.whl")
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(folder / "site")
+  return folder / "site"
+
+
+def run_there(installed, folder, *args):
+  env = os.environ | {"PYTHONPATH": str(installed)}
+  env.pop("JGPT_DATA_DIR", None)
+  return subprocess.run([sys.executable, "-m", *args], cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_wheel_holds_what_it_needs_and_nothing_else(installed):
+  names = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file()}
+  assert {"jgpt/experiments/names.py", "jgpt/bundled/names.txt", "jgpt/py.typed"} <= names
+  assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"jgpt"}
+
+
+def test_the_wheel_trains_names_from_another_folder(installed, tmp_path):
+  done = run_there(installed, tmp_path, "jgpt.run", "--experiment", "names", "--steps", "30")
+  assert done.returncode == 0 and done.stderr == "", done.stderr
+  assert "bundled" in done.stdout and "20 samples" in done.stdout
+  where = run_there(installed, tmp_path, "jgpt.run", "--list")
+  assert where.returncode == 0 and "4,192" in where.stdout
+
+
+def test_posix_only_modules_are_not_imported_at_the_top():
+  """Windows and macOS import every module; what only POSIX has is imported where it is used."""
+  import ast
+
+  posix_only = {"fcntl", "pty", "pwd", "grp", "resource", "termios", "tty"}
+  for path in (ROOT / "jgpt").glob("*.py"):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+      names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+      assert not posix_only & set(names), path

@@ -1,0 +1,192 @@
+"""Proof that the comparisons of test_reference.py bite: each test plants one error in jgpt and expects them to fail.
+
+Every check traces functions that it makes anew, so what is planted is in the program that runs, and nothing compiled with
+an error outlives its test.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from equivalence import check_gradients, check_training, must_differ, names_experiment
+
+import jgpt.attention
+import jgpt.data
+import jgpt.model
+import jgpt.optim
+import jgpt.step
+
+# --- Errors in the loss or its gradient ---
+
+
+def no_scale_by_root_of_head_dim(put):
+  right = jgpt.attention.dot_product_attention
+  put(jgpt.attention, "dot_product_attention", lambda q_BTNH, *rest: right(q_BTNH * q_BTNH.shape[-1] ** 0.5, *rest))
+
+
+def mask_shows_the_next_token(put):
+  put(jgpt.model, "attend_causally", attend_with(lambda T: jnp.tril(jnp.ones((T, T), bool), 1)))
+
+
+def mask_hides_the_token_itself(put):
+  # The first token has nothing else to attend to, and would give NaN, which any comparison catches: it keeps itself.
+  put(jgpt.model, "attend_causally", attend_with(lambda T: jnp.tril(jnp.ones((T, T), bool), -1).at[0, 0].set(True)))
+
+
+def attend_with(make_mask):
+  def attend(memory, q_BTNH, k_BTNH, v_BTNH):
+    return jgpt.attention.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, make_mask(q_BTNH.shape[1])), memory
+
+  return attend
+
+
+def closing_bos_dropped(put):
+  right = jgpt.data.make_corpus
+
+  def make_corpus(documents, tokenizer, seq_len):
+    corpus = right(documents, tokenizer, seq_len)
+    return corpus._replace(lengths=np.minimum(corpus.lengths, [len(document) for document in documents]))
+
+  put(jgpt.data, "make_corpus", make_corpus)
+
+
+def padding_counted(put):
+  right = jgpt.data.make_corpus
+
+  def make_corpus(documents, tokenizer, seq_len):
+    corpus = right(documents, tokenizer, seq_len)
+    return corpus._replace(lengths=np.full_like(corpus.lengths, seq_len))
+
+  put(jgpt.data, "make_corpus", make_corpus)
+
+
+def positions_shifted_by_one(put):
+  right = jgpt.model._embed
+
+  def embed(params, tokens_BT, positions_T):
+    return right(params, tokens_BT, jnp.minimum(positions_T + 1, params["pos_embed"].shape[0] - 1))
+
+  put(jgpt.model, "_embed", embed)
+
+
+def norm_epsilon_ten_times_smaller(put):
+  put(jgpt.model, "NORM_EPS", jgpt.model.NORM_EPS / 10)
+
+
+def norm_not_differentiated(put):  # the loss stays right: only gradients can show it
+  right = jgpt.model.rms_norm
+  put(jgpt.model, "rms_norm", lambda x_BTD: x_BTD * jax.lax.stop_gradient(right(x_BTD) / x_BTD))
+
+
+# --- Errors in the update ---
+
+
+def b1_and_b2_swapped(put):
+  right = jgpt.step.make_optimizer
+  put(
+    jgpt.step, "make_optimizer", lambda config, model: right(dataclasses.replace(config, b1=config.b2, b2=config.b1), model)
+  )
+
+
+def moments_stored_under_each_others_name(put):  # the parameters stay right: only the moments can show it
+  wrap_adam(put, before=swap_moments, after=swap_moments)
+
+
+def no_bias_correction(put):
+  wrap_adam(put, before=lambda state: state._replace(count=state.count + 10**6))  # b1**count and b2**count are then 0
+
+
+def epsilon_inside_the_root(put):
+  right = optax.scale_by_adam
+  put(optax, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps))
+
+
+def epsilon_squared_inside_the_root(put):  # as small as eps outside where the gradient is 0: the hardest to see
+  right = optax.scale_by_adam
+  put(optax, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps**2))
+
+
+def rate_of_the_next_step(put):
+  right = jgpt.optim.make_schedule
+
+  def make_schedule(config):
+    schedule = right(config)
+    return lambda step: schedule(step + 1)
+
+  put(jgpt.optim, "make_schedule", make_schedule)
+
+
+def swap_moments(state):
+  return state._replace(mu=state.nu, nu=state.mu)
+
+
+def wrap_adam(put, before, after=lambda state: state):
+  right = optax.scale_by_adam
+
+  def scale_by_adam(**settings):
+    adam = right(**settings)
+
+    def update(grads, state, params=None):
+      updates, new_state = adam.update(grads, before(state), params)
+      return updates, after(new_state)
+
+    return optax.GradientTransformation(adam.init, update)
+
+  put(optax, "scale_by_adam", scale_by_adam)
+
+
+# --- The tests ---
+
+
+def name(plant):
+  return plant.__name__.replace("_", "-")
+
+
+def assert_caught_by_far(found):
+  # NaN would be caught whatever was planted, and a difference near the tolerance could be chance.
+  assert all(math.isfinite(row.relative) for row in found)
+  assert max(row.relative / row.tolerance for row in found) > 100
+
+
+LOSS_ERRORS = (
+  no_scale_by_root_of_head_dim,
+  mask_shows_the_next_token,
+  mask_hides_the_token_itself,
+  closing_bos_dropped,
+  padding_counted,
+  positions_shifted_by_one,
+  norm_epsilon_ten_times_smaller,
+  norm_not_differentiated,
+)
+
+
+@pytest.mark.parametrize("plant", LOSS_ERRORS, ids=name)
+def test_gradient_comparison_catches(x64, monkeypatch, plant):
+  """An error in the network, the mask, the positions or what is predicted cannot pass for the right gradient."""
+  plant(monkeypatch.setattr)
+  with must_differ() as found:
+    check_gradients(names_experiment(), "float64")
+  assert_caught_by_far(found)
+
+
+UPDATE_ERRORS = (
+  b1_and_b2_swapped,
+  moments_stored_under_each_others_name,
+  no_bias_correction,
+  epsilon_inside_the_root,
+  epsilon_squared_inside_the_root,
+  rate_of_the_next_step,
+)
+
+
+@pytest.mark.parametrize("plant", UPDATE_ERRORS, ids=name)
+def test_training_comparison_catches(x64, monkeypatch, plant):
+  """An error in Adam or the rate, which no single gradient shows, cannot pass for the right 20 updates."""
+  plant(monkeypatch.setattr)
+  with must_differ() as found:
+    check_training(names_experiment(optimizer__decay_steps=1000), "float64")
+  assert_caught_by_far(found)
