@@ -83,7 +83,7 @@ def loss_and_grads(
   def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
     return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, part, config, total_weight)), None
 
-  loss = jax.eval_shape(loss_fn, params, batch, config)
+  loss = jax.eval_shape(partial(loss_fn, config=config), params, batch)
   zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
   return jax.lax.scan(add, zeros, parts)[0]
 

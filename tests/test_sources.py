@@ -317,7 +317,7 @@ def test_server_that_does_not_answer_costs_two_seconds_once(serve):
   began = time.monotonic()
   with pytest.raises(DownloadError, match="no answer within 2 s"):
     download.download(source)
-  assert 1.5 < time.monotonic() - began < 3
+  assert 1.9 < time.monotonic() - began < 3.5
   began = time.monotonic()
   with pytest.raises(DownloadError, match="tried again in 60 minutes"):
     download.download(source)
@@ -335,7 +335,7 @@ def test_server_that_drips_is_cut_off_in_time(serve, monkeypatch):
     handler.send_response(200)
     handler.end_headers()
     for byte in ORIGINAL:
-      time.sleep(0.05)
+      time.sleep(0.1)
       handler.wfile.write(bytes([byte]))
     server.released.set()
 
@@ -343,7 +343,7 @@ def test_server_that_drips_is_cut_off_in_time(serve, monkeypatch):
   began = time.monotonic()
   with pytest.raises(DownloadError, match="no answer within"):
     download.download(source)
-  assert time.monotonic() - began < 0.7
+  assert time.monotonic() - began < 1.2  # of 1.6
   assert server.released.wait(5)  # the rest of the body, right in every byte
   assert cached_files() == ["names.txt.failed"]
 
