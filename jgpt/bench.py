@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jgpt import command, config
+from jgpt import command, config, settings
 from jgpt.config import UserError, near_matches
 
 BATCH_SIZES = (1, 16, 64)
@@ -90,7 +90,7 @@ def time_steps(name: str, rounds: int) -> list[Row]:
   runtime.set_up()
   programs, rows = {}, {}
   for batch_size in BATCH_SIZES:
-    experiment = config.change(config.load_experiment(name), {"data.batch_size": batch_size})
+    experiment = settings.change(config.load_experiment(name), {"data.batch_size": batch_size})
     plan = train.plan(experiment)
     began = time.perf_counter()
     state, run_steps, corpus = train.compile_steps(plan)

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jgpt import config as config_lib
+from jgpt import settings as settings_lib
 from jgpt import tokenizer as tokenizer_lib
 from jgpt.config import Experiment, UserError
 from jgpt.model import init_params
@@ -60,7 +60,12 @@ def write_run_files(workdir: Path, files: RunFiles) -> None:
   """Writes experiment.json and tokenizer.json; the folder is made where it is missing."""
   workdir.mkdir(parents=True, exist_ok=True)
   write_json(workdir / "tokenizer.json", files.tokenizer.to_json())
-  settings = {"format": FORMAT, "name": files.name, "experiment": config_lib.to_json(files.experiment), "data": files.data}
+  settings = {
+    "format": FORMAT,
+    "name": files.name,
+    "experiment": settings_lib.to_json(files.experiment),
+    "data": files.data,
+  }
   settings["tokenizer_sha256"] = files.tokenizer.digest
   write_json(workdir / "experiment.json", settings)
 
@@ -73,14 +78,14 @@ def read_run_files(workdir: Path) -> RunFiles:
   """
   if not (workdir / "experiment.json").is_file():
     raise UserError(f"{workdir} is not a run folder: it has no experiment.json. Runs are made by python -m jgpt.run.")
-  settings = config_lib.read_json(workdir / "experiment.json")
+  settings = read_json(workdir / "experiment.json")
   if not isinstance(settings, dict) or settings.get("format") != FORMAT:
     got = settings.get("format") if isinstance(settings, dict) else None
     raise UserError(f"{workdir / 'experiment.json'} has format {got!r}; this jgpt reads format {FORMAT}.")
-  tokenizer = tokenizer_lib.from_json(config_lib.read_json(workdir / "tokenizer.json"))
+  tokenizer = tokenizer_lib.from_json(read_json(workdir / "tokenizer.json"))
   if settings.get("tokenizer_sha256") != tokenizer.digest:
     raise UserError(f"{workdir / 'tokenizer.json'} is not the tokenizer that this run was trained with.")
-  experiment = config_lib.from_json(settings.get("experiment"))
+  experiment = settings_lib.from_json(settings.get("experiment"))
   if experiment.model.vocab_size is None or experiment.model.vocab_size < tokenizer.vocab_size:
     raise UserError(f"{workdir / 'experiment.json'} has too small a model.vocab_size for its tokenizer.")
   data = settings.get("data")
@@ -92,8 +97,22 @@ def read_run_files(workdir: Path) -> RunFiles:
 def append_env(workdir: Path, entry: dict[str, Any]) -> None:
   """Adds one start of the run to env.json."""
   path = workdir / "env.json"
-  starts = config_lib.read_json(path) if path.exists() else []
+  starts = read_json(path) if path.exists() else []
   write_json(path, [*starts, entry])
+
+
+def read_json(path: Path) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    UserError: naming the file, if it is absent or not JSON.
+  """
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path} does not exist.") from None
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path} is not readable as JSON: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,8 @@
-"""Settings as frozen values: what an experiment is, how a setting is changed, and what makes two runs the same run.
+"""What an experiment is: frozen dataclasses, their validation, and the files that define one.
 
-Responsible for the `Experiment` dataclass and its sections, their validation, typed `section.field=value` changes, JSON in
-both directions, and finding experiment files. Not responsible for anything that needs data or a device: this file
-imports no jax, so that listing experiments and refusing a misspelt setting are instant.
+Responsible for the `Experiment` dataclass and its sections, for refusing values that do not go together, and for finding
+experiment files. Not responsible for changing settings by name or for JSON (`settings.py`), nor for anything that needs
+data or a device: this file imports no jax, so that listing experiments and refusing a misspelt setting are instant.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import json
 import math
 import sys
 import types
@@ -127,6 +126,8 @@ class OptimizerConfig:
     _check_types(self, "optimizer")
     _check_range(self, "optimizer", least=1, names="decay_steps")
     _check_range(self, "optimizer", least=0, names="peak_lr eps weight_decay clip_norm")
+    if self.clip_norm == 0:
+      raise UserError("optimizer.clip_norm=0 would scale every gradient to nothing; none turns clipping off.")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1, for example 0.9.")
@@ -247,135 +248,6 @@ class Experiment:
 
 
 PARAM_KINDS = ("embedding", "matrix", "head", "gain", "bias")
-SECTIONS = {
-  "model": ModelConfig,
-  "data": DataConfig,
-  "optimizer": OptimizerConfig,
-  "train": TrainConfig,
-  "sample": SampleConfig,
-  "mesh": MeshConfig,
-}
-# Settings that do not change what is learned: they may differ when a run is resumed. Everything else is a run's identity.
-CIRCUMSTANCE = frozenset({"mesh", "sample", "train.steps", "train.micro_batch_size", "train.log_every", "train.save_every"})
-
-
-# --- Checks ---
-
-
-def _check_types(config: Any, section: str) -> None:
-  """Raises unless each field holds a value of its declared type, whole numbers below 2**31; 1 becomes 1.0 for a float."""
-  for name, hint in typing.get_type_hints(type(config)).items():
-    value = getattr(config, name)
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
-      value = float(value)
-      object.__setattr__(config, name, value)
-    if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(type(v) is str for v in value):
-      object.__setattr__(config, name, tuple(value))
-    elif type(value) not in allowed:
-      raise UserError(f"{section}.{name}={value!r} must be {_describe(hint)}.")
-    elif type(value) is float and not math.isfinite(value):
-      raise UserError(f"{section}.{name}={value!r} must be a finite number.")
-    elif type(value) is int and value >= 2**31:
-      raise UserError(f"{section}.{name}={value} must be below 2**31.")
-
-
-def _check_range(config: Any, section: str, *, least: int, names: str) -> None:
-  for name in names.split():
-    value = getattr(config, name)
-    if value is not None and value < least:
-      raise UserError(f"{section}.{name}={value} must be at least {least}.")
-
-
-def _describe(hint: Any) -> str:
-  words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
-  words[tuple[str, ...]] = "words separated by commas"
-  return " or ".join(words[t] for t in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)))
-
-
-def _nearest_divisors(n: int, wanted: int) -> str:
-  """The divisors of `n` next to `wanted`, nearest first, as text: "4 or 8"."""
-  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-  divisors = sorted({*small, *(n // d for d in small)}, key=lambda d: (abs(d - wanted), d))
-  return " or ".join(str(d) for d in divisors[:2])
-
-
-def near_matches(word: str, known: typing.Iterable[str]) -> str:
-  """Words the user may have meant, as the end of an error: " Did you mean a or b?", or "" where none is near."""
-  matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-  return f" Did you mean {' or '.join(matches)}?" if matches else ""
-
-
-# --- Changing settings ---
-
-
-def setting_names() -> list[str]:
-  """Every setting as `section.field`, in the order of declaration."""
-  return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-
-
-def settings(experiment: Experiment) -> dict[str, Any]:
-  """The experiment flattened: `section.field` -> value."""
-  return {name: getattr(getattr(experiment, name.split(".")[0]), name.split(".")[1]) for name in setting_names()}
-
-
-def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
-  """Returns the experiment with settings replaced, all at once, so that their order does not matter.
-
-  Args:
-    experiment: what to start from; it is not changed.
-    changes: `section.field` -> value of the declared type.
-
-  Raises:
-    UserError: for an unknown setting (with near matches), a wrong type or values that do not go together.
-  """
-  by_section: dict[str, dict[str, Any]] = {}
-  for name, value in changes.items():
-    if name not in setting_names():
-      last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
-      meant = f" Did you mean {' or '.join(last)}?" if last else near_matches(name, setting_names())
-      raise UserError(f"there is no setting {name!r}.{meant} All of them: --print-config")
-    section, field = name.split(".")
-    by_section.setdefault(section, {})[field] = value
-  sections = {s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()}
-  return dataclasses.replace(experiment, **sections)
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-  """Reads one `section.field=value` strictly by the field's declared type.
-
-  Raises:
-    UserError: if there is no "=", no such setting, or the value is not of the declared type.
-  """
-  name, equals, value = text.partition("=")
-  name, value = name.strip(), value.strip()
-  if not equals:
-    raise UserError(f"--set {text!r} has no '='. Write it as section.field=value, for example --set train.steps=500")
-  if name not in setting_names():
-    return name, value  # `change` names the near matches
-  section, field = name.split(".")
-  hint = typing.get_type_hints(SECTIONS[section])[field]
-  allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  if types.NoneType in allowed and value.lower() in ("none", "null"):
-    return name, None
-  try:
-    for kind in allowed:
-      if kind is bool:
-        return name, {"true": True, "false": False}[value.lower()]
-      if kind == tuple[str, ...]:
-        return name, tuple(word.strip() for word in value.split(",") if word.strip())
-      if kind in (int, float, str):
-        return name, kind(value)
-  except (ValueError, KeyError):
-    pass
-  raise UserError(f"{name}={value!r} must be {_describe(hint)}.")
-
-
-def format_value(value: Any) -> str:
-  """A setting's value as `parse_setting` reads it."""
-  if isinstance(value, tuple):
-    return ",".join(value)
-  return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def resolve(experiment: Experiment, vocab_size: int) -> Experiment:
@@ -394,66 +266,58 @@ def resolve(experiment: Experiment, vocab_size: int) -> Experiment:
       f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set model.vocab_size=none, "
       "which takes the tokenizer's"
     )
+  model = dataclasses.replace(experiment.model, vocab_size=given or vocab_size)
   decay_steps = experiment.optimizer.decay_steps or max(1, experiment.train.steps)
-  return change(experiment, {"model.vocab_size": given or vocab_size, "optimizer.decay_steps": decay_steps})
+  optimizer = dataclasses.replace(experiment.optimizer, decay_steps=decay_steps)
+  return dataclasses.replace(experiment, model=model, optimizer=optimizer)
 
 
-def differences(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:
-  """Identity settings in which two experiments differ: `section.field` -> (value in a, value in b)."""
-  first, second = settings(a), settings(b)
-  return {n: (v, second[n]) for n, v in first.items() if v != second[n] and not is_circumstance(n)}
+# --- Checks ---
 
 
-def is_circumstance(name: str) -> bool:
-  """Whether a setting may change when a run is resumed."""
-  return name in CIRCUMSTANCE or name.split(".")[0] in CIRCUMSTANCE
+def _check_types(config: Any, section: str) -> None:
+  """Raises unless each field holds a value of its declared type, whole numbers below 2**31; 1 becomes 1.0 for a float."""
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
+      value = float(value)
+      object.__setattr__(config, name, value)
+    if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(type(v) is str for v in value):
+      object.__setattr__(config, name, tuple(value))
+    elif type(value) not in allowed:
+      raise UserError(f"{section}.{name}={value!r} must be {describe_type(hint)}.")
+    elif type(value) is float and not math.isfinite(value):
+      raise UserError(f"{section}.{name}={value!r} must be a finite number.")
+    elif type(value) is int and value >= 2**31:
+      raise UserError(f"{section}.{name}={value} must be below 2**31.")
 
 
-# --- JSON ---
+def _check_range(config: Any, section: str, *, least: int, names: str) -> None:
+  for name in names.split():
+    value = getattr(config, name)
+    if value is not None and value < least:
+      raise UserError(f"{section}.{name}={value} must be at least {least}.")
 
 
-def to_json(experiment: Experiment) -> dict[str, Any]:
-  """The experiment as a dict that `json` can write; `expected` is documentation and stays behind."""
-  return {section: dataclasses.asdict(getattr(experiment, section)) for section in SECTIONS}
+def describe_type(hint: Any) -> str:
+  """A setting's declared type for a person: "a whole number or none"."""
+  words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+  words[tuple[str, ...]] = "words separated by commas"
+  return " or ".join(words[t] for t in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)))
 
 
-def from_json(value: Any) -> Experiment:
-  """Reads what `to_json` wrote. A field that an older file lacks counts as its default.
-
-  Raises:
-    UserError: for anything else than an experiment: an unknown section or field, a wrong type, a missing field.
-  """
-  if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
-    raise UserError("an experiment in JSON must be an object of sections, each an object of settings.")
-  sections = {}
-  for section, fields in value.items():
-    if section not in SECTIONS:
-      raise UserError(f"the experiment has an unknown section {section!r}.{near_matches(section, SECTIONS)}")
-    known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
-    for name in fields.keys() - known.keys():
-      raise UserError(f"the experiment has an unknown setting {section}.{name}.{near_matches(name, known)}")
-    for name, field in known.items():
-      if name not in fields and field.default is dataclasses.MISSING:
-        raise UserError(f"the experiment lacks the setting {section}.{name}.")
-    sections[section] = SECTIONS[section](**fields)
-  for section in SECTIONS.keys() - sections.keys():
-    if section != "mesh":
-      raise UserError(f"the experiment lacks the section {section!r}.")
-  return Experiment(**sections)
+def _nearest_divisors(n: int, wanted: int) -> str:
+  """The divisors of `n` next to `wanted`, nearest first, as text: "4 or 8"."""
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  divisors = sorted({*small, *(n // d for d in small)}, key=lambda d: (abs(d - wanted), d))
+  return " or ".join(str(d) for d in divisors[:2])
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    UserError: naming the file, if it is absent or not JSON.
-  """
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{path} does not exist.") from None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not readable as JSON: {error}") from None
+def near_matches(word: str, known: typing.Iterable[str]) -> str:
+  """Words the user may have meant, as the end of an error: " Did you mean a or b?", or "" where none is near."""
+  matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+  return f" Did you mean {' or '.join(matches)}?" if matches else ""
 
 
 # --- Experiment files ---

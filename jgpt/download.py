@@ -83,7 +83,8 @@ def _fetch_or_error(source: Source) -> bytes | Exception:
 def _fetch(source: Source) -> bytes:
   _require_https(source.url)
   opener = urllib.request.build_opener(_HttpsRedirects)
-  with opener.open(source.url, timeout=DOWNLOAD_SECONDS) as response:
+  # Longer than `download` waits, so that it always gives the same reason; it ends a thread that was left behind.
+  with opener.open(source.url, timeout=DOWNLOAD_SECONDS + 1) as response:
     content = response.read(source.num_bytes + 1)
   if len(content) != source.num_bytes:
     more = "more than " if len(content) > source.num_bytes else ""

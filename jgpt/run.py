@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jgpt import command, config
+from jgpt import command, config, settings
 from jgpt.config import Experiment, UserError
 from jgpt.params import count_params
 from jgpt.sources import expected_vocab_size
@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     )
   name = Path(args.experiment).stem
   base = config.load_experiment(args.experiment)
-  changes = dict(config.parse_setting(text) for text in args.set)
+  changes = dict(settings.parse_setting(text) for text in args.set)
   flags = {"train.steps": args.steps, "train.seed": args.seed, "train.log_every": args.log_every}
-  experiment = config.change(base, changes | {k: v for k, v in flags.items() if v is not None})
+  experiment = settings.change(base, changes | {k: v for k, v in flags.items() if v is not None})
   if args.print_config:
     print(format_config(name, experiment))
     return 0
@@ -85,7 +85,7 @@ def format_list() -> str:
 def format_config(name: str, experiment: Experiment) -> str:
   """Every setting as `--set` takes it."""
   lines = [f"# {name}: {_num_params(experiment):,} parameters"]
-  return "\n".join(lines + [f"{k}={config.format_value(v)}" for k, v in config.settings(experiment).items()])
+  return "\n".join(lines + [f"{k}={settings.format_value(v)}" for k, v in settings.settings(experiment).items()])
 
 
 def _num_params(experiment: Experiment) -> int:
@@ -101,9 +101,9 @@ def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path
   `runs/<name>`; with changed settings their names and values are added, so that a changed run has a folder of its own. A
   folder that holds another run all the same (the experiment's file was edited) is left alone, and a digest is added.
   """
-  before, now = config.settings(base), config.settings(experiment)
-  starts_anew = [n for n in now if not config.is_circumstance(n) or n == "train.steps"]
-  changed = [f"{n}={config.format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
+  before, now = settings.settings(base), settings.settings(experiment)
+  starts_anew = [n for n in now if not settings.is_circumstance(n) or n == "train.steps"]
+  changed = [f"{n}={settings.format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
   label = ",".join([name, *changed])
   plain = re.sub(r"[^\w.,=-]+", "-", label)[:120]
   if plain != label:  # what was replaced or cut must still tell two runs apart
@@ -120,7 +120,7 @@ def _holds(folder: Path, experiment: Experiment) -> bool:
 
   recorded = checkpoint.read_run_files(folder)
   try:
-    return not config.differences(recorded.experiment, train.inherit(experiment, recorded))
+    return not settings.differences(recorded.experiment, train.inherit(experiment, recorded))
   except UserError:
     return False
 

@@ -69,7 +69,8 @@ class Text:
 
   def documents(self) -> list[str]:
     """The stripped lines that are not empty: one document each, in the order of the text."""
-    return [line.strip() for line in self.text.split("\n") if line.strip()]
+    lines = self.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def find_text(config: DataConfig, *, sha256: str | None = None) -> Text:
@@ -176,6 +177,6 @@ def cache_dir() -> Path:
 
 
 def make_private(folder: Path) -> None:
-  """Creates a folder that only its user can enter (0700); raises OSError where it cannot be."""
-  folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-  folder.chmod(0o700)
+  """Creates a folder that only its user can enter (0700); one that exists is left as it is. Raises OSError."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  folder.mkdir(exist_ok=True, mode=0o700)

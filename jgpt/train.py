@@ -25,13 +25,14 @@ import numpy as np
 
 import jgpt
 from jgpt import checkpoint, runtime, sharding
-from jgpt.config import Experiment, UserError, change, differences, is_circumstance, resolve, settings
+from jgpt.config import Experiment, UserError, resolve
 from jgpt.data import Batch, Corpus, Data, load_data
 from jgpt.generate import begin_texts, compile_texts
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
 from jgpt.optim import make_optimizer
 from jgpt.params import count_params
+from jgpt.settings import change, differences, is_circumstance, settings
 from jgpt.sources import find_text
 from jgpt.step import TrainState, evaluate, init_state, make_train_steps
 from jgpt.tokenizer import CharTokenizer

@@ -18,11 +18,12 @@ from reference import scalar_gpt
 
 import jgpt.data
 import jgpt.step
-from jgpt.config import Experiment, ModelConfig, OptimizerConfig, change, load_experiment, resolve
+from jgpt.config import Experiment, ModelConfig, OptimizerConfig, load_experiment, resolve
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.params import param_table
 from jgpt.runtime import step_options
+from jgpt.settings import change
 from jgpt.tokenizer import CharTokenizer
 
 # Short, ordinary, and around the context of 16: 15 letters is the longest name whose closing BOS is still predicted, 16

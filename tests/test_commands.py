@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jgpt import command, run, sample
-from jgpt.config import UserError, load_experiment, settings
+from jgpt.config import UserError, load_experiment
+from jgpt.settings import settings
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
 LINE = re.compile(r"step +(\d+)/40 \| loss \d\.\d{4} \| grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$")
@@ -294,6 +295,7 @@ def test_a_terminal_shows_a_bar_and_a_name_on_each_line(folder):
   assert "training" in plain and "/40" in plain
 
 
+@pytest.mark.slow
 def test_bench_names_prints_its_table(capsys):
   from jgpt import bench
 

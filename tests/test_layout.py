@@ -18,7 +18,7 @@ MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init_
 # A module may import from the rows above its own, never from its own row or below.
 ORDER = [
   ["config"],
-  ["params"],
+  ["params", "settings"],
   ["sources", "keys", "runtime"],
   ["download", "tokenizer"],
   ["data", "attention", "optim", "sharding"],
@@ -31,7 +31,7 @@ ORDER = [
 ]
 # Imported inside a function, against the order: what is found by a download is handed down to `sources`.
 EXCEPTIONS = {("sources", "download"), ("runtime", "sources")}
-PURE = ["config", "params", "tokenizer", "model", "attention", "optim", "step", "sharding", "generate", "keys"]
+PURE = ["config", "settings", "params", "tokenizer", "model", "attention", "optim", "step", "sharding", "generate", "keys"]
 
 
 def imports(path: Path) -> set[str]:
@@ -88,10 +88,10 @@ def test_each_parameters_shape_stands_in_one_place():
 
 
 def test_no_file_and_no_function_outgrows_its_reader():
-  """A file over 400 lines or a function over 60 wants splitting by noun (docstrings and signatures count)."""
+  """A file over 400 lines, or a function with over 60 of code, wants splitting by noun."""
   for module, path in MODULES.items():
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 480, f"{module} has {text.count(chr(10))} lines"
+    assert text.count("\n") <= 400, f"{module} has {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):
       if isinstance(node, ast.FunctionDef):
         lines = node.end_lineno - node.lineno + 1

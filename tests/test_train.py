@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jgpt import checkpoint, sharding, train
-from jgpt.config import UserError, change, load_experiment, settings
+from jgpt.config import UserError, load_experiment
 from jgpt.metrics import read_jsonl
+from jgpt.settings import change, settings
 
 CHANGES = {"train.steps": 60, "train.log_every": 20, "data.heldout_fraction": 0.1}
 

@@ -1,0 +1,152 @@
+"""Settings by name: changing them, writing and reading them, and telling two runs apart.
+
+Responsible for `section.field=value` as a command takes it, for an experiment as JSON, and for which settings are a run's
+identity. Not responsible for which settings there are, or which values go together (`config.py`). Imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from jgpt.config import (
+  DataConfig,
+  Experiment,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  TrainConfig,
+  UserError,
+  describe_type,
+  near_matches,
+)
+
+SECTIONS = {
+  "model": ModelConfig,
+  "data": DataConfig,
+  "optimizer": OptimizerConfig,
+  "train": TrainConfig,
+  "sample": SampleConfig,
+  "mesh": MeshConfig,
+}
+# Settings that do not change what is learned: they may differ when a run is resumed. Everything else is a run's identity.
+CIRCUMSTANCE = frozenset({"mesh", "sample", "train.steps", "train.micro_batch_size", "train.log_every", "train.save_every"})
+
+
+# --- By name ---
+
+
+def setting_names() -> list[str]:
+  """Every setting as `section.field`, in the order of declaration."""
+  return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+
+
+def settings(experiment: Experiment) -> dict[str, Any]:
+  """The experiment flattened: `section.field` -> value."""
+  return {name: getattr(getattr(experiment, name.split(".")[0]), name.split(".")[1]) for name in setting_names()}
+
+
+def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
+  """Returns the experiment with settings replaced, all at once, so that their order does not matter.
+
+  Args:
+    experiment: what to start from; it is not changed.
+    changes: `section.field` -> value of the declared type.
+
+  Raises:
+    UserError: for an unknown setting (with near matches), a wrong type or values that do not go together.
+  """
+  by_section: dict[str, dict[str, Any]] = {}
+  for name, value in changes.items():
+    if name not in setting_names():
+      last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
+      meant = f" Did you mean {' or '.join(last)}?" if last else near_matches(name, setting_names())
+      raise UserError(f"there is no setting {name!r}.{meant} All of them: --print-config")
+    section, field = name.split(".")
+    by_section.setdefault(section, {})[field] = value
+  sections = {s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()}
+  return dataclasses.replace(experiment, **sections)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+  """Reads one `section.field=value` strictly by the field's declared type.
+
+  Raises:
+    UserError: if there is no "=", no such setting, or the value is not of the declared type.
+  """
+  name, equals, value = text.partition("=")
+  name, value = name.strip(), value.strip()
+  if not equals:
+    raise UserError(f"--set {text!r} has no '='. Write it as section.field=value, for example --set train.steps=500")
+  if name not in setting_names():
+    return name, value  # `change` names the near matches
+  section, field = name.split(".")
+  hint = typing.get_type_hints(SECTIONS[section])[field]
+  allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  if types.NoneType in allowed and value.lower() in ("none", "null"):
+    return name, None
+  try:
+    for kind in allowed:
+      if kind is bool:
+        return name, {"true": True, "false": False}[value.lower()]
+      if kind == tuple[str, ...]:
+        return name, tuple(word.strip() for word in value.split(",") if word.strip())
+      if kind in (int, float, str):
+        return name, kind(value)
+  except (ValueError, KeyError):
+    pass
+  raise UserError(f"{name}={value!r} must be {describe_type(hint)}.")
+
+
+def format_value(value: Any) -> str:
+  """A setting's value as `parse_setting` reads it."""
+  if isinstance(value, tuple):
+    return ",".join(value)
+  return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def differences(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:
+  """Identity settings in which two experiments differ: `section.field` -> (value in a, value in b)."""
+  first, second = settings(a), settings(b)
+  return {n: (v, second[n]) for n, v in first.items() if v != second[n] and not is_circumstance(n)}
+
+
+def is_circumstance(name: str) -> bool:
+  """Whether a setting may change when a run is resumed."""
+  return name in CIRCUMSTANCE or name.split(".")[0] in CIRCUMSTANCE
+
+
+# --- JSON ---
+
+
+def to_json(experiment: Experiment) -> dict[str, Any]:
+  """The experiment as a dict that `json` can write; `expected` is documentation and stays behind."""
+  return {section: dataclasses.asdict(getattr(experiment, section)) for section in SECTIONS}
+
+
+def from_json(value: Any) -> Experiment:
+  """Reads what `to_json` wrote. A field that an older file lacks counts as its default.
+
+  Raises:
+    UserError: for anything else than an experiment: an unknown section or field, a wrong type, a missing field.
+  """
+  if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+    raise UserError("an experiment in JSON must be an object of sections, each an object of settings.")
+  sections = {}
+  for section, fields in value.items():
+    if section not in SECTIONS:
+      raise UserError(f"the experiment has an unknown section {section!r}.{near_matches(section, SECTIONS)}")
+    known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
+    for name in fields.keys() - known.keys():
+      raise UserError(f"the experiment has an unknown setting {section}.{name}.{near_matches(name, known)}")
+    for name, field in known.items():
+      if name not in fields and field.default is dataclasses.MISSING:
+        raise UserError(f"the experiment lacks the setting {section}.{name}.")
+    sections[section] = SECTIONS[section](**fields)
+  for section in SECTIONS.keys() - sections.keys():
+    if section != "mesh":
+      raise UserError(f"the experiment lacks the section {section!r}.")
+  return Experiment(**sections)

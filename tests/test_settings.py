@@ -1,0 +1,392 @@
+"""Settings: what is refused and how the refusal helps, round trips, and a run's identity."""
+
+import dataclasses
+import json
+import re
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from jgpt import config, settings
+from jgpt.config import UserError
+
+NAMES = config.load_experiment("names")
+
+# For each setting another value than that of `names`, valid by itself, and whether a resumed run may differ in it.
+OTHER_VALUES = {
+  "model.vocab_size": (40, False),
+  "model.vocab_multiple": (8, False),
+  "model.max_seq_len": (32, False),
+  "model.num_layers": (2, False),
+  "model.num_heads": (2, False),
+  "model.d_model": (32, False),
+  "model.d_ff": (128, False),
+  "model.init_std": (0.02, False),
+  "data.source": ("poems", False),
+  "data.path": ("words of mine.txt", False),
+  "data.seq_len": (8, False),
+  "data.batch_size": (4, False),
+  "data.heldout_fraction": (0.5, False),
+  "data.num_batches": (1, False),
+  "optimizer.peak_lr": (3e-4, False),
+  "optimizer.decay_steps": (500, False),
+  "optimizer.b1": (0.9, False),
+  "optimizer.b2": (0.95, False),
+  "optimizer.eps": (1e-10, False),
+  "optimizer.weight_decay": (0.1, False),
+  "optimizer.decay_kinds": (("matrix", "head"), False),
+  "optimizer.clip_norm": (1.0, False),
+  "train.steps": (2000, True),
+  "train.seed": (1, False),
+  "train.micro_batch_size": (1, True),
+  "train.log_every": (10, True),
+  "train.save_every": (50, True),
+  "sample.num": (3, True),
+  "sample.temperature": (0.0, True),
+  "sample.top_k": (5, True),
+  "sample.top_p": (0.9, True),
+  "sample.max_tokens": (4, True),
+  "mesh.data": (None, True),
+}
+
+
+def set_(*texts, base=NAMES):
+  """What `--set` does with each of the texts, together."""
+  return settings.change(base, dict(settings.parse_setting(text) for text in texts))
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize(
+  ("text", "meant"),
+  [
+    ("train.step=5", "train.steps"),
+    ("optimizer.learning_rate=1", "optimizer.peak_lr"),
+    ("batch_size=4", "data.batch_size"),
+    ("optimizer.seed=4", "train.seed"),  # the right field in another section
+    ("model.n_heads=4", "model.num_heads"),
+  ],
+)
+def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
+  with pytest.raises(UserError, match=rf"no setting '{text.partition('=')[0]}'\. Did you mean .*{meant}\b"):
+    set_(text)
+
+
+@pytest.mark.parametrize(
+  ("text", "need"),
+  [
+    ("train.steps=ten", "a whole number"),
+    ("train.steps=1.5", "a whole number"),
+    ("train.steps=none", "a whole number"),
+    ("train.steps=", "a whole number"),
+    ("train.steps=1e3", "a whole number"),
+    ("data.num_batches=few", "a whole number or none"),
+    ("optimizer.peak_lr=fast", "a number"),
+    ("optimizer.peak_lr=none", "a number"),
+    ("optimizer.peak_lr=nan", "finite"),
+    ("optimizer.clip_norm=inf", "finite"),
+    ("sample.temperature=-inf", "finite"),
+    ("train.steps=-1", "at least 0"),
+    ("data.batch_size=0", "at least 1"),
+    ("train.seed=2147483648", r"below 2\*\*31"),
+    ("model.d_ff=2147483648", r"below 2\*\*31"),
+    ("optimizer.b1=1", "below 1"),
+    ("data.heldout_fraction=1", "below 1"),
+    ("sample.top_p=1.5", "from 0 to 1"),
+    ("optimizer.decay_kinds=matrix,weight", "embedding, matrix, head, gain, bias"),
+    ("train.steps", "no '='"),
+  ],
+)
+def test_wrong_value_is_refused_with_the_setting_and_what_it_needs(text, need):
+  with pytest.raises(UserError, match=need) as refusal:
+    set_(text)
+  assert text.partition("=")[0] in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("train.steps", True),
+    ("train.steps", 5.0),
+    ("train.steps", "5"),
+    ("model.vocab_size", [27]),
+    ("optimizer.peak_lr", "0.1"),
+    ("optimizer.peak_lr", False),
+    ("optimizer.peak_lr", 10**400),  # a whole number that no float can hold
+    ("optimizer.decay_kinds", "matrix"),
+    ("optimizer.decay_kinds", [1]),
+    ("data.source", None),
+    ("data.path", 7),
+  ],
+)
+def test_values_from_python_and_json_are_not_converted_to_the_declared_type(name, value):
+  with pytest.raises(UserError, match=rf"{name}=.* must be"):
+    settings.change(NAMES, {name: value})
+
+
+def test_code_as_a_value_is_text_and_never_executed(tmp_path):
+  """Neither a number's parser nor a text's evaluates anything: the file that the code would make is not there."""
+  marker = tmp_path / "executed"
+  code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+  for name in settings.setting_names():
+    try:
+      changed = set_(f"{name}={code}")
+    except UserError:
+      continue
+    assert settings.settings(changed)[name] == code  # a field for text takes it as it is
+    assert name in ("data.source", "data.path")
+  assert not marker.exists()
+
+
+# --- Settings that must go together ---
+
+
+def follow_advice(*texts):
+  """Adds the settings that each refusal advises until nothing is refused; returns what was added."""
+  added = []
+  for _ in range(3):
+    try:
+      set_(*texts, *added)
+    except UserError as refusal:
+      added += re.findall(r"Try --set (\S+=\w+)", str(refusal))
+  set_(*texts, *added)
+  return added
+
+
+@pytest.mark.parametrize(
+  ("texts", "advice"),
+  [
+    (["model.num_heads=3"], ["model.num_heads=2"]),
+    (["model.num_heads=5", "model.d_model=24"], ["model.num_heads=4"]),
+    (["model.num_heads=100"], ["model.num_heads=16"]),
+    # Large primes: looking for divisors must not take long.
+    (["model.d_model=2147483647", "model.num_heads=2147483629"], ["model.num_heads=2147483647"]),
+    (["data.seq_len=17"], ["data.seq_len=16"]),
+    (["model.max_seq_len=15"], ["data.seq_len=15"]),
+    (["data.batch_size=6", "train.micro_batch_size=4"], ["train.micro_batch_size=3"]),
+    (["data.batch_size=4", "train.micro_batch_size=8"], ["train.micro_batch_size=4"]),
+    (["data.batch_size=6", "mesh.data=4"], ["mesh.data=1"]),
+    (["data.batch_size=8", "train.micro_batch_size=2", "mesh.data=4"], ["mesh.data=1"]),
+    (["data.batch_size=6", "train.micro_batch_size=4", "mesh.data=5"], ["train.micro_batch_size=3", "mesh.data=1"]),
+  ],
+)
+def test_values_that_do_not_go_together_are_refused_and_the_advice_mends_them(texts, advice):
+  """The value advised is the nearest that would do; one correction for each thing that is wrong ends in valid settings."""
+  began = time.perf_counter()
+  assert follow_advice(*texts) == advice
+  assert time.perf_counter() - began < 5
+
+
+def test_changes_are_made_at_once_so_their_order_does_not_matter():
+  """What is wrong beside the old value is right beside the new one, within a section and across two."""
+  pairs = [("model.num_heads=3", "model.d_model=24"), ("data.seq_len=64", "model.max_seq_len=64")]
+  for a, b in pairs:
+    with pytest.raises(UserError):
+      set_(a)
+    assert set_(a, b) == set_(b, a)
+  assert set_(*pairs[0]).model.head_dim == 8
+
+
+def test_change_leaves_the_original_as_it_was():
+  before = settings.to_json(NAMES)
+  changed = settings.change(NAMES, {"train.steps": 7})
+  assert changed.train.steps == 7
+  assert settings.to_json(NAMES) == before
+
+
+# --- Round trips ---
+
+
+@st.composite
+def experiments(draw):
+  """Any valid experiment."""
+
+  def count(most=2**31 - 1):
+    return draw(st.integers(1, most))
+
+  def number(least=0.0, most=None, exclude_max=False):
+    return draw(st.floats(least, most, allow_nan=False, allow_infinity=False, exclude_max=exclude_max))
+
+  def maybe(value):
+    return value if draw(st.booleans()) else None
+
+  # What --set can say: no spaces around it, and "none" and "null" mean None.
+  text = st.text().map(str.strip).filter(lambda t: t.lower() not in ("none", "null"))
+  num_heads, mesh, micro, seq_len = count(64), maybe(count(4)), maybe(count(4)), count(2**30)
+  micro = micro and micro * (mesh or 1)
+  return config.Experiment(
+    model=config.ModelConfig(
+      vocab_size=maybe(count()),
+      vocab_multiple=count(),
+      max_seq_len=seq_len + draw(st.integers(0, 5)),
+      num_layers=count(),
+      num_heads=num_heads,
+      d_model=num_heads * count(1000),
+      d_ff=count(),
+      init_std=number(),
+    ),
+    data=config.DataConfig(
+      source=draw(text),
+      path=maybe(draw(text)),
+      seq_len=seq_len,
+      batch_size=(micro or mesh or 1) * count(1000),
+      heldout_fraction=number(0, 1, exclude_max=True),
+      num_batches=maybe(count()),
+    ),
+    optimizer=config.OptimizerConfig(
+      peak_lr=number(),
+      decay_steps=maybe(count()),
+      b1=number(0, 1, exclude_max=True),
+      b2=number(0, 1, exclude_max=True),
+      eps=number(),
+      weight_decay=number(),
+      decay_kinds=tuple(draw(st.lists(st.sampled_from(config.PARAM_KINDS), max_size=3))),
+      clip_norm=maybe(number()),
+    ),
+    train=config.TrainConfig(
+      steps=count() - 1,
+      seed=count() - 1,
+      micro_batch_size=micro,
+      log_every=count(),
+      save_every=maybe(count()),
+    ),
+    sample=config.SampleConfig(
+      num=count(), temperature=number(), top_k=maybe(count() - 1), top_p=number(0, 1), max_tokens=maybe(count())
+    ),
+    mesh=config.MeshConfig(data=mesh),
+  )
+
+
+@hypothesis_settings(deadline=None, max_examples=100)
+@given(experiments())
+def test_experiment_survives_json_and_set(experiment):
+  """Bitwise, floats included; equal experiments are also equal as static arguments of jit, which go by the hash."""
+  through_json = settings.from_json(json.loads(json.dumps(settings.to_json(experiment))))
+  texts = [f"{name}={settings.format_value(value)}" for name, value in settings.settings(experiment).items()]
+  through_set = set_(*texts, base=dataclasses.replace(NAMES, expected=()))
+  assert through_json == through_set == experiment
+  assert hash(through_json) == hash(through_set) == hash(experiment)
+
+
+def test_values_written_by_hand_are_read_as_meant():
+  changed = set_(
+    " optimizer.decay_kinds = matrix , head ", "data.path=a=b.txt", "optimizer.clip_norm=NONE", "optimizer.peak_lr=1"
+  )
+  assert changed.optimizer.decay_kinds == ("matrix", "head")
+  assert changed.data.path == "a=b.txt"
+  assert changed.optimizer.clip_norm is None
+  assert type(changed.optimizer.peak_lr) is float
+  assert set_("optimizer.decay_kinds=", base=changed).optimizer.decay_kinds == ()
+
+
+def test_optional_fields_that_an_older_file_lacks_count_as_their_defaults():
+  value = settings.to_json(settings.change(NAMES, {"optimizer.clip_norm": 2.0, "mesh.data": 1}))
+  del value["optimizer"]["clip_norm"], value["train"]["seed"], value["mesh"]
+  read = settings.from_json(value)
+  assert read.optimizer.clip_norm is None
+  assert read.train.seed == 0
+  assert read.mesh == config.MeshConfig(data=None)
+
+
+def replaced(section, field=None, value=None):
+  """The JSON of `names` with one thing put in, or taken out where the value is `...`."""
+  top = settings.to_json(NAMES)
+  inside, key = (top, section) if field is None else (top[section], field)
+  if value is ...:
+    del inside[key]
+  else:
+    inside[key] = value
+  return top
+
+
+@pytest.mark.parametrize(
+  ("value", "complaint"),
+  [
+    (None, "must be an object"),
+    ([], "must be an object"),
+    ("names", "must be an object"),
+    ({"model": 3}, "must be an object"),
+    ({}, "lacks the section"),
+    (replaced("modle", value={}), "unknown section 'modle'. Did you mean model"),
+    (replaced("model", "d_modle", 16), r"unknown setting model.d_modle. Did you mean d_model"),
+    (replaced("model", "d_model", ...), "lacks the setting model.d_model"),
+    (replaced("train", value=...), "lacks the section 'train'"),
+    (replaced("train", "steps", "1000"), "train.steps='1000' must be a whole number"),
+    (replaced("model", "num_heads", 3), "must be a multiple"),
+    (replaced("data", "seq_len", 99), "max_seq_len=16"),
+  ],
+)
+def test_json_that_is_no_experiment_is_refused(value, complaint):
+  with pytest.raises(UserError, match=complaint):
+    settings.from_json(value)
+
+
+ANY_NUMBER = st.one_of(st.integers(), st.integers(2**30, 2**70), st.floats(), st.just(10**400))
+ANY_JSON = st.recursive(
+  st.one_of(st.none(), st.booleans(), ANY_NUMBER, st.text()),
+  lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+  max_leaves=5,
+)
+
+
+@hypothesis_settings(deadline=None, max_examples=200)
+@given(st.one_of(ANY_JSON, st.dictionaries(st.sampled_from([*settings.SECTIONS, "other"]), ANY_JSON)))
+def test_any_json_is_an_experiment_or_a_user_error(value):
+  with pytest.raises(UserError):  # nothing drawn here has every field that is needed
+    settings.from_json(value)
+
+
+@hypothesis_settings(deadline=10_000, max_examples=300)
+@given(st.dictionaries(st.sampled_from(settings.setting_names()), ANY_JSON, min_size=1, max_size=4))
+@example({"model.d_model": 2**61 - 1, "model.num_heads": 2**60})
+def test_an_experiments_json_with_any_values_is_an_experiment_or_a_user_error(values):
+  """What is accepted is valid: it survives JSON. The deadline catches checks whose cost grows with a value."""
+  value = settings.to_json(NAMES)
+  for name, field_value in values.items():
+    section, field = name.split(".")
+    value[section][field] = field_value
+  try:
+    read = settings.from_json(value)
+  except UserError as error:
+    assert any(section in str(error) for section in settings.SECTIONS)
+  else:
+    assert settings.from_json(settings.to_json(read)) == read
+
+
+@hypothesis_settings(deadline=10_000, max_examples=300)
+@given(
+  st.one_of(
+    st.text(),
+    st.builds(
+      "{}={}".format,
+      st.one_of(st.sampled_from(settings.setting_names()), st.text()),
+      st.one_of(ANY_NUMBER, st.text(), st.sampled_from(["none", "true", "1_0", "٣", "0x10", "1e999", "1" * 5000])),
+    ),
+  )
+)
+def test_any_text_is_a_setting_or_a_user_error(text):
+  """What is accepted can be printed and set again (`--print-config` says what to give to `--set`)."""
+  try:
+    name, value = settings.parse_setting(text)
+    changed = settings.change(NAMES, {name: value})
+  except UserError:
+    return
+  assert set_(f"{name}={settings.format_value(value)}") == changed
+
+
+# --- Identity and circumstance ---
+
+
+def test_every_setting_is_either_identity_or_circumstance():
+  """A run is refused on resume for exactly those settings that change what is learned, with both values."""
+  assert list(OTHER_VALUES) == settings.setting_names()
+  base = settings.change(NAMES, {"data.batch_size": 8})
+  for name, (value, may_change) in OTHER_VALUES.items():
+    changed = settings.change(base, {name: value})
+    expected = {} if may_change else {name: (settings.settings(base)[name], value)}
+    assert settings.differences(base, changed) == expected
+    assert settings.is_circumstance(name) == may_change
