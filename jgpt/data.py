@@ -136,10 +136,10 @@ def in_heldout(document: str, fraction: float) -> bool:
 
 def make_corpus(documents: list[str], tokenizer: CharTokenizer, seq_len: int) -> Corpus:
   """Tokenizes documents into rows of `seq_len` + 1 ids (NumPy arrays)."""
-  tokens = np.full((len(documents), seq_len + 1), tokenizer.bos_id, np.int32)
-  lengths = np.zeros(len(documents), np.int32)
-  for row, document in enumerate(documents):
-    ids = tokenizer.document(document[:seq_len])[: seq_len + 1]  # cut before encoding: a line may be huge
-    tokens[row, : len(ids)] = ids
-    lengths[row] = len(ids) - 1
-  return Corpus(tokens, lengths)
+  width = seq_len + 1
+  texts = [document[:seq_len] for document in documents]
+  counts = np.fromiter(map(len, texts), np.int32, len(texts))
+  tokens = np.full((len(documents), width), tokenizer.bos_id, np.int32)
+  is_text = (np.arange(width) >= 1) & (np.arange(width) <= counts[:, None])  # after BOS; the closing BOS stands already
+  tokens[is_text] = tokenizer.encode("".join(texts))
+  return Corpus(tokens, np.minimum(np.fromiter(map(len, documents), np.int32, len(documents)) + 1, seq_len))

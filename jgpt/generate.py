@@ -18,32 +18,37 @@ from jgpt.tokenizer import CharTokenizer
 
 
 def draw(
-  logits_V: jax.Array, key: jax.Array, temperature: jax.Array, top_k: int | None = None, top_p: float = 1.0
+  logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_k: int | None = None, top_p: float = 1.0
 ) -> jax.Array:
-  """Draws one token from softmax(logits / temperature), by the Gumbel-max trick.
+  """Draws one token for each row from softmax(logits / temperature), by the Gumbel-max trick.
+
+  A row's token depends on the key, its logits and its number: fewer rows are the first of more.
 
   Args:
-    logits_V: floating point [V]; -inf is never drawn.
+    logits_BV: floating point [B, V]; -inf is never drawn.
     key: consumed.
     temperature: scalar >= 0; 0 takes the largest logit.
-    top_k: keep only the k largest logits (and those equal to the k-th); None or 0 keeps all.
-    top_p: then keep the fewest tokens that hold at least this share of the probability, at least one; 1 keeps all.
+    top_k: keep only the k largest logits of a row (and those equal to the k-th); None or 0 keeps all.
+    top_p: then keep the fewest tokens that hold at least this share of the probability, at least one (and those equal to
+      the least of them); 1 keeps all.
 
   Returns:
-    int32 scalar.
+    int32 [B].
 
   Source: Gumbel 1954; Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p).
   """
   if top_k:
-    kth = jnp.sort(logits_V)[-min(top_k, logits_V.shape[0])]
-    logits_V = jnp.where(logits_V >= kth, logits_V, -jnp.inf)
+    kth_B1 = jnp.sort(logits_BV)[:, -min(top_k, logits_BV.shape[1]), None]
+    logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
   if top_p < 1:
-    order_V = jnp.argsort(-logits_V)
-    sorted_V = jax.nn.softmax(logits_V[order_V] / jnp.maximum(temperature, 1e-6))
-    kept_V = (jnp.cumsum(sorted_V) - sorted_V < top_p).at[0].set(True)  # what stands before it is not yet enough
-    logits_V = jnp.where(jnp.zeros_like(kept_V).at[order_V].set(kept_V), logits_V, -jnp.inf)
+    sorted_BV = jnp.sort(logits_BV, descending=True)
+    p_BV = jax.nn.softmax(sorted_BV / jnp.maximum(temperature, 1e-6))
+    kept_BV = (jnp.cumsum(p_BV, axis=1) - p_BV < top_p).at[:, 0].set(True)  # what stands before is not yet enough
+    least_B1 = jnp.min(sorted_BV, axis=1, keepdims=True, where=kept_BV, initial=jnp.inf)
+    logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
   # logits / temperature + gumbel has its maximum where logits + temperature * gumbel has: 0 needs no case of its own.
-  return jnp.argmax(logits_V + temperature * jax.random.gumbel(key, logits_V.shape, logits_V.dtype)).astype(jnp.int32)
+  gumbel_BV = jax.random.gumbel(key, logits_BV.shape, logits_BV.dtype)
+  return jnp.argmax(logits_BV + temperature * gumbel_BV, axis=1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("config", "num", "max_tokens", "stop_id", "top_k", "top_p", "past_context"))
@@ -87,7 +92,6 @@ def generate(
   """
   S = config.max_seq_len
   fill = 0 if stop_id is None else stop_id
-  keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num))
   text_BT = jnp.full((num, prompt_P.shape[0] + max_tokens), fill, jnp.int32).at[:, : prompt_P.shape[0]].set(prompt_P)
   if prompt_P.shape[0] == 1:
     cache = init_cache(num, config, params["tok_embed"].dtype)
@@ -96,8 +100,7 @@ def generate(
 
   def extend(text_BT: jax.Array, done_B: jax.Array, n: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws the n-th token of each text that is not done."""
-    draw_one = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    new_B = jax.vmap(draw_one)(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, n - prompt_len))
+    new_B = draw(logits_BV, jax.random.fold_in(key, n - prompt_len), temperature, top_k, top_p)
     new_B = jnp.where(done_B, fill, new_B)
     done_B = done_B if stop_id is None else done_B | (new_B == stop_id)
     return text_BT.at[:, n].set(new_B), done_B

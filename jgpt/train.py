@@ -163,10 +163,10 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
     state, run_steps, corpus = compile_steps(plan, manager)
     state, losses = _loop(plan, state, partial(run_steps, corpus), manager, writers, stop, sample_at)
     if manager is not None:
-      checkpoint.save(manager, state)
+      checkpoint.save(manager, state)  # goes on in the background during the evaluation
+    heldout_loss, heldout_tokens = (None, 0) if stop else evaluate_heldout(state.params, plan)
   if workdir is not None:  # the losses of earlier starts too
     losses = [row["train/loss"] for row in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in row]
-  heldout_loss, heldout_tokens = (None, 0) if stop else evaluate_heldout(state.params, plan)
   losses = np.asarray(losses, np.float32)
   return Result(state, losses, heldout_loss, heldout_tokens, plan.data.tokenizer, experiment, stop[0] if stop else None)
 

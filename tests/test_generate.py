@@ -24,8 +24,8 @@ def params():
 
 def draw_many(logits, num, *, temperature=1.0, top_k=None, top_p=1.0, seed=0):
   """Counts of each token in `num` draws."""
-  keys = jax.random.split(jax.random.key(seed), num)
-  tokens = jax.jit(jax.vmap(partial(draw, logits, temperature=temperature, top_k=top_k, top_p=top_p)))(keys)
+  rows = jnp.broadcast_to(logits, (num, len(logits)))
+  tokens = jax.jit(partial(draw, top_k=top_k, top_p=top_p))(rows, jax.random.key(seed), temperature)
   return np.bincount(np.asarray(tokens), minlength=len(logits))
 
 
