@@ -180,6 +180,7 @@ def restore(manager: Manager, step: int, shapes: TrainState) -> TrainState:
   Raises:
     UserError: if the files are damaged or hold something else.
   """
+  _refuse_other_params(manager.directory / str(step), shapes.params)
   targets = {"params": shapes.params, "train_state": {"step": shapes.step, "opt_state": shapes.opt_state}}
   args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
   with _explained(manager.directory / str(step)):
@@ -228,9 +229,29 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
   shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   path = (workdir / "checkpoints" / str(step)).resolve()
+  _refuse_other_params(path, target)
   with _explained(path), ocp.StandardCheckpointer() as reader:
     params = reader.restore(path / "params", target)
   return Run(params, files.tokenizer, files.experiment, step, workdir)
+
+
+def _refuse_other_params(path: Path, target: dict) -> None:
+  """Raises `UserError` where the parameters on disk are not the target's in name, shape and dtype; reads no array.
+
+  Orbax would cast another dtype silently, and would leave reads behind when a shape differs.
+  """
+
+  def describe(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+  with _explained(path):
+    there = describe(ocp.StandardCheckpointHandler().metadata(path / "params").tree)
+  wanted = describe(target)
+  for name in sorted(there.keys() | wanted.keys()):
+    if there.get(name) != wanted.get(name):
+      got, need = there.get(name, "nothing"), wanted.get(name, "nothing")
+      raise UserError(f"cannot read the checkpoint {path}: {name} is {got} there, and {need} by the run's experiment.json.")
 
 
 @contextlib.contextmanager
