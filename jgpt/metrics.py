@@ -187,7 +187,7 @@ def draw_curve(losses: Sequence[float], *, first_step: int = 1, width: int = 64,
 
 def format_samples(texts: list[str], known: set[str]) -> str:
   """Samples in columns, those that stand in the training list marked with *."""
-  cells = [f"{text}{'*' if text in known else ''}" for text in texts]
+  cells = [f"{text or '(empty)'}{'*' if text in known else ''}" for text in texts]
   width = max(len(c) for c in cells) + 2
   columns = max(1, min(5, 76 // width))
   rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
