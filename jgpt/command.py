@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from jgpt.config import UserError
 
@@ -37,6 +39,17 @@ def guard(main: Callable[[], int]) -> int:
       raise
     print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 1
+
+
+def python_word() -> str:
+  """How to call the Python that is running: "python" where that is it, else its path, relative where it is below."""
+  found = shutil.which("python")
+  if found and os.path.abspath(found) == os.path.abspath(sys.executable):
+    return "python"
+  try:
+    return str(Path(sys.executable).relative_to(Path.cwd()))
+  except ValueError:
+    return sys.executable or "python"
 
 
 def main() -> int:

@@ -53,7 +53,8 @@ def download(source: Source) -> bytes:
   with contextlib.suppress(OSError):
     make_private(cache_dir())
     failed.touch()
-  reason = str(getattr(fetched, "reason", None) or fetched)[:200]
+  cause = getattr(fetched, "reason", None) or fetched  # urllib wraps what the system said
+  reason = str(getattr(cause, "strerror", None) or cause)[:200]
   printable = "".join(c if c.isprintable() else " " for c in reason).strip()  # a server may have chosen the words
   raise DownloadError(f"no download of {source.filename} ({printable})")
 

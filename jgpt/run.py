@@ -247,7 +247,14 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float, a
 def command_line(args: argparse.Namespace) -> str:
   """The command that was given, without its run folder and the settings that the suggestions at the end replace."""
   kept = [s for s in args.set if not s.startswith(("data.path=", "train.steps="))]
-  words = ["python", "-m", "jgpt.run", "--experiment", args.experiment, *(w for s in kept for w in ("--set", s))]
+  words = [
+    command.python_word(),
+    "-m",
+    "jgpt.run",
+    "--experiment",
+    args.experiment,
+    *(w for s in kept for w in ("--set", s)),
+  ]
   return shlex.join(words)
 
 

@@ -69,10 +69,22 @@ def test_the_suggested_commands_work(folder, capsys):
   (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
   _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
   commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
-  assert len(commands) == 3 and all(c[:2] == ["python", "-m"] for c in commands)
+  assert len(commands) == 3 and all(c[1] == "-m" for c in commands)
   status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
   assert status == 0 and len(texts.splitlines()) == 2
   assert run.main([*commands[2][3:], "--steps", "5"]) == 0
+
+
+def test_suggestions_call_the_python_that_is_running(tmp_path, monkeypatch):
+  """In a clone whose environment is not activated, `python` would be another one, without jgpt."""
+  monkeypatch.chdir(tmp_path)
+  ours = str(tmp_path / ".venv" / "bin" / "python")
+  monkeypatch.setattr(sys, "executable", ours)
+  assert command.python_word() == str(Path(".venv", "bin", "python"))
+  monkeypatch.setattr(command.shutil, "which", lambda name: ours)
+  assert command.python_word() == "python"
+  monkeypatch.setattr(sys, "executable", os.path.abspath("/elsewhere/python"))
+  assert command.python_word() == sys.executable
 
 
 def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):
