@@ -85,9 +85,9 @@ def time_steps(name: str, rounds: int) -> list[Row]:
   import jax
   import jax.numpy as jnp
 
-  from jgpt import runtime, train
+  from jgpt import train
 
-  runtime.set_up()
+  jax.config.update("jax_enable_compilation_cache", False)  # so that "compile" means compiling
   programs, rows = {}, {}
   for batch_size in BATCH_SIZES:
     experiment = settings.change(config.load_experiment(name), {"data.batch_size": batch_size})

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jgpt import runtime
 from jgpt import settings as settings_lib
 from jgpt import tokenizer as tokenizer_lib
 from jgpt.config import Experiment, UserError
@@ -97,8 +99,10 @@ def read_run_files(workdir: Path) -> RunFiles:
 def append_env(workdir: Path, entry: dict[str, Any]) -> None:
   """Adds one start of the run to env.json."""
   path = workdir / "env.json"
-  starts = read_json(path) if path.exists() else []
-  write_json(path, [*starts, entry])
+  starts = []
+  with contextlib.suppress(UserError):  # absent, or damaged: it is a log, and begins anew
+    starts = read_json(path)
+  write_json(path, [*starts, entry] if isinstance(starts, list) else [entry])
 
 
 def read_json(path: Path) -> Any:
@@ -166,7 +170,11 @@ def latest_step(workdir: Path) -> int | None:
 def list_steps(workdir: Path) -> list[int]:
   """The saved steps of a run folder, ascending; orbax gives a step's folder its number when it is complete."""
   folder = workdir / "checkpoints"
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+  return (
+    sorted(int(p.name) for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and p.is_dir())
+    if folder.is_dir()
+    else []
+  )
 
 
 def restore(manager: Manager, step: int, shapes: TrainState) -> TrainState:
@@ -225,7 +233,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
   if step is not None and step not in steps:
     raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
   step = steps[-1] if step is None else step
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  place = jax.sharding.SingleDeviceSharding(runtime.devices()[0])
   shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   path = (workdir / "checkpoints" / str(step)).resolve()

@@ -5,11 +5,15 @@ Responsible for turning errors that a user can mend into one line and an exit st
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jgpt.config import UserError
@@ -22,22 +26,62 @@ VERBS = {
 
 
 def guard(main: Callable[[], int]) -> int:
-  """Calls a command's `main` and returns its exit status: 2 for a user's error, 130 for Ctrl-C, without a stack trace."""
+  """Calls a command's `main` and returns its exit status: 2 for a user's error, without a stack trace.
+
+  Ctrl-C ends the process at once with status 130, whatever is being imported or compiled; while training, `train` takes the
+  first one and saves. Characters that the output's encoding lacks are replaced.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):
+      stream.reconfigure(errors="replace")
+  with _quit_on_ctrl_c():
+    return _call(main)
+
+
+@contextlib.contextmanager
+def _quit_on_ctrl_c() -> Iterator[None]:
+  """Replaces Python's own handler, whose KeyboardInterrupt gets lost in imports and in other people's callbacks."""
+  if (
+    threading.current_thread() is not threading.main_thread()
+    or signal.getsignal(signal.SIGINT) != signal.default_int_handler
+  ):
+    yield  # not ours to change, or told to ignore it
+    return
+
+  def quit_at_once(number: int, frame: object) -> None:
+    show_cursor = "\x1b[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""
+    with contextlib.suppress(OSError):
+      os.write(2, f"{show_cursor}\ninterrupted\n".encode())
+    os._exit(130)
+
+  signal.signal(signal.SIGINT, quit_at_once)
   try:
-    return main()
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _call(main: Callable[[], int]) -> int:
+  try:
+    status = main()
+    if sys.stdout is not None:
+      sys.stdout.flush()
+    return status
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("\ninterrupted", file=sys.stderr)
     return 130
-  except BrokenPipeError:  # the reader of our output left (`| head`); keep Python from complaining at exit
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
   except OSError as error:
-    if error.filename is None:
+    if error.filename is not None:
+      print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    elif error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):  # our output: its reader left (`| head`), or it is full
+      if error.errno != errno.EPIPE:
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep Python from complaining again at exit
+    else:
       raise
-    print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 1
 
 

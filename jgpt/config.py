@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import math
 import sys
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -109,7 +110,7 @@ class OptimizerConfig:
     b2: decay of the second moment.
     eps: added to the root of the second moment (outside the root, as in torch and llm.c).
     weight_decay: decoupled decay, multiplied by the learning rate as in torch's AdamW.
-    decay_kinds: kinds of parameters that decay (see `PARAM_KINDS`).
+    decay_kinds: kinds of parameters that decay (see `PARAM_KINDS`); the default is nanoGPT's, all but gains and biases.
     clip_norm: the gradient's global norm is scaled down to this; None does not clip.
   """
 
@@ -119,13 +120,15 @@ class OptimizerConfig:
   b2: float
   eps: float
   weight_decay: float = 0.0
-  decay_kinds: tuple[str, ...] = ()
+  decay_kinds: tuple[str, ...] = ("embedding", "matrix", "head")
   clip_norm: float | None = None
 
   def __post_init__(self):
     _check_types(self, "optimizer")
     _check_range(self, "optimizer", least=1, names="decay_steps")
     _check_range(self, "optimizer", least=0, names="peak_lr eps weight_decay clip_norm")
+    if self.eps == 0:
+      raise UserError("optimizer.eps=0 would divide 0 by 0 where a gradient is 0; for example 1e-8.")
     if self.clip_norm == 0:
       raise UserError("optimizer.clip_norm=0 would scale every gradient to nothing; none turns clipping off.")
     for name in ("b1", "b2"):
@@ -183,6 +186,10 @@ class SampleConfig:
     _check_types(self, "sample")
     _check_range(self, "sample", least=0, names="temperature top_k")
     _check_range(self, "sample", least=1, names="num max_tokens")
+    if self.num > 1_000_000:
+      raise UserError(f"sample.num={self.num} must be at most 1,000,000: all are drawn at once.")
+    if self.temperature > 1e6:
+      raise UserError(f"sample.temperature={self.temperature} must be at most 1e6.")
     if not 0 <= self.top_p <= 1:
       raise UserError(f"sample.top_p={self.top_p} must be from 0 to 1; 1 draws among all tokens.")
 
@@ -233,7 +240,7 @@ class Experiment:
     if self.data.seq_len > self.model.max_seq_len:
       raise UserError(
         f"data.seq_len={self.data.seq_len} is longer than the model's model.max_seq_len={self.model.max_seq_len} "
-        f"positions. Try --set data.seq_len={self.model.max_seq_len}"
+        f"positions. Try --set data.seq_len={self.model.max_seq_len} or --set model.max_seq_len={self.data.seq_len}"
       )
     micro = self.train.micro_batch_size
     if micro and self.data.batch_size % micro:
@@ -359,7 +366,14 @@ def load_experiment_file(name: str) -> tuple[Experiment, str]:
     raise UserError(f"the experiment file {path} does not exist.")
   spec = importlib.util.spec_from_file_location(f"jgpt_experiment_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except UserError:
+    raise
+  except Exception as error:  # whatever the file does wrong is the user's to mend, at this line
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
+    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
+    raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
   experiment = getattr(module, "EXPERIMENT", None)
   if not isinstance(experiment, Experiment):
     raise UserError(f"{path} must define EXPERIMENT, a jgpt.config.Experiment.")

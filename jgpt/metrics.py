@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> list[dict]:
           row = json.loads(line)
         except ValueError:
           break
-        if not isinstance(row, dict) or "step" not in row:
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
           break
         rows.append(row)
   return rows
@@ -107,13 +107,16 @@ class ConsoleWriter:
     self._losses: list[np.ndarray] = []
     self._seconds = 0.0
     self._progress = None
-    if sys.stdout.isatty() if terminal is None else terminal:
+    if (sys.stdout is not None and sys.stdout.isatty()) if terminal is None else terminal:
       from rich import progress
 
-      columns = ("[progress.description]{task.description}", progress.BarColumn(), progress.MofNCompleteColumn())
+      columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+      )
       self._progress = progress.Progress(*columns, progress.TimeRemainingColumn(), transient=True)
       self._task = self._progress.add_task("training", total=steps, completed=start_step)
-      self._progress.start()
 
   @property
   def wants_samples(self) -> bool:
@@ -129,6 +132,7 @@ class ConsoleWriter:
     self._losses.append(chunk.metrics["train/loss"])
     self._seconds += chunk.seconds
     if self._progress:
+      self._progress.start()  # not before there is something to show, so that an error on the way leaves no bar behind
       self._progress.update(self._task, completed=chunk.step)
     if not self.is_line(chunk.step):
       return
@@ -161,15 +165,14 @@ def format_line(chunk: Chunk, steps: int, *, loss: float, steps_per_second: floa
   return " | ".join(parts if chunk.sample is None else [*parts, chunk.sample])
 
 
-def draw_curve(losses: Sequence[float], *, first_step: int = 1, width: int = 64, height: int = 12) -> str:
+def draw_curve(losses: Sequence[float], *, width: int = 64, height: int = 12) -> str:
   """Draws losses over steps as text.
 
   Args:
     losses: one per update, nats per token; averaged in equal groups, one for each column. A group that is not
       finite, or beyond what the plot can label, leaves its column empty.
-    first_step: the update that the first loss belongs to.
     width: columns.
-    height: rows.
+    height: rows; each label is the value at the middle of its row.
   """
   import uniplot  # 0.1 s that only the end of a run pays
 
@@ -177,12 +180,21 @@ def draw_curve(losses: Sequence[float], *, first_step: int = 1, width: int = 64,
   groups = [g for g in np.array_split(np.arange(len(losses)), width) if len(g) and (np.abs(losses[g]) < 1e12).all()]
   if not groups:
     return "no training loss is finite: there is no curve to draw"
-  steps = [first_step + float(g.mean()) for g in groups]
-  means = [float(losses[g].mean()) for g in groups]
-  lines = uniplot.plot_to_string(
-    means, steps, lines=len(means) > 1, width=width, height=height, title="training loss, nats per token"
-  )
-  return lines if isinstance(lines, str) else "\n".join(lines)
+  steps = [1 + float(g.mean()) for g in groups]
+  means = np.array([losses[g].mean() for g in groups])
+  margin = max(1e-6, 0.02 * float(np.ptp(means)))
+  low, high = float(means.min()) - margin, float(means.max()) + margin
+  lines = uniplot.plot_to_string(means, steps, lines=len(means) > 1, width=width, height=height, y_min=low, y_max=high)
+  lines = lines.split("\n") if isinstance(lines, str) else list(lines)
+  frame = [line[: line.rindex("│") + 1] for line in lines if "│" in line]
+  labels = [high - (row + 0.5) / len(frame) * (high - low) for row in range(len(frame))]
+  # Uniplot's own labels have too few digits: what it calls 2 may be 2.5.
+  body = [
+    f"{line} {label:.3g}" if row % 3 == 1 else line for row, (line, label) in enumerate(zip(frame, labels, strict=True))
+  ]
+  ends = f" step 1{f'step {len(losses):,}':>{max(0, len(frame[0]) - 8)}}"
+  edge = "─" * (len(frame[0]) - 2)
+  return "\n".join(["training loss, nats per token", f"┌{edge}┐", *body, f"└{edge}┘", ends])
 
 
 def format_samples(texts: list[str], known: set[str]) -> str:
@@ -199,6 +211,12 @@ def format_samples(texts: list[str], known: set[str]) -> str:
     else " (none of them stands in the training list)"
   )
   return "\n".join([f"{len(texts)} samples{note}", *lines])
+
+
+def format_perplexity(loss: float) -> str:
+  """exp(loss) for a person: two decimals where that is short, else four digits; beyond a float's range "inf"."""
+  perplexity = math.exp(loss) if loss < 700 else math.inf
+  return f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.4g}"
 
 
 def uniform_loss(vocab_size: int) -> float:

@@ -118,8 +118,10 @@ def _holds(folder: Path, experiment: Experiment) -> bool:
   """Whether a run folder holds this experiment."""
   from jgpt import checkpoint, train
 
-  recorded = checkpoint.read_run_files(folder)
   try:
+    recorded = checkpoint.read_run_files(folder)
+    if recorded.experiment.train.steps != experiment.train.steps:
+      return False
     return not settings.differences(recorded.experiment, train.inherit(experiment, recorded))
   except UserError:
     return False
@@ -130,9 +132,16 @@ def _digest(value: Any) -> str:
 
 
 def set_aside(folder: Path) -> Path | None:
-  """Renames a folder that exists to one that does not, and returns that; None where there is nothing."""
-  if not folder.exists():
+  """Renames a run folder to a name that is free, and returns that; None where there is nothing.
+
+  Raises:
+    UserError: if there is something else than a run folder.
+  """
+  folder = Path(os.path.relpath(folder.resolve()))
+  if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
     return None
+  if not (folder / "experiment.json").is_file():
+    raise UserError(f"{folder} is not a run folder, so --fresh leaves it alone. Choose another --workdir")
   number = 1
   while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
     number += 1
@@ -146,10 +155,13 @@ def set_aside(folder: Path) -> Path | None:
 def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Experiment) -> int:
   from jgpt import checkpoint, metrics, runtime, train
 
-  runtime.set_up()
-  workdir = Path(args.workdir) if args.workdir else default_workdir(name, base, experiment)
-  if args.fresh and (old := set_aside(workdir)):
-    print(f"the old run is kept in {old}")
+  if note := runtime.set_up():
+    print(note, file=sys.stderr)
+  workdir = Path(args.workdir).expanduser() if args.workdir else default_workdir(name, base, experiment)
+  if args.fresh:
+    train.plan(experiment)  # what is wrong with the settings is said before anything is moved
+    if old := set_aside(workdir):
+      print(f"the old run is kept in {old}")
   plan = train.plan(experiment, workdir=workdir, name=name)
   for label, text in describe(plan):
     print(f"{label:<12}{text}")
@@ -157,9 +169,7 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
   steps = plan.experiment.train.steps
   writers, sample_at = [], None
   if plan.start_step >= steps:
-    print(
-      f"this run is finished: {plan.start_step:,} steps. For more: --steps, a changed setting, or --fresh to start over"
-    )
+    print(f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh begins anew")
   else:
     if plan.start_step:
       print(f"going on from step {plan.start_step:,}")
@@ -173,7 +183,7 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
     return EXIT_BY_SIGNAL + result.signal
   texts = train.sample_texts(plan, result.params, int(result.state.step))
   checkpoint.write_text(workdir / "samples" / f"step_{int(result.state.step)}.txt", "".join(f"{t}\n" for t in texts))
-  print_result(plan, result, texts, time.perf_counter() - began, command_line(args))
+  print_result(plan, result, texts, time.perf_counter() - began, command_line(args.experiment, base, experiment))
   return 0
 
 
@@ -181,12 +191,13 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
   """What a run is, as labelled lines; the first look at a device."""
   import jax
 
-  from jgpt import metrics, sharding, tokenizer
+  from jgpt import metrics, runtime, sharding, tokenizer
 
   experiment, data = plan.experiment, plan.data
-  mesh = sharding.make_mesh(experiment, jax.devices())
-  used, there = mesh.devices.size, len(jax.devices())
-  device = jax.devices()[0]
+  devices = runtime.devices()
+  mesh = sharding.make_mesh(experiment, devices)
+  used, there = mesh.devices.size, len(devices)
+  device = devices[0]
   kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
   of = f" of {there} devices (mesh.data={used}):" if there > 1 else ""
   batch, steps = experiment.data.batch_size, experiment.train.steps
@@ -225,12 +236,14 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float, a
   print()
   if len(result.losses):
     last = result.losses[-50:]
-    print(
-      f"training loss {last.mean():.4f} (mean of the last {len(last)} updates), {seconds:.1f} s with compiling and saving"
-    )
+    took = "" if plan.start_step >= plan.experiment.train.steps else f", {seconds:.1f} s with compiling and saving"
+    print(f"training loss {last.mean():.4f} (mean of the last {len(last)} updates){took}")
+    if not math.isfinite(last.mean()):
+      print("it is not finite: the training diverged. Try a lower rate, --set optimizer.peak_lr=0.001")
   if result.heldout_loss is not None:
+    perplexity = metrics.format_perplexity(result.heldout_loss)
     print(
-      f"held-out loss {result.heldout_loss:.4f} nats per token, perplexity {math.exp(result.heldout_loss):.2f} "
+      f"held-out loss {result.heldout_loss:.4f} nats per token, perplexity {perplexity} "
       f"({len(plan.data.heldout.tokens):,} documents, {result.heldout_tokens:,} tokens)"
     )
   if len(result.losses) > 1:
@@ -238,23 +251,18 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float, a
   print(f"\n{metrics.format_samples(texts, set(plan.data.documents))}\n")
   print("next:")
   print(
-    f"  python -m jgpt.sample --run {shlex.quote(str(plan.workdir))} --prompt {shlex.quote(texts[0][:2])} --temperature 0.8"
+    f"  python -m jgpt.sample --run {shlex.quote(str(plan.workdir))} --prompt={shlex.quote(texts[0][:2])} --temperature 0.8"
   )
-  print(f"  {again} --steps {2 * plan.experiment.train.steps}")
-  print(f"  {again} --set data.path=my_words.txt")
+  print(f"  {again} --steps {2 * max(1, plan.experiment.train.steps)}")
+  if plan.experiment.data.path is None:
+    print(f"  {again} --set data.path=my_words.txt")
 
 
-def command_line(args: argparse.Namespace) -> str:
-  """The command that was given, without its run folder and the settings that the suggestions at the end replace."""
-  kept = [s for s in args.set if not s.startswith(("data.path=", "train.steps="))]
-  words = [
-    command.python_word(),
-    "-m",
-    "jgpt.run",
-    "--experiment",
-    args.experiment,
-    *(w for s in kept for w in ("--set", s)),
-  ]
+def command_line(name: str, base: Experiment, experiment: Experiment) -> str:
+  """A command for the same experiment with the same changes, whatever flags made them; without `train.steps`."""
+  before, now = settings.settings(base), settings.settings(experiment)
+  changed = [f"{n}={settings.format_value(v)}" for n, v in now.items() if v != before[n] and n != "train.steps"]
+  words = [command.python_word(), "-m", "jgpt.run", "--experiment", name, *(w for c in changed for w in ("--set", c))]
   return shlex.join(words)
 
 

@@ -19,12 +19,14 @@ def main(argv: list[str] | None = None) -> int:
   from jgpt import checkpoint, generate, runtime
   from jgpt.keys import SAMPLE, derive_key
 
-  runtime.set_up()
+  if note := runtime.set_up():
+    print(note, file=sys.stderr)
   run = checkpoint.load_run(args.run, args.step)
   names = ("num", "temperature", "top_k", "top_p", "max_tokens")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   sample = dataclasses.replace(run.experiment.sample, **given)
-  seed = run.experiment.train.seed if args.seed is None else args.seed
+  train = run.experiment.train
+  seed = train.seed if args.seed is None else dataclasses.replace(train, seed=args.seed).seed
   ids = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]
   _, dropped = generate.fit_prompt(ids, run.experiment.model)
   if dropped:

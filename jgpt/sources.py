@@ -7,6 +7,7 @@ means (`data.py`). Imports no jax.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -142,10 +143,10 @@ def _to_text(content: bytes, kind: str, location: str, note: str = "") -> Text:
 def _places(source: Source, sha256: str | None) -> Iterator[Text]:
   """Yields the source's text from each place that has it, in the order of preference."""
   folder = os.environ.get("JGPT_DATA_DIR")
-  if folder and (Path(folder) / source.filename).is_file():
-    yield read_text(Path(folder) / source.filename, "JGPT_DATA_DIR")
+  if folder and os.path.isfile(Path(folder).expanduser() / source.filename):
+    yield read_text(Path(folder).expanduser() / source.filename, "JGPT_DATA_DIR")
   cached = cache_dir() / source.filename
-  if cached.is_file():
+  with contextlib.suppress(OSError):  # a cache that is absent or closed is no error
     content = cached.read_bytes()
     if hashlib.sha256(content).hexdigest() == source.sha256:  # else the file was damaged: the download below replaces it
       yield _to_text(content, "cache", str(cached))
@@ -155,8 +156,7 @@ def _places(source: Source, sha256: str | None) -> Iterator[Text]:
     try:
       content = download(source)
     except DownloadError as error:
-      by_hand = f"to use the original, put {source.filename} into a folder and set JGPT_DATA_DIR to the folder"
-      note = f"{error}; the bundled list stands in; {by_hand}"
+      note = f"{error}; the bundled list stands in. For the original, set JGPT_DATA_DIR to a folder that has it"
     else:
       yield _to_text(content, "download", source.url)
       return

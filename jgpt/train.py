@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import os
 import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,6 +41,7 @@ from jgpt.tokenizer import CharTokenizer
 
 MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
 EVAL_BATCH_SIZE = 256
+REPEAT_SECONDS = 0.5  # a key that is held down, or a signal sent to the whole group, is one signal
 
 evaluate_corpus = jax.jit(evaluate, static_argnames=("config", "batch_size"))
 
@@ -107,6 +110,8 @@ def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str
     recorded = checkpoint.read_run_files(workdir)
     experiment = inherit(experiment, recorded)
     refuse_differences(experiment, recorded, workdir)
+  elif workdir is not None and checkpoint.list_steps(workdir):
+    raise UserError(f"{workdir} has checkpoints but no experiment.json to say what they are. Choose another --workdir")
   text = find_text(experiment.data, sha256=recorded.data["sha256"] if recorded else None)
   data = load_data(text, experiment.data, experiment.train.seed)
   experiment = resolve(experiment, data.tokenizer.vocab_size)
@@ -115,7 +120,7 @@ def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str
   if start_step and decay_steps <= start_step < experiment.train.steps:
     raise UserError(
       f"train.steps={experiment.train.steps} would add updates to a run that is at step {start_step}, but its learning "
-      f"rate is 0 from optimizer.decay_steps={decay_steps} on. Begin a new run with "
+      f"rate is 0 from optimizer.decay_steps={decay_steps} on. Begin a new run, in another --workdir, with "
       f"--set optimizer.decay_steps={experiment.train.steps}"
     )
   return Plan(name, experiment, data, workdir, start_step)
@@ -150,7 +155,9 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
     UserError: if the devices do not fit the settings, or the run folder cannot be read.
   """
   experiment, workdir = plan.experiment, plan.workdir
-  mesh = sharding.make_mesh(experiment, jax.devices())
+  mesh = sharding.make_mesh(experiment, runtime.devices())
+  if workdir is not None:  # the folder may have moved on since the plan was made
+    plan = dataclasses.replace(plan, start_step=checkpoint.latest_step(workdir) or 0)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_stop_signals())
     manager = None
@@ -158,8 +165,9 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
       _record_start(plan, mesh)
       manager = stack.enter_context(checkpoint.open_checkpoints(workdir))
       writers = [JsonlWriter(workdir / "metrics.jsonl", plan.start_step), *writers]
+    writers = list(writers)
     for writer in writers:
-      stack.callback(writer.close)
+      stack.callback(_close, writer)
     state, run_steps, corpus = compile_steps(plan, manager)
     state, losses = _loop(plan, state, partial(run_steps, corpus), manager, writers, stop, sample_at)
     if manager is not None:
@@ -184,9 +192,10 @@ def compile_steps(plan: Plan, manager: checkpoint.Manager | None = None) -> tupl
   """
   experiment = plan.experiment
   mesh = sharding.make_mesh(experiment, jax.devices())
+  platform_name = mesh.devices.flat[0].platform
   corpus = jax.device_put(plan.data.train, sharding.replicated(mesh))
   init = partial(init_state, config=experiment.model, tx=make_optimizer(experiment.optimizer, experiment.model))
-  key = derive_key(experiment.train.seed, INIT)
+  key = derive_key(experiment.train.seed, INIT, 0)
   shapes = jax.eval_shape(init, key)
   shardings = sharding.state_shardings(shapes, experiment.model, mesh)
   placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -198,14 +207,14 @@ def compile_steps(plan: Plan, manager: checkpoint.Manager | None = None) -> tupl
   def make_state() -> TrainState:
     if plan.start_step and manager is not None:
       return checkpoint.restore(manager, plan.start_step, placed)
-    return jax.jit(init, out_shardings=shardings, compiler_options=runtime.RUN_ONCE)(key)
+    return jax.jit(init, out_shardings=shardings, compiler_options=runtime.init_options(platform_name))(key)
 
   train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place)
   program = jax.jit(
     lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
     donate_argnums=1,
     out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=runtime.step_options(count_params(experiment.model), mesh.devices.flat[0].platform),
+    compiler_options=runtime.step_options(count_params(experiment.model), platform_name),
   )
   num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
   with ThreadPoolExecutor(
@@ -221,7 +230,7 @@ def compile_steps(plan: Plan, manager: checkpoint.Manager | None = None) -> tupl
 def _compile_ahead(plan: Plan, params: dict) -> None:
   """Compiles sampling and evaluation while the training step compiles; their later calls find them done."""
   experiment = plan.experiment
-  key = derive_key(experiment.train.seed, SAMPLE)
+  key = derive_key(experiment.train.seed, SAMPLE, 0)
   compile_texts(params, plan.data.tokenizer, key, experiment.model, experiment.sample)
   if len(plan.data.heldout.tokens):
     evaluate_corpus.lower(params, plan.data.heldout, config=experiment.model, batch_size=EVAL_BATCH_SIZE).compile()
@@ -232,7 +241,7 @@ def _loop(
   state: TrainState,
   run_steps: Callable[[TrainState, jax.Array], tuple[TrainState, dict]],
   manager: checkpoint.Manager | None,
-  writers: Sequence[Writer],
+  writers: list[Writer],
   stop: list[int],
   sample_at: Callable[[int], bool] | None,
 ) -> tuple[TrainState, list[np.float32]]:
@@ -244,12 +253,16 @@ def _loop(
     metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}  # waits for that call to end
     losses.extend(metrics["train/loss"])
     chunk = Chunk(step, metrics, clock.lap(), texts()[0] if texts else None)
-    for writer in writers:
-      writer.write(chunk)
+    for writer in list(writers):
+      try:
+        writer.write(chunk)
+      except OSError as error:  # a full disk, a reader that left: the training is worth more than its log
+        writers.remove(writer)
+        _say(f"{type(writer).__name__} stopped at step {step} ({error.strerror or error}); training goes on")
 
   while step < steps and not stop:
     num = next_stop(step, plan.experiment) - step
-    state, metrics = run_steps(state, jnp.int32(num))
+    state, metrics = run_steps(state, np.int32(num))
     step += num
     texts = begin_samples(plan, state.params, step) if sample_at and sample_at(step) else None
     if pending:  # the previous call's: the device is busy with this one meanwhile
@@ -308,19 +321,40 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
   checkpoint.append_env(plan.workdir, entry)
 
 
+def _close(writer: Writer) -> None:
+  with contextlib.suppress(OSError):  # it was said when writing failed
+    writer.close()
+
+
+def _say(line: str) -> None:
+  """One line on standard error, also from a signal handler; without a standard error, none."""
+  with contextlib.suppress(OSError):
+    os.write(2, f"{line}\n".encode())
+
+
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM in a list instead of dying; after the first, a second one has its usual effect."""
+  """Collects the first SIGINT or SIGTERM in a list instead of dying of it.
+
+  A second one, more than `REPEAT_SECONDS` later, has its usual effect. Signals that were ignored stay ignored.
+  """
   received: list[int] = []
   if threading.current_thread() is not threading.main_thread():
     yield received  # only the main thread may install handlers
     return
-  previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  previous = {s: handler for s, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+  first = 0.0
 
-  def on_signal(number: int, frame) -> None:
-    received.append(number)
-    for s, handler in previous.items():
-      signal.signal(s, handler)
+  def on_signal(number: int, frame: object) -> None:
+    nonlocal first
+    if not received:
+      first = time.monotonic()
+      received.append(number)
+      _say("\nstopping after the steps under way; once more quits at once")
+    elif time.monotonic() - first > REPEAT_SECONDS:
+      signal.signal(number, previous[number])
+      signal.raise_signal(number)
 
   for s in previous:
     signal.signal(s, on_signal)

@@ -19,8 +19,8 @@ MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init_
 ORDER = [
   ["config"],
   ["params", "settings"],
-  ["sources", "keys", "runtime"],
-  ["download", "tokenizer"],
+  ["sources", "keys"],
+  ["download", "tokenizer", "runtime"],
   ["data", "attention", "optim", "sharding"],
   ["model"],
   ["step", "generate"],
@@ -30,7 +30,7 @@ ORDER = [
   ["run", "sample", "bench"],
 ]
 # Imported inside a function, against the order: what is found by a download is handed down to `sources`.
-EXCEPTIONS = {("sources", "download"), ("runtime", "sources")}
+EXCEPTIONS = {("sources", "download")}
 PURE = ["config", "settings", "params", "tokenizer", "model", "attention", "optim", "step", "sharding", "generate", "keys"]
 
 

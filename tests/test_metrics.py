@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from jgpt import metrics
 from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, read_jsonl
 
 
@@ -172,3 +173,19 @@ def test_curve_of_any_losses_is_text_of_the_size_asked_for(losses):
 @pytest.mark.parametrize("losses", [[], [math.nan] * 3, [math.inf], [1e30, -1e30]])
 def test_losses_without_a_curve_are_said_to_have_none(losses):
   assert "no curve" in draw_curve(losses)
+
+
+def test_labels_of_the_curve_are_the_values_of_their_rows():
+  """A straight line from 3 to 1: each label is near where the line crosses its row."""
+  losses = np.linspace(3.0, 1.0, 1000)
+  rows = [line for line in metrics.draw_curve(losses, width=60, height=12).splitlines() if line.startswith("│")]
+  labelled = [(i, row, float(row.rsplit("│", 1)[1])) for i, row in enumerate(rows) if row.rsplit("│", 1)[1].strip()]
+  assert len(rows) == 12 and len(labelled) == 4
+  for _, row, label in labelled:
+    columns = [x for x, c in enumerate(row.rsplit("│", 1)[0][1:]) if c != " "]
+    assert abs(3.0 - 2.0 * np.mean(columns) / 59 - label) < 0.1
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(0.0, "1.00"), (2.39, "10.91"), (20.0, "4.852e+08"), (1e5, "inf")])
+def test_perplexity_for_a_person(loss, shown):
+  assert metrics.format_perplexity(loss) == shown

@@ -14,7 +14,7 @@ import pytest
 from jgpt.config import PARAM_KINDS, experiments_dir, load_experiment, resolve
 from jgpt.model import init_params
 from jgpt.params import Param, count_params, param_table
-from jgpt.runtime import RUN_ONCE
+from jgpt.runtime import init_options
 
 
 def make_config(**changes):
@@ -26,7 +26,7 @@ WIDE = {"d_model": 64, "d_ff": 256, "max_seq_len": 32, "num_layers": 2}
 CONFIGS = [make_config(), make_config(**WIDE), make_config(vocab_size=30, vocab_multiple=32, num_layers=3, num_heads=2)]
 
 
-init = jax.jit(init_params, static_argnums=1, compiler_options=RUN_ONCE)
+init = jax.jit(init_params, static_argnums=1, compiler_options=init_options("cpu"))
 
 
 def leaves(tree):

@@ -242,10 +242,10 @@ def experiments(draw):
       decay_steps=maybe(count()),
       b1=number(0, 1, exclude_max=True),
       b2=number(0, 1, exclude_max=True),
-      eps=number(),
+      eps=number(1e-300),
       weight_decay=number(),
       decay_kinds=tuple(draw(st.lists(st.sampled_from(config.PARAM_KINDS), max_size=3))),
-      clip_norm=maybe(number()),
+      clip_norm=maybe(number(1e-300)),
     ),
     train=config.TrainConfig(
       steps=count() - 1,
@@ -255,7 +255,11 @@ def experiments(draw):
       save_every=maybe(count()),
     ),
     sample=config.SampleConfig(
-      num=count(), temperature=number(), top_k=maybe(count() - 1), top_p=number(0, 1), max_tokens=maybe(count())
+      num=count(1_000_000),
+      temperature=number(0, 1e6),
+      top_k=maybe(count() - 1),
+      top_p=number(0, 1),
+      max_tokens=maybe(count()),
     ),
     mesh=config.MeshConfig(data=mesh),
   )

@@ -80,7 +80,7 @@ def test_places_are_tried_in_order(places):
   places.online = False
   found = find_text(data_config())
   assert (found.kind, found.sha256) == ("bundled", sha256(BUNDLED.read_bytes()))
-  assert re.search("no network.*bundled list stands in.*put names.txt into .*JGPT_DATA_DIR", found.note)
+  assert re.search("no network.*bundled list stands in.*JGPT_DATA_DIR to a folder that has it", found.note)
 
 
 @pytest.mark.parametrize("content", [b"emma\n", b"\xff\xfe\xfd"])

@@ -143,7 +143,9 @@ def test_a_batch_that_devices_do_not_divide_is_refused(experiment, batch_size, n
 
 def test_another_identity_in_a_folder_is_refused_naming_the_fields(experiment, tmp_path):
   run(experiment, tmp_path)
-  with pytest.raises(UserError, match=r"optimizer.peak_lr is 0.01 there and 0.02 here, .*--fresh|train.seed"):
+  with pytest.raises(
+    UserError, match=r"optimizer.peak_lr is 0.01 there and 0.02 here, train.seed is 0 there and 3 here\. .*--fresh"
+  ):
     run(change(experiment, {"optimizer.peak_lr": 0.02, "train.seed": 3}), tmp_path)
   assert settings(checkpoint.read_run_files(tmp_path).experiment)["optimizer.peak_lr"] == 0.01
 
@@ -171,19 +173,20 @@ def test_more_steps_at_a_rate_of_zero_are_refused(experiment, tmp_path):
     run(change(experiment, {"train.steps": 100}), tmp_path)
 
 
-def test_a_signal_saves_the_last_completed_step(experiment, tmp_path):
-  """SIGINT stops after the call under way; the same plan then goes on to the bits of the uninterrupted run."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_last_completed_step(experiment, tmp_path, number):
+  """The signal stops after the call under way; the same plan then goes on to the bits of the uninterrupted run."""
 
   class Interrupter(Recorder):
     def write(self, chunk):
       super().write(chunk)
       if chunk.step == 20:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-  handler = signal.getsignal(signal.SIGINT)
+  handler = signal.getsignal(number)
   stopped = run(experiment, tmp_path, writers=[Interrupter()])
-  assert signal.getsignal(signal.SIGINT) is handler
-  assert stopped.signal == signal.SIGINT and stopped.heldout_loss is None
+  assert signal.getsignal(number) is handler
+  assert stopped.signal == number and stopped.heldout_loss is None
   assert 20 <= int(stopped.state.step) < 60 and checkpoint.latest_step(tmp_path) == int(stopped.state.step)
   assert equal_bits(run(experiment, tmp_path).state, run(experiment).state)
 
@@ -227,8 +230,31 @@ def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
   assert result.heldout_loss == pytest.approx(np.average(losses, weights=lengths), rel=1e-5)
 
 
-def test_the_steady_loop_compiles_once_and_moves_nothing_unasked(experiment):
-  """After the first call no call compiles anything, and nothing moves between host and device but what is asked for."""
+def test_one_batch_can_be_learnt_by_heart(experiment):
+  """The overfit-one-batch check on one document: the loss falls under 0.1 nats per token."""
+  changes = {"data.num_batches": 1, "train.steps": 300}
+  assert run(change(experiment, changes)).losses[-50:].mean() < 0.1
+
+
+def test_a_writer_that_fails_does_not_end_the_training(experiment, tmp_path, capfd):
+  class Full(Recorder):
+    def write(self, chunk):
+      raise OSError(28, "No space left on device")
+
+  result = run(experiment, tmp_path, writers=[Full()])
+  assert int(result.state.step) == 60 and checkpoint.latest_step(tmp_path) == 60
+  assert "Full stopped at step 1 (No space left on device); training goes on" in capfd.readouterr().err
+
+
+def test_checkpoints_that_nothing_describes_are_refused(experiment, tmp_path):
+  run(experiment, tmp_path)
+  (tmp_path / "experiment.json").unlink()
+  with pytest.raises(UserError, match=r"no experiment\.json"):
+    run(experiment, tmp_path)
+
+
+def test_the_steady_loop_moves_nothing_unasked(experiment):
+  """After the first call nothing moves between host and device but what is asked for."""
   plan = train.plan(experiment)
   state, run_steps, corpus = train.compile_steps(plan)
   num = jax.device_put(np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices())))
