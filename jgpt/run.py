@@ -250,9 +250,8 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float, a
     print(f"\n{metrics.draw_curve(result.losses)}")
   print(f"\n{metrics.format_samples(texts, set(plan.data.documents))}\n")
   print("next:")
-  print(
-    f"  python -m jgpt.sample --run {shlex.quote(str(plan.workdir))} --prompt={shlex.quote(texts[0][:2])} --temperature 0.8"
-  )
+  sample = ["--run", str(plan.workdir), f"--prompt={texts[0][:2]}", "--temperature", "0.8"]
+  print(f"  {shlex.join([command.python_word(), '-m', 'jgpt.sample', *sample])}")
   print(f"  {again} --steps {2 * max(1, plan.experiment.train.steps)}")
   if plan.experiment.data.path is None:
     print(f"  {again} --set data.path=my_words.txt")

@@ -69,7 +69,7 @@ def test_the_suggested_commands_work(folder, capsys):
   (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
   _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
   commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
-  assert len(commands) == 3 and all(c[1] == "-m" for c in commands)
+  assert len(commands) == 3 and all(c[:2] == [command.python_word(), "-m"] for c in commands)
   status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
   assert status == 0 and len(texts.splitlines()) == 2
   assert run.main([*commands[2][3:], "--steps", "5"]) == 0
