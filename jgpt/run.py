@@ -137,16 +137,18 @@ def set_aside(folder: Path) -> Path | None:
   Raises:
     UserError: if there is something else than a run folder.
   """
-  folder = Path(os.path.relpath(folder.resolve()))
+  here, folder = Path.cwd(), folder.resolve()
   if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
     return None
   if not (folder / "experiment.json").is_file():
     raise UserError(f"{folder} is not a run folder, so --fresh leaves it alone. Choose another --workdir")
+  if here.is_relative_to(folder):
+    raise UserError(f"--fresh cannot rename {folder}, the folder you are in. Go one up and name it with --workdir")
   number = 1
   while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
     number += 1
   folder.rename(old)
-  return old
+  return old.relative_to(here) if old.is_relative_to(here) else old
 
 
 # --- Training ---

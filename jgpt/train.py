@@ -217,9 +217,7 @@ def compile_steps(plan: Plan, manager: checkpoint.Manager | None = None) -> tupl
     compiler_options=runtime.step_options(count_params(experiment.model), platform_name),
   )
   num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-  with ThreadPoolExecutor(
-    1
-  ) as pool:  # two compilations at once: where there are cores to spare, the wait is the longer one
+  with ThreadPoolExecutor(1) as pool:  # where there are cores to spare, the wait is that of the longer compilation
     state = pool.submit(make_state)
     afterwards = pool.submit(_compile_ahead, plan, placed.params)
     compiled = program.lower(corpus, placed, num_steps).compile()

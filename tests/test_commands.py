@@ -312,6 +312,13 @@ def test_fresh_leaves_what_is_no_run_folder_alone(folder, capsys):
   assert [p.name for p in (folder / "runs").iterdir()] == ["names,train.steps=40"]
 
 
+def test_fresh_does_not_rename_the_folder_one_is_in(folder, capsys, monkeypatch):
+  call(capsys, run.main, *FAST, "--workdir", "here")
+  monkeypatch.chdir("here")
+  status, _, err = call(capsys, run.main, *FAST, "--workdir", ".", "--fresh")
+  assert status == 2 and "the folder you are in" in err and (folder / "here" / "experiment.json").exists()
+
+
 def test_an_experiment_file_that_fails_is_named_with_its_line(folder, capsys):
   (folder / "mine.py").write_text("import jgpt\n\nnope\n")
   status, _, err = call(capsys, run.main, "--experiment", "mine.py")
