@@ -1,7 +1,7 @@
 """Ways to attend.
 
 Responsible for scaled dot-product attention and for the three ways in which a block uses it: in training, while a prompt
-is read, and token by token with a cache. Each is a function `attend(memory, q, k, v) -> (y, memory)` that a block
+is read, and token by token with a cache. Each is a function `attend(memory, q, k, v, drop) -> (y, memory)` that a block
 receives, so the network is written once. Not responsible for projections, which belong to the block (`model.py`).
 
 Dimensions are those of `jax.nn.dot_product_attention`: B batch, T query positions, S key positions, N heads, H head size.
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# (memory, q_BTNH, k_BTNH, v_BTNH) -> (y_BTNH, memory): what is attended to, and what is kept of it for later.
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (place, x) -> x with entries dropped out, or x itself: what `model.make_drop` returns.
+Drop = Callable[[str, jax.Array], jax.Array]
+# (memory, q_BTNH, k_BTNH, v_BTNH, drop) -> (y_BTNH, memory): what is attended to, and what is kept of it for later.
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Drop], tuple[jax.Array, Any]]
 
 
 class KVCache(NamedTuple):
@@ -29,7 +31,9 @@ class KVCache(NamedTuple):
   v: jax.Array
 
 
-def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_TS: jax.Array) -> jax.Array:
+def dot_product_attention(
+  q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_TS: jax.Array, drop: Drop
+) -> jax.Array:
   """Computes softmax(q k^T / sqrt(H)) v; the definition that faster implementations are tested against.
 
   Args:
@@ -37,6 +41,7 @@ def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Arra
     k_BSNH: keys, same dtype.
     v_BSNH: values, same dtype.
     visible_TS: bool; False removes a key from a query's softmax. Each query must see at least one key.
+    drop: applied to the softmax's probabilities, as "attention".
 
   Returns:
     [B, T, N, H] in the dtype of `v_BSNH`. The softmax is computed in float32, or in float64 for float64 inputs.
@@ -46,18 +51,22 @@ def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Arra
   scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
   scores_BNTS = scores_BNTS.astype(jnp.promote_types(scores_BNTS.dtype, jnp.float32))
   weights_BNTS = jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf))
-  return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+  return jnp.einsum("BNTS,BSNH->BTNH", drop("attention", weights_BNTS.astype(v_BSNH.dtype)), v_BSNH)
 
 
-def attend_causally(memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> tuple[jax.Array, None]:
+def attend_causally(
+  memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
+) -> tuple[jax.Array, None]:
   """Attends to this and earlier positions, and keeps nothing: training and evaluation."""
   T = q_BTNH.shape[1]
-  return dot_product_attention(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool))), memory
+  return dot_product_attention(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool)), drop), memory
 
 
-def attend_and_keep(memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> tuple[jax.Array, KVCache]:
+def attend_and_keep(
+  memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
+) -> tuple[jax.Array, KVCache]:
   """Attends like `attend_causally`, and keeps keys and values: reading a prompt."""
-  return attend_causally(memory, q_BTNH, k_BTNH, v_BTNH)[0], KVCache(k_BTNH, v_BTNH)
+  return attend_causally(memory, q_BTNH, k_BTNH, v_BTNH, drop)[0], KVCache(k_BTNH, v_BTNH)
 
 
 def attend_to_cache(position: jax.Array) -> Attend:
@@ -67,11 +76,13 @@ def attend_to_cache(position: jax.Array) -> Attend:
     position: int32 scalar, where the new token stands, 0 <= position < S. Cache entries after it are not read.
   """
 
-  def attend(cache: KVCache, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> tuple[jax.Array, KVCache]:
+  def attend(
+    cache: KVCache, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
+  ) -> tuple[jax.Array, KVCache]:
     cache = KVCache(
       *(jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=1) for c, x in zip(cache, (k_BTNH, v_BTNH), strict=True))
     )
     visible_TS = (jnp.arange(cache.k.shape[1]) <= position)[None]
-    return dot_product_attention(q_BTNH, cache.k, cache.v, visible_TS), cache
+    return dot_product_attention(q_BTNH, cache.k, cache.v, visible_TS, drop), cache
 
   return attend

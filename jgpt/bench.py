@@ -18,12 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jgpt import command, config, settings
-from jgpt.config import UserError, near_matches
+from jgpt import catalog, command, settings
+from jgpt.checks import UserError, near_matches
+
+if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.train import Plan
 
 BATCH_SIZES = (1, 16, 64)
-TIMED_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
       raise UserError(f"there is no case {name!r}.{near_matches(name, CASES)} There are {', '.join(CASES)}.")
   if args.rounds < 1:
     raise UserError(f"--rounds={args.rounds} must be at least 1.")
-  rows = [row for name in dict.fromkeys(chosen) for row in CASES[name](args.rounds)]
+  rows = [row for name in dict.fromkeys(chosen) for row in CASES[name](args.rounds, args.peer)]
   if args.json:
     print(json.dumps({"machine": describe_machine(), "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
   else:
@@ -70,42 +73,90 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--only", action="append", metavar="CASE", help=f"one of {', '.join(CASES)}; repeat for more (default: all)"
   )
+  parser.add_argument(
+    "--peer", action="append", default=[], choices=["torch"], help="measure this too, in the same rounds; where it fits"
+  )
   parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds, of which the median counts (default: 7)")
   parser.add_argument("--json", action="store_true", help="print JSON with every round's seconds")
   return parser
 
 
-def bench_names(rounds: int) -> list[Row]:
+def bench_names(rounds: int, peers: list[str]) -> list[Row]:
   """Times the names model: its step at three batch sizes, and the whole command."""
-  return [*time_steps("names", rounds), *time_commands("names", min(rounds, 3))]
+  return [*time_steps("names", BATCH_SIZES, 1000, rounds, []), *time_commands("names", min(rounds, 3))]
 
 
-def time_steps(name: str, rounds: int) -> list[Row]:
-  """Times an experiment's step inside the compiled loop, the batch sizes in turn in every round."""
+def bench_shakespeare_char_cpu(rounds: int, peers: list[str]) -> list[Row]:
+  """Times the step of nanoGPT's CPU preset."""
+  return time_steps("shakespeare_char_cpu", (12,), 50, rounds, peers)
+
+
+def time_steps(name: str, batch_sizes: tuple[int, ...], steps: int, rounds: int, peers: list[str]) -> list[Row]:
+  """Times an experiment's step inside the compiled loop; batch sizes and peers take turns in every round.
+
+  Args:
+    name: of the experiment.
+    batch_sizes: sequences per step.
+    steps: updates that a round times together.
+    rounds: after one that warms up.
+    peers: "torch", or none.
+  """
   import jax
-  import jax.numpy as jnp
 
   from jgpt import train
 
   jax.config.update("jax_enable_compilation_cache", False)  # so that "compile" means compiling
-  programs, rows = {}, {}
-  for batch_size in BATCH_SIZES:
-    experiment = settings.change(config.load_experiment(name), {"data.batch_size": batch_size})
+  timers, rows = [], []
+  for batch_size in batch_sizes:
+    experiment = settings.change(catalog.load_experiment(name), {"data.batch_size": batch_size})
     plan = train.plan(experiment)
-    began = time.perf_counter()
-    state, run_steps, corpus = train.compile_steps(plan)
-    compile_seconds = time.perf_counter() - began
-    tokens = float(plan.data.train.lengths.mean()) * batch_size
-    programs[batch_size] = state, run_steps, corpus, tokens
-    rows[batch_size] = Row(f"{name}, batch {batch_size}", "us/step", [], compile_seconds=compile_seconds)
+    per_document = float(plan.data.train.lengths.mean()) if plan.data.documents else plan.experiment.data.seq_len
+    timer, compile_seconds = _make_timer(plan)
+    made = [("", timer, compile_seconds)]
+    if "torch" in peers:
+      made += _make_torch_timers(plan)
+    for label, timer, compile_seconds in made:
+      timers.append(timer)
+      row = Row(f"{name}, batch {batch_size}{label}", "us/step", [], compile_seconds=compile_seconds)
+      rows.append((row, batch_size, per_document * batch_size))
   for round_number in range(rounds + 1):
-    for batch_size, (state, run_steps, corpus, _) in programs.items():
-      begin_state = jax.block_until_ready(jax.tree.map(jnp.copy, state))  # the call below consumes it
-      began = time.perf_counter()
-      jax.block_until_ready(run_steps(corpus, begin_state, jnp.int32(TIMED_STEPS)))
+    for timer, (row, _, _) in zip(timers, rows, strict=True):
+      seconds = timer(steps)
       if round_number:  # the first round warms up
-        rows[batch_size].seconds.append((time.perf_counter() - began) / TIMED_STEPS)
-  return [_with_rates(rows[b], b, tokens) for b, (_, _, _, tokens) in programs.items()]
+        row.seconds.append(seconds)
+  return [_with_rates(row, batch_size, tokens) for row, batch_size, tokens in rows]
+
+
+def _make_timer(plan: Plan) -> tuple[Callable[[int], float], float]:
+  """A function that runs that many updates and returns the seconds one took, and the seconds compiling took."""
+  import jax
+  import jax.numpy as jnp
+
+  from jgpt import program
+
+  began = time.perf_counter()
+  made = program.compile_program(plan.experiment, plan.data)
+  compile_seconds = time.perf_counter() - began
+  begin_state = made.state
+
+  def seconds_per_step(steps: int) -> float:
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, begin_state))  # the call below consumes it
+    began = time.perf_counter()
+    jax.block_until_ready(made.run_steps(made.corpus, state, jnp.int32(steps)))
+    return (time.perf_counter() - began) / steps
+
+  return seconds_per_step, compile_seconds
+
+
+def _make_torch_timers(plan: Plan) -> list[tuple[str, Callable[[int], float], float | None]]:
+  try:
+    from jgpt import peers
+  except ImportError:
+    raise UserError("--peer torch needs torch: pip install torch") from None
+  return [
+    (f", {label}", peers.make_timer(plan.experiment, plan.data.train.tokens, compiled=compiled), None)
+    for label, compiled in (("torch", False), ("torch.compile", True))
+  ]
 
 
 def _with_rates(row: Row, batch_size: int, tokens: float) -> Row:
@@ -117,7 +168,7 @@ def time_commands(name: str, rounds: int) -> list[Row]:
   """Times whole commands in fresh processes: --help, and a run with an empty and with a filled compilation cache."""
   from jgpt.sources import find_text, get_source
 
-  experiment = config.load_experiment(name)
+  experiment = catalog.load_experiment(name)
   text, filename = find_text(experiment.data).text, get_source(experiment.data.source).filename
   helps, colds, warms = [], [], []
   with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +201,10 @@ def _time_command(args: list[str], env: dict[str, str]) -> float:
   return time.perf_counter() - began
 
 
-CASES: dict[str, Callable[[int], list[Row]]] = {"names": bench_names}
+CASES: dict[str, Callable[[int, list[str]], list[Row]]] = {
+  "names": bench_names,
+  "shakespeare_char_cpu": bench_shakespeare_char_cpu,
+}
 
 
 def describe_machine() -> str:

@@ -28,10 +28,11 @@ import orbax.checkpoint as ocp
 from jgpt import runtime
 from jgpt import settings as settings_lib
 from jgpt import tokenizer as tokenizer_lib
-from jgpt.config import Experiment, UserError
+from jgpt.checks import UserError
+from jgpt.config import Experiment
 from jgpt.model import init_params
 from jgpt.step import TrainState
-from jgpt.tokenizer import CharTokenizer
+from jgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 Manager = ocp.CheckpointManager
@@ -51,7 +52,7 @@ class RunFiles:
 
   name: str
   experiment: Experiment
-  tokenizer: CharTokenizer
+  tokenizer: Tokenizer
   data: dict[str, str]
 
 
@@ -209,7 +210,7 @@ class Run:
   """
 
   params: dict
-  tokenizer: CharTokenizer
+  tokenizer: Tokenizer
   experiment: Experiment
   step: int
   workdir: Path

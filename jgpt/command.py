@@ -16,12 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jgpt.config import UserError
+from jgpt.checks import UserError
 
 VERBS = {
   "run": "train an experiment, or go on with a run",
   "sample": "draw texts from a run",
   "bench": "measure how fast this machine trains",
+  "evaluate": "measure a run's loss over the whole of its held-out text",
+  "inspect": "see what a run predicts for each token of a text, or follow one of its parameters through training",
 }
 
 
@@ -101,7 +103,7 @@ def main() -> int:
   verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if verb in ("-h", "--help"):
     print("usage: jgpt <verb> [options]\n")
-    print("\n".join(f"  {name:8}{text}" for name, text in VERBS.items()))
+    print("\n".join(f"  {name:10}{text}" for name, text in VERBS.items()))
     print("\n`jgpt <verb> --help` lists a verb's options; `python -m jgpt.<verb>` is the same.")
     return 0
   if verb not in VERBS:

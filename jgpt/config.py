@@ -1,31 +1,26 @@
-"""What an experiment is: frozen dataclasses, their validation, and the files that define one.
+"""What an experiment is: frozen dataclasses, and which values go together.
 
-Responsible for the `Experiment` dataclass and its sections, for refusing values that do not go together, and for finding
-experiment files. Not responsible for changing settings by name or for JSON (`settings.py`), nor for anything that needs
-data or a device: this file imports no jax, so that listing experiments and refusing a misspelt setting are instant.
+Responsible for the `Experiment` dataclass and its sections, and for refusing values that do not go together. Not
+responsible for changing settings by name or for JSON (`settings.py`), for the files that define experiments
+(`catalog.py`), nor for anything that needs data or a device: this file imports no jax, so that listing experiments and
+refusing a misspelt setting are instant.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
 import math
-import sys
-import traceback
-import types
-import typing
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from jgpt.checks import UserError, check_range, check_types, nearest_divisors
 
-class UserError(ValueError):
-  """An error that a user can mend. Its text says what, got, need and how; commands print it without a stack trace."""
+PARAM_KINDS = ("embedding", "matrix", "head", "gain", "bias")
+DROPOUT_PLACES = ("embedding", "attention", "attention_out", "activation", "mlp_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """Sizes of the network.
+  """The network.
 
   Attributes:
     vocab_size: ids the softmax sums over, at least the tokenizer's; None means the tokenizer's.
@@ -36,7 +31,19 @@ class ModelConfig:
     num_heads: attention heads; must divide `d_model`.
     d_model: width of the residual stream.
     d_ff: width of the MLP's hidden layer.
-    init_std: standard deviation of every weight at initialisation.
+    norm: "rms" (RMSNorm without a gain), "layer" (LayerNorm with gain and bias) or "layer_no_bias".
+    norm_embed: whether the sum of embeddings is normalised before the first block; by "rms" only.
+    norm_final: whether the residual stream is normalised before the head.
+    activation: of the MLP: "relu", "gelu_tanh" (GPT-2's approximation) or "gelu_erf" (the exact GELU).
+    positions: "learned", or "sinusoidal" (fixed; Vaswani et al. 2017, section 3.5).
+    biases: "none", "mlp" (both of its layers) or "all" (attention's too). Those of norms are decided by `norm`.
+    tied_head: whether the head is the token embedding; otherwise it has weights of its own.
+    scale_embed: whether token embeddings are multiplied by sqrt(d_model) before positions are added.
+    dropout: probability of dropping an entry in training; 0 drops none.
+    dropout_places: what is dropped out: "embedding" (the sum with positions), "attention" (its probabilities),
+      "attention_out" (its output projection), "activation" (after the MLP's), "mlp_out".
+    init_std: standard deviation of every weight at initialisation. Gains begin at 1, biases at 0.
+    scale_residual_init: whether the projections into the residual stream begin at init_std / sqrt(2 num_layers) (GPT-2).
   """
 
   vocab_size: int | None = None
@@ -46,17 +53,44 @@ class ModelConfig:
   num_heads: int
   d_model: int
   d_ff: int
+  norm: Literal["rms", "layer", "layer_no_bias"]
+  norm_embed: bool
+  norm_final: bool
+  activation: Literal["relu", "gelu_tanh", "gelu_erf"]
+  positions: Literal["learned", "sinusoidal"]
+  biases: Literal["none", "mlp", "all"]
+  tied_head: bool
+  scale_embed: bool
+  dropout: float = 0.0
+  dropout_places: tuple[str, ...] = ()
   init_std: float
+  scale_residual_init: bool
 
   def __post_init__(self):
-    _check_types(self, "model")
-    _check_range(self, "model", least=1, names="vocab_size vocab_multiple max_seq_len num_layers num_heads d_model d_ff")
-    _check_range(self, "model", least=0, names="init_std")
+    check_types(self, "model")
+    check_range(self, "model", least=1, names="vocab_size vocab_multiple max_seq_len num_layers num_heads d_model d_ff")
+    check_range(self, "model", least=0, names="init_std dropout")
     if self.d_model % self.num_heads:
-      heads = _nearest_divisors(self.d_model, self.num_heads)
+      heads = nearest_divisors(self.d_model, self.num_heads)
       raise UserError(
         f"model.d_model={self.d_model} must be a multiple of model.num_heads={self.num_heads}; heads that divide it: "
         f"{heads}. Try --set model.num_heads={heads.split(' ')[0]}"
+      )
+    if self.norm_embed and self.norm != "rms":
+      raise UserError(
+        f"model.norm_embed=true goes with model.norm=rms only, not {self.norm}. Try --set model.norm_embed=false"
+      )
+    if self.positions == "sinusoidal" and self.d_model % 2:
+      raise UserError(f"model.positions=sinusoidal needs an even model.d_model, not {self.d_model}: sines and cosines.")
+    if self.dropout >= 1:
+      raise UserError(f"model.dropout={self.dropout} must be below 1, for example 0.1.")
+    for place in self.dropout_places:
+      if place not in DROPOUT_PLACES:
+        raise UserError(f"model.dropout_places holds {place!r}; the places are {', '.join(DROPOUT_PLACES)}.")
+    if self.dropout and not self.dropout_places:
+      raise UserError(
+        f"model.dropout={self.dropout} has no effect without places; they are {', '.join(DROPOUT_PLACES)}. "
+        "Try --set model.dropout_places=mlp_out"
       )
 
   @property
@@ -74,38 +108,71 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Where documents come from and how batches are cut from them.
+  """Where text comes from, how it becomes ids, and how batches are cut from them.
 
   Attributes:
     source: name of a known text (see `jgpt.sources.SOURCES`).
-    path: a text file of your own, UTF-8, one document a line; takes the place of `source`.
+    path: UTF-8 text of your own: a file, a folder (its *.txt files) or a glob; takes the place of `source`.
+    tokenizer: "characters", "bytes", "bpe" (byte-level BPE trained on the training part) or "gpt2".
+    bpe_vocab_size: ids of a "bpe" tokenizer, at least 256.
+    mark_paragraphs: whether GPT-2's end-of-text token is put before each paragraph (what blank lines part), as llm.c does.
+    batching: what a sequence is. "documents": a line each, between two BOS, shuffled once. Otherwise the text is one
+      stream of tokens, and a sequence is a window of it: "random" windows; "sequential": in order, starting over at the
+      end; "epochs": windows that do not overlap, in a new order each epoch.
     seq_len: positions in a training window; longer documents are cut. At most `model.max_seq_len`.
-    batch_size: documents per update, over all devices.
-    heldout_fraction: share of distinct documents, chosen by their SHA-256, that is kept for validation; 0 keeps none.
+    batch_size: sequences per update, over all devices.
+    heldout_fraction: share kept for validation: of distinct documents, chosen by their SHA-256; of a stream, the last
+      characters. 0 keeps none.
+    heldout_tokens: of a stream, keep the first this many tokens instead (llm.c); None keeps `heldout_fraction`.
     num_batches: use only the first this many batches, again and again; None uses all. 1 is the overfit-one-batch check.
   """
 
   source: str
   path: str | None = None
+  tokenizer: Literal["characters", "bytes", "bpe", "gpt2"]
+  bpe_vocab_size: int | None = None
+  mark_paragraphs: bool = False
+  batching: Literal["documents", "random", "sequential", "epochs"]
   seq_len: int
   batch_size: int
   heldout_fraction: float
+  heldout_tokens: int | None = None
   num_batches: int | None = None
 
   def __post_init__(self):
-    _check_types(self, "data")
-    _check_range(self, "data", least=1, names="seq_len batch_size num_batches")
+    check_types(self, "data")
+    check_range(self, "data", least=1, names="seq_len batch_size num_batches heldout_tokens")
+    check_range(self, "data", least=256, names="bpe_vocab_size")
     if not 0 <= self.heldout_fraction < 1:
       raise UserError(f"data.heldout_fraction={self.heldout_fraction} must be at least 0 and below 1, for example 0.05.")
+    if self.heldout_fraction and self.heldout_tokens:
+      raise UserError("data.heldout_fraction and data.heldout_tokens exclude each other. Try --set data.heldout_fraction=0")
+    if self.batching == "documents" and (self.tokenizer != "characters" or self.heldout_tokens):
+      raise UserError(
+        f"data.batching=documents goes with data.tokenizer=characters, not {self.tokenizer}, and without "
+        "data.heldout_tokens. Try --set data.batching=random"
+      )
+    if self.tokenizer == "bpe" and self.bpe_vocab_size is None:
+      raise UserError("data.tokenizer=bpe needs the number of ids. Try --set data.bpe_vocab_size=2000")
+    if self.mark_paragraphs and self.tokenizer != "gpt2":
+      raise UserError("data.mark_paragraphs=true goes with data.tokenizer=gpt2 only: others have no end-of-text token.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW and its schedule: the rate falls linearly from `peak_lr` at step 0 to 0 at `decay_steps`.
+  """AdamW and its schedule.
 
   Attributes:
-    peak_lr: learning rate of the first update.
-    decay_steps: updates until the rate is 0; None means `train.steps`, resolved when the run first starts.
+    peak_lr: the largest learning rate.
+    schedule: after the warmup "linear" or "cosine" falls to `end_lr` at `decay_steps`; "constant" stays; "wsd" (warmup,
+      stable, decay) stays, and falls linearly to `end_lr` over the last `cooldown_steps` before `decay_steps`.
+    warmup_steps: updates until `peak_lr` is reached; 0 begins with it.
+    warmup_from_zero: the rate of update `step` (from 0) while warming up: true gives peak_lr * step / warmup_steps, so
+      that the first update changes nothing (optax); false gives peak_lr * (step + 1) / (warmup_steps + 1) (nanoGPT).
+    end_lr: the rate from `decay_steps` on, unless "constant".
+    decay_steps: updates until the rate is `end_lr`, warmup included; None means `train.steps`, resolved when the run
+      first starts.
+    cooldown_steps: of "wsd"; None means a fifth of `decay_steps`.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment (outside the root, as in torch and llm.c).
@@ -115,7 +182,12 @@ class OptimizerConfig:
   """
 
   peak_lr: float
+  schedule: Literal["linear", "cosine", "constant", "wsd"]
+  warmup_steps: int = 0
+  warmup_from_zero: bool = True
+  end_lr: float = 0.0
   decay_steps: int | None = None
+  cooldown_steps: int | None = None
   b1: float
   b2: float
   eps: float
@@ -124,9 +196,9 @@ class OptimizerConfig:
   clip_norm: float | None = None
 
   def __post_init__(self):
-    _check_types(self, "optimizer")
-    _check_range(self, "optimizer", least=1, names="decay_steps")
-    _check_range(self, "optimizer", least=0, names="peak_lr eps weight_decay clip_norm")
+    check_types(self, "optimizer")
+    check_range(self, "optimizer", least=1, names="decay_steps cooldown_steps")
+    check_range(self, "optimizer", least=0, names="peak_lr warmup_steps end_lr eps weight_decay clip_norm")
     if self.eps == 0:
       raise UserError("optimizer.eps=0 would divide 0 by 0 where a gradient is 0; for example 1e-8.")
     if self.clip_norm == 0:
@@ -141,27 +213,42 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """How long, from which seed, and how often something is said or saved.
+  """How long, from which start, and how often something is said, measured or saved.
 
   Attributes:
-    steps: updates in all.
-    seed: of the initial weights, the order of the documents and the samples.
-    micro_batch_size: documents per forward and backward pass; None takes the batch at once. Gradients are accumulated
+    steps: updates in all; None means `epochs` passes over the training part.
+    epochs: passes, where `data.batching` is "epochs"; `steps`, where given, goes before it.
+    seed: of the initial weights, the order of the data, dropout and the samples.
+    init: "normal" draws the initial weights with jax; "microgpt" as that program does, with Python's `random`.
+    micro_batch_size: sequences per forward and backward pass; None takes the batch at once. Gradients are accumulated
       inside the step, so the update is that of the whole batch.
     log_every: updates between two lines of progress.
+    eval_every: updates between two evaluations on the held-out part, the first before any update; None evaluates after
+      each epoch where `epochs` decides, and else only at the end.
+    eval_batches: batches of an evaluation; None takes the whole held-out part, as the last evaluation always does.
+    sample_every: updates between two samples; None samples where `eval_every` is None: after each epoch, or at the end.
     save_every: updates between two checkpoints; None saves at the end (and when interrupted).
   """
 
-  steps: int
+  steps: int | None = None
+  epochs: int | None = None
   seed: int = 0
+  init: Literal["normal", "microgpt"] = "normal"
   micro_batch_size: int | None = None
   log_every: int = 100
+  eval_every: int | None = None
+  eval_batches: int | None = None
+  sample_every: int | None = None
   save_every: int | None = None
 
   def __post_init__(self):
-    _check_types(self, "train")
-    _check_range(self, "train", least=1, names="micro_batch_size log_every save_every")
-    _check_range(self, "train", least=0, names="steps seed")
+    check_types(self, "train")
+    check_range(
+      self, "train", least=1, names="epochs micro_batch_size log_every eval_every eval_batches sample_every save_every"
+    )
+    check_range(self, "train", least=0, names="steps seed")
+    if self.steps is None and self.epochs is None:
+      raise UserError("train.steps=none needs train.epochs: how long should it train? Try --set train.steps=1000")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +256,7 @@ class SampleConfig:
   """How text is drawn from the model.
 
   Attributes:
+    prompt: how each text begins; "" begins with the tokenizer's own mark, or a newline where it has none.
     num: texts to draw.
     temperature: logits are divided by it; 0 takes the most probable token.
     top_k: draw among the k most probable tokens only; None or 0 means all.
@@ -176,6 +264,7 @@ class SampleConfig:
     max_tokens: new tokens at most; None stops where the context is full.
   """
 
+  prompt: str = ""
   num: int = 20
   temperature: float
   top_k: int | None = None
@@ -183,9 +272,9 @@ class SampleConfig:
   max_tokens: int | None = None
 
   def __post_init__(self):
-    _check_types(self, "sample")
-    _check_range(self, "sample", least=0, names="temperature top_k")
-    _check_range(self, "sample", least=1, names="num max_tokens")
+    check_types(self, "sample")
+    check_range(self, "sample", least=0, names="temperature top_k")
+    check_range(self, "sample", least=1, names="num max_tokens")
     if self.num > 1_000_000:
       raise UserError(f"sample.num={self.num} must be at most 1,000,000: all are drawn at once.")
     if self.temperature > 1e6:
@@ -200,13 +289,16 @@ class MeshConfig:
 
   Attributes:
     data: devices the batch is divided over; None means all there are. Must divide `data.batch_size`.
+    scan_layers: whether the layers are one loop (quick to compile) or written out one after the other (quick to run on a
+      CPU); None chooses by the platform. The same computation either way.
   """
 
   data: int | None = None
+  scan_layers: bool | None = None
 
   def __post_init__(self):
-    _check_types(self, "mesh")
-    _check_range(self, "mesh", least=1, names="data")
+    check_types(self, "mesh")
+    check_range(self, "mesh", least=1, names="data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,12 +306,14 @@ class Expected:
   """A measured result to hold a run against.
 
   Attributes:
-    data: the text it was measured on.
-    loss_nats_per_token: mean training loss over the last 50 updates.
-    band: runs with other seeds stayed within this of it.
+    data: the text it was measured on, as `jgpt.data.Data.label` names it.
+    heldout: whether it is the loss over the held-out part, or the mean training loss of the last 50 updates.
+    loss_nats_per_token: what runs with other seeds scatter around.
+    band: how far from it they were.
   """
 
   data: str
+  heldout: bool
   loss_nats_per_token: float
   band: float
 
@@ -244,7 +338,7 @@ class Experiment:
       )
     micro = self.train.micro_batch_size
     if micro and self.data.batch_size % micro:
-      divisors = _nearest_divisors(self.data.batch_size, micro)
+      divisors = nearest_divisors(self.data.batch_size, micro)
       raise UserError(
         f"data.batch_size={self.data.batch_size} must be a multiple of train.micro_batch_size={micro}; what divides it: "
         f"{divisors}. Try --set train.micro_batch_size={divisors.split(' ')[0]}"
@@ -252,129 +346,37 @@ class Experiment:
     if self.mesh.data and (micro or self.data.batch_size) % self.mesh.data:
       what = f"train.micro_batch_size={micro}" if micro else f"data.batch_size={self.data.batch_size}"
       raise UserError(f"{what} must be a multiple of mesh.data={self.mesh.data}. Try --set mesh.data=1")
+    if self.train.steps is None and self.data.batching != "epochs":
+      raise UserError(f"train.epochs goes with data.batching=epochs, not {self.data.batching}. Try --set train.steps=1000")
 
 
-PARAM_KINDS = ("embedding", "matrix", "head", "gain", "bias")
+def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None = None) -> Experiment:
+  """Fills in what was left open.
 
-
-def resolve(experiment: Experiment, vocab_size: int) -> Experiment:
-  """Fills in what was left open: `model.vocab_size` from the tokenizer, `optimizer.decay_steps` from `train.steps`.
+  `model.vocab_size` is the tokenizer's; `train.steps`, `eval_every` and `sample_every` follow from `train.epochs`;
+  `optimizer.decay_steps` is `train.steps`, and `cooldown_steps` a fifth of it.
 
   Args:
     experiment: settings, perhaps with None in those places.
     vocab_size: ids of the tokenizer.
+    steps_per_epoch: batches in a pass over the training part; None where a run is not counted in epochs.
 
   Raises:
-    UserError: if `model.vocab_size` was given and is smaller than the tokenizer's.
+    UserError: if `model.vocab_size` was given and is smaller than the tokenizer's, or the warmup outlasts the schedule.
   """
-  given = experiment.model.vocab_size
+  given, train, optimizer = experiment.model.vocab_size, experiment.train, experiment.optimizer
   if given is not None and given < vocab_size:
     raise UserError(
       f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set model.vocab_size=none, "
       "which takes the tokenizer's"
     )
+  if steps_per_epoch is not None and train.epochs is not None:
+    steps = train.epochs * steps_per_epoch if train.steps is None else train.steps
+    period = {name: getattr(train, name) or steps_per_epoch for name in ("eval_every", "sample_every")}
+    train = dataclasses.replace(train, steps=steps, **period)
+  decay_steps = optimizer.decay_steps or (None if train.steps is None else max(1, train.steps))
+  if decay_steps is not None:
+    cooldown_steps = optimizer.cooldown_steps or max(1, decay_steps // 5) if optimizer.schedule == "wsd" else None
+    optimizer = dataclasses.replace(optimizer, decay_steps=decay_steps, cooldown_steps=cooldown_steps)
   model = dataclasses.replace(experiment.model, vocab_size=given or vocab_size)
-  decay_steps = experiment.optimizer.decay_steps or max(1, experiment.train.steps)
-  optimizer = dataclasses.replace(experiment.optimizer, decay_steps=decay_steps)
-  return dataclasses.replace(experiment, model=model, optimizer=optimizer)
-
-
-# --- Checks ---
-
-
-def _check_types(config: Any, section: str) -> None:
-  """Raises unless each field holds a value of its declared type, whole numbers below 2**31; 1 becomes 1.0 for a float."""
-  for name, hint in typing.get_type_hints(type(config)).items():
-    value = getattr(config, name)
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
-      value = float(value)
-      object.__setattr__(config, name, value)
-    if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(type(v) is str for v in value):
-      object.__setattr__(config, name, tuple(value))
-    elif type(value) not in allowed:
-      raise UserError(f"{section}.{name}={value!r} must be {describe_type(hint)}.")
-    elif type(value) is float and not math.isfinite(value):
-      raise UserError(f"{section}.{name}={value!r} must be a finite number.")
-    elif type(value) is int and value >= 2**31:
-      raise UserError(f"{section}.{name}={value} must be below 2**31.")
-
-
-def _check_range(config: Any, section: str, *, least: int, names: str) -> None:
-  for name in names.split():
-    value = getattr(config, name)
-    if value is not None and value < least:
-      raise UserError(f"{section}.{name}={value} must be at least {least}.")
-
-
-def describe_type(hint: Any) -> str:
-  """A setting's declared type for a person: "a whole number or none"."""
-  words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
-  words[tuple[str, ...]] = "words separated by commas"
-  return " or ".join(words[t] for t in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)))
-
-
-def _nearest_divisors(n: int, wanted: int) -> str:
-  """The divisors of `n` next to `wanted`, nearest first, as text: "4 or 8"."""
-  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-  divisors = sorted({*small, *(n // d for d in small)}, key=lambda d: (abs(d - wanted), d))
-  return " or ".join(str(d) for d in divisors[:2])
-
-
-def near_matches(word: str, known: typing.Iterable[str]) -> str:
-  """Words the user may have meant, as the end of an error: " Did you mean a or b?", or "" where none is near."""
-  matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-  return f" Did you mean {' or '.join(matches)}?" if matches else ""
-
-
-# --- Experiment files ---
-
-
-def experiments_dir() -> Path:
-  """The folder of experiment files: inside the package in a wheel, beside it in a clone or an editable install."""
-  package = Path(__file__).resolve().parent
-  inside = package / "experiments"
-  return inside if inside.is_dir() else package.parent / "experiments"
-
-
-def list_experiments() -> list[str]:
-  """Names of the experiments that come with jgpt, sorted."""
-  return sorted(p.stem for p in experiments_dir().glob("*.py") if not p.stem.startswith("_"))
-
-
-def load_experiment(name: str) -> Experiment:
-  """Loads the constant `EXPERIMENT` of an experiment file.
-
-  Args:
-    name: an experiment of jgpt's, or the path of a file ending in ".py", which is executed.
-
-  Raises:
-    UserError: if there is no such experiment, or the file holds none.
-  """
-  return load_experiment_file(name)[0]
-
-
-def load_experiment_file(name: str) -> tuple[Experiment, str]:
-  """Like `load_experiment`, and returns the file's docstring as well."""
-  path = Path(name) if name.endswith(".py") else experiments_dir() / f"{name}.py"
-  if not name.endswith(".py") and name not in list_experiments():
-    raise UserError(
-      f"there is no experiment {name!r}.{near_matches(name, list_experiments())} They are: "
-      f"{', '.join(list_experiments())}; or give the path of a file ending in .py."
-    )
-  if not path.is_file():
-    raise UserError(f"the experiment file {path} does not exist.")
-  spec = importlib.util.spec_from_file_location(f"jgpt_experiment_{path.stem}", path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except UserError:
-    raise
-  except Exception as error:  # whatever the file does wrong is the user's to mend, at this line
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
-    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
-    raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-  experiment = getattr(module, "EXPERIMENT", None)
-  if not isinstance(experiment, Experiment):
-    raise UserError(f"{path} must define EXPERIMENT, a jgpt.config.Experiment.")
-  return experiment, module.__doc__ or ""
+  return dataclasses.replace(experiment, model=model, train=train, optimizer=optimizer)

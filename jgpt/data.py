@@ -1,47 +1,22 @@
-"""Batches as a function of the step.
+"""From a text to tokens: documents or a stream, their tokenizer, and the held-out part.
 
-Responsible for turning a text into documents, documents into token arrays, the held-out split, and `batch(corpus, step)`.
-Not responsible for where the text comes from (`sources.py`). Nothing here has a state: a checkpoint holds no iterator.
+Responsible for loading: what is done once, on the host. Not responsible for where the text comes from (`sources.py`) or
+for cutting batches (`batches.py`).
 """
 
 import dataclasses
 import hashlib
 import random
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jgpt.config import DataConfig, UserError
+from jgpt import sources
+from jgpt.batches import Corpus, Documents, Stream, count_epoch_steps
+from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
+from jgpt.checks import UserError
+from jgpt.config import DataConfig
 from jgpt.sources import Text
-from jgpt.tokenizer import CharTokenizer, train_char_tokenizer
-
-
-class Batch(NamedTuple):
-  """What one update learns from.
-
-  Attributes:
-    inputs_BT: int32 token ids.
-    targets_BT: int32 token ids, the next token at each position.
-    weights_BT: float32, 1 where the target counts and 0 at padding.
-  """
-
-  inputs_BT: jax.Array
-  targets_BT: jax.Array
-  weights_BT: jax.Array
-
-
-class Corpus(NamedTuple):
-  """Tokenized documents, one a row.
-
-  Attributes:
-    tokens: int32 [documents, seq_len + 1], BOS + text + BOS, cut at the end or filled up with BOS.
-    lengths: int32 [documents], predictions in each: min(seq_len, tokens - 1).
-  """
-
-  tokens: jax.Array
-  lengths: jax.Array
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,57 +25,45 @@ class Data:
 
   Attributes:
     text: where it came from.
-    tokenizer: made from all its documents.
-    documents: the training documents in the order they are taken.
-    train: their tokens (NumPy arrays).
-    heldout: the held-out documents' tokens.
-    num_documents: in all.
-    num_chars: in all.
-    longest: characters of the longest document.
-    num_cut: documents that do not fit the training window.
+    label: its source by name, "(bundled)" added for the list that comes with jgpt; None for a path of the user's.
+    tokenizer: of the run.
+    train: the training part's tokens (NumPy arrays).
+    heldout: the held-out part's.
+    documents: the training documents in the order they are taken; [] for a stream.
+    summary: lines for a person: sizes of the text and its parts.
   """
 
   text: Text
-  tokenizer: CharTokenizer
-  documents: list[str]
+  label: str | None
+  tokenizer: Tokenizer
   train: Corpus
   heldout: Corpus
-  num_documents: int
-  num_chars: int
-  longest: int
-  num_cut: int
+  documents: list[str]
+  summary: list[str]
 
 
-def batch(corpus: Corpus, step: jax.Array, config: DataConfig) -> Batch:
-  """Cuts the batch of one step: the next `batch_size` documents in turn, starting over after the last.
+def load_data(text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Data:
+  """Turns a text into tokens.
 
   Args:
-    corpus: on the device.
-    step: int32 scalar, updates applied before this one.
-    config: `batch_size` and `num_batches`.
-
-  Returns:
-    B = `batch_size`, T = `seq_len`.
-  """
-  num_documents, width = corpus.tokens.shape
-  if config.num_batches:
-    step = step % config.num_batches
-  step = step % num_documents  # the order repeats after so many steps: no overflow below
-  rows_B = (step * config.batch_size + jnp.arange(config.batch_size)) % num_documents
-  tokens = corpus.tokens[rows_B]
-  weights_BT = jnp.arange(width - 1)[None] < corpus.lengths[rows_B][:, None]
-  return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))
-
-
-def load_data(text: Text, config: DataConfig, seed: int) -> Data:
-  """Turns a text, one document a line, into tokens.
-
-  Lines are stripped, empty ones dropped; the rest are shuffled once by `random.Random(seed)`, then held-out documents are
-  removed.
+    text: from `sources.find_text`.
+    config: how.
+    seed: of the documents' order.
+    tokenizer: the run's, where it has one already; None makes the one that `config` asks for.
 
   Raises:
-    UserError: if no document is left to train on, or there are too many for 32-bit arithmetic.
+    UserError: if there is too little text for a window, or too much for 32-bit arithmetic.
   """
+  label = None if config.path is not None else config.source + (" (bundled)" if text.kind == "bundled" else "")
+  load = _load_documents if config.batching == "documents" else _load_stream
+  return load(text, label, config, seed, tokenizer)
+
+
+# --- Documents ---
+
+
+def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
+  """Lines, stripped and not empty, are shuffled once by `random.Random(seed)`; then held-out documents are removed."""
   documents = text.documents()
   if not documents:
     raise UserError(f"{text.location} holds no text: it needs one document a line.")
@@ -115,17 +78,21 @@ def load_data(text: Text, config: DataConfig, seed: int) -> Data:
       f"all {len(documents)} documents of {text.location} are held out by data.heldout_fraction={config.heldout_fraction}, "
       "and none is left to train on. Try --set data.heldout_fraction=0"
     )
-  tokenizer = train_char_tokenizer(documents)
+  tokenizer = tokenizer or train_char_tokenizer(documents, bos=True)
+  longest, num_cut = max(map(len, documents)), sum(len(d) + 1 > config.seq_len for d in documents)
+  num_chars = sum(map(len, documents))
   return Data(
     text=text,
+    label=label,
     tokenizer=tokenizer,
+    train=make_documents(train, tokenizer, config.seq_len),
+    heldout=make_documents(heldout, tokenizer, config.seq_len),
     documents=train,
-    train=make_corpus(train, tokenizer, config.seq_len),
-    heldout=make_corpus(heldout, tokenizer, config.seq_len),
-    num_documents=len(documents),
-    num_chars=sum(map(len, documents)),
-    longest=max(map(len, documents)),
-    num_cut=sum(len(d) + 1 > config.seq_len for d in documents),
+    summary=[
+      f"{len(documents):,} documents, {num_chars:,} characters, longest {longest}, "
+      f"{num_cut:,} cut at the context of {config.seq_len}",
+      f"{len(train):,} for training, {len(heldout):,} held out",
+    ],
   )
 
 
@@ -134,7 +101,7 @@ def in_heldout(document: str, fraction: float) -> bool:
   return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def make_corpus(documents: list[str], tokenizer: CharTokenizer, seq_len: int) -> Corpus:
+def make_documents(documents: list[str], tokenizer: CharTokenizer, seq_len: int) -> Documents:
   """Tokenizes documents into rows of `seq_len` + 1 ids (NumPy arrays)."""
   width = seq_len + 1
   texts = [document[:seq_len] for document in documents]
@@ -142,4 +109,72 @@ def make_corpus(documents: list[str], tokenizer: CharTokenizer, seq_len: int) ->
   tokens = np.full((len(documents), width), tokenizer.bos_id, np.int32)
   is_text = (np.arange(width) >= 1) & (np.arange(width) <= counts[:, None])  # after BOS; the closing BOS stands already
   tokens[is_text] = tokenizer.encode("".join(texts))
-  return Corpus(tokens, np.minimum(np.fromiter(map(len, documents), np.int32, len(documents)) + 1, seq_len))
+  return Documents(tokens, np.minimum(np.fromiter(map(len, documents), np.int32, len(documents)) + 1, seq_len))
+
+
+# --- Streams ---
+
+
+def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
+  """The held-out part is the last share of characters, or the first `heldout_tokens` tokens."""
+  num_train = int((1 - config.heldout_fraction) * len(text.text))
+  train_text, heldout_text = text.text[:num_train], text.text[num_train:]
+  tokenizer = tokenizer or make_tokenizer(config, text.text, train_text)
+  train, heldout = (_encode(part, tokenizer, config) for part in (train_text, heldout_text))
+  if config.heldout_tokens is not None:
+    heldout, train = train[: config.heldout_tokens], train[config.heldout_tokens :]
+  need = config.seq_len + 1 if config.batching != "sequential" else config.seq_len * config.batch_size + 1
+  _check_length(train, need, "training", text, config)
+  if len(heldout):
+    _check_length(heldout, config.seq_len + 1, "held-out", text, config)
+  if len(train) >= 2**31 - config.seq_len * config.batch_size:
+    raise UserError(f"{len(train):,} tokens are more than 32-bit positions can count.")
+  train_corpus = Stream(train)
+  epoch = count_epoch_steps(train_corpus, config)
+  return Data(
+    text=text,
+    label=label,
+    tokenizer=tokenizer,
+    train=train_corpus,
+    heldout=Stream(heldout),
+    documents=[],
+    summary=[
+      f"{len(text.text):,} characters",
+      f"{len(train):,} tokens for training, {len(heldout):,} held out" + (f"; {epoch:,} steps an epoch" if epoch else ""),
+    ],
+  )
+
+
+def make_tokenizer(config: DataConfig, text: str, train_text: str) -> Tokenizer:
+  """Makes the tokenizer of a stream: characters are those of the whole text, merges are learned from its training part."""
+  if config.tokenizer == "characters":
+    return train_char_tokenizer([text], bos=False)
+  if config.tokenizer == "bytes":
+    return ByteTokenizer()
+  if config.tokenizer == "bpe":
+    return train_bpe_tokenizer(train_text, config.bpe_vocab_size)
+  return make_gpt2_tokenizer(*sources.find_gpt2_files())
+
+
+def _encode(text: str, tokenizer: Tokenizer, config: DataConfig) -> np.ndarray:
+  if not config.mark_paragraphs:
+    return np.asarray(tokenizer.encode(text), np.int32)
+  return np.asarray(encode_paragraphs(text, tokenizer), np.int32)
+
+
+def encode_paragraphs(text: str, tokenizer: BpeTokenizer) -> list[int]:
+  """Encodes each paragraph by itself, the end-of-text token before it and the blank line after it (llm.c's convention)."""
+  if not text:
+    return []
+  *paragraphs, last = text.split("\n\n")
+  return [i for p in [*(f"{p}\n\n" for p in paragraphs), last] for i in (tokenizer.eot_id, *tokenizer.encode(p))]
+
+
+def _check_length(tokens: np.ndarray, need: int, part: str, text: Text, config: DataConfig) -> None:
+  if len(tokens) < need:
+    raise UserError(
+      f"the {part} part of {text.location} has {len(tokens):,} tokens, and a batch needs {need:,}. Try a longer text, or "
+      f"--set data.seq_len={max(1, min(config.seq_len, len(tokens) // 2))}"
+      + (" and --set data.batch_size=1" if config.batching == "sequential" else "")
+      + (" or --set data.heldout_fraction=0" if part == "held-out" else "")
+    )

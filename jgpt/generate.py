@@ -14,7 +14,7 @@ import numpy as np
 
 from jgpt.config import ModelConfig, SampleConfig
 from jgpt.model import apply, decode_step, init_cache, prefill
-from jgpt.tokenizer import CharTokenizer
+from jgpt.tokenizer import Tokenizer
 
 
 def draw(
@@ -131,17 +131,16 @@ def fit_prompt(ids: list[int], config: ModelConfig) -> tuple[list[int], int]:
 
 
 def generate_texts(
-  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig, *, prompt: str = ""
+  params: dict, tokenizer: Tokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig
 ) -> list[str]:
-  """Draws documents that begin with a prompt.
+  """Draws texts that begin with a prompt.
 
   Args:
     params: as `init_params` returns them.
     tokenizer: of the run.
     key: consumed.
-    config: sizes.
-    sample: how many, how long, and how tokens are drawn.
-    prompt: text after BOS; only its last `config.max_seq_len` tokens are read.
+    config: sizes and switches.
+    sample: the prompt, of which the last `config.max_seq_len` tokens are read; how many texts, how long, how drawn.
 
   Returns:
     `sample.num` texts, the prompt included, the mark of the end left out.
@@ -149,38 +148,36 @@ def generate_texts(
   Raises:
     UserError: if the prompt has characters that the tokenizer does not know.
   """
-  return begin_texts(params, tokenizer, key, config, sample, prompt=prompt)()
+  return begin_texts(params, tokenizer, key, config, sample)()
 
 
 def begin_texts(
-  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig, *, prompt: str = ""
+  params: dict, tokenizer: Tokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig
 ) -> Callable[[], list[str]]:
   """Like `generate_texts`, and returns at once: calling what it returns waits for the device and gives the texts."""
-  args, settings, max_tokens = _arguments(params, tokenizer, key, config, sample, prompt)
+  args, settings, max_tokens = _arguments(params, tokenizer, key, config, sample)
   new = generate(*args, **settings)
 
   def texts() -> list[str]:
     rows = np.asarray(new)[:, :max_tokens].tolist()
-    return [prompt + tokenizer.decode(_until(ids, tokenizer.bos_id)) for ids in rows]
+    return [sample.prompt + tokenizer.decode(_until(ids, tokenizer.stop_id)) for ids in rows]
 
   return texts
 
 
-def compile_texts(
-  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig
-) -> None:
+def compile_texts(params: dict, tokenizer: Tokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig) -> None:
   """Compiles what `generate_texts` will call with such arguments, and runs nothing."""
-  args, settings, _ = _arguments(params, tokenizer, key, config, sample, "")
+  args, settings, _ = _arguments(params, tokenizer, key, config, sample)
   generate.lower(*args, **settings).compile()
 
 
 def _arguments(
-  params: dict, tokenizer: CharTokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig, prompt: str
+  params: dict, tokenizer: Tokenizer, key: jax.Array, config: ModelConfig, sample: SampleConfig
 ) -> tuple[tuple, dict, int]:
   """The arguments of `generate`, by position and by keyword, and how many of its tokens are wanted."""
-  ids, _ = fit_prompt([tokenizer.bos_id, *tokenizer.encode(prompt)], config)
-  # A prompt of BOS alone needs no prefill; all others are filled up to the context and share one executable.
-  prompt_P = np.full(1 if len(ids) == 1 else config.max_seq_len, tokenizer.bos_id, np.int32)
+  ids, _ = fit_prompt(tokenizer.prompt(sample.prompt), config)
+  # Filled up to a power of two: prompts of many lengths share an executable. A single token needs no prefill.
+  prompt_P = np.zeros(min(config.max_seq_len, 1 << (len(ids) - 1).bit_length()), np.int32)
   prompt_P[: len(ids)] = ids
   room = config.max_seq_len - len(ids) + 1
   max_tokens = room if sample.max_tokens is None else sample.max_tokens
@@ -189,7 +186,7 @@ def _arguments(
     "num": sample.num,
     # Without a limit computed for the whole context, and cut by the caller: one executable for every prompt length.
     "max_tokens": config.max_seq_len if sample.max_tokens is None else max_tokens,
-    "stop_id": tokenizer.bos_id,
+    "stop_id": tokenizer.stop_id,
     "top_k": sample.top_k,
     "top_p": sample.top_p,
     "past_context": max_tokens > room,
@@ -197,5 +194,5 @@ def _arguments(
   return (params, prompt_P, np.int32(len(ids)), key, np.float32(sample.temperature)), settings, max_tokens
 
 
-def _until(ids: list[int], stop_id: int) -> list[int]:
+def _until(ids: list[int], stop_id: int | None) -> list[int]:
   return ids[: ids.index(stop_id)] if stop_id in ids else ids

@@ -11,6 +11,9 @@ import jax
 # Purposes. A number, once given, keeps its meaning: changing it changes every run.
 INIT = 0
 SAMPLE = 1
+DROPOUT = 2
+DATA = 3
+EVAL = 4
 
 
 @partial(jax.jit, static_argnames="purpose")

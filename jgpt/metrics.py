@@ -23,16 +23,18 @@ class Chunk:
   """Metrics of consecutive updates.
 
   Attributes:
-    step: the last of them; the first update of a run is step 1.
+    step: the last of them; the first update of a run is step 1, and step 0 comes with an evaluation only.
     metrics: name -> float array [updates].
     seconds: the time they took.
-    sample: a text drawn after them, where one was asked for.
+    heldout_loss: nats per token on the held-out part after them, where it was evaluated.
+    texts: drawn after them, where some were asked for.
   """
 
   step: int
   metrics: dict[str, np.ndarray]
   seconds: float
-  sample: str | None = None
+  heldout_loss: float | None = None
+  texts: tuple[str, ...] = ()
 
 
 class Writer(Protocol):
@@ -46,7 +48,11 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-  """Writes one JSON object per update: {"step": 1, "train/loss": 3.29, ...}, floats so that float32 reads back equal."""
+  """Writes one JSON object per update: {"step": 1, "train/loss": 3.29, ...}, floats so that float32 reads back equal.
+
+  Where the held-out part was evaluated after an update its row has "heldout/loss" too; before the first update that is all
+  of row 0.
+  """
 
   def __init__(self, path: Path, step: int):
     """Opens the file; rows after `step` (a run resumed from there writes them again) and a torn last line are dropped."""
@@ -60,11 +66,16 @@ class JsonlWriter:
 
   def write(self, chunk: Chunk) -> None:
     """Appends the chunk's rows."""
-    count = len(next(iter(chunk.metrics.values())))
-    for i in range(count):
+    count = len(next(iter(chunk.metrics.values()), ()))
+    rows = [
       # str of a NumPy float32 is the shortest text that reads back as the same float32.
-      row = {name: float(str(values[i])) for name, values in chunk.metrics.items()}
-      self._file.write(json.dumps({"step": chunk.step - count + 1 + i, **row}) + "\n")
+      {"step": chunk.step - count + 1 + i, **{name: float(str(values[i])) for name, values in chunk.metrics.items()}}
+      for i in range(count)
+    ]
+    if chunk.heldout_loss is not None:
+      rows = rows or [{"step": chunk.step}]
+      rows[-1]["heldout/loss"] = chunk.heldout_loss
+    self._file.writelines(json.dumps(row) + "\n" for row in rows)
     self._file.flush()
 
   def close(self) -> None:
@@ -89,21 +100,31 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 class ConsoleWriter:
-  """Prints a line every `log_every` updates, after the first update and after the last.
+  """Prints a line every `log_every` updates, after the first update, each evaluation and the last update.
 
-  On a terminal the lines stand above a bar with the time that is left, and end with a text drawn at that moment.
+  On a terminal the lines stand above a bar with the time that is left. A text drawn at that moment ends the line where it
+  is short and stands below it otherwise.
   """
 
-  def __init__(self, *, steps: int, log_every: int, start_step: int = 0, terminal: bool | None = None):
+  def __init__(
+    self,
+    *,
+    steps: int,
+    log_every: int,
+    start_step: int = 0,
+    epoch_steps: int | None = None,
+    terminal: bool | None = None,
+  ):
     """Begins.
 
     Args:
       steps: updates in all.
       log_every: updates between two lines.
       start_step: updates already done.
+      epoch_steps: updates in an epoch: lines then count the steps of each; None counts those of the run.
       terminal: whether to show the bar; None asks standard output.
     """
-    self._steps, self._log_every = steps, log_every
+    self._steps, self._log_every, self._epoch_steps = steps, log_every, epoch_steps
     self._losses: list[np.ndarray] = []
     self._seconds = 0.0
     self._progress = None
@@ -120,25 +141,28 @@ class ConsoleWriter:
 
   @property
   def wants_samples(self) -> bool:
-    """Whether lines end with a text."""
+    """Whether lines can end with a text."""
     return self._progress is not None
 
   def is_line(self, step: int) -> bool:
     """Whether a line is printed after this update."""
-    return step in (1, self._steps) or step % self._log_every == 0
+    in_epoch = step if self._epoch_steps is None else step % self._epoch_steps
+    return step in (1, self._steps) or in_epoch % self._log_every == 0
 
   def write(self, chunk: Chunk) -> None:
     """Adds the chunk to the line under way, and prints that where it is due."""
-    self._losses.append(chunk.metrics["train/loss"])
+    if "train/loss" in chunk.metrics:
+      self._losses.append(chunk.metrics["train/loss"])
     self._seconds += chunk.seconds
     if self._progress:
       self._progress.start()  # not before there is something to show, so that an error on the way leaves no bar behind
       self._progress.update(self._task, completed=chunk.step)
-    if not self.is_line(chunk.step):
+    if not self.is_line(chunk.step) and chunk.heldout_loss is None and not chunk.texts:
       return
-    losses = np.concatenate(self._losses)
+    losses = np.concatenate(self._losses) if self._losses else np.zeros(0)
+    loss = float(losses.mean()) if len(losses) else None
     line = format_line(
-      chunk, self._steps, loss=float(losses.mean()), steps_per_second=len(losses) / max(self._seconds, 1e-9)
+      chunk, format_step(chunk.step, self._steps, self._epoch_steps), loss, len(losses) / max(self._seconds, 1e-9)
     )
     self._losses, self._seconds = [], 0.0
     if self._progress:
@@ -152,25 +176,57 @@ class ConsoleWriter:
       self._progress.stop()
 
 
-def format_line(chunk: Chunk, steps: int, *, loss: float, steps_per_second: float) -> str:
-  """One line of progress: `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`."""
-  rate = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2f}"
-  parts = [
-    f"step {chunk.step:>{len(str(steps))}}/{steps}",
-    f"loss {loss:.4f}",
-    f"grad norm {chunk.metrics['train/grad_norm'][-1]:.2f}",
-    f"lr {chunk.metrics['train/lr'][-1]:.1e}",
-    f"{rate} steps/s",
-  ]
-  return " | ".join(parts if chunk.sample is None else [*parts, chunk.sample])
+def format_step(step: int, steps: int, epoch_steps: int | None) -> str:
+  """Where training is: `step  100/1000`, or `Epoch 1/3 | step  50/171`."""
+  if epoch_steps is None:
+    return f"step {step:>{len(str(steps))}}/{steps}"
+  epoch = max(0, step - 1) // epoch_steps
+  done, width = step - epoch * epoch_steps, len(str(epoch_steps))
+  return f"Epoch {epoch + 1}/{-(-steps // epoch_steps)} | step {done:>{width}}/{epoch_steps}"
 
 
-def draw_curve(losses: Sequence[float], *, width: int = 64, height: int = 12) -> str:
-  """Draws losses over steps as text.
+def format_line(chunk: Chunk, where: str, loss: float | None, steps_per_second: float) -> str:
+  """One line of progress: `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`.
+
+  Args:
+    chunk: the last; its held-out loss and its texts are added where it has them.
+    where: from `format_step`.
+    loss: mean training loss since the line before; None before the first update.
+    steps_per_second: since the line before.
+  """
+  parts = [where] if loss is None else [where, f"loss {loss:.4f}"]
+  if chunk.heldout_loss is not None:
+    parts.append(f"held out {chunk.heldout_loss:.4f}")
+  if loss is not None:
+    parts += [f"grad norm {chunk.metrics['train/grad_norm'][-1]:.2f}", f"lr {chunk.metrics['train/lr'][-1]:.1e}"]
+    parts.append(f"{steps_per_second:,.0f} steps/s" if steps_per_second >= 10 else f"{steps_per_second:.2f} steps/s")
+  if not chunk.texts:
+    return " | ".join(parts)
+  text = chunk.texts[0]
+  if len(text) <= 20 and "\n" not in text:
+    return " | ".join([*parts, text])
+  return "\n".join([" | ".join(parts), indent(text)])
+
+
+def indent(text: str) -> str:
+  """A drawn text with each line set off, unprintable characters shown as the replacement character."""
+  shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+  return "\n".join(f"  | {line}" for line in shown.split("\n"))
+
+
+def draw_curve(
+  losses: Sequence[float],
+  heldout_losses: Sequence[tuple[int, float]] = (),
+  *,
+  width: int = 64,
+  height: int = 12,
+) -> str:
+  """Draws losses over steps as text: training as a line, each evaluation on the held-out part as an o.
 
   Args:
     losses: one per update, nats per token; averaged in equal groups, one for each column. A group that is not
       finite, or beyond what the plot can label, leaves its column empty.
+    heldout_losses: (updates, loss); what is not finite is left out.
     width: columns.
     height: rows; each label is the value at the middle of its row.
   """
@@ -182,11 +238,18 @@ def draw_curve(losses: Sequence[float], *, width: int = 64, height: int = 12) ->
     return "no training loss is finite: there is no curve to draw"
   steps = [1 + float(g.mean()) for g in groups]
   means = np.array([losses[g].mean() for g in groups])
-  margin = max(1e-6, 0.02 * float(np.ptp(means)))
-  low, high = float(means.min()) - margin, float(means.max()) + margin
-  lines = uniplot.plot_to_string(means, steps, lines=len(means) > 1, width=width, height=height, y_min=low, y_max=high)
+  points = [(step, loss) for step, loss in heldout_losses if math.isfinite(loss) and abs(loss) < 1e12]
+  values = np.concatenate([means, [loss for _, loss in points]])
+  margin = max(1e-6, 0.02 * float(np.ptp(values)))
+  low, high = float(values.min()) - margin, float(values.max()) + margin
+  limits = {"y_min": low, "y_max": high, "x_min": 0.5, "x_max": len(losses) + 0.5}
+  lines = uniplot.plot_to_string(means, steps, lines=len(means) > 1, width=width, height=height, **limits)
   lines = lines.split("\n") if isinstance(lines, str) else list(lines)
   frame = [line[: line.rindex("│") + 1] for line in lines if "│" in line]
+  for step, loss in points:
+    row = min(len(frame) - 1, int((high - loss) / (high - low) * len(frame)))
+    column = 1 + min(len(frame[0]) - 3, int(max(0.0, step - 0.5) / len(losses) * (len(frame[0]) - 2)))
+    frame[row] = frame[row][:column] + "o" + frame[row][column + 1 :]
   labels = [high - (row + 0.5) / len(frame) * (high - low) for row in range(len(frame))]
   # Uniplot's own labels have too few digits: what it calls 2 may be 2.5.
   body = [
@@ -194,7 +257,8 @@ def draw_curve(losses: Sequence[float], *, width: int = 64, height: int = 12) ->
   ]
   ends = f" step 1{f'step {len(losses):,}':>{max(0, len(frame[0]) - 8)}}"
   edge = "─" * (len(frame[0]) - 2)
-  return "\n".join(["training loss, nats per token", f"┌{edge}┐", *body, f"└{edge}┘", ends])
+  title = f"{'training loss (line) and held-out loss (o)' if points else 'training loss'}, nats per token"
+  return "\n".join([title, f"┌{edge}┐", *body, f"└{edge}┘", ends])
 
 
 def format_samples(texts: list[str], known: set[str]) -> str:

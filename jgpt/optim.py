@@ -8,19 +8,47 @@ import jax
 import optax
 
 from jgpt.config import ModelConfig, OptimizerConfig
-from jgpt.params import param_table
+from jgpt.params import param_at
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-  """Makes the learning rate as a function of the step: `peak_lr * (1 - step / decay_steps)`, and 0 from there on.
+  """Makes the learning rate as a function of the step.
+
+  While step < warmup_steps: peak_lr * step / warmup_steps, or peak_lr * (step + 1) / (warmup_steps + 1) where
+  `warmup_from_zero` is false. Then, with r running from 0 at warmup_steps to 1 at decay_steps, and end_lr from there on:
+  linear  peak_lr + (end_lr - peak_lr) * r;
+  cosine  end_lr + (peak_lr - end_lr) * (1 + cos(pi r)) / 2;
+  constant  peak_lr, for ever;
+  wsd  peak_lr, and linear over the last `cooldown_steps` before decay_steps.
 
   Args:
-    config: `decay_steps` resolved.
+    config: `decay_steps` and `cooldown_steps` resolved. A warmup that outlasts `decay_steps` is cut there.
 
   Returns:
     A function of an int32 step (updates applied before this one) to a float32 rate.
+
+  Source: Loshchilov and Hutter 2017, "SGDR", equation 5 (cosine); Hu et al. 2024, "MiniCPM", section 4 (wsd).
   """
-  return optax.linear_schedule(init_value=config.peak_lr, end_value=0.0, transition_steps=config.decay_steps)
+  peak, end, warmup = config.peak_lr, config.end_lr, config.warmup_steps
+  if config.schedule != "constant":
+    warmup = min(warmup, config.decay_steps)
+  rest = config.decay_steps - warmup
+  if config.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  elif not rest:
+    after = optax.constant_schedule(end)
+  elif config.schedule == "linear":
+    after = optax.linear_schedule(peak, end, rest)
+  elif config.schedule == "cosine":
+    # Its floor is given as a share of the peak; at a peak of 0 any share will do.
+    after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak if peak else 0.0)
+  else:
+    cooldown = min(config.cooldown_steps, rest)
+    after = optax.linear_schedule(peak, end, cooldown, transition_begin=rest - cooldown)
+  if not config.warmup_steps:
+    return after
+  first = 0.0 if config.warmup_from_zero else peak / (config.warmup_steps + 1)
+  return optax.join_schedules([optax.linear_schedule(first, peak, config.warmup_steps), after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
@@ -31,11 +59,14 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
 
   Args:
     config: `decay_steps` resolved.
-    model: sizes; gives each parameter its kind.
+    model: sizes and switches; gives each parameter its kind.
 
   Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
   """
-  decays = jax.tree.map(lambda param: param.kind in config.decay_kinds, param_table(model))
+
+  def decays(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: param_at(path, model).kind in config.decay_kinds, params)
+
   return optax.named_chain(
     ("clip", optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)),
     ("adam", optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),

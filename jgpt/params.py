@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 
+from jgpt.checks import UserError, near_matches
 from jgpt.config import ModelConfig
 
 
@@ -22,7 +25,7 @@ class Param:
     shape: its dimensions in memory; in `blocks`, those of one layer.
     axes: one logical axis per dimension (None: never divided); `sharding.py` maps them to the mesh.
     kind: one of `jgpt.config.PARAM_KINDS`; decides what decays.
-    std: standard deviation of the normal distribution it is drawn from.
+    std: standard deviation of the normal distribution it is drawn from; 0 for a constant.
     mean: of that distribution.
     padding: rows at the end of dimension 0 that exist for compute only: zero, never updated, not counted.
   """
@@ -49,24 +52,119 @@ def param_table(config: ModelConfig) -> dict:
   V, D, F = config.padded_vocab_size, config.d_model, config.d_ff
   N, H, S = config.num_heads, config.head_dim, config.max_seq_len
   std, padding = config.init_std, V - config.vocab_size
-  return {
-    "tok_embed": Param((V, D), ("vocab", "embed"), "embedding", std, padding=padding),
-    "pos_embed": Param((S, D), (None, "embed"), "embedding", std),
-    "blocks": {
-      "w_qkv": Param((D, 3, N, H), ("embed", None, "heads", None), "matrix", std),
-      "w_out": Param((N, H, D), ("heads", None, "embed"), "matrix", std),
-      "w_up": Param((D, F), ("embed", "mlp"), "matrix", std),
-      "w_down": Param((F, D), ("mlp", "embed"), "matrix", std),
-    },
-    "unembed": Param((V, D), ("vocab", "embed"), "head", std, padding=padding),
+  residual_std = std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
+
+  def gain() -> Param:
+    return Param((D,), ("embed",), "gain", std=0.0, mean=1.0)
+
+  def bias(*shape: int, axes: tuple[str | None, ...]) -> Param:
+    return Param(shape, axes, "bias", std=0.0)
+
+  # Every name with what asks for it: a parameter that a switch leaves out is not in the table.
+  learned, gains = config.positions == "learned", config.norm != "rms"
+  norm_biases, biases, mlp_biases = config.norm == "layer", config.biases == "all", config.biases != "none"
+  block = {
+    "norm_attn_gain": gains and gain(),
+    "norm_attn_bias": norm_biases and bias(D, axes=("embed",)),
+    "w_qkv": Param((D, 3, N, H), ("embed", None, "heads", None), "matrix", std),
+    "b_qkv": biases and bias(3, N, H, axes=(None, "heads", None)),
+    "w_out": Param((N, H, D), ("heads", None, "embed"), "matrix", residual_std),
+    "b_out": biases and bias(D, axes=("embed",)),
+    "norm_mlp_gain": gains and gain(),
+    "norm_mlp_bias": norm_biases and bias(D, axes=("embed",)),
+    "w_up": Param((D, F), ("embed", "mlp"), "matrix", std),
+    "b_up": mlp_biases and bias(F, axes=("mlp",)),
+    "w_down": Param((F, D), ("mlp", "embed"), "matrix", residual_std),
+    "b_down": mlp_biases and bias(D, axes=("embed",)),
   }
+  table = {
+    "tok_embed": Param((V, D), ("vocab", "embed"), "embedding", std, padding=padding),
+    "pos_embed": learned and Param((S, D), (None, "embed"), "embedding", std),
+    "blocks": {name: param for name, param in block.items() if param},
+    "norm_final_gain": config.norm_final and gains and gain(),
+    "norm_final_bias": config.norm_final and norm_biases and bias(D, axes=("embed",)),
+    "unembed": not config.tied_head and Param((V, D), ("vocab", "embed"), "head", std, padding=padding),
+  }
+  return {name: param for name, param in table.items() if param}
 
 
-def count_params(config: ModelConfig) -> int:
-  """Counts the entries that are learned, all layers, without padding."""
+def count_params(config: ModelConfig, kinds: tuple[str, ...] | None = None) -> int:
+  """Counts the entries that are learned, all layers, without padding.
 
-  def count(table: dict) -> int:
-    return sum(p.size if isinstance(p, Param) else count(p) for p in table.values())
+  Args:
+    config: sizes; `vocab_size` resolved.
+    kinds: count only these kinds of parameters; None counts all.
+  """
+  return sum(layers * param.size for _, param, layers in walk(config) if kinds is None or param.kind in kinds)
 
+
+def walk(config: ModelConfig) -> Iterator[tuple[str, Param, int]]:
+  """Yields every parameter's name ("blocks/w_up" in blocks), what it is, and how many layers have one."""
   table = param_table(config)
-  return count(table) + (config.num_layers - 1) * count(table["blocks"])
+  for name, param in table.items():
+    if isinstance(param, Param):
+      yield name, param, 1
+    else:
+      yield from ((f"{name}/{inner}", p, config.num_layers) for inner, p in param.items())
+
+
+def param_at(path: tuple, config: ModelConfig) -> Param:
+  """The table's entry for a leaf of the parameters; blocks may be stacked or a list.
+
+  Args:
+    path: of the leaf, as `jax.tree_util` gives it.
+    config: sizes and switches; `vocab_size` resolved.
+  """
+  entry = param_table(config)
+  for key in path:
+    if hasattr(key, "key"):  # the others are the numbers of layers
+      entry = entry[key.key]
+  return entry
+
+
+# --- One number ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where one number of the parameters stands.
+
+  Attributes:
+    name: of the parameter, as `walk` yields it.
+    param: what it is.
+    index: of the number; in blocks the layer comes first.
+  """
+
+  name: str
+  param: Param
+  index: tuple[int, ...]
+
+
+def find_entry(text: str, config: ModelConfig) -> Entry:
+  """Reads the place of one number: `tok_embed[4,2]`, or `blocks/w_up[0,3,5]` with the layer first.
+
+  Args:
+    text: the parameter's name and indices from 0.
+    config: sizes; `vocab_size` resolved.
+
+  Raises:
+    UserError: for an unknown parameter (with near matches), or indices that it does not have (with its shape).
+  """
+  params = {name: param for name, param, _ in walk(config)}
+  name, _, inside = text.strip().partition("[")
+  if name not in params:
+    same = [n for n in params if n.rpartition("/")[2] == name.rpartition("/")[2]]
+    meant = f" Did you mean {' or '.join(same)}?" if same else near_matches(name, params)
+    raise UserError(f"there is no parameter {name!r}.{meant} There are: {', '.join(params)}.")
+  param = params[name]
+  layers = (config.num_layers,) if name.startswith("blocks/") else ()
+  shape = (*layers, param.shape[0] - param.padding, *param.shape[1:])
+  example = f"{name}[{','.join(str(min(i, size - 1)) for i, size in enumerate(shape))}]"
+  need = f"{name} has the shape {list(shape)}{', the layer first' if layers else ''}. Try '{example}'"
+  is_list = re.fullmatch(r"\s*-?[0-9]+\s*(,\s*-?[0-9]+\s*)*\]", inside)
+  index = tuple(int(i) for i in inside.removesuffix("]").split(",")) if is_list else ()
+  if len(index) != len(shape):
+    raise UserError(f"{text!r} must name one number, with an index for each dimension: {need}")
+  if not all(0 <= i < size for i, size in zip(index, shape, strict=True)):
+    raise UserError(f"{text!r} is outside the parameter; indices count from 0, and {need}")
+  return Entry(name, param, index)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
 import re
 import shlex
@@ -16,9 +15,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jgpt import command, config, settings
-from jgpt.config import Experiment, UserError
-from jgpt.params import count_params
+from jgpt import catalog, command, config, settings
+from jgpt.checks import UserError
+from jgpt.config import Experiment
+from jgpt.params import count_params, walk
 from jgpt.sources import expected_vocab_size
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   if not args.experiment:
     raise UserError(
-      f"choose an experiment: --experiment NAME, one of {', '.join(config.list_experiments())}; or see --list"
+      f"choose an experiment: --experiment NAME, one of {', '.join(catalog.list_experiments())}; or see --list"
     )
   name = Path(args.experiment).stem
-  base = config.load_experiment(args.experiment)
+  base = catalog.load_experiment(args.experiment)
   changes = dict(settings.parse_setting(text) for text in args.set)
   flags = {"train.steps": args.steps, "train.seed": args.seed, "train.log_every": args.log_every}
   experiment = settings.change(base, changes | {k: v for k, v in flags.items() if v is not None})
@@ -72,10 +72,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def format_list() -> str:
   """The table of experiments: name, parameters, data, description, expected result."""
-  rows = [("experiment", "parameters", "data", "what it is", "expected training loss")]
-  for name in config.list_experiments():
-    experiment, doc = config.load_experiment_file(name)
-    expected = "; ".join(f"{e.loss_nats_per_token:.2f} ± {e.band:.2f} on {e.data}" for e in experiment.expected)
+  rows = [("experiment", "parameters", "data", "what it is", "expected loss")]
+  for name in catalog.list_experiments():
+    experiment, doc = catalog.load_experiment_file(name)
+    expected = "; ".join(
+      f"{'held out' if e.heldout else 'training'} {e.loss_nats_per_token:.2f} ± {e.band:.2f} on {e.data}"
+      for e in experiment.expected
+    )
     what = doc.strip().splitlines()[0].partition(": ")[2] or doc.strip().splitlines()[0]
     rows.append((name, f"{_num_params(experiment):,}", experiment.data.path or experiment.data.source, what, expected))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -102,7 +105,7 @@ def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path
   folder that holds another run all the same (the experiment's file was edited) is left alone, and a digest is added.
   """
   before, now = settings.settings(base), settings.settings(experiment)
-  starts_anew = [n for n in now if not settings.is_circumstance(n) or n == "train.steps"]
+  starts_anew = [n for n in now if not settings.is_circumstance(n) or n in ("train.steps", "train.epochs")]
   changed = [f"{n}={settings.format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
   label = ",".join([name, *changed])
   plain = re.sub(r"[^\w.,=-]+", "-", label)[:120]
@@ -120,7 +123,8 @@ def _holds(folder: Path, experiment: Experiment) -> bool:
 
   try:
     recorded = checkpoint.read_run_files(folder)
-    if recorded.experiment.train.steps != experiment.train.steps:
+    there, here = recorded.experiment.train, experiment.train
+    if (there.epochs != here.epochs) if here.steps is None else (there.steps != here.steps):
       return False
     return not settings.differences(recorded.experiment, train.inherit(experiment, recorded))
   except UserError:
@@ -155,7 +159,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Experiment) -> int:
-  from jgpt import checkpoint, metrics, runtime, train
+  from jgpt import checkpoint, metrics, reading, runtime, train
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
@@ -175,25 +179,42 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
   else:
     if plan.start_step:
       print(f"going on from step {plan.start_step:,}")
-    console = metrics.ConsoleWriter(steps=steps, log_every=plan.experiment.train.log_every, start_step=plan.start_step)
-    writers, sample_at = [console], console.is_line if console.wants_samples else None
+    console = metrics.ConsoleWriter(
+      steps=steps,
+      log_every=plan.experiment.train.log_every,
+      start_step=plan.start_step,
+      epoch_steps=plan.epoch_steps,
+    )
+    writers, sample_at = [console], console.is_line if console.wants_samples and plan.data.documents else None
   began = time.perf_counter()
   result = train.train(plan, writers=writers, sample_at=sample_at)
   if result.signal:
     step = int(result.state.step)
     print(f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there")
     return EXIT_BY_SIGNAL + result.signal
-  texts = train.sample_texts(plan, result.params, int(result.state.step))
+  texts = train.sample_texts(plan, result.state.params, int(result.state.step))
   checkpoint.write_text(workdir / "samples" / f"step_{int(result.state.step)}.txt", "".join(f"{t}\n" for t in texts))
-  print_result(plan, result, texts, time.perf_counter() - began, command_line(args.experiment, base, experiment))
+  print_result(plan, result, texts, time.perf_counter() - began)
+  expected = base.expected if comparable(base, experiment) else ()
+  if words := reading.compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
+    print(f"{words}\n")
+  print_next(plan, texts, command_line(args.experiment, base, experiment))
   return 0
+
+
+def comparable(base: Experiment, experiment: Experiment) -> bool:
+  """Whether a run can be held against what its experiment expects: all but the seed, and which text, as it says."""
+  before, now = settings.settings(base), settings.settings(experiment)
+  length = ("train.steps", "train.epochs")
+  decisive = [n for n in now if not settings.is_circumstance(n) or n in length]
+  return all(now[n] == before[n] for n in decisive if n not in ("train.seed", "data.source"))
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
   """What a run is, as labelled lines; the first look at a device."""
   import jax
 
-  from jgpt import metrics, runtime, sharding, tokenizer
+  from jgpt import metrics, runtime, sharding
 
   experiment, data = plan.experiment, plan.data
   devices = runtime.devices()
@@ -202,9 +223,6 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
   device = devices[0]
   kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
   of = f" of {there} devices (mesh.data={used}):" if there > 1 else ""
-  batch, steps = experiment.data.batch_size, experiment.train.steps
-  taken = min(steps, experiment.data.num_batches or steps) * batch
-  tokens = data.train.lengths.mean() * batch
   lines = [
     ("experiment", plan.name or "(from Python)"),
     ("device", f"{f'{used}{of} ' if of else ''}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
@@ -212,47 +230,92 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
   ]
   if data.text.note:
     lines.append(("", data.text.note))
-  cut = f"{data.num_cut:,} cut at the context of {experiment.data.seq_len}"
-  num_heldout = len(data.heldout.tokens)
-  passes = taken / len(data.documents)
-  share = f"{passes:.1%} of the training documents" if passes < 1 else f"{passes:.1f} times the training documents"
-  lines += [
-    ("", f"{data.num_documents:,} documents, {data.num_chars:,} characters, longest {data.longest}, {cut}"),
-    ("", f"{len(data.documents):,} for training, {num_heldout:,} held out"),
-    (
-      "vocabulary",
-      f"{experiment.model.vocab_size} ids: {tokenizer.show_chars(data.tokenizer.chars)} and BOS ({data.tokenizer.bos_id})",
-    ),
+  lines += [("", line) for line in data.summary]
+  return [
+    *lines,
+    ("vocabulary", describe_vocabulary(plan)),
     ("model", f"{count_params(experiment.model):,} parameters"),
-    ("training", f"{steps:,} steps of {batch} document{'s' * (batch > 1)} ({tokens:.1f} tokens on average): {share}"),
+    ("optimizer", describe_groups(experiment)),
+    ("training", describe_length(plan)),
     ("baseline", f"uniform guessing: {metrics.uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
     ("run folder", str(plan.workdir or "none: nothing is kept")),
   ]
-  return lines
 
 
-def print_result(plan: Plan, result: Result, texts: list[str], seconds: float, again: str) -> None:
-  """Prints what a finished run learned: losses, their curve, samples, and what to try next (`again`: this command)."""
-  from jgpt import metrics
+def describe_vocabulary(plan: Plan) -> str:
+  """The tokenizer's ids, and how many the model has where those are more."""
+  there, has = plan.data.tokenizer.describe(), plan.experiment.model.vocab_size
+  return there if has == plan.data.tokenizer.vocab_size else f"{there}; the model has {has:,}"
+
+
+def describe_groups(experiment: Experiment) -> str:
+  """Which parameters decay, with their numbers: what torch calls param_groups."""
+  optimizer, model = experiment.optimizer, experiment.model
+  if not optimizer.weight_decay:
+    return "AdamW without decay"
+
+  def group(kinds: list[str]) -> str:
+    found = [(param.size * layers, layers) for _, param, layers in walk(model) if param.kind in kinds]
+    numbers, arrays = sum(size for size, _ in found), sum(layers for _, layers in found)
+    return f"{numbers:,} numbers in {arrays} arrays ({', '.join(kinds)})"
+
+  there = [kind for kind in config.PARAM_KINDS if count_params(model, (kind,))]
+  decays = [kind for kind in there if kind in optimizer.decay_kinds]
+  rest = [kind for kind in there if kind not in decays]
+  line = f"AdamW, decay {optimizer.weight_decay:g} on {group(decays)}" if decays else "AdamW, decay on nothing"
+  return f"{line}; none on {group(rest)}" if rest else line
+
+
+def describe_length(plan: Plan) -> str:
+  """How many updates of what."""
+  experiment, data = plan.experiment, plan.data
+  batch, steps = experiment.data.batch_size, experiment.train.steps
+  if not data.documents:
+    T, num_tokens = experiment.data.seq_len, len(data.train.tokens)
+    passes = steps / plan.epoch_steps if plan.epoch_steps else steps * batch * T / num_tokens
+    return f"{steps:,} steps of {batch} × {T} tokens: {passes:.2g} times the training part"
+  tokens = data.train.lengths.mean() * batch
+  taken = min(steps, experiment.data.num_batches or steps) * batch
+  passes = taken / len(data.documents)
+  share = f"{passes:.1%} of the training documents" if passes < 1 else f"{passes:.1f} times the training documents"
+  return f"{steps:,} steps of {batch} document{'s' * (batch > 1)} ({tokens:.1f} tokens on average): {share}"
+
+
+def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:
+  """Prints what a finished run learned: losses, their curve and what they say, and samples."""
+  from jgpt import metrics, reading
 
   print()
   if len(result.losses):
-    last = result.losses[-50:]
     took = "" if plan.start_step >= plan.experiment.train.steps else f", {seconds:.1f} s with compiling and saving"
-    print(f"training loss {last.mean():.4f} (mean of the last {len(last)} updates){took}")
-    if not math.isfinite(last.mean()):
-      print("it is not finite: the training diverged. Try a lower rate, --set optimizer.peak_lr=0.001")
+    num = min(reading.LAST, len(result.losses))
+    print(f"training loss {reading.final_loss(result.losses):.4f} (mean of the last {num} updates){took}")
   if result.heldout_loss is not None:
     perplexity = metrics.format_perplexity(result.heldout_loss)
+    documents = f"{len(plan.data.heldout.tokens):,} documents, " if plan.data.documents else ""
     print(
       f"held-out loss {result.heldout_loss:.4f} nats per token, perplexity {perplexity} "
-      f"({len(plan.data.heldout.tokens):,} documents, {result.heldout_tokens:,} tokens)"
+      f"({documents}{result.heldout_tokens:,} tokens)"
     )
   if len(result.losses) > 1:
-    print(f"\n{metrics.draw_curve(result.losses)}")
-  print(f"\n{metrics.format_samples(texts, set(plan.data.documents))}\n")
+    last = [(len(result.losses), result.heldout_loss)] if result.heldout_loss is not None else []
+    print(f"\n{metrics.draw_curve(result.losses, [*result.heldout_losses, *last])}")
+    baseline = metrics.uniform_loss(plan.experiment.model.vocab_size)
+    said = reading.read_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
+    print(f"\n{said.verdict}: {said.evidence}")
+    if said.verdict == "diverging":
+      print(f"try a lower rate, --set optimizer.peak_lr={plan.experiment.optimizer.peak_lr / 10:g}")
+  if plan.data.documents:
+    print(f"\n{metrics.format_samples(texts, set(plan.data.documents))}\n")
+  else:
+    print("\n" + "\n\n".join(f"sample {i + 1}\n{metrics.indent(text)}" for i, text in enumerate(texts)) + "\n")
+
+
+def print_next(plan: Plan, texts: list[str], again: str) -> None:
+  """Prints what to try next; `again` is this command."""
+  prompt = texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
   print("next:")
-  sample = ["--run", str(plan.workdir), f"--prompt={texts[0][:2]}", "--temperature", "0.8"]
+  sample = ["--run", str(plan.workdir), f"--prompt={prompt}", "--temperature", "0.8"]
   print(f"  {shlex.join([command.python_word(), '-m', 'jgpt.sample', *sample])}")
   print(f"  {again} --steps {2 * max(1, plan.experiment.train.steps)}")
   if plan.experiment.data.path is None:

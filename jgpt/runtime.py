@@ -12,7 +12,7 @@ import warnings
 import jax
 
 from jgpt import sources
-from jgpt.config import UserError
+from jgpt.checks import UserError
 
 SMALL_MODEL_PARAMS = 100_000
 

@@ -22,17 +22,17 @@ def main(argv: list[str] | None = None) -> int:
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   run = checkpoint.load_run(args.run, args.step)
-  names = ("num", "temperature", "top_k", "top_p", "max_tokens")
+  names = ("prompt", "num", "temperature", "top_k", "top_p", "max_tokens")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   sample = dataclasses.replace(run.experiment.sample, **given)
   train = run.experiment.train
   seed = train.seed if args.seed is None else dataclasses.replace(train, seed=args.seed).seed
-  ids = [run.tokenizer.bos_id, *run.tokenizer.encode(args.prompt)]
+  ids = run.tokenizer.prompt(sample.prompt)
   _, dropped = generate.fit_prompt(ids, run.experiment.model)
   if dropped:
     print(f"the prompt has {len(ids)} tokens; only its last {len(ids) - dropped} fit the context", file=sys.stderr)
   key = derive_key(seed, SAMPLE, run.step)
-  for text in generate.generate_texts(run.params, run.tokenizer, key, run.experiment.model, sample, prompt=args.prompt):
+  for text in generate.generate_texts(run.params, run.tokenizer, key, run.experiment.model, sample):
     print(text)
   return 0
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog="python -m jgpt.sample", description="Draw texts from a run folder, one a line.")
   parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
-  parser.add_argument("--prompt", default="", help="how each text begins")
+  parser.add_argument("--prompt", metavar="TEXT", help="how each text begins")
   parser.add_argument("--num", type=int, metavar="N", help="texts")
   parser.add_argument(
     "--temperature", type=float, metavar="T", help="0 takes the most probable token, 1 draws as the model says"

@@ -11,6 +11,7 @@ import types
 import typing
 from typing import Any
 
+from jgpt.checks import UserError, alternatives, choices, describe_type, near_matches
 from jgpt.config import (
   DataConfig,
   Experiment,
@@ -19,9 +20,6 @@ from jgpt.config import (
   OptimizerConfig,
   SampleConfig,
   TrainConfig,
-  UserError,
-  describe_type,
-  near_matches,
 )
 
 SECTIONS = {
@@ -33,7 +31,13 @@ SECTIONS = {
   "mesh": MeshConfig,
 }
 # Settings that do not change what is learned: they may differ when a run is resumed. Everything else is a run's identity.
-CIRCUMSTANCE = frozenset({"mesh", "sample", "train.steps", "train.micro_batch_size", "train.log_every", "train.save_every"})
+CIRCUMSTANCE = frozenset({"mesh", "sample"}) | {
+  f"train.{name}"
+  for name in (
+    *("steps", "epochs", "micro_batch_size"),
+    *("log_every", "eval_every", "eval_batches", "sample_every", "save_every"),
+  )
+}
 
 
 # --- By name ---
@@ -85,7 +89,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return name, value  # `change` names the near matches
   section, field = name.split(".")
   hint = typing.get_type_hints(SECTIONS[section])[field]
-  allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  allowed = alternatives(hint)
+  if choices(hint):
+    return name, value  # its section says which words there are
   if types.NoneType in allowed and value.lower() in ("none", "null"):
     return name, None
   try:

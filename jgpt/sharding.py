@@ -5,13 +5,15 @@ devices, it decides placements and moves nothing. A new mesh axis is a new entry
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jgpt.config import Experiment, ModelConfig, UserError
-from jgpt.params import Param, param_table
+from jgpt.checks import UserError
+from jgpt.config import Experiment, ModelConfig
+from jgpt.params import param_at
 
 # Logical axis -> mesh axis. What is not named here is replicated.
 RULES = {"batch": "data"}
@@ -62,25 +64,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> dict:
-  """Maps `param_table` to a tree of shardings; stacked layers add a dimension in front that is not divided."""
+def param_shardings(params: dict, config: ModelConfig, mesh: Mesh) -> dict:
+  """Derives the shardings of parameters from `param_table`.
 
-  def sharding(path: tuple, param: Param) -> NamedSharding:
+  Args:
+    params: their shapes, blocks stacked or a list; stacked layers add a dimension in front that is not divided.
+    config: sizes and switches.
+    mesh: from `make_mesh`.
+  """
+
+  def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    param = param_at(path, config)
     spec = to_spec(param.axes, param.shape, mesh)
-    return NamedSharding(mesh, P(None, *spec) if path[0].key == "blocks" else spec)
+    return NamedSharding(mesh, P(None, *spec) if leaf.ndim > len(param.shape) else spec)
 
-  return jax.tree_util.tree_map_with_path(sharding, param_table(config))
+  return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def state_shardings(state: jax.ShapeDtypeStruct, config: ModelConfig, mesh: Mesh):
-  """Derives the shardings of a whole `TrainState`: each subtree shaped like the parameters lies as they do.
+def state_shardings(state: Any, config: ModelConfig, mesh: Mesh) -> Any:
+  """Derives the shardings of a whole state: each subtree shaped like the parameters lies as they do.
 
   Args:
     state: its shapes, from `jax.eval_shape`.
-    config: sizes.
+    config: sizes and switches.
     mesh: from `make_mesh`.
   """
-  shardings = param_shardings(config, mesh)
+  shardings = param_shardings(state.params, config, mesh)
   structure = jax.tree.structure(shardings)
 
   def is_params(subtree) -> bool:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from jgpt.batches import Batch, Corpus, make_batch_fn
 from jgpt.config import Experiment, ModelConfig
-from jgpt.data import Batch, Corpus, batch
+from jgpt.keys import DROPOUT, derive_key
 from jgpt.model import apply, init_params
 from jgpt.optim import make_optimizer, make_schedule
 
@@ -36,37 +37,49 @@ class TrainState:
 
 def init_state(key: jax.Array, config: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
   """Makes the state before the first update; `key` is consumed."""
-  params = init_params(key, config)
+  return begin_state(init_params(key, config), tx)
+
+
+def begin_state(params: dict, tx: optax.GradientTransformation) -> TrainState:
+  """Makes the state before the first update of given parameters."""
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
 
 
-def loss_fn(params: dict, batch: Batch, config: ModelConfig, total_weight: jax.Array | None = None) -> jax.Array:
+def loss_fn(
+  params: dict,
+  batch: Batch,
+  config: ModelConfig,
+  key: jax.Array | None = None,
+  total_weight: jax.Array | None = None,
+) -> jax.Array:
   """Computes the mean cross-entropy of the next token: sum(w * -log p(target)) / sum(w).
 
   Args:
     params: as `init_params` returns them.
     batch: B sequences of T positions; at least one weight must be positive.
-    config: sizes.
+    config: sizes and switches.
+    key: of what is dropped out, consumed; None drops nothing.
     total_weight: divides instead of this batch's own sum(w): that of the batch this is a part of.
 
   Returns:
     Scalar, nats per token.
   """
-  logits_BTV = apply(params, batch.inputs_BT, config)
+  logits_BTV = apply(params, batch.inputs_BT, config, key)
   nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
   total_weight = jnp.sum(batch.weights_BT) if total_weight is None else total_weight
   return jnp.sum(nats_BT * batch.weights_BT) / total_weight
 
 
 def loss_and_grads(
-  params: dict, batch: Batch, config: ModelConfig, micro_batch_size: int | None = None
+  params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
 ) -> tuple[jax.Array, dict]:
   """Computes the loss and its gradient, the whole batch at once or accumulated over micro-batches.
 
   Args:
-    params: as `init_params` returns them.
+    params: as `init_params` returns them, or with unstacked blocks.
     batch: B sequences.
-    config: sizes.
+    config: sizes and switches.
+    key: of what is dropped out, consumed; None drops nothing. Each micro-batch folds its number into it.
     micro_batch_size: sequences per forward and backward pass; must divide B. The sum is weighted by valid tokens, so
       the result is the whole batch's.
 
@@ -74,18 +87,20 @@ def loss_and_grads(
     The loss in nats per token, and gradients shaped like `params`.
   """
   if micro_batch_size is None:
-    return jax.value_and_grad(loss_fn)(params, batch, config)
+    return jax.value_and_grad(loss_fn)(params, batch, config, key)
   num_micro = batch.inputs_BT.shape[0] // micro_batch_size
   # Micro-batch i takes every num_micro-th sequence: of a batch divided over devices each then uses all of them.
   parts = jax.tree.map(lambda x: x.reshape(micro_batch_size, num_micro, *x.shape[1:]).swapaxes(0, 1), batch)
   total_weight = jnp.sum(batch.weights_BT)
 
-  def add(carry: tuple, part: Batch) -> tuple[tuple, None]:
-    return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, part, config, total_weight)), None
+  def add(carry: tuple, number_and_part: tuple[jax.Array, Batch]) -> tuple[tuple, None]:
+    number, part = number_and_part
+    part_key = None if key is None else jax.random.fold_in(key, number)
+    return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, part, config, part_key, total_weight)), None
 
   loss = jax.eval_shape(partial(loss_fn, config=config), params, batch)
   zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
-  return jax.lax.scan(add, zeros, parts)[0]
+  return jax.lax.scan(add, zeros, (jnp.arange(num_micro), parts))[0]
 
 
 def train_step(
@@ -95,6 +110,7 @@ def train_step(
   config: ModelConfig,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
+  seed: int = 0,
   micro_batch_size: int | None = None,
 ) -> tuple[TrainState, dict]:
   """Applies one update. The only step there is: many steps in one call is a loop over it inside jit.
@@ -102,16 +118,18 @@ def train_step(
   Args:
     state: replaced; donate it when this is jitted.
     batch: what to learn from.
-    config: sizes.
+    config: sizes and switches.
     tx: the optimizer, from `make_optimizer`.
     schedule: the rate it uses, to report.
+    seed: of what is dropped out, which is a function of it and the step.
     micro_batch_size: see `loss_and_grads`.
 
   Returns:
     The next state, and metrics, scalars: "train/loss" (nats per token, before the update), "train/grad_norm" (before
     clipping), "train/lr".
   """
-  loss, grads = loss_and_grads(state.params, batch, config, micro_batch_size)
+  key = derive_key(seed, DROPOUT, state.step) if config.dropout else None
+  loss, grads = loss_and_grads(state.params, batch, config, key, micro_batch_size)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
@@ -137,7 +155,7 @@ def train_steps(
     corpus: on the device.
     num_steps: int32 scalar, 0 <= num_steps <= capacity.
     step_fn: `train_step` with its settings bound.
-    batch_fn: the batch of a step, `data.batch` with its settings bound.
+    batch_fn: the batch of a step, from `data.make_batch_fn`.
     capacity: length of the returned metrics.
 
   Returns:
@@ -164,6 +182,7 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     config=experiment.model,
     tx=make_optimizer(experiment.optimizer, experiment.model),
     schedule=make_schedule(experiment.optimizer),
+    seed=experiment.train.seed,
     micro_batch_size=experiment.train.micro_batch_size,
   )
 
@@ -178,7 +197,7 @@ def make_train_steps(
     capacity: the most steps one call may take.
     place: applied to each batch, for example a sharding constraint.
   """
-  batch_fn = partial(batch, config=experiment.data)
+  batch_fn = make_batch_fn(experiment.data, experiment.train.seed)
   return partial(
     train_steps,
     step_fn=make_train_step(experiment),
@@ -192,27 +211,24 @@ def eval_step(params: dict, batch: Batch, config: ModelConfig) -> tuple[jax.Arra
   return loss_fn(params, batch, config, total_weight=jnp.ones(())), jnp.sum(batch.weights_BT)
 
 
-def evaluate(params: dict, corpus: Corpus, config: ModelConfig, batch_size: int) -> tuple[jax.Array, jax.Array]:
-  """Computes the mean loss over every token of a corpus.
+def evaluate(
+  params: dict, corpus: Corpus, config: ModelConfig, batch_fn: Callable[[Corpus, jax.Array], Batch], num_batches: int
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the mean loss over the tokens of batches 0 to `num_batches` - 1; drops nothing out.
 
   Args:
-    params: as `init_params` returns them.
-    corpus: at least one document.
-    config: sizes.
-    batch_size: documents per forward pass.
+    params: as `init_params` returns them, or with unstacked blocks.
+    corpus: what `batch_fn` cuts batches from.
+    config: sizes and switches.
+    batch_fn: the batch of a number, from `data.make_eval_batch_fn`.
+    num_batches: at least 1.
 
   Returns:
     Nats per token, and the number of tokens.
   """
-  num_batches = -(-corpus.tokens.shape[0] // batch_size)
-  room = num_batches * batch_size - corpus.tokens.shape[0]
-  tokens = jnp.pad(corpus.tokens, ((0, room), (0, 0))).reshape(num_batches, batch_size, -1)
-  lengths = jnp.pad(corpus.lengths, (0, room)).reshape(num_batches, batch_size)  # 0: the rows added weigh nothing
 
-  def add(carry: tuple, rows: tuple) -> tuple[tuple, None]:
-    tokens, lengths = rows
-    weights_BT = (jnp.arange(tokens.shape[1] - 1)[None] < lengths[:, None]).astype(jnp.float32)
-    return jax.tree.map(jnp.add, carry, eval_step(params, Batch(tokens[:, :-1], tokens[:, 1:], weights_BT), config)), None
+  def add(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+    return jax.tree.map(jnp.add, carry, eval_step(params, batch_fn(corpus, number), config)), None
 
-  (nats, weight), _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), (tokens, lengths))
+  (nats, weight), _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), jnp.arange(num_batches))
   return nats / weight, weight

@@ -10,40 +10,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import os
 import platform
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jgpt
 from jgpt import checkpoint, runtime, sharding
-from jgpt.config import Experiment, UserError, resolve
-from jgpt.data import Batch, Corpus, Data, load_data
-from jgpt.generate import begin_texts, compile_texts
-from jgpt.keys import INIT, SAMPLE, derive_key
+from jgpt.batches import count_epoch_steps
+from jgpt.checks import UserError
+from jgpt.config import Experiment, resolve
+from jgpt.data import Data, load_data
+from jgpt.generate import begin_texts
+from jgpt.keys import SAMPLE, derive_key
 from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
-from jgpt.optim import make_optimizer
-from jgpt.params import count_params
+from jgpt.model import stack_blocks
+from jgpt.program import MAX_STEPS_PER_CALL, Program, begin_evaluation, compile_program
 from jgpt.settings import change, differences, is_circumstance, settings
+from jgpt.signals import say, stop_signals
 from jgpt.sources import find_text
-from jgpt.step import TrainState, evaluate, init_state, make_train_steps
-from jgpt.tokenizer import CharTokenizer
-
-MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
-EVAL_BATCH_SIZE = 256
-REPEAT_SECONDS = 0.5  # a key that is held down, or a signal sent to the whole group, is one signal
-
-evaluate_corpus = jax.jit(evaluate, static_argnames=("config", "batch_size"))
+from jgpt.step import TrainState
+from jgpt.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +46,7 @@ class Plan:
     data: loaded.
     workdir: the run folder, or None to leave nothing on disk.
     start_step: updates that the folder's newest checkpoint holds.
+    epoch_steps: updates in an epoch, where the run is counted in epochs.
   """
 
   name: str
@@ -63,6 +54,7 @@ class Plan:
   data: Data
   workdir: Path | None
   start_step: int
+  epoch_steps: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +62,10 @@ class Result:
   """What a run came to.
 
   Attributes:
-    state: after the last update.
+    state: after the last update; its blocks are stacked or a list, whichever the run used.
     losses: training loss of each update since the run first began, nats per token, float32.
-    heldout_loss: nats per token over the held-out documents; None where none are held out or the run was interrupted.
+    heldout_losses: (updates, loss in nats per token) of each evaluation since the run first began.
+    heldout_loss: nats per token over the whole held-out part; None where nothing is held out or the run was interrupted.
     heldout_tokens: how many tokens that is over.
     tokenizer: of the run.
     experiment: resolved.
@@ -81,23 +74,24 @@ class Result:
 
   state: TrainState
   losses: np.ndarray
+  heldout_losses: list[tuple[int, float]]
   heldout_loss: float | None
   heldout_tokens: int
-  tokenizer: CharTokenizer
+  tokenizer: Tokenizer
   experiment: Experiment
   signal: int | None
 
   @property
   def params(self) -> dict:
-    """The parameters after the last update."""
-    return self.state.params
+    """The parameters after the last update, as `init_params` returns them."""
+    return stack_blocks(self.state.params)
 
 
 def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str = "") -> Plan:
   """Decides what a run will be, without touching a device.
 
   Args:
-    experiment: may leave `model.vocab_size` and `optimizer.decay_steps` open.
+    experiment: may leave open what `config.resolve` fills in.
     workdir: where the run is kept. A folder that holds the same run is resumed, with the data recorded there.
     name: of the experiment, to be recorded.
 
@@ -113,24 +107,32 @@ def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str
   elif workdir is not None and checkpoint.list_steps(workdir):
     raise UserError(f"{workdir} has checkpoints but no experiment.json to say what they are. Choose another --workdir")
   text = find_text(experiment.data, sha256=recorded.data["sha256"] if recorded else None)
-  data = load_data(text, experiment.data, experiment.train.seed)
-  experiment = resolve(experiment, data.tokenizer.vocab_size)
+  data = load_data(text, experiment.data, experiment.train.seed, recorded.tokenizer if recorded else None)
+  epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
+  experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
   start_step = checkpoint.latest_step(workdir) or 0 if workdir is not None else 0
   decay_steps = experiment.optimizer.decay_steps
-  if start_step and decay_steps <= start_step < experiment.train.steps:
+  if start_step and decay_steps <= start_step < experiment.train.steps and _ends_at_zero(experiment):
     raise UserError(
       f"train.steps={experiment.train.steps} would add updates to a run that is at step {start_step}, but its learning "
       f"rate is 0 from optimizer.decay_steps={decay_steps} on. Begin a new run, in another --workdir, with "
       f"--set optimizer.decay_steps={experiment.train.steps}"
     )
-  return Plan(name, experiment, data, workdir, start_step)
+  return Plan(name, experiment, data, workdir, start_step, epoch_steps)
+
+
+def _ends_at_zero(experiment: Experiment) -> bool:
+  return experiment.optimizer.schedule != "constant" and experiment.optimizer.end_lr == 0
 
 
 def inherit(experiment: Experiment, recorded: checkpoint.RunFiles) -> Experiment:
   """Fills in what was left open from what a run recorded: the schedule's length does not follow `train.steps`."""
-  decay_steps = experiment.optimizer.decay_steps or recorded.experiment.optimizer.decay_steps
-  experiment = change(experiment, {"optimizer.decay_steps": decay_steps})
-  return resolve(experiment, recorded.tokenizer.vocab_size)
+  optimizer = recorded.experiment.optimizer
+  kept = {
+    f"optimizer.{name}": getattr(experiment.optimizer, name) or getattr(optimizer, name)
+    for name in ("decay_steps", "cooldown_steps")
+  }
+  return resolve(change(experiment, kept), recorded.tokenizer.vocab_size)
 
 
 def refuse_differences(experiment: Experiment, recorded: checkpoint.RunFiles, workdir: Path) -> None:
@@ -144,12 +146,13 @@ def refuse_differences(experiment: Experiment, recorded: checkpoint.RunFiles, wo
 
 
 def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[int], bool] | None = None) -> Result:
-  """Trains to `train.steps` updates, or until SIGINT or SIGTERM; then evaluates on the held-out documents.
+  """Trains to `train.steps` updates, or until SIGINT or SIGTERM; then evaluates on the whole held-out part.
 
   Args:
     plan: from `plan`.
     writers: get the metrics of each compiled call; closed at the end. The run folder's metrics.jsonl is written besides.
-    sample_at: says after which steps a text is drawn for the writers; that changes no bit of the training.
+    sample_at: says after which updates texts are drawn for the writers, besides `train.sample_every`; that changes no
+      bit of the training.
 
   Raises:
     UserError: if the devices do not fit the settings, or the run folder cannot be read.
@@ -159,126 +162,137 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
   if workdir is not None:  # the folder may have moved on since the plan was made
     plan = dataclasses.replace(plan, start_step=checkpoint.latest_step(workdir) or 0)
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(_stop_signals())
+    stop = stack.enter_context(stop_signals())
     manager = None
     if workdir is not None:
       _record_start(plan, mesh)
       manager = stack.enter_context(checkpoint.open_checkpoints(workdir))
       writers = [JsonlWriter(workdir / "metrics.jsonl", plan.start_step), *writers]
-    writers = list(writers)
+    log = _Log(list(writers))
     for writer in writers:
       stack.callback(_close, writer)
-    state, run_steps, corpus = compile_steps(plan, manager)
-    state, losses = _loop(plan, state, partial(run_steps, corpus), manager, writers, stop, sample_at)
+    program = compile_program(experiment, plan.data, start_step=plan.start_step, manager=manager)
+    state = _loop(plan, program, manager, log, stop, sample_at)
     if manager is not None:
-      checkpoint.save(manager, state)  # goes on in the background during the evaluation
-    heldout_loss, heldout_tokens = (None, 0) if stop else evaluate_heldout(state.params, plan)
-  if workdir is not None:  # the losses of earlier starts too
-    losses = [row["train/loss"] for row in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in row]
-  losses = np.asarray(losses, np.float32)
-  return Result(state, losses, heldout_loss, heldout_tokens, plan.data.tokenizer, experiment, stop[0] if stop else None)
-
-
-def compile_steps(plan: Plan, manager: checkpoint.Manager | None = None) -> tuple[TrainState, Callable, Corpus]:
-  """Makes the state, the compiled steps and the corpus, each laid out over the mesh from birth.
-
-  Args:
-    plan: from `plan`.
-    manager: where the state of `plan.start_step` is restored from; None begins anew.
-
-  Returns:
-    The state, a compiled function (corpus, state, num_steps) -> (state, metrics) that consumes its state and takes
-    `MAX_STEPS_PER_CALL` at most, and the corpus on the devices.
-  """
-  experiment = plan.experiment
-  mesh = sharding.make_mesh(experiment, jax.devices())
-  platform_name = mesh.devices.flat[0].platform
-  corpus = jax.device_put(plan.data.train, sharding.replicated(mesh))
-  init = partial(init_state, config=experiment.model, tx=make_optimizer(experiment.optimizer, experiment.model))
-  key = derive_key(experiment.train.seed, INIT, 0)
-  shapes = jax.eval_shape(init, key)
-  shardings = sharding.state_shardings(shapes, experiment.model, mesh)
-  placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-  batch_sharding = sharding.batch_sharding(mesh)
-
-  def place(batch: Batch) -> Batch:
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding), batch)
-
-  def make_state() -> TrainState:
-    if plan.start_step and manager is not None:
-      return checkpoint.restore(manager, plan.start_step, placed)
-    return jax.jit(init, out_shardings=shardings, compiler_options=runtime.init_options(platform_name))(key)
-
-  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place)
-  program = jax.jit(
-    lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
-    donate_argnums=1,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=runtime.step_options(count_params(experiment.model), platform_name),
+      save(manager, state)  # goes on in the background during the evaluation
+    heldout_loss, heldout_tokens = (None, 0)
+    if not stop:
+      heldout_loss, heldout_tokens = log.whole_evaluation(plan) or evaluate_heldout(state.params, plan)
+  losses, heldout_losses = log.losses, [(step, loss) for step, loss, _ in log.evaluations]
+  if workdir is not None:  # those of earlier starts too
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    heldout_losses = [(row["step"], row["heldout/loss"]) for row in rows if "heldout/loss" in row]
+  return Result(
+    state=state,
+    losses=np.asarray(losses, np.float32),
+    heldout_losses=heldout_losses,
+    heldout_loss=heldout_loss,
+    heldout_tokens=heldout_tokens,
+    tokenizer=plan.data.tokenizer,
+    experiment=experiment,
+    signal=stop[0] if stop else None,
   )
-  num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-  with ThreadPoolExecutor(1) as pool:  # where there are cores to spare, the wait is that of the longer compilation
-    state = pool.submit(make_state)
-    afterwards = pool.submit(_compile_ahead, plan, placed.params)
-    compiled = program.lower(corpus, placed, num_steps).compile()
-    afterwards.result()
-    return state.result(), compiled, corpus
 
 
-def _compile_ahead(plan: Plan, params: dict) -> None:
-  """Compiles sampling and evaluation while the training step compiles; their later calls find them done."""
-  experiment = plan.experiment
-  key = derive_key(experiment.train.seed, SAMPLE, 0)
-  compile_texts(params, plan.data.tokenizer, key, experiment.model, experiment.sample)
-  if len(plan.data.heldout.tokens):
-    evaluate_corpus.lower(params, plan.data.heldout, config=experiment.model, batch_size=EVAL_BATCH_SIZE).compile()
+def save(manager: checkpoint.Manager, state: TrainState) -> None:
+  """Saves a state under its step; on disk blocks are always stacked."""
+  checkpoint.save(manager, jax.jit(stack_blocks)(state) if isinstance(state.params["blocks"], list) else state)
+
+
+class _Log:
+  """Hands what compiled calls return to the writers, and keeps the losses of this start."""
+
+  def __init__(self, writers: list[Writer]):
+    self._writers, self._clock = writers, Clock()
+    self.losses: list[np.float32] = []
+    self.evaluations: list[tuple[int, float, int]] = []
+
+  def whole_evaluation(self, plan: Plan) -> tuple[float, int] | None:
+    """The loss after the last update and its tokens, if it was computed over the whole held-out part."""
+    train = plan.experiment.train
+    if train.eval_batches is None and self.evaluations and self.evaluations[-1][0] == train.steps:
+      return self.evaluations[-1][1:]
+    return None
+
+  def write(
+    self,
+    step: int,
+    num: int,
+    metrics: dict,
+    evaluation: tuple[jax.Array, jax.Array] | None,
+    texts: Callable[[], list[str]] | None,
+  ) -> None:
+    """Waits for the call that ended at `step` with its last `num` updates, and for what was begun after it."""
+    metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}
+    self.losses.extend(metrics.get("train/loss", ()))
+    heldout_loss = None
+    if evaluation is not None:
+      heldout_loss = float(evaluation[0])
+      self.evaluations.append((step, heldout_loss, int(evaluation[1])))
+    chunk = Chunk(step, metrics, self._clock.lap(), heldout_loss, tuple(texts()) if texts else ())
+    for writer in list(self._writers):
+      try:
+        writer.write(chunk)
+      except OSError as error:  # a full disk, a reader that left: the training is worth more than its log
+        self._writers.remove(writer)
+        say(f"{type(writer).__name__} stopped at step {step} ({error.strerror or error}); training goes on")
 
 
 def _loop(
   plan: Plan,
-  state: TrainState,
-  run_steps: Callable[[TrainState, jax.Array], tuple[TrainState, dict]],
+  program: Program,
   manager: checkpoint.Manager | None,
-  writers: list[Writer],
+  log: _Log,
   stop: list[int],
   sample_at: Callable[[int], bool] | None,
-) -> tuple[TrainState, list[np.float32]]:
-  """Runs the compiled calls; returns the last state and the losses of this start."""
-  steps, save_every = plan.experiment.train.steps, plan.experiment.train.save_every
-  step, losses, pending, clock = plan.start_step, [], None, Clock()
+) -> TrainState:
+  """Runs the compiled calls; returns the last state."""
+  train, state, step = plan.experiment.train, program.state, plan.start_step
 
-  def hand_over(step: int, num: int, metrics: dict, texts: Callable[[], list[str]] | None) -> None:
-    metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}  # waits for that call to end
-    losses.extend(metrics["train/loss"])
-    chunk = Chunk(step, metrics, clock.lap(), texts()[0] if texts else None)
-    for writer in list(writers):
-      try:
-        writer.write(chunk)
-      except OSError as error:  # a full disk, a reader that left: the training is worth more than its log
-        writers.remove(writer)
-        _say(f"{type(writer).__name__} stopped at step {step} ({error.strerror or error}); training goes on")
+  def evaluation(step: int) -> tuple[jax.Array, jax.Array] | None:
+    if not (train.eval_every and step % train.eval_every == 0 and len(program.heldout.tokens)):
+      return None
+    return begin_evaluation(state.params, program.heldout, plan.experiment, train.eval_batches)
 
-  while step < steps and not stop:
-    num = next_stop(step, plan.experiment) - step
-    state, metrics = run_steps(state, np.int32(num))
+  def texts(step: int) -> Callable[[], list[str]] | None:
+    due = train.sample_every and step % train.sample_every == 0 and step < train.steps  # at the end the caller samples
+    return begin_samples(plan, state.params, step) if due or (sample_at and sample_at(step)) else None
+
+  pending = None
+  if step == 0 and train.steps and (first := evaluation(0)):
+    pending = 0, 0, {}, first, None
+  while step < train.steps and not stop:
+    num = next_stop(step, plan) - step
+    state, metrics = program.run_steps(program.corpus, state, np.int32(num))
     step += num
-    texts = begin_samples(plan, state.params, step) if sample_at and sample_at(step) else None
+    due = step, num, metrics, evaluation(step), texts(step)
     if pending:  # the previous call's: the device is busy with this one meanwhile
-      hand_over(*pending)
-    pending = step, num, metrics, texts
-    if manager is not None and save_every and step % save_every == 0:
-      checkpoint.save(manager, state)
+      log.write(*pending)
+    pending = due
+    if manager is not None and train.save_every and step % train.save_every == 0:
+      save(manager, state)
   if pending:
-    hand_over(*pending)
-  return state, losses
+    log.write(*pending)
+  return state
 
 
-def next_stop(step: int, experiment: Experiment) -> int:
-  """The step at which the host looks next: after the first update, where a line or a checkpoint is due, or at the end."""
+def next_stop(step: int, plan: Plan) -> int:
+  """The step at which the host looks next: after the first update, where something is due, or at the end."""
+  train = plan.experiment.train
   if step == 0:
-    return min(1, experiment.train.steps)
-  periods = [experiment.train.log_every] + ([experiment.train.save_every] if experiment.train.save_every else [])
-  return min([experiment.train.steps, step + MAX_STEPS_PER_CALL] + [(step // p + 1) * p for p in periods])
+    return min(1, train.steps)
+  stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, plan.epoch_steps)]
+  stops += [(step // p + 1) * p for p in (train.save_every, train.eval_every, train.sample_every) if p]
+  return min(stops)
+
+
+def next_line(step: int, log_every: int, epoch_steps: int | None) -> int:
+  """The first step after `step` at which a line of progress is due; in epochs the steps of each are counted anew."""
+  if epoch_steps is None:
+    return (step // log_every + 1) * log_every
+  begin = step // epoch_steps * epoch_steps
+  return min(begin + epoch_steps, begin + ((step - begin) // log_every + 1) * log_every)
 
 
 def sample_texts(plan: Plan, params: dict, step: int) -> list[str]:
@@ -293,10 +307,10 @@ def begin_samples(plan: Plan, params: dict, step: int) -> Callable[[], list[str]
 
 
 def evaluate_heldout(params: dict, plan: Plan) -> tuple[float | None, int]:
-  """Computes the loss over the held-out documents, nats per token, and over how many tokens; (None, 0) without any."""
+  """Computes the loss over the held-out part, nats per token, and over how many tokens; (None, 0) without any."""
   if not len(plan.data.heldout.tokens):
     return None, 0
-  loss, tokens = evaluate_corpus(params, plan.data.heldout, config=plan.experiment.model, batch_size=EVAL_BATCH_SIZE)
+  loss, tokens = begin_evaluation(params, plan.data.heldout, plan.experiment)
   return float(loss), int(tokens)
 
 
@@ -322,42 +336,3 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
 def _close(writer: Writer) -> None:
   with contextlib.suppress(OSError):  # it was said when writing failed
     writer.close()
-
-
-def _say(line: str) -> None:
-  """One line on standard error, also from a signal handler; without a standard error, none."""
-  with contextlib.suppress(OSError):
-    os.write(2, f"{line}\n".encode())
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-  """Collects the first SIGINT or SIGTERM in a list instead of dying of it.
-
-  A second one, more than `REPEAT_SECONDS` later, has its usual effect. Signals that were ignored stay ignored.
-  """
-  received: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield received  # only the main thread may install handlers
-    return
-  handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-  previous = {s: handler for s, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
-  first = 0.0
-
-  def on_signal(number: int, frame: object) -> None:
-    nonlocal first
-    if not received:
-      first = time.monotonic()
-      received.append(number)
-      _say("\nstopping after the steps under way; once more quits at once")
-    elif time.monotonic() - first > REPEAT_SECONDS:
-      signal.signal(number, previous[number])
-      signal.raise_signal(number)
-
-  for s in previous:
-    signal.signal(s, on_signal)
-  try:
-    yield received
-  finally:
-    for s, handler in previous.items():
-      signal.signal(s, handler)

@@ -1,0 +1,53 @@
+"""Text: any text of your own, by bytes, in sizes for a laptop.
+
+FIGURES
+"""
+
+from jgpt.config import (
+  DataConfig,
+  Expected,
+  Experiment,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  TrainConfig,
+)
+
+EXPERIMENT = Experiment(
+  model=ModelConfig(
+    max_seq_len=128,
+    num_layers=4,
+    num_heads=4,
+    d_model=128,
+    d_ff=512,
+    norm="layer_no_bias",
+    norm_embed=False,
+    norm_final=True,
+    activation="gelu_tanh",
+    positions="learned",
+    biases="none",
+    tied_head=True,
+    scale_embed=False,
+    init_std=0.02,
+    scale_residual_init=True,
+  ),
+  data=DataConfig(
+    source="python_docs", tokenizer="bytes", batching="random", seq_len=128, batch_size=16, heldout_fraction=0.1
+  ),
+  optimizer=OptimizerConfig(
+    peak_lr=1e-3,
+    schedule="cosine",
+    warmup_steps=100,  # (step + 1) / (warmup + 1)
+    warmup_from_zero=False,
+    end_lr=1e-4,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.1,
+    decay_kinds=("embedding", "matrix"),
+    clip_norm=1.0,
+  ),
+  train=TrainConfig(steps=2000, log_every=100, eval_every=500, eval_batches=20, save_every=1000),
+  sample=SampleConfig(num=1, temperature=0.8, max_tokens=300),
+  expected=(Expected(data="python_docs", heldout=True, loss_nats_per_token=2.0, band=0.1),),
+)

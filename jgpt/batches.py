@@ -1,0 +1,182 @@
+"""Batches as functions of the step.
+
+Responsible for what a batch is, for the two forms of a tokenized text (documents, a stream), and for cutting the batch of
+any step from them, inside jit. Nothing here has a state: a checkpoint holds no iterator. Not responsible for how a text
+becomes tokens (`data.py`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgpt.config import DataConfig
+from jgpt.keys import DATA, EVAL, derive_key
+
+EVAL_DOCUMENTS = 256  # a batch in evaluation: documents are short
+
+
+class Batch(NamedTuple):
+  """What one update learns from.
+
+  Attributes:
+    inputs_BT: int32 token ids.
+    targets_BT: int32 token ids, the next token at each position.
+    weights_BT: float32, 1 where the target counts and 0 at padding.
+  """
+
+  inputs_BT: jax.Array
+  targets_BT: jax.Array
+  weights_BT: jax.Array
+
+
+class Documents(NamedTuple):
+  """Tokenized documents, one a row.
+
+  Attributes:
+    tokens: int32 [documents, seq_len + 1], BOS + text + BOS, cut at the end or filled up with BOS.
+    lengths: int32 [documents], predictions in each: min(seq_len, tokens - 1).
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+
+
+class Stream(NamedTuple):
+  """A tokenized text in one piece.
+
+  Attributes:
+    tokens: int32 [tokens].
+  """
+
+  tokens: jax.Array
+
+
+Corpus = Documents | Stream
+
+
+def make_batch_fn(config: DataConfig, seed: int) -> Callable[[Corpus, jax.Array], Batch]:
+  """Makes the function (corpus, step) -> batch of training; B = `batch_size`, T = `seq_len`.
+
+  Args:
+    config: `batching` chooses the function; `num_batches` makes the step start over.
+    seed: of random windows and of the order of epochs.
+  """
+
+  def batch(corpus: Corpus, step: jax.Array) -> Batch:
+    if config.num_batches:
+      step = step % config.num_batches
+    if config.batching == "documents":
+      return next_documents(corpus, step, config)
+    if config.batching == "sequential":
+      return sequential_windows(corpus, step, config)
+    if config.batching == "epochs":
+      return permuted_windows(corpus, step, seed, config)
+    return random_windows(corpus, derive_key(seed, DATA, step), config)
+
+  return batch
+
+
+def make_eval_batch_fn(config: DataConfig, seed: int, *, whole: bool) -> Callable[[Corpus, jax.Array], Batch]:
+  """Makes the function (corpus, number) -> batch of evaluation; the same batches at every evaluation of a run.
+
+  Args:
+    config: as for training.
+    seed: of random windows.
+    whole: whether the batches, in order, are to hold every prediction once; otherwise "random" data is sampled.
+  """
+
+  def batch(corpus: Corpus, number: jax.Array) -> Batch:
+    if isinstance(corpus, Documents):
+      return documents_in_order(corpus, number, EVAL_DOCUMENTS)
+    if whole or config.batching != "random":
+      return windows_in_order(corpus, number, config)
+    return random_windows(corpus, derive_key(seed, EVAL, number), config)
+
+  return batch
+
+
+def count_eval_batches(corpus: Corpus, config: DataConfig) -> int:
+  """How many batches of `make_eval_batch_fn` hold every prediction of a corpus once; 0 for an empty one."""
+  if isinstance(corpus, Documents):
+    return -(-len(corpus.tokens) // EVAL_DOCUMENTS)
+  num_windows = -(-max(0, len(corpus.tokens) - 1) // config.seq_len)
+  return -(-num_windows // config.batch_size)
+
+
+def count_epoch_steps(corpus: Corpus, config: DataConfig) -> int | None:
+  """Batches in an epoch of windows that do not overlap, the short last one included; None for other data."""
+  if config.batching != "epochs":
+    return None
+  return -(-_count_windows(corpus, config) // config.batch_size)
+
+
+def next_documents(corpus: Documents, step: jax.Array, config: DataConfig) -> Batch:
+  """Cuts the next `batch_size` documents in turn, starting over after the last.
+
+  Args:
+    corpus: on the device.
+    step: int32 scalar, updates applied before this one.
+    config: `batch_size`.
+  """
+  num_documents = corpus.tokens.shape[0]
+  step = step % num_documents  # the order repeats after so many steps: no overflow below
+  rows_B = (step * config.batch_size + jnp.arange(config.batch_size)) % num_documents
+  return _rows(corpus.tokens[rows_B], corpus.lengths[rows_B])
+
+
+def documents_in_order(corpus: Documents, number: jax.Array, batch_size: int) -> Batch:
+  """Cuts the documents from `number` * `batch_size` on; rows past the last weigh nothing."""
+  rows_B = number * batch_size + jnp.arange(batch_size)
+  lengths_B = jnp.where(rows_B < corpus.tokens.shape[0], corpus.lengths.at[rows_B].get(mode="clip"), 0)
+  return _rows(corpus.tokens.at[rows_B].get(mode="clip"), lengths_B)
+
+
+def random_windows(corpus: Stream, key: jax.Array, config: DataConfig) -> Batch:
+  """Cuts windows whose starts are drawn evenly from all there are (nanoGPT's get_batch)."""
+  room = corpus.tokens.shape[0] - config.seq_len
+  return _windows(corpus, jax.random.randint(key, (config.batch_size,), 0, room), config.seq_len)
+
+
+def sequential_windows(corpus: Stream, step: jax.Array, config: DataConfig) -> Batch:
+  """Cuts the next batch_size * seq_len tokens, starting over where no whole batch is left (llm.c's loader)."""
+  stride = config.batch_size * config.seq_len
+  position = step % ((corpus.tokens.shape[0] - 1) // stride) * stride
+  return _windows(corpus, position + jnp.arange(config.batch_size) * config.seq_len, config.seq_len)
+
+
+def permuted_windows(corpus: Stream, step: jax.Array, seed: int, config: DataConfig) -> Batch:
+  """Cuts windows that do not overlap, each once an epoch, in an order drawn anew for each epoch.
+
+  The last batch of an epoch is short: its missing rows weigh nothing. What is left after the last whole window is unused.
+  """
+  num_windows, num_steps = _count_windows(corpus, config), count_epoch_steps(corpus, config)
+  order = jax.random.permutation(derive_key(seed, DATA, step // num_steps), num_windows)
+  rows_B = step % num_steps * config.batch_size + jnp.arange(config.batch_size)
+  batch = _windows(corpus, order.at[rows_B].get(mode="clip") * config.seq_len, config.seq_len)
+  return batch._replace(weights_BT=batch.weights_BT * (rows_B < num_windows)[:, None])
+
+
+def windows_in_order(corpus: Stream, number: jax.Array, config: DataConfig) -> Batch:
+  """Cuts the windows from `number` * `batch_size` on: each prediction of the text once; what is past it weighs nothing."""
+  rows_B = number * config.batch_size + jnp.arange(config.batch_size)
+  return _windows(corpus, rows_B * config.seq_len, config.seq_len)
+
+
+def _count_windows(corpus: Stream, config: DataConfig) -> int:
+  return (corpus.tokens.shape[0] - 1) // config.seq_len
+
+
+def _windows(corpus: Stream, starts_B: jax.Array, seq_len: int) -> Batch:
+  """The windows of seq_len + 1 tokens at `starts_B`; targets past the end weigh nothing."""
+  positions = starts_B[:, None] + jnp.arange(seq_len + 1)[None]
+  tokens = corpus.tokens.at[positions].get(mode="clip")
+  weights_BT = positions[:, 1:] < corpus.tokens.shape[0]
+  return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))
+
+
+def _rows(tokens: jax.Array, lengths_B: jax.Array) -> Batch:
+  """The batch of documents' rows."""
+  weights_BT = jnp.arange(tokens.shape[1] - 1)[None] < lengths_B[:, None]
+  return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))

@@ -1,0 +1,157 @@
+"""What a run computes, compiled for its devices.
+
+Responsible for laying the state, the data and the compiled step out over the mesh, and for evaluation and sampling as
+compiled programs. What they compute is in the pure files; when they are called is decided by `train.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jgpt import checkpoint, runtime, sharding
+from jgpt.batches import Batch, Corpus, count_eval_batches, make_eval_batch_fn
+from jgpt.config import Experiment
+from jgpt.data import Data
+from jgpt.generate import compile_texts
+from jgpt.interop import draw_microgpt_params
+from jgpt.keys import INIT, SAMPLE, derive_key
+from jgpt.model import stack_blocks, unstack_blocks
+from jgpt.optim import make_optimizer
+from jgpt.params import count_params
+from jgpt.step import TrainState, begin_state, evaluate, init_state, make_train_steps
+
+MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A run's state, data and step on its devices.
+
+  Attributes:
+    state: after the updates that are done; its blocks are stacked or a list, as `layout` chose.
+    run_steps: compiled, (corpus, state, num_steps) -> (state, metrics); consumes its state and takes
+      `MAX_STEPS_PER_CALL` at most.
+    corpus: the training part.
+    heldout: the held-out part.
+  """
+
+  state: TrainState
+  run_steps: Callable[[Corpus, TrainState, jax.Array], tuple[TrainState, dict]]
+  corpus: Corpus
+  heldout: Corpus
+
+
+def compile_program(
+  experiment: Experiment, data: Data, *, start_step: int = 0, manager: checkpoint.Manager | None = None
+) -> Program:
+  """Makes the state, the compiled step and the data, each laid out over the mesh from birth.
+
+  Args:
+    experiment: resolved.
+    data: loaded.
+    start_step: the checkpoint to restore; 0 begins anew.
+    manager: where it is restored from.
+  """
+  mesh = sharding.make_mesh(experiment, jax.devices())
+  platform = mesh.devices.flat[0].platform
+  corpus, heldout = (jax.device_put(c, sharding.replicated(mesh)) for c in (data.train, data.heldout))
+  layout = choose_layout(experiment, platform)
+  tx = make_optimizer(experiment.optimizer, experiment.model)
+  key = derive_key(experiment.train.seed, INIT, 0)
+  stacked = _placed(jax.eval_shape(partial(init_state, config=experiment.model, tx=tx), key), experiment, mesh)
+  placed = _placed(jax.eval_shape(layout, stacked), experiment, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, placed)
+
+  def make_state() -> TrainState:
+    jit = partial(jax.jit, out_shardings=shardings, compiler_options=runtime.init_options(platform))
+    if start_step and manager is not None:
+      return jit(layout)(checkpoint.restore(manager, start_step, stacked))
+    if experiment.train.init == "microgpt":
+      params = draw_microgpt_params(experiment.train.seed, len(data.documents), experiment.model)
+      return jit(lambda params: layout(begin_state(params, tx)))(params)
+    return jit(lambda key: layout(init_state(key, experiment.model, tx)))(key)
+
+  batch_sharding = sharding.batch_sharding(mesh)
+
+  def place(batch: Batch) -> Batch:
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding), batch)
+
+  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place)
+  program = jax.jit(
+    lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
+    donate_argnums=1,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=runtime.step_options(count_params(experiment.model), platform),
+  )
+  num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+  with ThreadPoolExecutor(1) as pool:  # where there are cores to spare, the wait is that of the longer compilation
+    state = pool.submit(make_state)
+    afterwards = pool.submit(_compile_ahead, experiment, data, placed.params, heldout)
+    compiled = program.lower(corpus, placed, num_steps).compile()
+    afterwards.result()
+    return Program(state.result(), compiled, corpus, heldout)
+
+
+def choose_layout(experiment: Experiment, platform: str) -> Callable:
+  """Chooses how layers lie in memory: `stack_blocks` or `unstack_blocks`.
+
+  A loop over stacked layers compiles once for all of them. On a CPU its gradient is written piece by piece into the
+  stack, which costs a third to half of a step, so there the layers are written out.
+  """
+  scan = experiment.mesh.scan_layers
+  if scan is None:
+    scan = platform != "cpu" or experiment.model.num_layers == 1
+  return stack_blocks if scan else unstack_blocks
+
+
+def _placed(state: TrainState, experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
+  """The shapes of a state with their shardings."""
+  shardings = sharding.state_shardings(state, experiment.model, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def _compile_ahead(experiment: Experiment, data: Data, params: dict, heldout: Corpus) -> None:
+  """Compiles sampling and evaluation while the training step compiles; their later calls find them done."""
+  key = derive_key(experiment.train.seed, SAMPLE, 0)
+  compile_texts(params, data.tokenizer, key, experiment.model, experiment.sample)
+  for num_batches in {None, experiment.train.eval_batches} if len(heldout.tokens) else ():
+    settings = _eval_settings(experiment, heldout, num_batches)
+    evaluate_corpus.lower(params, heldout, **settings).compile()
+
+
+@partial(jax.jit, static_argnames=("experiment", "num_batches", "whole"))
+def evaluate_corpus(
+  params: dict, corpus: Corpus, *, experiment: Experiment, num_batches: int, whole: bool
+) -> tuple[jax.Array, jax.Array]:
+  """`step.evaluate` as one compiled program."""
+  batch_fn = make_eval_batch_fn(experiment.data, experiment.train.seed, whole=whole)
+  return evaluate(params, corpus, experiment.model, batch_fn, num_batches)
+
+
+def begin_evaluation(
+  params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the loss over a corpus and returns at once: the arrays are there when they are read.
+
+  Args:
+    params: as `init_params` returns them, or with unstacked blocks.
+    corpus: at least one prediction.
+    experiment: resolved.
+    num_batches: how many batches; None, or more than there are, takes every prediction once.
+
+  Returns:
+    Nats per token, and the number of tokens.
+  """
+  return evaluate_corpus(params, corpus, **_eval_settings(experiment, corpus, num_batches))
+
+
+def _eval_settings(experiment: Experiment, corpus: Corpus, num_batches: int | None) -> dict:
+  there = count_eval_batches(corpus, experiment.data)
+  whole = num_batches is None or (num_batches >= there and experiment.data.batching != "random")
+  return {"experiment": experiment, "num_batches": there if whole else num_batches, "whole": whole}
