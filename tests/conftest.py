@@ -14,7 +14,9 @@ if "JGPT_TEST_CACHE" not in os.environ:  # one for this run: pytest-xdist's work
   cache = Path(tempfile.mkdtemp(prefix="jgpt-test-cache-"))
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
   # Compiled programs are shared between tests. No test uses the network: a download is remembered to have failed.
-  (cache / "names.txt.failed").touch()
+  (cache / "gpt2").mkdir()
+  for name in ("names.txt", "tinyshakespeare.txt", "gpt2/encoder.json", "gpt2/vocab.bpe"):
+    (cache / f"{name}.failed").touch()
   os.environ |= {
     "JGPT_TEST_CACHE": str(cache),
     "JGPT_CACHE_DIR": str(cache),

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from reference import scalar_gpt
 
+import jgpt.batches
 import jgpt.data
 import jgpt.step
-from jgpt.config import Experiment, ModelConfig, OptimizerConfig, load_experiment, resolve
+from jgpt.catalog import load_experiment
+from jgpt.config import Experiment, ModelConfig, OptimizerConfig, resolve
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.params import param_table
@@ -29,7 +31,7 @@ from jgpt.tokenizer import CharTokenizer
 # Short, ordinary, and around the context of 16: 15 letters is the longest name whose closing BOS is still predicted, 16
 # loses exactly that, and 24 is cut among its letters.
 NAMES = ("io", "emma", "maximilianoluca", "bartholomewjames", "wolfeschlegelsteinhausen")
-TOKENIZER = CharTokenizer(string.ascii_lowercase)
+TOKENIZER = CharTokenizer(string.ascii_lowercase, bos=True)
 # Relative to the largest entry of the leaf.
 GRADIENT_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
@@ -168,15 +170,15 @@ def cast(tree: Any, dtype: str) -> Any:
   return jax.tree.map(lambda x: jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else ints), tree)
 
 
-def corpus_of(documents: Sequence[str], experiment: Experiment) -> jgpt.data.Corpus:
+def corpus_of(documents: Sequence[str], experiment: Experiment) -> jgpt.batches.Documents:
   """Tokenizes documents as training does, on the device."""
-  return jax.tree.map(jnp.asarray, jgpt.data.make_corpus(list(documents), TOKENIZER, experiment.data.seq_len))
+  return jax.tree.map(jnp.asarray, jgpt.data.make_documents(list(documents), TOKENIZER, experiment.data.seq_len))
 
 
-def batch_of(documents: Sequence[str], experiment: Experiment) -> jgpt.data.Batch:
+def batch_of(documents: Sequence[str], experiment: Experiment) -> jgpt.batches.Batch:
   """Makes the batch that holds each of the documents once."""
   config = change(experiment, {"data.batch_size": len(documents)}).data
-  return jgpt.data.batch(corpus_of(documents, experiment), jnp.int32(0), config)
+  return jgpt.batches.next_documents(corpus_of(documents, experiment), jnp.int32(0), config)
 
 
 def initial_state(experiment: Experiment, dtype: str = "float32") -> jgpt.step.TrainState:
@@ -283,7 +285,7 @@ def check_gradients(
   config = experiment.model
   params = cast(initial_params(config), dtype)
 
-  def loss_and_grads(params: dict, batch: jgpt.data.Batch) -> tuple:  # new each time, so that nothing traced is reused
+  def loss_and_grads(params: dict, batch: jgpt.batches.Batch) -> tuple:  # new each time, so that nothing traced is reused
     return jgpt.step.loss_and_grads(params, batch, config)
 
   run = jax.jit(loss_and_grads, compiler_options=compiler_options) if jit else loss_and_grads

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from jgpt import checkpoint
-from jgpt.config import UserError, load_experiment, resolve
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
+from jgpt.config import resolve
 from jgpt.keys import INIT, derive_key
 from jgpt.optim import make_optimizer
 from jgpt.step import init_state
@@ -20,7 +22,7 @@ from jgpt.tokenizer import CharTokenizer
 
 EXPERIMENT = resolve(load_experiment("names"), 27)
 FILES = checkpoint.RunFiles(
-  "names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz"), {"kind": "path", "sha256": "0" * 64}
+  "names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True), {"kind": "path", "sha256": "0" * 64}
 )
 
 

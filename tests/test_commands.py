@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jgpt import command, run, sample
-from jgpt.config import UserError, load_experiment
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
 from jgpt.settings import settings
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
@@ -183,7 +184,7 @@ def test_print_config_reads_back_as_settings(capsys):
 def test_twenty_eight_ids(folder, capsys):
   """The teaching text's model: 4,224 parameters and ln 28, with BOS still 26."""
   _, out, _ = call(capsys, run.main, *FAST, "--set", "model.vocab_size=28")
-  assert "28 ids: a-z and BOS (26)" in out and "4,224 parameters" in out and "uniform guessing: 3.332" in out
+  assert "27 ids: a-z and BOS (26); the model has 28" in out and "4,224 parameters" in out and "uniform guessing: 3.332" in out
 
 
 def test_sample_from_the_folder_alone(folder, capsys):
@@ -242,7 +243,7 @@ def test_reading_a_run_executes_nothing(folder, capsys):
     status, _, err = call(capsys, sample.main, "--run", "here")
     assert status == 2 and err.count("\n") == 1
   settings_file.write_text(good)
-  (folder / "here" / "tokenizer.json").write_text('{"type": "characters", "chars": "ab"}')
+  (folder / "here" / "tokenizer.json").write_text('{"type": "characters", "chars": "ab", "bos": true}')
   assert "not the tokenizer" in call(capsys, sample.main, "--run", "here")[2]
 
 

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgpt import config, settings
-from jgpt.config import UserError
-from jgpt.data import Batch
+from jgpt import catalog, config, settings
+from jgpt.batches import Batch
+from jgpt.checks import UserError
 from jgpt.optim import make_optimizer
 from jgpt.params import count_params
 from jgpt.sources import expected_vocab_size
 from jgpt.step import init_state, make_train_step
 
-NAMES = config.load_experiment("names")
+NAMES = catalog.load_experiment("names")
 
 
 def set_(*texts, base=NAMES):
@@ -52,40 +52,40 @@ def test_unresolved_vocabulary_cannot_be_counted():
 
 def test_experiment_is_found_by_name_and_by_path(tmp_path):
   path = tmp_path / "mine.py"
-  path.write_text((config.experiments_dir() / "names.py").read_text(encoding="utf-8"), encoding="utf-8")
-  assert config.load_experiment("names") == config.load_experiment(str(path))
+  path.write_text((catalog.experiments_dir() / "names.py").read_text(encoding="utf-8"), encoding="utf-8")
+  assert catalog.load_experiment("names") == catalog.load_experiment(str(path))
 
 
 def test_unknown_experiment_is_refused_and_the_near_one_named():
   with pytest.raises(UserError, match=r"no experiment 'nmes'. Did you mean names\?"):
-    config.load_experiment("nmes")
+    catalog.load_experiment("nmes")
   with pytest.raises(UserError, match=r"no experiment '../experiments/names'"):
-    config.load_experiment("../experiments/names")
+    catalog.load_experiment("../experiments/names")
 
 
 def test_experiment_file_that_is_missing_or_holds_none_is_refused_by_name(tmp_path):
   path = tmp_path / "mine.py"
   with pytest.raises(UserError, match=re.escape(f"{path} does not exist")):
-    config.load_experiment(str(path))
+    catalog.load_experiment(str(path))
   path.write_text("EXPERIMENT = {'model': 'large'}\n")
   with pytest.raises(UserError, match=re.escape(f"{path} must define EXPERIMENT")):
-    config.load_experiment(str(path))
+    catalog.load_experiment(str(path))
 
 
-@pytest.mark.parametrize("name", config.list_experiments())
+@pytest.mark.parametrize("name", catalog.list_experiments())
 def test_experiment_has_the_parameters_that_its_docstring_states(name):
-  experiment, doc = config.load_experiment_file(name)
+  experiment, doc = catalog.load_experiment_file(name)
   stated = re.search(r"([\d,]+) parameters", doc)
   assert stated, f"experiments/{name}.py states no number of parameters"
   resolved = config.resolve(experiment, expected_vocab_size(experiment.data))
   assert int(stated[1].replace(",", "")) == count_params(resolved.model)
 
 
-@pytest.mark.parametrize("name", config.list_experiments())
+@pytest.mark.parametrize("name", catalog.list_experiments())
 def test_experiment_traces_one_update_that_keeps_every_shape_and_dtype(name):
   """Without an array: shapes alone run through the model, the loss, the gradient and the optimizer."""
-  experiment = config.load_experiment(name)
-  experiment = config.resolve(experiment, expected_vocab_size(experiment.data))
+  experiment = catalog.load_experiment(name)
+  experiment = config.resolve(experiment, expected_vocab_size(experiment.data), steps_per_epoch=10)
   tx = make_optimizer(experiment.optimizer, experiment.model)
   init = partial(init_state, config=experiment.model, tx=tx)
   state = jax.eval_shape(lambda: init(jax.random.key(0)))

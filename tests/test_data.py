@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
+import os
 import random
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt.config import UserError, load_experiment
-from jgpt.data import Corpus, batch, in_heldout, load_data, make_corpus
+from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
+from jgpt.data import in_heldout, load_data, make_documents
 from jgpt.sources import Text, find_text, read_text
 from jgpt.tokenizer import train_char_tokenizer
 
@@ -32,6 +34,10 @@ def make_text(lines):
 def load(lines, *, seed=0, **changes):
   """Loads lines as the experiment `names` would, nothing held out unless asked for."""
   return load_data(make_text(lines), dataclasses.replace(NAMES, **{"heldout_fraction": 0.0, **changes}), seed)
+
+
+def to_device(corpus):
+  return jax.tree.map(jnp.asarray, corpus)
 
 
 def microgpt_documents(lines, seed):
@@ -54,7 +60,7 @@ def test_stream_is_microgpts(batch_size, seq_len):
   uchars = sorted(set("".join(docs)))
   bos = len(uchars)
   for step in range(20):
-    got = batch(data.train, jnp.int32(step), config)
+    got = make_batch_fn(config, 0)(to_device(data.train), jnp.int32(step))
     assert got.inputs_BT.shape == got.targets_BT.shape == got.weights_BT.shape == (batch_size, seq_len)
     for row in range(batch_size):
       doc = docs[(step * batch_size + row) % len(docs)]
@@ -79,7 +85,7 @@ def test_documents_longer_than_the_window_are_cut_and_counted():
   rows = dict(zip(data.documents, data.train.tokens.tolist(), strict=True))
   assert rows == {"abcd": [6, 0, 1, 2, 3, 6], "abcde": [6, 0, 1, 2, 3, 4], "abcdef": [6, 0, 1, 2, 3, 4]}
   assert data.train.lengths.tolist() == [5, 5, 5]
-  assert (data.num_cut, data.longest, data.num_documents, data.num_chars) == (2, 6, 3, 15)
+  assert data.summary[0] == "3 documents, 15 characters, longest 6, 2 cut at the context of 5"
 
 
 # --- The held-out split ---
@@ -98,7 +104,7 @@ def test_heldout_split_keeps_repeats_together_and_is_near_its_fraction():
   data = load(MANY * 3, heldout_fraction=0.3)
   heldout = len(data.heldout.tokens)
   train, both = set(data.documents), len(data.documents) + heldout
-  assert both == data.num_documents == 3 * len(MANY)
+  assert both == 3 * len(MANY)
   assert heldout == 3 * (len(MANY) - len(train))  # no held-out document stands in the training documents
   assert 0.2 < heldout / both < 0.4
 
@@ -148,10 +154,11 @@ def by_hand(corpus, step, config):
 
 
 def assert_is_batch(got, corpus, rows):
-  np.testing.assert_array_equal(got.inputs_BT, corpus.tokens[rows, :-1])
-  np.testing.assert_array_equal(got.targets_BT, corpus.tokens[rows, 1:])
-  positions = np.arange(corpus.tokens.shape[1] - 1)
-  np.testing.assert_array_equal(got.weights_BT, np.float32(positions < corpus.lengths[rows][:, None]))
+  tokens, lengths = (np.asarray(x)[rows] for x in corpus)
+  np.testing.assert_array_equal(got.inputs_BT, tokens[:, :-1])
+  np.testing.assert_array_equal(got.targets_BT, tokens[:, 1:])
+  positions = np.arange(tokens.shape[1] - 1)
+  np.testing.assert_array_equal(got.weights_BT, np.float32(positions < lengths[:, None]))
   assert (got.inputs_BT.dtype, got.targets_BT.dtype, got.weights_BT.dtype) == (jnp.int32, jnp.int32, jnp.float32)
 
 
@@ -170,15 +177,16 @@ def assert_is_batch(got, corpus, rows):
 def test_batch_of_any_step_is_the_next_documents_in_turn(num_documents, changes):
   """Around the end of the documents, up to the last step that an int32 holds; inside jit as outside."""
   documents = MANY[:: len(MANY) // num_documents][:num_documents]
-  corpus = make_corpus(documents, train_char_tokenizer(documents), 6)
+  corpus = to_device(make_documents(documents, train_char_tokenizer(documents, bos=True), 6))
   config = dataclasses.replace(NAMES, seq_len=6, **changes)
-  jitted = jax.jit(partial(batch, config=config))
+  batch = make_batch_fn(config, 0)
+  jitted = jax.jit(batch)
 
   @hypothesis_settings(deadline=None, max_examples=20)
   @given(st.one_of(st.integers(0, 30), st.integers(0, LAST_STEP), st.just(LAST_STEP)))
   def check(step):
     rows = by_hand(corpus, step, config)
-    for made in (batch(corpus, jnp.int32(step), config), jitted(corpus, jnp.int32(step))):
+    for made in (batch(corpus, jnp.int32(step)), jitted(corpus, jnp.int32(step))):
       assert_is_batch(made, corpus, rows)
 
   check()
@@ -187,16 +195,16 @@ def test_batch_of_any_step_is_the_next_documents_in_turn(num_documents, changes)
 def test_large_corpora_and_batches_do_not_overflow():
   """The largest product that `load_data` allows, at the last step before the order repeats and at the last step of all."""
   n, size = 40_000, 53_687  # their product is 7,168 below 2**31
-  corpus = Corpus(np.arange(2 * n, dtype=np.int32).reshape(n, 2), np.ones(n, np.int32))
+  corpus = to_device(Documents(np.arange(2 * n, dtype=np.int32).reshape(n, 2), np.ones(n, np.int32)))
   config = dataclasses.replace(NAMES, seq_len=1, batch_size=size)
   for step in (n - 1, n, LAST_STEP):
-    assert_is_batch(batch(corpus, jnp.int32(step), config), corpus, by_hand(corpus, step, config))
+    assert_is_batch(make_batch_fn(config, 0)(corpus, jnp.int32(step)), corpus, by_hand(corpus, step, config))
 
 
 def test_sizes_whose_rows_an_int32_cannot_count_are_refused():
   with pytest.raises(UserError, match=r"2 documents times data\.batch_size=1073741824 must stay below 2\*\*31"):
     load(["emma", "ava"], batch_size=2**30)
-  assert load(["emma", "ava"], batch_size=2**30 - 1).num_documents == 2
+  assert len(load(["emma", "ava"], batch_size=2**30 - 1).documents) == 2
 
 
 # --- Texts that nobody wishes for ---
@@ -220,7 +228,8 @@ def test_text_that_is_held_out_whole_is_refused_with_what_would_do():
 
 def test_one_document_is_every_batch():
   data = load(["a"], batch_size=2)
-  assert_is_batch(batch(data.train, jnp.int32(5), dataclasses.replace(NAMES, batch_size=2)), data.train, [0, 0])
+  made = make_batch_fn(dataclasses.replace(NAMES, batch_size=2), 0)(to_device(data.train), jnp.int32(5))
+  assert_is_batch(made, data.train, [0, 0])
   assert data.train.lengths.tolist() == [2]  # a, then the end
 
 
@@ -228,7 +237,7 @@ def test_huge_line_costs_no_more_than_its_window():
   """A file without line ends is one document; its first characters are learned and the rest is counted as cut."""
   data = load(["ab" * 500_000])
   assert data.train.tokens.tolist() == [[2, *[0, 1] * 8]]
-  assert (data.num_cut, data.longest) == (1, 1_000_000)
+  assert data.summary[0] == "1 documents, 1,000,000 characters, longest 1000000, 1 cut at the context of 16"
 
 
 def test_nul_is_a_character_like_any_other():
@@ -253,13 +262,109 @@ def test_any_bytes_are_data_or_a_user_error_that_names_the_file(content, heldout
     path.write_bytes(content)
     config = dataclasses.replace(NAMES, path=str(path), heldout_fraction=heldout_fraction)
     try:
-      data = load_data(find_text(config), config, seed)
+      text = find_text(config)
+      data = load_data(text, config, seed)
     except UserError as error:
       assert str(path) in str(error)
       return
-  assert len(data.train.tokens) + len(data.heldout.tokens) == data.num_documents
+  assert len(data.train.tokens) + len(data.heldout.tokens) == len(text.documents())
   assert [data.tokenizer.decode(row) for row in data.train.tokens] == [d[: config.seq_len] for d in data.documents]
   for corpus in (data.train, data.heldout):
     assert (corpus.tokens.dtype, corpus.lengths.dtype) == (np.int32, np.int32)
     assert ((corpus.lengths >= 1) & (corpus.lengths <= config.seq_len)).all()
     assert ((corpus.tokens >= 0) & (corpus.tokens < data.tokenizer.vocab_size)).all()
+
+
+# --- Streams ---
+
+
+TEXT = "First line of the play.\n\nSecond speech:\nmore of it.\n\n" * 40
+
+
+def load_stream(text=TEXT, **changes):
+  """Loads a text as one stream of characters, nothing held out unless asked for."""
+  base = {"batching": "random", "heldout_fraction": 0.0, "seq_len": 8, "batch_size": 2}
+  return load_data(Text(text, "path", "play.txt", ""), dataclasses.replace(NAMES, **(base | changes)), 0)
+
+
+@pytest.mark.parametrize(("fraction", "num_train"), [(0.0, 1_115_394), (0.1, 1_003_854), (0.5, 557_697)])
+def test_the_last_characters_of_a_stream_are_held_out(fraction, num_train):
+  """At tiny Shakespeare's length the split is nanoGPT's and the NumPy GPT's: 1,003,854 and 111,540 characters."""
+  text = ("ab\n" * 371_798)[:1_115_394]
+  data = load_stream(text, heldout_fraction=fraction)
+  assert len(data.train.tokens) == num_train and len(data.heldout.tokens) == 1_115_394 - num_train
+  assert data.tokenizer.decode(np.concatenate([data.train.tokens, data.heldout.tokens]).tolist()) == text
+
+
+def test_a_streams_characters_are_those_of_the_whole_text_and_have_no_bos():
+  data = load_stream("a" * 90 + "b" * 10, heldout_fraction=0.1)
+  assert data.tokenizer.chars == "ab" and data.tokenizer.vocab_size == 2 and data.tokenizer.stop_id is None
+
+
+def test_the_first_tokens_can_be_held_out_instead():
+  data = load_stream(heldout_tokens=100)
+  whole = load_stream()
+  np.testing.assert_array_equal(data.heldout.tokens, whole.train.tokens[:100])
+  np.testing.assert_array_equal(data.train.tokens, whole.train.tokens[100:])
+
+
+def test_merges_are_learned_from_the_training_part_alone():
+  """Text that only the held-out part has makes no tokens: the comparison would not be fair."""
+  pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
+  text = "the cat sat on the mat. " * 200 + "zyxwvut " * 60
+  data = load_stream(text, tokenizer="bpe", bpe_vocab_size=265, heldout_fraction=0.1)
+  assert data.tokenizer.vocab_size == 265
+  assert len(data.heldout.tokens) > 0.8 * len(text) * 0.1  # next to nothing is merged
+  assert len(data.train.tokens) < 0.5 * len(text) * 0.9
+
+
+def test_llm_cs_shakespeare_is_read_as_llm_c_does():
+  """An end-of-text token before each paragraph; 32,768 tokens for validation first, then 305,260 for training."""
+  pytest.importorskip("tokenizers", reason="GPT-2's tokenizer needs tokenizers (the extra bpe)")
+  folder = os.environ.get("JGPT_DATA_DIR")
+  if not folder or not os.path.isfile(os.path.join(folder, "tinyshakespeare.txt")):
+    pytest.skip("tinyshakespeare.txt is not at hand: JGPT_DATA_DIR names no folder that has it")
+  config = load_experiment("gpt2_shakespeare").data
+  data = load_data(find_text(config), config, 0)
+  assert len(data.heldout.tokens) == 32_768 and len(data.train.tokens) == 305_260
+  assert data.heldout.tokens[0] == 50256
+  text = find_text(config).text
+  marks = 1 + text.count("\n\n")
+  everything = np.concatenate([data.heldout.tokens, data.train.tokens])
+  assert (everything == 50256).sum() == marks
+  assert data.tokenizer.decode(everything.tolist()).replace("<|endoftext|>", "") == text
+
+
+def test_numpy_gpts_shakespeare_has_171_steps_an_epoch():
+  """2,000 ids learned from 1,003,854 characters make about 348,600 tokens: 171 batches of 32 windows of 64."""
+  pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
+  folder = os.environ.get("JGPT_DATA_DIR")
+  if not folder or not os.path.isfile(os.path.join(folder, "tinyshakespeare.txt")):
+    pytest.skip("tinyshakespeare.txt is not at hand: JGPT_DATA_DIR names no folder that has it")
+  config = load_experiment("shakespeare_bpe").data
+  data = load_data(find_text(config), config, 0)
+  assert data.tokenizer.vocab_size == 2000
+  assert abs(len(data.train.tokens) - 348_600) < 1000
+  assert count_epoch_steps(data.train, config) == 171
+
+
+def test_hamlet_is_12300_bytes_and_its_held_out_part_stands_in_training_too():
+  config = load_experiment("shakespeare_bytes").data
+  data = load_data(find_text(config), config, 0)
+  assert (len(data.train.tokens), len(data.heldout.tokens)) == (11_070, 1_230)
+  heldout, train = (bytes(c.tokens.tolist()) for c in (data.heldout, data.train))
+  assert heldout[:200] in train
+
+
+@pytest.mark.parametrize(
+  ("length", "changes", "complaint"),
+  [
+    (8, {}, r"the training part of play\.txt has 8 tokens, and a batch needs 9"),
+    (16, {"batching": "sequential"}, r"has 16 tokens, and a batch needs 17\. .*data\.batch_size=1"),
+    (30, {"heldout_fraction": 0.2}, r"the held-out part of play\.txt has 6 tokens.*data\.heldout_fraction=0"),
+    (0, {}, r"has 0 tokens"),
+  ],
+)
+def test_a_stream_too_short_for_its_windows_is_refused_with_what_would_do(length, changes, complaint):
+  with pytest.raises(UserError, match=complaint):
+    load_stream(("ab" * 50)[:length], **changes)

@@ -1,5 +1,6 @@
 """Drawing text: frequencies, limits, prompts, the context's end, and that one seed gives one text."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.config import ModelConfig, SampleConfig, UserError
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
+from jgpt.config import SampleConfig
 from jgpt.generate import draw, fit_prompt, generate, generate_texts
 from jgpt.model import apply, init_params
 from jgpt.tokenizer import CharTokenizer
 
-CONFIG = ModelConfig(vocab_size=27, max_seq_len=16, num_layers=2, num_heads=4, d_model=16, d_ff=64, init_std=0.3)
-TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz")
+CONFIG = dataclasses.replace(load_experiment("names").model, vocab_size=27, num_layers=2, init_std=0.3)
+TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True)
 BOS = TOKENIZER.bos_id
 
 
@@ -81,8 +84,8 @@ def test_masked_logits_are_never_drawn():
 
 
 def texts(params, *, seed=0, prompt="", **settings):
-  sample = SampleConfig(**({"num": 8, "temperature": 1.0} | settings))
-  return generate_texts(params, TOKENIZER, jax.random.key(seed), CONFIG, sample, prompt=prompt)
+  sample = SampleConfig(**({"num": 8, "temperature": 1.0, "prompt": prompt} | settings))
+  return generate_texts(params, TOKENIZER, jax.random.key(seed), CONFIG, sample)
 
 
 def test_a_seed_repeats_and_another_differs(params):
@@ -155,7 +158,7 @@ def test_a_long_prompt_keeps_its_tail(params):
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():
-  config = ModelConfig(**{**CONFIG.__dict__, "vocab_multiple": 64})
+  config = dataclasses.replace(CONFIG, vocab_multiple=64)
   params = init_params(jax.random.key(0), config)
   prompt = np.full(1, BOS, np.int32)
   tokens = generate(params, prompt, np.int32(1), jax.random.key(1), np.float32(50.0), config=config, num=500, max_tokens=16)

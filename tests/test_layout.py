@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jgpt.catalog import load_experiment
 from jgpt.command import VERBS
-from jgpt.config import load_experiment, resolve
+from jgpt.config import resolve
 from jgpt.params import param_table
 
 ROOT = Path(__file__).parent.parent
@@ -17,21 +18,26 @@ MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init_
 
 # A module may import from the rows above its own, never from its own row or below.
 ORDER = [
+  ["checks"],
   ["config"],
-  ["params", "settings"],
-  ["sources", "keys"],
+  ["params", "settings", "catalog", "reading"],
+  ["sources", "keys", "bpe"],
   ["download", "tokenizer", "runtime"],
-  ["data", "attention", "optim", "sharding"],
-  ["model"],
+  ["batches", "attention", "optim", "sharding", "interop"],
+  ["data", "model"],
   ["step", "generate"],
-  ["checkpoint", "metrics"],
-  ["train"],
+  ["checkpoint", "metrics", "signals", "predictions"],
+  ["program"],
+  ["updates", "train", "peers"],
   ["command"],
-  ["run", "sample", "bench"],
+  ["run", "sample", "evaluate", "inspect", "bench"],
 ]
 # Imported inside a function, against the order: what is found by a download is handed down to `sources`.
 EXCEPTIONS = {("sources", "download")}
-PURE = ["config", "settings", "params", "tokenizer", "model", "attention", "optim", "step", "sharding", "generate", "keys"]
+PURE = [
+  *("checks", "config", "settings", "params", "tokenizer", "bpe", "batches", "model", "attention", "optim", "step"),
+  *("sharding", "generate", "keys", "reading"),
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.config import PARAM_KINDS, experiments_dir, load_experiment, resolve
+from jgpt.catalog import experiments_dir, load_experiment
+from jgpt.config import PARAM_KINDS, resolve
 from jgpt.model import init_params
 from jgpt.params import Param, count_params, param_table
 from jgpt.runtime import init_options

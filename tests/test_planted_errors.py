@@ -38,37 +38,37 @@ def mask_hides_the_token_itself(put):
 
 
 def attend_with(make_mask):
-  def attend(memory, q_BTNH, k_BTNH, v_BTNH):
-    return jgpt.attention.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, make_mask(q_BTNH.shape[1])), memory
+  def attend(memory, q_BTNH, k_BTNH, v_BTNH, drop):
+    return jgpt.attention.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, make_mask(q_BTNH.shape[1]), drop), memory
 
   return attend
 
 
 def closing_bos_dropped(put):
-  right = jgpt.data.make_corpus
+  right = jgpt.data.make_documents
 
-  def make_corpus(documents, tokenizer, seq_len):
+  def make_documents(documents, tokenizer, seq_len):
     corpus = right(documents, tokenizer, seq_len)
     return corpus._replace(lengths=np.minimum(corpus.lengths, [len(document) for document in documents]))
 
-  put(jgpt.data, "make_corpus", make_corpus)
+  put(jgpt.data, "make_documents", make_documents)
 
 
 def padding_counted(put):
-  right = jgpt.data.make_corpus
+  right = jgpt.data.make_documents
 
-  def make_corpus(documents, tokenizer, seq_len):
+  def make_documents(documents, tokenizer, seq_len):
     corpus = right(documents, tokenizer, seq_len)
     return corpus._replace(lengths=np.full_like(corpus.lengths, seq_len))
 
-  put(jgpt.data, "make_corpus", make_corpus)
+  put(jgpt.data, "make_documents", make_documents)
 
 
 def positions_shifted_by_one(put):
   right = jgpt.model._embed
 
-  def embed(params, tokens_BT, positions_T):
-    return right(params, tokens_BT, jnp.minimum(positions_T + 1, params["pos_embed"].shape[0] - 1))
+  def embed(params, tokens_BT, positions_T, *rest):
+    return right(params, tokens_BT, jnp.minimum(positions_T + 1, params["pos_embed"].shape[0] - 1), *rest)
 
   put(jgpt.model, "_embed", embed)
 

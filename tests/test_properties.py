@@ -23,7 +23,7 @@ from equivalence import (
   names_experiment,
 )
 
-from jgpt import data, model, step
+from jgpt import batches, model, step
 from jgpt.params import count_params
 
 quick_jit = partial(jax.jit, compiler_options=QUICK)
@@ -168,9 +168,9 @@ def test_micro_batches_add_up_to_the_batch(micro_batch_size):
   """
   experiment = names_experiment(data__batch_size=16)
   params, batch = cast(initial_params(experiment.model), "float32"), batch_of(DOCUMENTS[:16], experiment)
-  loss_and_grads = quick_jit(step.loss_and_grads, static_argnums=(2, 3))
+  loss_and_grads = quick_jit(step.loss_and_grads, static_argnums=(2, 4))
   loss, grads = loss_and_grads(params, batch, experiment.model)
-  micro_loss, micro_grads = loss_and_grads(params, batch, experiment.model, micro_batch_size)
+  micro_loss, micro_grads = loss_and_grads(params, batch, experiment.model, None, micro_batch_size)
   compare("batch of 16, float32: micro-batches", {"loss": loss}, {"loss": micro_loss}, 1e-5)
   compare("batch of 16, float32: micro-batches", grads, micro_grads, 1e-5)
 
@@ -189,7 +189,7 @@ def test_any_split_into_calls_gives_the_same_bits(batch_size, options):
   corpus, start = corpus_of(DOCUMENTS, experiment), initial_state(experiment)
   many = jax.jit(step.make_train_steps(experiment, capacity=num_steps), compiler_options=OPTIONS[options])
   one = jax.jit(step.make_train_step(experiment), compiler_options=OPTIONS[options])
-  batch = quick_jit(partial(data.batch, config=experiment.data))
+  batch = quick_jit(partial(batches.next_documents, config=experiment.data))
 
   def split(lengths):
     state, parts = start, []

@@ -10,10 +10,10 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import config, settings
-from jgpt.config import UserError
+from jgpt import catalog, config, settings
+from jgpt.checks import UserError
 
-NAMES = config.load_experiment("names")
+NAMES = catalog.load_experiment("names")
 
 # For each setting another value than that of `names`, valid by itself, and whether a resumed run may differ in it.
 OTHER_VALUES = {
@@ -24,15 +24,36 @@ OTHER_VALUES = {
   "model.num_heads": (2, False),
   "model.d_model": (32, False),
   "model.d_ff": (128, False),
+  "model.norm": ("layer", False),
+  "model.norm_embed": (True, False),
+  "model.norm_final": (True, False),
+  "model.activation": ("gelu_erf", False),
+  "model.positions": ("sinusoidal", False),
+  "model.biases": ("mlp", False),
+  "model.tied_head": (True, False),
+  "model.scale_embed": (True, False),
+  "model.dropout": (0.1, False),
+  "model.dropout_places": (("attention", "mlp_out"), False),
   "model.init_std": (0.02, False),
+  "model.scale_residual_init": (True, False),
   "data.source": ("poems", False),
   "data.path": ("words of mine.txt", False),
+  "data.tokenizer": ("bytes", False),
+  "data.bpe_vocab_size": (300, False),
+  "data.mark_paragraphs": (True, False),
+  "data.batching": ("epochs", False),
   "data.seq_len": (8, False),
   "data.batch_size": (4, False),
   "data.heldout_fraction": (0.5, False),
+  "data.heldout_tokens": (100, False),
   "data.num_batches": (1, False),
   "optimizer.peak_lr": (3e-4, False),
+  "optimizer.schedule": ("cosine", False),
+  "optimizer.warmup_steps": (10, False),
+  "optimizer.warmup_from_zero": (False, False),
+  "optimizer.end_lr": (1e-4, False),
   "optimizer.decay_steps": (500, False),
+  "optimizer.cooldown_steps": (50, False),
   "optimizer.b1": (0.9, False),
   "optimizer.b2": (0.95, False),
   "optimizer.eps": (1e-10, False),
@@ -40,16 +61,23 @@ OTHER_VALUES = {
   "optimizer.decay_kinds": (("matrix", "head"), False),
   "optimizer.clip_norm": (1.0, False),
   "train.steps": (2000, True),
+  "train.epochs": (2, True),
   "train.seed": (1, False),
+  "train.init": ("microgpt", False),
   "train.micro_batch_size": (1, True),
   "train.log_every": (10, True),
+  "train.eval_every": (50, True),
+  "train.eval_batches": (5, True),
+  "train.sample_every": (50, True),
   "train.save_every": (50, True),
+  "sample.prompt": ("an", True),
   "sample.num": (3, True),
   "sample.temperature": (0.0, True),
   "sample.top_k": (5, True),
   "sample.top_p": (0.9, True),
   "sample.max_tokens": (4, True),
   "mesh.data": (None, True),
+  "mesh.scan_layers": (True, True),
 }
 
 
@@ -81,7 +109,7 @@ def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
   [
     ("train.steps=ten", "a whole number"),
     ("train.steps=1.5", "a whole number"),
-    ("train.steps=none", "a whole number"),
+    ("train.log_every=none", "a whole number"),
     ("train.steps=", "a whole number"),
     ("train.steps=1e3", "a whole number"),
     ("data.num_batches=few", "a whole number or none"),
@@ -98,6 +126,13 @@ def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
     ("data.heldout_fraction=1", "below 1"),
     ("sample.top_p=1.5", "from 0 to 1"),
     ("optimizer.decay_kinds=matrix,weight", "embedding, matrix, head, gain, bias"),
+    ("model.dropout_places=mlp,attention", "embedding, attention, attention_out, activation, mlp_out"),
+    ("model.dropout=1", "below 1"),
+    ("model.norm=rmss", "rms, layer or layer_no_bias. Did you mean rms"),
+    ("model.activation=gelu", "relu, gelu_tanh or gelu_erf. Did you mean"),
+    ("model.tied_head=yes", "true or false"),
+    ("optimizer.schedule=linaer", "linear, cosine, constant or wsd. Did you mean linear"),
+    ("data.bpe_vocab_size=255", "at least 256"),
     ("train.steps", "no '='"),
   ],
 )
@@ -138,7 +173,7 @@ def test_code_as_a_value_is_text_and_never_executed(tmp_path):
     except UserError:
       continue
     assert settings.settings(changed)[name] == code  # a field for text takes it as it is
-    assert name in ("data.source", "data.path")
+    assert name in ("data.source", "data.path", "sample.prompt")
   assert not marker.exists()
 
 
@@ -172,6 +207,13 @@ def follow_advice(*texts):
     (["data.batch_size=6", "mesh.data=4"], ["mesh.data=1"]),
     (["data.batch_size=8", "train.micro_batch_size=2", "mesh.data=4"], ["mesh.data=1"]),
     (["data.batch_size=6", "train.micro_batch_size=4", "mesh.data=5"], ["train.micro_batch_size=3", "mesh.data=1"]),
+    (["model.norm=layer"], ["model.norm_embed=false"]),
+    (["model.dropout=0.1"], ["model.dropout_places=mlp_out"]),
+    (["data.tokenizer=bytes"], ["data.batching=random"]),
+    (["data.tokenizer=bpe"], ["data.batching=random", "data.bpe_vocab_size=2000"]),
+    (["data.heldout_tokens=5", "data.batching=random"], ["data.heldout_fraction=0"]),
+    (["train.steps=none"], ["train.steps=1000"]),
+    (["train.steps=none", "train.epochs=3"], ["train.steps=1000"]),
   ],
 )
 def test_values_that_do_not_go_together_are_refused_and_the_advice_mends_them(texts, advice):
@@ -218,6 +260,12 @@ def experiments(draw):
   text = st.text().map(str.strip).filter(lambda t: t.lower() not in ("none", "null"))
   num_heads, mesh, micro, seq_len = count(64), maybe(count(4)), maybe(count(4)), count(2**30)
   micro = micro and micro * (mesh or 1)
+  norm = draw(st.sampled_from(["rms", "layer", "layer_no_bias"]))
+  batching = draw(st.sampled_from(["documents", "random", "sequential", "epochs"]))
+  streams = ["characters", "bytes", "bpe", "gpt2"]
+  tokenizer = "characters" if batching == "documents" else draw(st.sampled_from(streams))
+  heldout_tokens = None if batching == "documents" else maybe(count())
+  epochs = maybe(count())
   return config.Experiment(
     model=config.ModelConfig(
       vocab_size=maybe(count()),
@@ -225,21 +273,42 @@ def experiments(draw):
       max_seq_len=seq_len + draw(st.integers(0, 5)),
       num_layers=count(),
       num_heads=num_heads,
-      d_model=num_heads * count(1000),
+      d_model=2 * num_heads * count(1000),
       d_ff=count(),
+      norm=norm,
+      norm_embed=norm == "rms" and draw(st.booleans()),
+      norm_final=draw(st.booleans()),
+      activation=draw(st.sampled_from(["relu", "gelu_tanh", "gelu_erf"])),
+      positions=draw(st.sampled_from(["learned", "sinusoidal"])),
+      biases=draw(st.sampled_from(["none", "mlp", "all"])),
+      tied_head=draw(st.booleans()),
+      scale_embed=draw(st.booleans()),
+      dropout=number(0, 1, exclude_max=True),
+      dropout_places=tuple(draw(st.lists(st.sampled_from(config.DROPOUT_PLACES), min_size=1, max_size=3))),
       init_std=number(),
+      scale_residual_init=draw(st.booleans()),
     ),
     data=config.DataConfig(
       source=draw(text),
       path=maybe(draw(text)),
+      tokenizer=tokenizer,
+      bpe_vocab_size=256 + count(1000) if tokenizer == "bpe" else None,
+      mark_paragraphs=tokenizer == "gpt2" and draw(st.booleans()),
+      batching=batching,
       seq_len=seq_len,
       batch_size=(micro or mesh or 1) * count(1000),
-      heldout_fraction=number(0, 1, exclude_max=True),
+      heldout_fraction=0.0 if heldout_tokens else number(0, 1, exclude_max=True),
+      heldout_tokens=heldout_tokens,
       num_batches=maybe(count()),
     ),
     optimizer=config.OptimizerConfig(
       peak_lr=number(),
+      schedule=draw(st.sampled_from(["linear", "cosine", "constant", "wsd"])),
+      warmup_steps=count() - 1,
+      warmup_from_zero=draw(st.booleans()),
+      end_lr=number(),
       decay_steps=maybe(count()),
+      cooldown_steps=maybe(count()),
       b1=number(0, 1, exclude_max=True),
       b2=number(0, 1, exclude_max=True),
       eps=number(1e-300),
@@ -248,20 +317,26 @@ def experiments(draw):
       clip_norm=maybe(number(1e-300)),
     ),
     train=config.TrainConfig(
-      steps=count() - 1,
+      steps=maybe(count() - 1) if epochs and batching == "epochs" else count() - 1,
+      epochs=epochs,
       seed=count() - 1,
+      init=draw(st.sampled_from(["normal", "microgpt"])),
       micro_batch_size=micro,
       log_every=count(),
+      eval_every=maybe(count()),
+      eval_batches=maybe(count()),
+      sample_every=maybe(count()),
       save_every=maybe(count()),
     ),
     sample=config.SampleConfig(
+      prompt=draw(st.text().map(str.strip)),
       num=count(1_000_000),
       temperature=number(0, 1e6),
       top_k=maybe(count() - 1),
       top_p=number(0, 1),
       max_tokens=maybe(count()),
     ),
-    mesh=config.MeshConfig(data=mesh),
+    mesh=config.MeshConfig(data=mesh, scan_layers=maybe(draw(st.booleans()))),
   )
 
 
@@ -388,7 +463,9 @@ def test_any_text_is_a_setting_or_a_user_error(text):
 def test_every_setting_is_either_identity_or_circumstance():
   """A run is refused on resume for exactly those settings that change what is learned, with both values."""
   assert list(OTHER_VALUES) == settings.setting_names()
-  base = settings.change(NAMES, {"data.batch_size": 8})
+  # From here each setting can be changed alone.
+  changes = {"data.batch_size": 8, "data.batching": "random", "data.tokenizer": "gpt2", "data.heldout_fraction": 0.0}
+  base = settings.change(NAMES, changes | {"model.norm_embed": False, "model.dropout_places": ("attention",)})
   for name, (value, may_change) in OTHER_VALUES.items():
     changed = settings.change(base, {name: value})
     expected = {} if may_change else {name: (settings.settings(base)[name], value)}

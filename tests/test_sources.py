@@ -1,21 +1,21 @@
-"""Where text comes from: the order of places, digests, files that cannot be read, and downloads that go wrong."""
+"""Where text comes from: the order of places, digests, folders and globs, files that cannot be read."""
 
 import dataclasses
 import hashlib
-import http.server
 import os
+import platform
 import re
-import stat
-import threading
-import time
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from jgpt import download, sources
-from jgpt.config import UserError, load_experiment
+from jgpt.checks import UserError
+from jgpt.config import DataConfig
 from jgpt.download import DownloadError
-from jgpt.sources import SOURCES, Source, Text, find_text
+from jgpt.sources import GPT2_FILES, SOURCES, PinnedFile, Text, expected_vocab_size, find_gpt2_files, find_text
 
 BUNDLED = Path(sources.__file__).parent / "bundled" / "names.txt"
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names
@@ -26,33 +26,46 @@ def sha256(content):
 
 
 def data_config(**changes):
-  return dataclasses.replace(load_experiment("names").data, **changes)
+  fields = {"source": "names", "tokenizer": "characters", "batching": "documents", "seq_len": 16, "batch_size": 1}
+  return DataConfig(**fields | {"heldout_fraction": 0.0} | changes)
+
+
+def real_file(name):
+  """A file of the folder of real data; skips the test where it is not there."""
+  path = Path(os.environ.get("JGPT_DATA_DIR") or "/nowhere", name)
+  if not path.is_file():
+    pytest.skip(f"$JGPT_DATA_DIR/{name} is not there to compare with")
+  return path
 
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-  """Empty folders instead of the user's; `names` has the digest of ORIGINAL; downloads fail and are counted."""
+  """Empty folders instead of the user's; short contents of every pinned file; downloads fail and are counted."""
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
   monkeypatch.setenv("JGPT_DATA_DIR", str(tmp_path / "data"))
-  (tmp_path / "data").mkdir()
-  source = dataclasses.replace(SOURCES["names"], sha256=sha256(ORIGINAL), num_bytes=len(ORIGINAL))
-  monkeypatch.setitem(SOURCES, "names", source)
 
-  class Places:
-    data, cache, mine = (tmp_path / name / "names.txt" for name in ("data", "cache", "mine"))
-    downloads = 0
-    online = False
+  data, cache, mine = (tmp_path / name / "names.txt" for name in ("data", "cache", "mine"))
+  gpt2 = {file.filename: f"OpenAI's {file.filename}".encode() for file in GPT2_FILES}
+  places = types.SimpleNamespace(data=data, cache=cache, mine=mine, gpt2=gpt2, downloads=0, online=False)
+  originals = {"names.txt": ORIGINAL, "tinyshakespeare.txt": ORIGINAL} | gpt2
 
-  def fake_download(source: Source) -> bytes:
-    Places.downloads += 1
-    if not Places.online:
-      raise DownloadError("no download of names.txt (no network)")
-    return ORIGINAL
+  def shorten(file: PinnedFile) -> PinnedFile:
+    content = originals[file.filename]
+    return dataclasses.replace(file, sha256=sha256(content), num_bytes=len(content))
 
+  def fake_download(file: PinnedFile) -> bytes:
+    places.downloads += 1
+    if not places.online:
+      raise DownloadError(f"no download of {file.filename} (no network)")
+    return originals[file.filename]
+
+  for name in ("names", "tiny_shakespeare"):
+    monkeypatch.setitem(SOURCES, name, shorten(SOURCES[name]))
+  monkeypatch.setattr(sources, "GPT2_FILES", tuple(map(shorten, GPT2_FILES)))
   monkeypatch.setattr(download, "download", fake_download)
-  Places.cache.parent.mkdir()
-  Places.mine.parent.mkdir()
-  return Places
+  for name in ("data", "data/gpt2", "cache", "cache/gpt2", "mine"):
+    (tmp_path / name).mkdir()
+  return places
 
 
 # --- The order of places ---
@@ -156,23 +169,213 @@ def test_file_that_is_not_utf8_is_refused_by_name_with_the_byte(places, content)
     find_text(data_config(path=str(places.mine)))
 
 
-@pytest.mark.parametrize("path", ["absent.txt", ".", "~nobody-of-this-name/words.txt", "nul\0.txt", "\ud800.txt"])
+@pytest.mark.parametrize("path", ["absent.txt", "~nobody-of-this-name/words.txt", "nul\0.txt", "\ud800.txt"])
 def test_path_that_cannot_be_read_is_refused_by_name(path):
   with pytest.raises(UserError, match=re.escape(f"cannot read {path}: ")):
     find_text(data_config(path=path))
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A function that writes files, given as names and contents, into the current folder, and returns the folder."""
+  monkeypatch.chdir(tmp_path)
+
+  def write(contents):
+    for name, content in contents.items():
+      path = tmp_path / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content)
+    return tmp_path
+
+  return write
+
+
+def test_folder_is_its_text_files_in_the_order_of_their_paths(folder):
+  """Files in folders count too, other and hidden ones do not; the order is the same on every system."""
+  shown = {"texts/b.txt": b"two\n", "texts/a/z.txt": b"one\n", "texts/a-c.txt": b"zero\n"}
+  folder(shown | dict.fromkeys(["texts/c.md", "texts/.hidden.txt", "texts/a/.git/x.txt", "other.txt"], b"no\n"))
+  Path("texts/a/loop").symlink_to("..")
+  Path("texts/folder.txt").mkdir()
+  for path in ("texts", "texts/"):
+    found = find_text(data_config(path=path))
+    assert (found.text, found.kind, found.location) == ("zero\none\ntwo\n", "path", f"{path} (3 files)")
+    assert found.sha256 == sha256(b"zero\none\ntwo\n")
+  Path("texts/folder.txt/d.txt").write_bytes(b"three\n")
+  with pytest.raises(UserError, match=r"^texts has changed since this run began.*--fresh"):
+    find_text(data_config(path="texts"), sha256=found.sha256)
+
+
+def test_glob_is_its_files_in_order(folder):
+  folder({"b.md": b"two\n", "a.md": b"one\n", "c.txt": b"no\n", "deep/er/d.md": b"three\n", "[x].md": b"brackets\n"})
+  found = find_text(data_config(path="?.md"))
+  assert (found.text, found.location) == ("one\ntwo\n", "?.md (2 files)")
+  assert find_text(data_config(path="**/*.md")).text == "brackets\none\ntwo\nthree\n"
+  assert find_text(data_config(path="[x].md")).text == "brackets\n"  # a file of this name goes before a glob
+  assert find_text(data_config(path="[c].txt")).location == "[c].txt (1 file)"
+  for path in ("*.rst", "\0/*"):
+    with pytest.raises(UserError, match=re.escape(f"no file is called {path} or matches it")):
+      find_text(data_config(path=path))
+
+
+def test_home_folder_is_meant_by_a_tilde(folder, monkeypatch):
+  monkeypatch.setenv("HOME", str(folder({"texts/a.txt": b"one\n"})))
+  monkeypatch.chdir("/")
+  for path in ("~/texts", "~/texts/*.txt", "~/texts/a.txt"):
+    assert find_text(data_config(path=path)).text == "one\n"
+
+
+def test_files_are_joined_with_a_newline_where_one_is_missing(folder):
+  """Else the last word of a file would run into the next; byte order marks go, and one file keeps its own digest."""
+  folder({"t/1.txt": b"\xef\xbb\xbfone", "t/2.txt": b"\xef\xbb\xbftwo\n", "t/3.txt": "drei ü".encode()})
+  found = find_text(data_config(path="t"))
+  assert found.text == "one\ntwo\ndrei ü"
+  assert found.sha256 == sha256(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\ndrei \xc3\xbc")
+  assert find_text(data_config(path="t/1*")).sha256 == find_text(data_config(path="t/1.txt")).sha256
+
+
+def test_one_bad_file_of_many_is_named(folder):
+  folder({"t/1.txt": b"one\n", "t/2.txt": b"tw\xf6\n"})
+  with pytest.raises(UserError, match=r"t/2\.txt is not UTF-8 text: byte 2 is 0xf6"):
+    find_text(data_config(path="t"))
+
+
+def test_folder_without_text_files_is_refused_with_a_glob_for_others(folder):
+  folder({"t/1.md": b"one\n"})
+  with pytest.raises(UserError, match=r"the folder t holds no \*\.txt file.*data\.path='t/\*'"):
+    find_text(data_config(path="t"))
+  assert find_text(data_config(path="t/*")).text == "one\n"
+
+
 def test_unknown_source_is_refused_and_the_near_one_named():
-  with pytest.raises(UserError, match=r"data\.source='name' is not known. Did you mean names\?.*data\.path=FILE"):
+  with pytest.raises(UserError, match=r"data\.source='name' is not known. Did you mean names.*data\.path=FILE"):
     find_text(data_config(source="name"))
 
 
 def test_vocabulary_is_known_without_reading_a_source(places):
   """Counting parameters downloads nothing; for a file of one's own the characters are counted."""
-  assert sources.expected_vocab_size(data_config()) == 27
+  stream = {"batching": "random"}
+  assert expected_vocab_size(data_config()) == 27  # the letters and BOS
+  assert expected_vocab_size(data_config(**stream)) == 27  # the letters and the newline
+  assert expected_vocab_size(data_config(source="tiny_shakespeare", **stream)) == 65
+  assert expected_vocab_size(data_config(source="tiny_shakespeare")) == 65  # BOS in the place of the newline
+  assert expected_vocab_size(data_config(tokenizer="bytes", **stream)) == 256
+  assert expected_vocab_size(data_config(tokenizer="bpe", bpe_vocab_size=2000, **stream)) == 2000
+  assert expected_vocab_size(data_config(tokenizer="gpt2", **stream)) == 50257
   assert places.downloads == 0
   places.mine.write_bytes(b" b a\r\n\ncab\n")
-  assert sources.expected_vocab_size(data_config(path=str(places.mine))) == 5  # a, b, c, the space inside, BOS
+  assert expected_vocab_size(data_config(path=str(places.mine))) == 5  # a, b, c, the space inside, BOS
+  assert expected_vocab_size(data_config(path=str(places.mine), **stream)) == 6  # a, b, c, the space, \r, \n
+
+
+def test_vocabulary_of_texts_that_are_made_is_counted(places):
+  for source in ("hamlet", "python_docs"):
+    text = find_text(data_config(source=source))
+    for batching, num_ids in (("random", len(set(text.text))), ("documents", len(set("".join(text.documents()))) + 1)):
+      assert expected_vocab_size(data_config(source=source, batching=batching)) == num_ids
+  assert expected_vocab_size(data_config(source="hamlet", batching="random")) == 28
+
+
+# --- Texts that every installation has ---
+
+
+def test_hamlet_is_a_newline_and_six_lines_fifty_times(places):
+  found = find_text(data_config(source="hamlet"))
+  assert (found.kind, found.location) == ("built in", "six lines of Hamlet, 50 times")
+  assert len(found.text) == 12_300
+  assert found.sha256 == "76c9e2d6fe0f51f9415913321e69b05948049428d9885bddd97a6353d34e6853"
+  assert found.text == found.text[:246] * 50
+  assert found.text.startswith("\nTo be or not to be that is the question\nWhether tis nobler")
+  assert find_text(data_config(source="hamlet"), sha256=found.sha256) == found
+
+
+def test_python_docs_are_pythons_own(places):
+  """Its length differs between versions of Python, and the version is named."""
+  found = find_text(data_config(source="python_docs"))
+  assert (found.kind, found.location) == ("Python's documentation", f"Python {platform.python_version()}")
+  assert 300_000 < len(found.text) < 1_000_000
+  assert 'The "assert" statement' in found.text
+  assert found.sha256 == sha256(found.text.encode())
+
+
+def test_python_docs_of_another_python_are_refused(places):
+  """A run that began under one version cannot go on with another's text: the message says which this is."""
+  here = re.escape(f"python_docs text (this is Python {platform.python_version()}) has changed")
+  with pytest.raises(UserError, match=f"{here}.*abcdefabcdef.*versions.*--fresh"):
+    find_text(data_config(source="python_docs"), sha256="abcdef" * 10)
+
+
+def test_python_without_its_documentation_is_said(places, monkeypatch):
+  monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+  with pytest.raises(UserError, match=r"lacks its pydoc_data.*data\.path=FILE"):
+    find_text(data_config(source="python_docs"))
+
+
+# --- Texts and files that nothing stands in for ---
+
+
+def test_text_that_is_nowhere_is_refused_with_what_to_do(places):
+  """Which file to put where, its address, and a text that is always there."""
+  with pytest.raises(
+    UserError,
+    match=r"no download of tinyshakespeare\.txt \(no network\)\. Save https://raw\.\S*/input\.txt as tinyshakespeare\.txt "
+    r"in a folder and set JGPT_DATA_DIR to the folder\. Or try --set data\.source=python_docs",
+  ):
+    find_text(data_config(source="tiny_shakespeare"))
+  with pytest.raises(UserError, match="JGPT_DATA_DIR") as refusal:  # a run that has begun cannot take another text
+    find_text(data_config(source="tiny_shakespeare"), sha256=sha256(ORIGINAL))
+  assert "python_docs" not in str(refusal.value)
+  with pytest.raises(UserError, match=rf"SHA-256 {sha256(b'lost')[:12]}.*tinyshakespeare\.txt.*JGPT_DATA_DIR.*--fresh"):
+    find_text(data_config(source="tiny_shakespeare"), sha256=sha256(b"lost"))
+
+
+def test_text_of_ones_own_in_the_place_of_tiny_shakespeare(places):
+  (places.data.parent / "tinyshakespeare.txt").write_bytes(b"short\n")
+  found = find_text(data_config(source="tiny_shakespeare"))
+  assert (found.kind, found.text) == ("JGPT_DATA_DIR", "short\n")
+
+
+def test_known_characters_of_tiny_shakespeare_are_its_own():
+  content, source = real_file("tinyshakespeare.txt").read_bytes(), SOURCES["tiny_shakespeare"]
+  assert (sha256(content), len(content)) == (source.sha256, source.num_bytes)
+  assert set(content.decode()) == set(source.chars)
+
+
+def test_gpt2_files_are_looked_for_in_order(places):
+  """$JGPT_DATA_DIR/gpt2, the cache, a download: each file for itself. A damaged file in the cache is as good as none."""
+  encoder_json, vocab_bpe = places.gpt2
+  places.online = True
+  (places.cache.parent / encoder_json).write_bytes(b"damaged")
+  assert find_gpt2_files() == tuple(places.gpt2.values())
+  assert places.downloads == 2
+  (places.cache.parent / encoder_json).write_bytes(places.gpt2[encoder_json])
+  assert find_gpt2_files() == tuple(places.gpt2.values())
+  assert places.downloads == 3
+  (places.data.parent / vocab_bpe).write_bytes(places.gpt2[vocab_bpe])
+  assert find_gpt2_files() == tuple(places.gpt2.values())
+  assert places.downloads == 3
+
+
+def test_gpt2_file_of_the_users_that_is_another_is_refused_by_name(places):
+  """Other merges would be another tokenizer under GPT-2's name."""
+  wrong = places.data.parent / "gpt2/vocab.bpe"
+  wrong.write_bytes(b"#version: 0.2\n")
+  places.online = True
+  with pytest.raises(UserError, match=rf"{wrong} is not GPT-2's: its SHA-256 is {sha256(wrong.read_bytes())[:12]}, not "):
+    find_gpt2_files()
+
+
+def test_gpt2_files_that_are_nowhere_are_refused_with_what_to_do(places):
+  with pytest.raises(
+    UserError,
+    match=r"no download of gpt2/encoder\.json \(no network\)\. Save https://\S*/encoder\.json as gpt2/encoder\.json and "
+    r"https://\S*/vocab\.bpe as gpt2/vocab\.bpe in a folder and set JGPT_DATA_DIR to the folder",
+  ):
+    find_gpt2_files()
+
+
+def test_gpt2_files_of_the_data_folder_are_openais():
+  assert real_file("gpt2/encoder.json").parent == real_file("gpt2/vocab.bpe").parent
+  assert [len(content) for content in find_gpt2_files()] == [file.num_bytes for file in GPT2_FILES]
 
 
 # --- The bundled list ---
@@ -184,256 +387,13 @@ def test_bundled_list_is_as_clean_as_the_original():
   assert len(names) >= 4000
   assert names == sorted(set(names))
   assert [name for name in names if not re.fullmatch("[a-z]{2,15}", name)] == []
-  assert set("".join(names)) == set(SOURCES["names"].chars)
+  assert set("\n".join(names)) == set(SOURCES["names"].chars)
 
 
 def test_bundled_names_are_names():
   """70% of them and more stand in the original, where that is at hand."""
-  folder = os.environ.get("JGPT_DATA_DIR")
-  if not folder or not (Path(folder) / "names.txt").is_file():
-    pytest.skip("$JGPT_DATA_DIR/names.txt is not there to compare with")
-  original = (Path(folder) / "names.txt").read_bytes()
+  original = real_file("names.txt").read_bytes()
   assert (sha256(original), len(original)) == (SOURCES["names"].sha256, SOURCES["names"].num_bytes)
   known = set(original.decode().split())
   names = BUNDLED.read_text(encoding="ascii").split()
   assert sum(name in known for name in names) >= 0.7 * len(names)
-
-
-# --- Downloads, from a server on this machine ---
-
-
-class Server:
-  """Answers each request as `answer(handler)` does, and counts them."""
-
-  def __init__(self, answer):
-    self.requests, self.answer = 0, answer
-    self.released = threading.Event()  # set at the end: what hangs, stops
-    outer = self
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-      def do_GET(self):
-        outer.requests += 1
-        outer.answer(self)
-
-      def log_message(self, *args):
-        pass
-
-    self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    self._server.handle_error = lambda *args: None  # a client that left is no news
-    self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-    self._thread.start()
-    self.url = f"http://127.0.0.1:{self._server.server_port}/names.txt"
-
-  def close(self):
-    self.released.set()
-    self._server.shutdown()
-    self._server.server_close()
-    self._thread.join()
-
-
-def send(body, *, status=200, length=None, **headers):
-  """An answer with this body, announced as `length` bytes."""
-
-  def answer(handler):
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(body) if length is None else length))
-    for name, value in headers.items():
-      handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
-
-  return answer
-
-
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-  """A function from an answer to a server and a source of ORIGINAL that points to it; http is allowed, proxies are not."""
-  monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
-  monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
-  monkeypatch.setenv("no_proxy", "*")
-  monkeypatch.setattr(download, "_require_https", lambda url: None)
-  servers = []
-
-  def start(answer=None):
-    servers.append(Server(answer or send(ORIGINAL)))
-    source = Source("names.txt", servers[-1].url, sha256(ORIGINAL), len(ORIGINAL), "aeilmov", bundled=True)
-    return servers[-1], source
-
-  yield start
-  for server in servers:
-    server.close()
-
-
-def cached_files():
-  return sorted(p.name for p in sources.cache_dir().iterdir())
-
-
-def test_download_is_kept_in_a_cache_that_only_its_user_can_enter(serve, monkeypatch):
-  server, source = serve()
-  monkeypatch.setitem(SOURCES, "names", source)
-  assert find_text(data_config()).kind == "download"
-  assert find_text(data_config()).kind == "cache"
-  assert server.requests == 1
-  assert cached_files() == ["names.txt"]
-  assert stat.S_IMODE(sources.cache_dir().stat().st_mode) == 0o700
-  assert stat.S_IMODE((sources.cache_dir() / "names.txt").stat().st_mode) & 0o077 == 0
-
-
-BAD_ANSWERS = {
-  "wrong hash": (send(ORIGINAL.upper()), "SHA-256 is .*, not"),
-  "short body": (send(ORIGINAL[:-1]), "got 15 bytes, not 16"),
-  "empty body": (send(b""), "got 0 bytes, not 16"),
-  "long body": (send(ORIGINAL + b"x" * 10**6), "got more than 16 bytes, not 16"),
-  "interrupted body": (send(ORIGINAL[:-6], length=len(ORIGINAL)), "got 10 bytes, not 16"),
-  "HTML page": (send(b"<!DOCTYPE html><html>Log in to this network</html>"), "got more than 16 bytes"),
-  "not found": (send(b"no such file", status=404), "Not Found"),
-  "no HTTP": (lambda handler: handler.wfile.write(b"SSH-2.0\x1b[2J\r\n"), r"\(SSH-2.0 \[2J\)"),  # no code for the terminal
-  "nothing": (lambda handler: handler.connection.close(), "no download of names.txt"),
-  "broken chunks": (
-    lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nem"),
-    "no download of names.txt",
-  ),
-}
-
-
-@pytest.mark.parametrize("what", BAD_ANSWERS)
-def test_bad_download_is_refused_with_the_reason_and_leaves_no_file(serve, monkeypatch, what):
-  """The bundled list stands in and says why, and the server is not asked again."""
-  answer, reason = BAD_ANSWERS[what]
-  server, source = serve(answer)
-  monkeypatch.setitem(SOURCES, "names", source)
-  found = find_text(data_config())
-  assert found.kind == "bundled"
-  assert re.search(f"{reason}.*bundled list stands in", found.note)
-  assert cached_files() == ["names.txt.failed"]
-  assert re.search("failed lately.*bundled list stands in", find_text(data_config()).note)
-  assert server.requests == 1
-
-
-def test_server_that_does_not_answer_costs_two_seconds_once(serve):
-  """In all, name resolution included; a second call returns at once and asks nobody."""
-  server, source = serve()
-  server.answer = lambda handler: server.released.wait(30)
-  began = time.monotonic()
-  with pytest.raises(DownloadError, match="no answer within 2 s"):
-    download.download(source)
-  assert 1.9 < time.monotonic() - began < 3.5
-  began = time.monotonic()
-  with pytest.raises(DownloadError, match="tried again in 60 minutes"):
-    download.download(source)
-  assert time.monotonic() - began < 0.5
-  assert server.requests == 1
-  assert cached_files() == ["names.txt.failed"]
-
-
-def test_server_that_drips_is_cut_off_in_time(serve, monkeypatch):
-  """The limit is on the whole download, not on the wait for one packet; bytes that come too late are not kept."""
-  monkeypatch.setattr(download, "DOWNLOAD_SECONDS", 0.3)
-  server, source = serve()
-
-  def drip(handler):
-    handler.send_response(200)
-    handler.end_headers()
-    for byte in ORIGINAL:
-      time.sleep(0.1)
-      handler.wfile.write(bytes([byte]))
-    server.released.set()
-
-  server.answer = drip
-  began = time.monotonic()
-  with pytest.raises(DownloadError, match="no answer within"):
-    download.download(source)
-  assert time.monotonic() - began < 1.2  # of 1.6
-  assert server.released.wait(5)  # the rest of the body, right in every byte
-  assert cached_files() == ["names.txt.failed"]
-
-
-def test_failed_download_is_tried_again_after_an_hour_and_not_before(serve):
-  server, source = serve(send(b"", status=500))
-  failed = sources.cache_dir() / "names.txt.failed"
-  with pytest.raises(DownloadError, match="Internal Server Error"):
-    download.download(source)
-  server.answer = send(ORIGINAL)
-  os.utime(failed, (time.time() - 3540,) * 2)
-  with pytest.raises(DownloadError, match="tried again in 1 minutes"):
-    download.download(source)
-  assert server.requests == 1
-  os.utime(failed, (time.time() - 3601,) * 2)
-  assert download.download(source) == ORIGINAL
-  assert server.requests == 2
-
-
-def test_failure_after_an_hour_is_remembered_for_another(serve):
-  server, source = serve(send(b"", status=500))
-  for seconds_ago in (0, 3601):
-    if seconds_ago:
-      os.utime(sources.cache_dir() / "names.txt.failed", (time.time() - seconds_ago,) * 2)
-    for reason in ("Internal Server Error", "failed lately"):
-      with pytest.raises(DownloadError, match=reason):
-        download.download(source)
-  assert server.requests == 2
-
-
-def test_nobody_listening_is_a_reason_like_any_other(serve):
-  server, source = serve()
-  server.close()
-  with pytest.raises(DownloadError, match="refused"):
-    download.download(source)
-
-
-def test_cache_that_cannot_be_written_is_no_error_and_holds_no_half_file(serve):
-  """A folder stands where the file should; what was downloaded is used, and the temporary file is taken away."""
-  _, source = serve()
-  (sources.cache_dir() / "names.txt").mkdir(parents=True)
-  assert download.download(source) == ORIGINAL
-  assert cached_files() == ["names.txt"]
-
-
-@pytest.fixture
-def https_required(serve, monkeypatch):
-  """The real check for every address but the server's own, which stands for an https address."""
-
-  def start(answer):
-    server, source = serve(answer)
-    monkeypatch.setattr(download, "_require_https", lambda url: None if url == source.url else require_https(url))
-    return server, source
-
-  return start
-
-
-require_https = download._require_https  # before a fixture replaces it
-
-
-@pytest.mark.parametrize("to", ["/elsewhere", "ftp://127.0.0.1/names.txt", "file:///etc/passwd"])
-def test_redirect_to_anything_but_https_is_refused_before_it_is_followed(https_required, to):
-  """The address beside the first is plain http on the same server: it is never asked for."""
-  server, source = https_required(send(b"", status=302, Location=to))
-  with pytest.raises(DownloadError, match=r"is not https|not allowed"):
-    download.download(source)
-  assert server.requests == 1
-
-
-def test_source_that_is_not_https_is_refused_without_a_request(serve, monkeypatch):
-  server, source = serve()
-  monkeypatch.setattr(download, "_require_https", require_https)
-  with pytest.raises(DownloadError, match="is not https"):
-    download.download(source)
-  assert server.requests == 0
-  assert all(known.url.startswith("https://") for known in SOURCES.values())
-
-
-@pytest.mark.parametrize("redirects", [5, 6])
-def test_five_redirects_are_followed_and_six_are_not(serve, redirects):
-  server, source = serve()
-
-  def answer(handler):
-    last = server.requests > redirects
-    (send(ORIGINAL) if last else send(b"", status=302, Location=f"/{server.requests}"))(handler)
-
-  server.answer = answer
-  if redirects == 5:
-    assert download.download(source) == ORIGINAL
-  else:
-    with pytest.raises(DownloadError):
-      download.download(source)
-  assert server.requests == 6

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from jgpt import checkpoint, sharding, train
-from jgpt.config import UserError, load_experiment
+from jgpt import checkpoint, program, sharding, train
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
 from jgpt.metrics import read_jsonl
 from jgpt.settings import change, settings
 
@@ -84,7 +85,7 @@ def test_sampling_during_training_changes_no_bit(experiment):
   recorder = Recorder()
   plain, sampled = run(experiment), run(experiment, writers=[recorder], sample_at=lambda step: step % 20 == 0)
   assert equal_bits(plain.state, sampled.state)
-  assert [c.sample is not None for c in recorder.chunks] == [c.step % 20 == 0 for c in recorder.chunks]
+  assert [bool(c.texts) for c in recorder.chunks] == [c.step % 20 == 0 for c in recorder.chunks]
 
 
 @pytest.mark.parametrize(("log_every", "save_every"), [(1, None), (7, 5), (60, 25), (1000, None)])
@@ -121,7 +122,8 @@ def test_a_batch_is_divided_over_the_devices(experiment):
   plan = train.plan(change(experiment, {"data.batch_size": 16, "mesh.data": 4}))
   mesh = sharding.make_mesh(plan.experiment, jax.devices())
   assert sharding.batch_sharding(mesh).shard_shape((16, 16)) == (4, 16)
-  state, run_steps, corpus = train.compile_steps(plan)
+  made = program.compile_program(plan.experiment, plan.data)
+  state, run_steps, corpus = made.state, made.run_steps, made.corpus
   assert all(len(x.sharding.device_set) == 4 for x in jax.tree.leaves((state, corpus)))
   assert "all-reduce" in run_steps.as_text()  # the gradient is summed over devices
 
@@ -155,7 +157,7 @@ def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_p
   folder = tmp_path / "data"
   folder.mkdir()
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
-  monkeypatch.setattr("jgpt.download._fetch_or_error", lambda source: OSError("no network"))
+  monkeypatch.setattr("jgpt.download._fetch_or_error", lambda *args: OSError("no network"))
   monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
   base = change(experiment, {"data.path": None, "train.steps": 20})
   first = train.plan(base, workdir=tmp_path / "run")
@@ -215,7 +217,7 @@ def test_the_folder_alone_is_enough_to_sample(experiment, tmp_path, words):
 
 def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
   """Equal to the token-weighted mean of documents taken one at a time."""
-  from jgpt.data import Batch
+  from jgpt.batches import Batch
   from jgpt.step import loss_fn
 
   plan = train.plan(experiment)
@@ -256,10 +258,124 @@ def test_checkpoints_that_nothing_describes_are_refused(experiment, tmp_path):
 def test_the_steady_loop_moves_nothing_unasked(experiment):
   """After the first call nothing moves between host and device but what is asked for."""
   plan = train.plan(experiment)
-  state, run_steps, corpus = train.compile_steps(plan)
+  made = program.compile_program(plan.experiment, plan.data)
+  state, run_steps, corpus = made.state, made.run_steps, made.corpus
   num = jax.device_put(np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices())))
   state, _ = run_steps(corpus, state, num)
   with jax.transfer_guard("disallow"):
     for _ in range(3):
       state, _ = run_steps(corpus, state, num)
   assert int(state.step) == 12
+
+
+# --- Streams: epochs, evaluation, layouts ---
+
+
+@pytest.fixture
+def play(tmp_path):
+  """A text of 1,200 characters."""
+  path = tmp_path / "play.txt"
+  path.write_text("Speak, speak. You are all resolved rather to die?\n" * 24, encoding="utf-8")
+  return path
+
+
+@pytest.fixture
+def stream(play):
+  """A two-layer model of bytes with dropout, trained in epochs of 9 updates."""
+  changes = {
+    "data.path": str(play),
+    "data.batching": "epochs",
+    "data.seq_len": 16,
+    "data.batch_size": 8,
+    "model.max_seq_len": 16,
+    "model.num_layers": 2,
+    "model.d_model": 16,
+    "model.d_ff": 32,
+    "optimizer.warmup_steps": 5,
+    "train.steps": 27,
+    "train.log_every": 4,
+    "train.eval_every": None,
+    "train.eval_batches": None,
+    "sample.max_tokens": 10,
+    "mesh.data": 1,
+  }
+  return change(load_experiment("shakespeare_bytes"), changes)
+
+
+def test_a_run_in_epochs_evaluates_samples_and_prints_by_epochs(stream, capsys):
+  """Three epochs of 9 updates: evaluated before the first and after each, sampled after each but the last."""
+  from jgpt.metrics import ConsoleWriter
+
+  plan = train.plan(change(stream, {"train.steps": None, "train.epochs": 3}))
+  assert plan.epoch_steps == 9 and plan.experiment.train.steps == 27 and plan.experiment.optimizer.decay_steps == 27
+  recorder, console = Recorder(), ConsoleWriter(steps=27, log_every=4, epoch_steps=9, terminal=False)
+  result = train.train(plan, writers=[recorder, console])
+  assert [c.step for c in recorder.chunks if c.heldout_loss is not None] == [0, 9, 18, 27]
+  assert [c.step for c in recorder.chunks if c.texts] == [9, 18]
+  assert result.heldout_losses[-1] == (27, result.heldout_loss)
+  lines = [line.partition(" | loss")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch")]
+  assert lines[0].startswith("Epoch 1/3 | step 0/9 | held out")
+  ends = [f"Epoch {e}/3 | step {s}/9" for e in (1, 2, 3) for s in (4, 8, 9)]
+  assert lines[1:] == ["Epoch 1/3 | step 1/9", *ends]
+
+
+def test_epochs_stop_and_resume_at_their_edges(stream, tmp_path):
+  """Around the end of an epoch the same windows come in the same order, with the same dropout: equal bits."""
+  held = change(stream, {"train.eval_every": 9, "optimizer.decay_steps": 27})
+  straight = run(held, tmp_path / "straight")
+  for steps in (8, 9, 10, 18, 27):
+    resumed = run(change(held, {"train.steps": steps}), tmp_path / "resumed")
+  assert equal_bits(straight.state, resumed.state)
+  assert straight.losses.tobytes() == resumed.losses.tobytes()
+  assert straight.heldout_losses == resumed.heldout_losses and len(straight.heldout_losses) == 4
+
+
+def test_evaluating_and_sampling_change_no_bit(stream):
+  plain = run(stream)
+  often = run(change(stream, {"train.eval_every": 2, "train.eval_batches": 1, "train.sample_every": 3}))
+  assert equal_bits(plain.state, often.state) and plain.heldout_loss == often.heldout_loss
+  assert [step for step, _ in often.heldout_losses] == list(range(0, 27, 2))
+
+
+def test_layers_scanned_or_written_out_are_one_run(stream, tmp_path):
+  """The same losses and parameters but for rounding; a run goes on in the other layout from the same checkpoint."""
+  changes = {"model.dropout": 0.1, "optimizer.decay_steps": 27}
+  written, scanned = (change(stream, changes | {"mesh.scan_layers": scan}) for scan in (False, True))
+  a, b = run(written), run(scanned)
+  assert isinstance(a.state.params["blocks"], list) and isinstance(b.state.params["blocks"], dict)
+  np.testing.assert_allclose(a.losses, b.losses, rtol=1e-5)
+  assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
+  run(change(written, {"train.steps": 13}), tmp_path)
+  np.testing.assert_allclose(run(scanned, tmp_path).losses, b.losses, rtol=1e-5)
+  assert checkpoint.load_run(tmp_path).params["blocks"]["w_up"].shape == (2, 16, 32)
+
+
+def test_eight_devices_drop_out_the_same(stream):
+  """What is dropped out is a function of the step, not of how the batch is divided."""
+  one, eight = (run(change(stream, {"mesh.data": n, "train.steps": 9})) for n in (1, 8))
+  np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
+
+
+def test_the_whole_heldout_part_is_evaluated_window_by_window(stream):
+  from jgpt.batches import Batch
+  from jgpt.step import loss_fn
+
+  plan = train.plan(stream)
+  result = train.train(plan)
+  tokens, T, nats = plan.data.heldout.tokens, 16, 0.0
+  for start in range(0, len(tokens) - 1, T):
+    window = tokens[start : start + T + 1]
+    batch = Batch(window[None, :-1], window[None, 1:], np.ones((1, len(window) - 1), np.float32))
+    nats += float(loss_fn(result.params, batch, plan.experiment.model)) * (len(window) - 1)
+  assert result.heldout_tokens == len(tokens) - 1
+  assert result.heldout_loss == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+
+
+def test_a_run_keeps_its_tokenizer_when_it_goes_on(stream, tmp_path, monkeypatch):
+  """Merges are not learned again: another version of the package that learns them may break ties otherwise."""
+  pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
+  base = change(stream, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 260, "data.seq_len": 8, "train.steps": 5})
+  base = change(base, {"optimizer.decay_steps": 10})
+  first = run(base, tmp_path / "run")
+  monkeypatch.setattr("jgpt.data.train_bpe_tokenizer", lambda *args: pytest.fail("learned again"))
+  assert run(change(base, {"train.steps": 10}), tmp_path / "run").tokenizer == first.tokenizer

@@ -1,0 +1,69 @@
+"""Two small runs for the tests of commands that read a run folder: one on documents, one on a stream of bytes."""
+
+import dataclasses
+from pathlib import Path
+
+from jgpt import train
+from jgpt.catalog import load_experiment
+from jgpt.config import Experiment
+from jgpt.data import Data
+from jgpt.settings import change
+
+# Words of 2 to 6 letters: at a context of 5, those of 5 and 6 are cut.
+WORDS = [f"{a}{b}{c}" for a in "abcd" for b in "xyzw" for c in ("", "é", "rst", "rstu")]
+VERSE = "To be, or not to be – that is the question:\n\tWhether ’tis nobler in the mind\n" * 15
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallRun:
+  """A finished run.
+
+  Attributes:
+    workdir: its folder.
+    experiment: resolved.
+    data: loaded.
+    result: what training returned.
+  """
+
+  workdir: Path
+  experiment: Experiment
+  data: Data
+  result: train.Result
+
+
+def train_small(experiment: Experiment, workdir: Path) -> SmallRun:
+  plan = train.plan(experiment, workdir=workdir, name="small")
+  return SmallRun(workdir, plan.experiment, plan.data, train.train(plan))
+
+
+def train_words(folder: Path) -> SmallRun:
+  """Names' model on words, some of which are cut at the context."""
+  path = folder / "words.txt"
+  path.write_text("".join(f"{word}\n" for word in WORDS), encoding="utf-8")
+  changes = {"data.heldout_fraction": 0.2, "data.seq_len": 5, "train.steps": 60, "train.save_every": 30}
+  changes |= {"data.path": str(path), "sample.num": 1}
+  return train_small(change(load_experiment("names"), changes), folder / "words")
+
+
+def train_verse(folder: Path) -> SmallRun:
+  """Random windows of bytes, with dropout, clipping that acts, decay, two layers and a warmup that begins at 0."""
+  path = folder / "verse.txt"
+  path.write_text(VERSE, encoding="utf-8")
+  changes = {
+    "data.path": str(path),
+    "data.seq_len": 16,
+    "data.batch_size": 4,
+    "model.max_seq_len": 20,
+    "model.num_layers": 2,
+    "model.d_model": 16,
+    "model.d_ff": 32,
+    "optimizer.clip_norm": 0.5,
+    "optimizer.warmup_steps": 5,
+    "optimizer.peak_lr": 0.01,
+    "train.steps": 20,
+    "train.eval_every": None,
+    "train.eval_batches": None,
+    "mesh.data": 1,
+    "sample.max_tokens": 5,
+  }
+  return train_small(change(load_experiment("shakespeare_bytes"), changes), folder / "verse")

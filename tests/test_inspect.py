@@ -1,0 +1,370 @@
+"""What a run predicts, against NumPy's softmax and the training loss; the first updates of a number, against training."""
+
+import ast
+import functools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runs import train_small, train_verse, train_words
+
+import jgpt.inspect
+from jgpt import command
+from jgpt.batches import Batch
+from jgpt.bpe import BpeTokenizer
+from jgpt.checks import UserError
+from jgpt.metrics import read_jsonl
+from jgpt.model import apply, init_params, stack_blocks
+from jgpt.params import find_entry
+from jgpt.predictions import frame_text, mean_loss, predict, show_context, show_token, token_bytes
+from jgpt.settings import change
+from jgpt.step import loss_fn
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.updates import trace_updates
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+  return train_words(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture(scope="module")
+def verse(tmp_path_factory):
+  return train_verse(tmp_path_factory.mktemp("verse"))
+
+
+jit_apply = jax.jit(apply, static_argnames="config")
+jit_loss_fn = jax.jit(loss_fn, static_argnames="config")
+
+
+def call(capsys, *args):
+  status = command.guard(lambda: jgpt.inspect.main([str(a) for a in args]))
+  return status, *capsys.readouterr()
+
+
+def make_rows(run, text):
+  batch = frame_text(text, run.data.tokenizer, run.experiment)
+  return predict(run.result.params, batch, run.data.tokenizer, run.experiment.model)
+
+
+# --- Predictions ---
+
+# What the model reads and what it is to say, by hand: BOS + characters + BOS and at most 5 predictions; bytes.
+FRAMED = {
+  "axrst": ("words", ["BOS", "a", "x", "r", "s"], ["a", "x", "r", "s", "t"]),
+  "bwé": ("words", ["BOS", "b", "w", "é"], ["b", "w", "é", "BOS"]),
+  "–\n\0": ("verse", [0xE2, 0x80, 0x93, 0x0A], [0x80, 0x93, 0x0A, 0x00]),
+  "to be that is the question": ("verse", [*b"to be that is the qu"], [*b"o be that is the que"]),  # 20 positions
+}
+
+
+def to_ids(tokens, tokenizer):
+  return [t if isinstance(t, int) else tokenizer.bos_id if t == "BOS" else tokenizer.chars.index(t) for t in tokens]
+
+
+@pytest.mark.parametrize("text", FRAMED)
+def test_rows_are_softmax_of_the_logits(request, text):
+  """Probability, -log p and the three best guesses of each position, from `apply` by NumPy in float64."""
+  name, inputs, targets = FRAMED[text]
+  run = request.getfixturevalue(name)
+  inputs, targets = (to_ids(tokens, run.data.tokenizer) for tokens in (inputs, targets))
+  logits = np.asarray(jit_apply(run.result.params, jnp.array([inputs]), run.experiment.model), np.float64)[0]
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  rows = make_rows(run, text)
+  assert [row.position for row in rows] == list(range(len(inputs)))
+  assert [row.target_id for row in rows] == targets
+  for row, p in zip(rows, probs, strict=True):
+    assert row.probability == pytest.approx(p[row.target_id], rel=1e-5)
+    assert row.nats == pytest.approx(-math.log(p[row.target_id]), rel=1e-5)
+    assert row.one_in == pytest.approx(1 / p[row.target_id], rel=1e-5)
+    guessed = [guess.probability for guess in row.guesses]
+    assert len(guessed) == 3 and guessed == sorted(guessed, reverse=True)
+    assert guessed == pytest.approx(sorted(p, reverse=True)[:3], rel=1e-5)
+    assert [p[guess.id] for guess in row.guesses] == pytest.approx(guessed, rel=1e-5)
+
+
+@pytest.mark.parametrize("text", FRAMED)
+def test_the_mean_is_the_training_loss(request, text):
+  """Of the text as training frames it, written down here; the batch is also that of `frame_text`."""
+  name, inputs, targets = FRAMED[text]
+  run = request.getfixturevalue(name)
+  ids = [jnp.array([to_ids(tokens, run.data.tokenizer)]) for tokens in (inputs, targets)]
+  batch = Batch(*ids, jnp.ones(ids[0].shape))
+  rows = make_rows(run, text)
+  assert mean_loss(rows) == pytest.approx(float(jit_loss_fn(run.result.params, batch, run.experiment.model)), rel=1e-6)
+  framed = frame_text(text, run.data.tokenizer, run.experiment)
+  assert mean_loss(rows) == pytest.approx(float(jit_loss_fn(run.result.params, framed, run.experiment.model)), rel=1e-6)
+
+
+def test_a_document_is_framed_as_in_training(words):
+  """The batch of a training document is the row that training takes."""
+  for i in (0, 1, 2):
+    framed = frame_text(words.data.documents[i], words.data.tokenizer, words.experiment)
+    np.testing.assert_array_equal(framed.inputs_BT[0], words.data.train.tokens[i, :-1])
+    np.testing.assert_array_equal(framed.targets_BT[0], words.data.train.tokens[i, 1:])
+    assert framed.weights_BT.sum() == words.data.train.lengths[i]
+
+
+def test_the_table(capsys, words):
+  """Each line is a row's, and the last lines say what their mean is."""
+  rows = make_rows(words, "bwé")
+  status, out, err = call(capsys, "--run", words.workdir, "--text", "bwé")
+  assert status == 0 and err == ""
+  head, table, loss = out.rstrip("\n").split("\n\n")
+  assert f"{words.workdir} at step 60" in head and "'bwé' as in training: BOS, 3 characters, BOS" in head
+  header, *lines = table.split("\n")
+  assert " ".join(header.split()) == "position context target probability -log p 1 in best guess second third"
+  for line, row, context in zip(lines, rows, ["BOS", "BOS 'b'", "BOS 'bw'", "BOS 'bwé'"], strict=True):
+    assert line.split() == [
+      str(row.position), *context.split(), row.target, f"{row.probability:.3f}", f"{row.nats:.4f}",
+      jgpt.inspect.format_count(row.one_in), *(w for g in row.guesses for w in (g.token, f"{g.probability:.3f}")),
+    ]  # fmt: skip
+  nats = [float(line[header.index("-log p") - 1 :].split()[0]) for line in lines]
+  assert float(loss.split()[1]) == pytest.approx(np.mean(nats), abs=1e-4)
+  assert "training on this document alone would report the same loss" in loss
+  assert f"uniform guessing: {math.log(words.experiment.model.vocab_size):.4f}" in loss
+
+
+def test_what_is_cut_is_said(capsys, words, verse):
+  assert "cut after 5 predictions" in call(capsys, "--run", words.workdir, "--text", "axrst")[1]
+  assert "cut" not in call(capsys, "--run", words.workdir, "--text", "axr")[1]
+  out = call(capsys, "--run", verse.workdir, "--text", "x" * 30)[1]
+  assert "the first 21 of 30 tokens: the context is 20" in out and "dropout" in out
+
+
+def test_an_older_checkpoint(capsys, words):
+  out = call(capsys, "--run", words.workdir, "--text", "ax", "--step", 30)[1]
+  assert "at step 30" in out and out != call(capsys, "--run", words.workdir, "--text", "ax")[1]
+
+
+def test_ids_beyond_the_tokenizers_have_a_number(words):
+  """A model may have more ids than its tokenizer: they are guesses like others; rows of padding are none."""
+  experiment = change(words.experiment, {"model.vocab_size": 40, "model.vocab_multiple": 16})
+  params = jax.jit(lambda: init_params(jax.random.key(0), experiment.model))()
+  batch = frame_text("ax", words.data.tokenizer, experiment)
+  rows = predict(params, batch, words.data.tokenizer, experiment.model, num_guesses=100)
+  assert all(len(row.guesses) == 40 and sum(g.probability for g in row.guesses) == pytest.approx(1) for row in rows)
+  assert {g.token for g in rows[0].guesses} >= {"'a'", "BOS", "id 39"}
+
+
+# --- Tokens for a person ---
+
+
+def test_tokens_are_shown_apart():
+  chars = CharTokenizer("\t\n '\\a\xa0é", bos=True)
+  shown = [show_token(i, chars, token_bytes(chars)) for i in range(10)]
+  assert shown == [r"'\t'", r"'\n'", "' '", '"\'"', r"'\\'", "'a'", r"'\xa0'", "'é'", "BOS", "id 9"]
+  bytes_ = ByteTokenizer()
+  assert [show_token(i, bytes_, token_bytes(bytes_)) for i in (0, 97, 127, 0xE2)] == [
+    r"'\x00'", "'a'", r"'\x7f'", "byte 0xe2",
+  ]  # fmt: skip
+  bpe = BpeTokenizer("Ġ t\nĠt he\nâ Ģ".replace("he", "h"), end_of_text=True)  # " t", " th", and the bytes e2 80
+  contents = token_bytes(bpe)
+  assert contents[256:] == [b" t", b" th", b"\xe2\x80", b""]
+  assert [show_token(i, bpe, contents) for i in (256, 258, 259)] == ["' t'", r"'\xe2\x80'", "end of text"]
+
+
+@pytest.mark.parametrize("text", ["", "a\n\tb", "é – 日本", "".join(map(chr, range(0x250)))])
+def test_bytes_of_tokens_are_those_of_the_text(text):
+  for tokenizer in (ByteTokenizer(), BpeTokenizer("Ã ©\nĠ âĢ".replace("âĢ", "â"), end_of_text=True)):
+    assert b"".join(token_bytes(tokenizer)[i] for i in tokenizer.encode(text)) == text.encode()
+
+
+def test_contexts_are_shortened_from_the_left():
+  tokenizer = ByteTokenizer()
+  contents = token_bytes(tokenizer)
+
+  def show(text: str, num_bytes: int | None = None) -> str:
+    return show_context(list(text.encode())[:num_bytes], tokenizer, contents)
+
+  assert show("be\n") == r"'be\n'"
+  assert show("caf€", 4) == r"'caf\xe2'" and show("caf€", 5) == r"'caf\xe2\x82'" and show("caf€") == "'caf€'"
+  assert show("x" * 24) == f"'{'x' * 24}'" and show("y" + "x" * 24) == f"…'{'x' * 24}'"
+  assert show("\n" * 30) == "…'" + r"\n" * 12 + "'"
+  assert show("😀" * 40) == f"…'{'😀' * 24}'"  # cut between characters, never inside one
+  names = CharTokenizer("ab", bos=True)
+  assert [show_context(ids, names, token_bytes(names)) for ids in ([2], [2, 0], [2] + [1] * 30)] == [
+    "BOS", "BOS 'a'", f"…'{'b' * 24}'",
+  ]  # fmt: skip
+
+
+def test_one_in_is_rounded_for_a_person():
+  shown = {1.0: "1.0", 1.26: "1.3", 9.96: "10", 19.53: "20", 137.2: "140", 54321: "54,000", 2.1e9: "2e+09", math.inf: "inf"}
+  assert {n: jgpt.inspect.format_count(n) for n in shown} == shown
+
+
+# --- Updates ---
+
+
+ENTRIES = [
+  ("words", "tok_embed[4,2]"),
+  ("words", "blocks/w_up[0,3,5]"),
+  ("verse", "blocks/w_qkv[1,3,2,0,1]"),
+  ("verse", "tok_embed[32,2]"),
+  ("verse", "norm_final_bias[7]"),
+]
+
+
+@pytest.fixture(scope="module")
+def traced(words, verse):
+  """(name of a run, place of a number) -> rows of its first ten updates."""
+  runs = {"words": words, "verse": verse}
+
+  @functools.cache
+  def trace(name, place):
+    return trace_updates(runs[name].experiment, runs[name].data, find_entry(place, runs[name].experiment.model))
+
+  return trace
+
+
+@pytest.fixture(scope="module")
+def ten(words, verse):
+  """Both runs stopped after 10 updates, the schedule's length held (it is resolved)."""
+  return {
+    "words": train_small(change(words.experiment, {"train.steps": 10}), None),
+    "verse": train_small(change(verse.experiment, {"train.steps": 10}), None),
+  }
+
+
+@pytest.mark.parametrize(("name", "place"), ENTRIES)
+def test_the_trace_is_what_training_did(request, ten, traced, name, place):
+  """After ten updates value and moments have the bits of a run of ten; losses and rates those of the run's own log."""
+  entry, rows, state = find_entry(place, ten[name].experiment.model), traced(name, place), ten[name].result.state
+
+  def read(tree):
+    for key in entry.name.split("/"):
+      tree = tree[key]
+    return float(tree[entry.index])
+
+  assert rows[-1].value == read(ten[name].result.params)
+  assert rows[-1].m == read(stack_blocks(state.opt_state["adam"].mu))
+  assert rows[-1].v == read(stack_blocks(state.opt_state["adam"].nu))
+  log = read_jsonl(request.getfixturevalue(name).workdir / "metrics.jsonl")[:10]
+  assert [row.step for row in rows] == [row["step"] for row in log] == list(range(1, 11))
+  assert [np.float32(row.loss) for row in rows] == [np.float32(row["train/loss"]) for row in log]
+  assert [np.float32(row.rate) for row in rows] == [np.float32(row["train/lr"]) for row in log]
+
+
+@pytest.mark.parametrize(("name", "place"), ENTRIES)
+def test_each_column_follows_from_those_before(request, traced, name, place):
+  """Adam by hand from the gradients alone: the moments of each update, their corrections, the decay and the new value."""
+  run, rows = request.getfixturevalue(name), traced(name, place)
+  optimizer = run.experiment.optimizer
+  assert len(rows) == 10 and any(row.gradient for row in rows) and any(row.update for row in rows)
+  m = v = 0.0
+  for row in rows:
+    m = optimizer.b1 * m + (1 - optimizer.b1) * row.gradient
+    v = optimizer.b2 * v + (1 - optimizer.b2) * row.gradient**2
+    assert row.m == pytest.approx(m, rel=1e-4, abs=1e-9) and row.v == pytest.approx(v, rel=1e-4, abs=1e-12)
+    decay = 0.1 * row.value_before if name == "verse" and "bias" not in place else 0.0
+    m_hat, v_hat = m / (1 - optimizer.b1**row.step), v / (1 - optimizer.b2**row.step)
+    update = -row.rate * (m_hat / (math.sqrt(v_hat) + 1e-8) + decay)
+    assert row.decay == pytest.approx(decay) and row.update == pytest.approx(update, rel=1e-3, abs=1e-9)
+    assert row.value == pytest.approx(row.value_before + row.update, abs=1e-7)
+    assert str(row.update) != "-0.0"
+  assert [row.value for row in rows[:-1]] == [row.value_before for row in rows[1:]]
+
+
+def test_clipping_acts_in_the_runs_traced(words, verse):
+  """What the test above finds of clipping rests on this."""
+  norms = [row["train/grad_norm"] for row in read_jsonl(verse.workdir / "metrics.jsonl")[:10]]
+  assert min(norms) > 1.2 * verse.experiment.optimizer.clip_norm and words.experiment.optimizer.clip_norm is None
+
+
+def test_microgpts_initial_values_are_traced(words):
+  """The initial weights are those of the run, however they are drawn."""
+  experiment = change(words.experiment, {"train.init": "microgpt"})
+  rows = trace_updates(experiment, words.data, find_entry("unembed[1,1]", experiment.model), 1)
+  zero = train_small(change(experiment, {"train.steps": 0}), None)
+  assert rows[0].value_before == float(zero.result.params["unembed"][1, 1])
+
+
+def test_the_trace_is_printed(capsys, words, verse, traced):
+  status, out, err = call(capsys, "--run", words.workdir, "--trace", "tok_embed[1,2]", "--trace-steps", 3)
+  assert status == 0 and err == ""
+  head, table, notes = out.rstrip("\n").split("\n\n")
+  assert "the first 3 updates" in head and "tok_embed[1,2], in the row of 'b'" in head
+  header, *lines = table.split("\n")
+  assert " ".join(header.split()) == "step loss gradient m v m_hat v_hat rate update value" and len(lines) == 3
+  for line, row in zip(lines, traced("words", "tok_embed[1,2]"), strict=False):
+    numbers = [row.step, row.loss, row.gradient, row.m, row.v, row.m_hat, row.v_hat, row.rate, row.update, row.value]
+    assert [float(word) for word in line.split()] == pytest.approx(numbers, rel=1e-3, abs=5e-5)
+  assert "clipped" not in notes and "none on this number" in notes and "1 - 0.85^step" in notes
+  out = call(capsys, "--run", verse.workdir, "--text", "To", "--trace", "tok_embed[32,2]", "--trace-steps", 2)[1]
+  assert out.index("perplexity") < out.index("the first 2 updates")  # one after the other
+  assert "in the row of ' '" in out and " decay " in out and "clipped to a norm of 0.5" in out and "0.1 × value" in out
+
+
+def test_places_are_read(words, verse):
+  entry = find_entry(" blocks/w_up[0, 3, 5] ", words.experiment.model)
+  assert (entry.name, entry.index, entry.param.kind) == ("blocks/w_up", (0, 3, 5), "matrix")
+  assert find_entry("blocks/b_up[1,31]", verse.experiment.model).index == (1, 31)
+  padded = change(words.experiment, {"model.vocab_multiple": 16}).model
+  with pytest.raises(UserError, match=r"tok_embed has the shape \[14, 16\]"):  # rows of padding are no parameters
+    find_entry("tok_embed[14,0]", padded)
+
+
+@pytest.mark.parametrize(
+  ("args", "error"),
+  [
+    ([], "say what to look at: --text TEXT, --trace"),
+    (["--text", "Zoë"], "not in the vocabulary: 'Z' 'o' 'ë'. The vocabulary is: a-d"),
+    (["--text", "ax", "--step", "7"], "no checkpoint of step 7; it has 30, 60"),
+    (["--trace", "w_up[0,3,5]"], "no parameter 'w_up'. Did you mean blocks/w_up?"),
+    (["--trace", "tok_embd[0,3]"], "no parameter 'tok_embd'. Did you mean tok_embed"),
+    (["--trace", "zzz[0,3]"], "no parameter 'zzz'. There are: tok_embed, pos_embed, blocks/w_qkv"),
+    (["--trace", "blocks/w_up[3,5]"], "blocks/w_up has the shape [1, 16, 64], the layer first. Try 'blocks/w_up[0,1,2]'"),
+    (["--trace", "blocks/w_up[1,3,5]"], "is outside the parameter; indices count from 0, and blocks/w_up has the shape"),
+    (["--trace", "tok_embed[-1,0]"], "is outside the parameter"),
+    (["--trace", "tok_embed"], "must name one number, with an index for each dimension: tok_embed has the shape [14, 16]"),
+    (["--trace", "tok_embed[1,2"], "must name one number"),
+    (["--trace", "tok_embed[1,2][0]"], "must name one number"),
+    (["--trace", "tok_embed[1,2]", "--trace-steps", "0"], "--trace-steps=0 must be at least 1"),
+    (["--trace", "tok_embed[1,2]", "--step", "30"], "--step goes with --text"),
+  ],
+)
+def test_errors_are_one_line(capsys, words, args, error):
+  status, out, err = call(capsys, "--run", words.workdir, *args)
+  assert status == 2 and out == "" and err.count("\n") == 1 and error in err and err.startswith("error: ")
+
+
+def test_a_stream_needs_two_tokens(capsys, verse, tmp_path):
+  for text in ("", "x"):
+    status, _, err = call(capsys, "--run", verse.workdir, "--text", text)
+    assert status == 2 and f"the text {text!r} has {len(text)} token" in err and "needs 2" in err
+  status, _, err = call(capsys, "--run", tmp_path, "--text", "x")
+  assert status == 2 and "no experiment.json" in err
+
+
+# --- The module's name ---
+
+
+def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
+  """`python -m jgpt.inspect` is ours, `import inspect` Python's; no module of jgpt imports either by the short name."""
+  root = Path(jgpt.inspect.__file__).parent
+  done = subprocess.run(
+    [sys.executable, "-m", "jgpt.inspect", "--help"],
+    cwd=tmp_path, env={"PYTHONPATH": str(root.parent)}, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0 and "usage: python -m jgpt.inspect" in done.stdout
+  import inspect
+
+  assert Path(inspect.__file__) != Path(jgpt.inspect.__file__)
+  for path in root.glob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+      assert "inspect" not in names and getattr(node, "module", "") != "inspect", path
+
+
+def test_in_the_packages_own_folder_the_cause_is_said():
+  """There Python finds this file where it looks for its own `inspect`."""
+  folder = Path(jgpt.inspect.__file__).parent
+  done = subprocess.run(
+    [sys.executable, "-c", "import inspect"], cwd=folder, env={}, capture_output=True, text=True, check=False
+  )
+  assert done.returncode and "Start it in another folder" in done.stderr

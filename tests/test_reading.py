@@ -1,0 +1,111 @@
+"""The verdict on a finished run: each one on a real run that shows it, and at its edges."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jgpt import train
+from jgpt.catalog import load_experiment
+from jgpt.config import Expected
+from jgpt.metrics import uniform_loss
+from jgpt.reading import compare_expected, final_loss, read_losses
+from jgpt.settings import change
+
+WIDE = {"model.d_model": 64, "model.d_ff": 256, "data.batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+  """Twelve hundred made-up words."""
+  path = tmp_path_factory.mktemp("data") / "words.txt"
+  rng = np.random.default_rng(0)
+  syllables = [c + v for c in "bdfgklmnprst" for v in "aeiou"]
+  path.write_text("".join("".join(rng.choice(syllables, rng.integers(2, 5))) + "\n" for _ in range(1200)), encoding="utf-8")
+  return path
+
+
+def read(words, **changes):
+  """Trains `names` on the words with settings changed, and reads the result."""
+  changes = {name.replace("__", "."): value for name, value in changes.items()} | {"data.path": str(words)}
+  result = train.train(train.plan(change(load_experiment("names"), changes)))
+  baseline = uniform_loss(result.experiment.model.vocab_size)
+  return read_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
+
+
+def test_a_run_that_learns_and_levels_off_is_healthy(words):
+  reading = read(words, data__batch_size=16, train__steps=600)
+  assert reading.verdict == "healthy", reading
+  assert "levelled off" in reading.evidence and "held-out loss" in reading.evidence
+
+
+def test_a_run_that_learns_its_text_by_heart_is_overfitting(words, tmp_path):
+  """Sixty of the words, a wider model, many steps: the held-out loss rises while the training loss falls."""
+  few = tmp_path / "few.txt"
+  few.write_text("".join(words.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
+  changes = {"data__heldout_fraction": 0.3, "train__steps": 400, "train__eval_every": 20, "data__batch_size": 16}
+  reading = read(few, model__d_model=64, model__d_ff=256, **changes)
+  assert reading.verdict == "overfitting", reading
+  assert "rose from" in reading.evidence
+  reading = read(few, model__d_model=64, model__d_ff=256, **changes | {"train__eval_every": None})
+  assert reading.verdict == "overfitting" and "far above the training loss" in reading.evidence
+
+
+@pytest.mark.parametrize(("steps", "evidence"), [(3, "hardly below"), (60, "still fell")])
+def test_a_run_that_stops_early_is_underfitting(words, steps, evidence):
+  changes = {"optimizer__decay_steps": 10_000, "optimizer__peak_lr": 0.001, "data__batch_size": 64}
+  reading = read(words, train__steps=steps, **changes)
+  assert reading.verdict == "underfitting", reading
+  assert evidence in reading.evidence
+
+
+def test_a_run_with_too_high_a_rate_is_diverging(words):
+  reading = read(words, optimizer__peak_lr=30.0, train__steps=200)
+  assert reading.verdict == "diverging", reading
+
+
+def test_a_loss_that_is_not_finite_is_diverging_and_its_step_is_named():
+  losses = np.full(200, 2.0)
+  losses[41] = np.nan
+  reading = read_losses(losses, [], None, 3.3)
+  assert reading == dataclasses.replace(reading, verdict="diverging") and "step 42 " in reading.evidence
+
+
+@pytest.mark.parametrize("heldout_loss", [None, 2.0])
+@pytest.mark.parametrize("num", [1, 2, 3, 49, 51])
+def test_short_runs_have_a_verdict_too(num, heldout_loss):
+  assert read_losses(np.linspace(3.3, 3.0, num), [], heldout_loss, 3.3).verdict == "underfitting"
+
+
+def test_a_training_loss_above_the_heldout_loss_is_no_overfitting():
+  """With dropout, training is the harder task."""
+  losses = np.concatenate([np.linspace(5, 1.3, 300), np.full(700, 1.3)])
+  assert read_losses(losses, [(500, 1.15), (1000, 1.13)], 1.13, 5.5).verdict == "healthy"
+
+
+def test_the_final_loss_is_the_mean_of_the_last_fifty():
+  assert final_loss(np.arange(100.0)) == 74.5
+  assert final_loss([1.0, 2.0]) == 1.5
+
+
+EXPECTED = (
+  Expected(data="names", heldout=True, loss_nats_per_token=2.38, band=0.03),
+  Expected(data="other", heldout=False, loss_nats_per_token=2.0, band=0.1),
+)
+
+
+@pytest.mark.parametrize(
+  ("label", "heldout_loss", "words"),
+  [
+    ("names", 2.40, "as expected: held-out loss 2.40 (2.38 ± 0.03)"),
+    ("names", 2.42, "outside the expected band: held-out loss 2.42 (2.38 ± 0.03)"),
+    ("names", 2.30, "outside the expected band: held-out loss 2.30 (2.38 ± 0.03)"),
+    ("names", float("nan"), "outside the expected band: held-out loss nan (2.38 ± 0.03)"),
+    ("other", None, "as expected: training loss 2.05 (2.00 ± 0.10)"),
+    ("names", None, ""),
+    ("names (bundled)", 2.40, ""),
+    (None, 2.40, ""),
+  ],
+)
+def test_a_result_is_held_against_what_is_expected_on_its_data(label, heldout_loss, words):
+  assert compare_expected(EXPECTED, label, np.full(60, 2.05), heldout_loss) == words
