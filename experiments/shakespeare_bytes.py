@@ -1,6 +1,16 @@
 """Shakespeare by bytes: the byte-level GPT of a PyTorch tutorial, on data that is built in.
 
-FIGURES
+169,792 parameters: 3 layers of width 64, context 64, 256 ids, a tied head, token embeddings times 8, dropout 0.1 in four places.
+The text is six lines of Hamlet 50 times over: 12,300 bytes, of which the last 1,230 are held out. 1,000 steps of 16 random
+windows; AdamW 3e-4, decay 0.1 on matrices and embeddings; warmup over 100 steps as step / warmup (the first update changes
+nothing), then cosine to 0; clipped to 1. Every 200 steps the held-out loss over 50 random batches, at the end over all of it.
+
+BYTES_FIGURES
+
+What is held out stands in the training part too: the held-out loss cannot show overfitting here, and it is below the training
+loss because nothing is dropped out when it is measured. Differs from the text in random numbers, and in evaluating the same
+windows each time. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_bytes`, and with
+`--set data.source=tiny_shakespeare` for a text that can be overfitted.
 """
 
 from jgpt.config import (

@@ -1,6 +1,14 @@
 """Shakespeare by characters on a laptop: nanoGPT's preset for a CPU.
 
-FIGURES
+804,096 parameters: 4 layers of width 128, context 64, 65 characters, no dropout. 2,000 steps of 12 random windows of tiny
+Shakespeare, 10% held out. AdamW 1e-3, decay 0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1),
+then cosine to 1e-4; clipped to 1. Every 250 steps the held-out loss over 20 random batches.
+
+CPU_FIGURES
+
+Differs from nanoGPT in random numbers and in evaluating the same windows each time; nanoGPT reports about 1.88, over 20 batches.
+Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_char_cpu`, speed with `python -m jgpt.bench --only
+shakespeare_char_cpu --peer torch`.
 """
 
 import dataclasses

@@ -1,6 +1,14 @@
 """Text: any text of your own, by bytes, in sizes for a laptop.
 
-FIGURES
+836,736 parameters: 4 layers of width 128, context 128, 256 ids. 1,000 steps of 16 random windows, 10% held out. AdamW 1e-3, decay
+0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1), then cosine to 1e-4; clipped to 1.
+
+`python -m jgpt.run --experiment text --set data.path=my_book.txt` trains on a file, a folder's *.txt files, or a glob. Without a
+path it trains on the documentation inside every Python installation.
+
+TEXT_FIGURES
+
+Seed 0; reproduce with `python -m jgpt.run --experiment text`.
 """
 
 from jgpt.config import (
@@ -47,7 +55,7 @@ EXPERIMENT = Experiment(
     decay_kinds=("embedding", "matrix"),
     clip_norm=1.0,
   ),
-  train=TrainConfig(steps=2000, log_every=100, eval_every=500, eval_batches=20, save_every=1000),
+  train=TrainConfig(steps=1000, log_every=100, eval_every=250, eval_batches=20, save_every=500),
   sample=SampleConfig(num=1, temperature=0.8, max_tokens=300),
   expected=(Expected(data="python_docs", heldout=True, loss_nats_per_token=2.0, band=0.1),),
 )

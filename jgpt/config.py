@@ -221,7 +221,7 @@ class TrainConfig:
     seed: of the initial weights, the order of the data, dropout and the samples.
     init: "normal" draws the initial weights with jax; "microgpt" as that program does, with Python's `random`.
     micro_batch_size: sequences per forward and backward pass; None takes the batch at once. Gradients are accumulated
-      inside the step, so the update is that of the whole batch.
+      inside the step, so the update is that of the whole batch (with dropout: but for what is dropped out).
     log_every: updates between two lines of progress.
     eval_every: updates between two evaluations on the held-out part, the first before any update; None evaluates after
       each epoch where `epochs` decides, and else only at the end.

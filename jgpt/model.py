@@ -261,7 +261,8 @@ def _blocks(
 ) -> tuple[jax.Array, Any]:
   """Runs the layers one after the other; what each keeps comes back stacked, as it went in."""
   blocks, L = params["blocks"], config.num_layers
-  keys_L = None if key is None or not config.dropout else jax.random.split(key, L)
+  # A number that no place has: keys of layers are no place's key.
+  keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, len(DROPOUT_PLACES)), L)
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, Any]:
     p, memory, key = inputs

@@ -20,7 +20,7 @@ import numpy as np
 
 import jgpt
 from jgpt import checkpoint, runtime, sharding
-from jgpt.batches import count_epoch_steps
+from jgpt.batches import Corpus, count_epoch_steps
 from jgpt.checks import UserError
 from jgpt.config import Experiment, resolve
 from jgpt.data import Data, load_data
@@ -175,9 +175,10 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
     state = _loop(plan, program, manager, log, stop, sample_at)
     if manager is not None:
       save(manager, state)  # goes on in the background during the evaluation
-    heldout_loss, heldout_tokens = (None, 0)
+    heldout_loss, heldout_tokens = None, 0
     if not stop:
-      heldout_loss, heldout_tokens = log.whole_evaluation(plan) or evaluate_heldout(state.params, plan)
+      done = log.whole_evaluation(plan)
+      heldout_loss, heldout_tokens = done or evaluate_heldout(state.params, program.heldout, experiment)
   losses, heldout_losses = log.losses, [(step, loss) for step, loss, _ in log.evaluations]
   if workdir is not None:  # those of earlier starts too
     rows = read_jsonl(workdir / "metrics.jsonl")
@@ -306,11 +307,11 @@ def begin_samples(plan: Plan, params: dict, step: int) -> Callable[[], list[str]
   return begin_texts(params, plan.data.tokenizer, key, plan.experiment.model, plan.experiment.sample)
 
 
-def evaluate_heldout(params: dict, plan: Plan) -> tuple[float | None, int]:
+def evaluate_heldout(params: dict, heldout: Corpus, experiment: Experiment) -> tuple[float | None, int]:
   """Computes the loss over the held-out part, nats per token, and over how many tokens; (None, 0) without any."""
-  if not len(plan.data.heldout.tokens):
+  if not len(heldout.tokens):
     return None, 0
-  loss, tokens = begin_evaluation(params, plan.data.heldout, plan.experiment)
+  loss, tokens = begin_evaluation(params, heldout, experiment)
   return float(loss), int(tokens)
 
 

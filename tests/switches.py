@@ -36,8 +36,6 @@ from jgpt.config import (
 )
 from jgpt.params import param_table, walk
 
-# XLA's emitters of fused loops take two thirds of the time that a small network's gradient takes to compile.
-FAST = QUICK | {"xla_cpu_use_fusion_emitters": False}
 # Relative to the largest entry of the leaf.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 NUM_STEPS = 20
@@ -295,7 +293,7 @@ def check_network(
     loss, grads = jgpt.step.loss_and_grads(params, batch, config, key, micro_batch_size)
     return logits_BTV, loss, jgpt.model.stack_blocks(grads)
 
-  compiled = run if how == "eager" else jax.jit(run, compiler_options=FAST)
+  compiled = run if how == "eager" else jax.jit(run, compiler_options=QUICK)
   logits_BTV, loss, grads = compiled(cast(params, dtype), batch, key)
   expected, V = oracle(params, batch, config, masks), config.vocab_size
   name, tolerance = f"{oracle_name}, {dtype}: {what}", TOLERANCE[dtype]
@@ -374,7 +372,7 @@ def run_training(experiment: Experiment, dtype: str) -> dict:
     state, num_steps = cast(jgpt.step.begin_state(params, tx), dtype), jnp.int32(NUM_STEPS)
     return jgpt.step.train_steps(state, batches, num_steps, step_fn=step_fn, batch_fn=batch_fn, capacity=NUM_STEPS)
 
-  state, metrics = jax.jit(run, compiler_options=FAST)(params, batches)
+  state, metrics = jax.jit(run, compiler_options=QUICK)(params, batches)
   moments = {name: getattr(state.opt_state["adam"], name) for name in ("mu", "nu")}
   return metrics | {"params": state.params, **moments}
 
@@ -477,7 +475,7 @@ def masks_drawn(config: ModelConfig, tokens_BT: jax.Array, key: jax.Array) -> di
       jgpt.model.apply(jgpt.model.unstack_blocks(params), tokens_BT, config, key)
     return masks
 
-  return jax.tree.map(np.asarray, jax.jit(run, compiler_options=FAST)(params, tokens_BT, key))
+  return jax.tree.map(np.asarray, jax.jit(run, compiler_options=QUICK)(params, tokens_BT, key))
 
 
 def draw_masks(config: ModelConfig, batch: Batch, places: tuple[str, ...], dropout: float) -> dict[str, np.ndarray]:

@@ -207,6 +207,7 @@ def test_tiktoken_is_not_used_where_it_would_join_other_neighbours():
   assert crafted.encode("abc") == [256, ALPHABET.index("c")]
 
 
+@pytest.mark.slow
 def test_a_million_of_one_character_is_no_trouble():
   """Tiktoken alone panics at a million spaces: its regular expressions overflow a stack."""
   for text in ("a" * 10**6, " " * 10**6 + "x", "\n " * 500_000, "\0" * 10**6):

@@ -96,6 +96,7 @@ def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):
   assert len(list((folder / "runs").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_changed_setting_has_a_folder_of_its_own(folder, capsys):
   for extra in ([], ["--set", "optimizer.peak_lr=0.02"], ["--seed", "1"], ["--set", "sample.temperature=1.0"]):
     assert call(capsys, run.main, *FAST, *extra)[0] == 0
@@ -114,6 +115,7 @@ def test_fresh_sets_the_old_folder_aside(folder, capsys):
   assert (folder / "runs" / "names,train.steps=40.old-1" / "metrics.jsonl").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_an_edited_experiment_file_does_not_touch_the_old_run(folder, capsys):
   """The folder's name comes from what differs from the file; when the file itself changed, a digest is added."""
   text = (Path(run.__file__).parent.parent / "experiments" / "names.py").read_text(encoding="utf-8")
@@ -184,7 +186,8 @@ def test_print_config_reads_back_as_settings(capsys):
 def test_twenty_eight_ids(folder, capsys):
   """The teaching text's model: 4,224 parameters and ln 28, with BOS still 26."""
   _, out, _ = call(capsys, run.main, *FAST, "--set", "model.vocab_size=28")
-  assert "27 ids: a-z and BOS (26); the model has 28" in out and "4,224 parameters" in out and "uniform guessing: 3.332" in out
+  for fact in ("27 ids: a-z and BOS (26); the model has 28", "4,224 parameters", "uniform guessing: 3.332"):
+    assert fact in out
 
 
 def test_sample_from_the_folder_alone(folder, capsys):

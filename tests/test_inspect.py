@@ -68,6 +68,7 @@ def to_ids(tokens, tokenizer):
 
 
 @pytest.mark.parametrize("text", FRAMED)
+@pytest.mark.slow
 def test_rows_are_softmax_of_the_logits(request, text):
   """Probability, -log p and the three best guesses of each position, from `apply` by NumPy in float64."""
   name, inputs, targets = FRAMED[text]
@@ -142,6 +143,7 @@ def test_an_older_checkpoint(capsys, words):
   assert "at step 30" in out and out != call(capsys, "--run", words.workdir, "--text", "ax")[1]
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizers_have_a_number(words):
   """A model may have more ids than its tokenizer: they are guesses like others; rows of padding are none."""
   experiment = change(words.experiment, {"model.vocab_size": 40, "model.vocab_multiple": 16})
@@ -276,6 +278,7 @@ def test_clipping_acts_in_the_runs_traced(words, verse):
   assert min(norms) > 1.2 * verse.experiment.optimizer.clip_norm and words.experiment.optimizer.clip_norm is None
 
 
+@pytest.mark.slow
 def test_microgpts_initial_values_are_traced(words):
   """The initial weights are those of the run, however they are drawn."""
   experiment = change(words.experiment, {"train.init": "microgpt"})

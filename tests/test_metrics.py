@@ -10,14 +10,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jgpt import metrics
-from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, read_jsonl
+from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, format_step, read_jsonl
 
 
-def make_chunk(step, losses, *, seconds=0.5, sample=None):
+def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):
   """A chunk that ends at `step`; norms and rates are told apart from losses and from each other."""
   losses = np.asarray(losses, np.float32)
   metrics = {"train/loss": losses, "train/grad_norm": losses + 10, "train/lr": losses / 1000}
-  return Chunk(step, metrics, seconds, sample)
+  return Chunk(step, metrics, seconds, heldout_loss, texts)
 
 
 # --- metrics.jsonl ---
@@ -37,6 +37,20 @@ def test_rows_are_numbered_by_update_and_hold_every_metric(tmp_path):
     "train/grad_norm": 12.5,
     "train/lr": float(str(np.float32(0.0025))),
   }
+
+
+def test_evaluations_stand_in_the_row_of_their_update(tmp_path):
+  """And in a row of their own before the first; a run that goes on drops those it will make again."""
+  path = tmp_path / "metrics.jsonl"
+  writer = JsonlWriter(path, 0)
+  writer.write(Chunk(0, {}, 0.1, 3.5))
+  writer.write(make_chunk(2, [3.0, 2.5], heldout_loss=2.75))
+  writer.close()
+  rows = read_jsonl(path)
+  assert rows[0] == {"step": 0, "heldout/loss": 3.5}
+  assert [row.get("heldout/loss") for row in rows] == [3.5, None, 2.75]
+  JsonlWriter(path, 1).close()
+  assert [row["step"] for row in read_jsonl(path)] == [0, 1]
 
 
 @hypothesis_settings(deadline=None)
@@ -95,10 +109,26 @@ def test_absent_file_has_no_rows(tmp_path):
 
 def test_line_has_the_format_that_is_documented():
   metrics = {"train/loss": np.float32([9.0]), "train/grad_norm": np.float32([1.021]), "train/lr": np.float32([0.009])}
-  line = format_line(Chunk(100, metrics, 1.0), 1000, loss=2.43214, steps_per_second=21_000.4)
+  line = format_line(Chunk(100, metrics, 1.0), format_step(100, 1000, None), 2.43214, 21_000.4)
   assert line == "step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s"
-  line = format_line(Chunk(7, metrics, 1.0, sample="emma"), 9, loss=math.nan, steps_per_second=0.251)
-  assert line == "step 7/9 | loss nan | grad norm 1.02 | lr 9.0e-03 | 0.25 steps/s | emma"
+  line = format_line(Chunk(7, metrics, 1.0, 2.5, ("emma",)), format_step(7, 9, None), math.nan, 0.251)
+  assert line == "step 7/9 | loss nan | held out 2.5000 | grad norm 1.02 | lr 9.0e-03 | 0.25 steps/s | emma"
+  assert format_line(Chunk(0, {}, 1.0, 3.3), format_step(0, 9, None), None, 0.0) == "step 0/9 | held out 3.3000"
+  assert format_line(Chunk(0, {}, 1.0, None, ("a\x00\nb",)), "step 0/9", None, 0.0) == "step 0/9\n  | a\ufffd\n  | b"
+
+
+@pytest.mark.parametrize(
+  ("step", "text"),
+  [
+    (0, "Epoch 1/3 | step   0/171"),
+    (50, "Epoch 1/3 | step  50/171"),
+    (171, "Epoch 1/3 | step 171/171"),
+    (172, "Epoch 2/3 | step   1/171"),
+    (513, "Epoch 3/3 | step 171/171"),
+  ],
+)
+def test_in_epochs_the_steps_of_each_are_counted(step, text):
+  assert format_step(step, 513, 171) == text
 
 
 def test_line_is_the_mean_since_the_last_line(capsys):
@@ -126,9 +156,11 @@ def test_terminal_has_whole_lines_with_samples_as_they_are(capsys):
   writer = ConsoleWriter(steps=10, log_every=5, start_step=4, terminal=True)
   assert writer.wants_samples
   sample = "[bold]emma[/bold] " + "x" * 200
-  writer.write(make_chunk(5, [2], sample=sample))
+  writer.write(make_chunk(5, [2], texts=(sample,)))
   writer.close()
-  assert f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s | {sample}\n" in capsys.readouterr().out
+  assert (
+    f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s\n  | {sample}\n" in capsys.readouterr().out
+  )
   assert not ConsoleWriter(steps=10, log_every=5, terminal=False).wants_samples
 
 
@@ -144,6 +176,17 @@ def test_curve_falls_as_the_losses_do():
   assert len(lowest) > 60
   assert lowest == sorted(lowest)
   assert (lowest[0], lowest[-1]) == (0, 11)
+
+
+def test_evaluations_are_marked_where_they_belong():
+  """The first at the left edge and the height of its loss, the last at the right; beyond the line they widen the plot."""
+  rows = draw_curve(np.linspace(3, 2, 100), [(0, 4.0), (50, 2.5), (100, 1.0)]).splitlines()
+  assert rows[0] == "training loss (line) and held-out loss (o), nats per token"
+  marks = {(row, line.index("o") - 1) for row, line in enumerate(rows[2:14]) if "o" in line}
+  assert {(0, 0), (11, 63)} <= marks
+  ((row, column),) = marks - {(0, 0), (11, 63)}
+  assert row in (5, 6) and 29 <= column <= 34
+  assert "o" not in "".join(draw_curve([3, 2], [(1, math.nan), (2, math.inf)]).splitlines()[1:14])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from switches import FAST, SYSTEMS, make_model
+from switches import SYSTEMS, make_model
 
 import jgpt.step
 from jgpt.batches import Batch
@@ -105,7 +105,7 @@ def first_update(value, gradient, **settings):
     updates, state = tx.update(grads, tx.init(params), params)
     return optax.apply_updates(params, updates), state["adam"]
 
-  return jax.jit(update, compiler_options=FAST)(filled(value), filled(gradient))
+  return jax.jit(update, compiler_options=QUICK)(filled(value), filled(gradient))
 
 
 def test_first_update_of_adamw(x64):

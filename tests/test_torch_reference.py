@@ -15,7 +15,6 @@ import optax
 import pytest
 from equivalence import cast, compare, must_differ
 from switches import (
-  FAST,
   NUM_STEPS,
   SYSTEMS,
   TOLERANCE,
@@ -53,6 +52,10 @@ torch = pytest.importorskip(
 from reference import torch_gpt  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+# Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it compiles instead.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 
 
 def torch_oracle(params, batch, config, masks=None, *, dtype="float64", make=torch_gpt.make_model):
@@ -131,7 +134,7 @@ def test_gradients_do_not_accumulate_by_themselves(x64):
   """
   config = make_model(SYSTEMS["GPT-2"])
   params, batch = draw_params(config), draw_batch(config)
-  loss_and_grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=2, compiler_options=FAST)
+  loss_and_grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=2, compiler_options=QUICK)
   first, second = (loss_and_grads(cast(params, "float64"), batch, config) for _ in range(2))
   jax.tree.map(partial(np.testing.assert_array_equal, strict=True), first, second)
 
@@ -242,7 +245,7 @@ def test_twenty_updates_by_the_rule_of_llm_c(x64, weight_decay):
     return (optax.apply_updates(params, updates), opt_state), None
 
   start = cast(params, "float64")
-  (got, opt_state), _ = jax.jit(partial(jax.lax.scan, add_update), compiler_options=FAST)(
+  (got, opt_state), _ = jax.jit(partial(jax.lax.scan, add_update), compiler_options=QUICK)(
     (start, cast(tx.init(start), "float64")), grads
   )
   adam = opt_state["adam"]
@@ -269,18 +272,18 @@ def init_as_nanogpt_does(model):
 
 @pytest.mark.parametrize("experiment", ["shakespeare_char", "gpt2_shakespeare"])
 def test_initial_values_are_spread_as_nanogpt_s(experiment):
-  """Every parameter of every layer begins with nanoGPT's mean, standard deviation and share beyond two deviations.
+  """Every parameter of every layer begins with nanoGPT's mean and standard deviation, and all with a normal's tails.
 
   Up to chance: 5 standard deviations of each of these numbers. What nanoGPT sets to 1 or 0 is exactly that.
   """
   sizes = {"vocab_size": 70, "max_seq_len": 40, "num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 128}
   config = dataclasses.replace(load_experiment(experiment).model, **sizes, vocab_multiple=1)
-  params = jax.jit(init_params, static_argnums=1, compiler_options=FAST)(jax.random.key(0), config)
+  params = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)(jax.random.key(0), config)
   model = torch_gpt.TorchGPT(config)
   torch.manual_seed(0)
   init_as_nanogpt_does(model)
   expected = torch_gpt.parameters(model)
-  got = to_oracle(params, config)
+  got, deviations = to_oracle(params, config), []
   assert got.keys() == expected.keys()
   for name, value in got.items():
     std, n = expected[name].std(), value.size
@@ -289,4 +292,5 @@ def test_initial_values_are_spread_as_nanogpt_s(experiment):
       continue
     assert abs(value.mean()) < 5 * std / math.sqrt(n), name
     assert abs(value.std() / std - 1) < 5 / math.sqrt(n), name  # of both, whose deviations are 1 / sqrt(2n) each
-    check_share(f"{name} beyond two deviations", abs(value) > 2 * value.std(), math.erfc(math.sqrt(2)))
+    deviations.append(np.ravel(value) / value.std())
+  check_share("beyond 2.5 deviations", abs(np.concatenate(deviations)) > 2.5, math.erfc(2.5 / math.sqrt(2)))

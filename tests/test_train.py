@@ -330,6 +330,7 @@ def test_epochs_stop_and_resume_at_their_edges(stream, tmp_path):
   assert straight.heldout_losses == resumed.heldout_losses and len(straight.heldout_losses) == 4
 
 
+@pytest.mark.slow
 def test_evaluating_and_sampling_change_no_bit(stream):
   plain = run(stream)
   often = run(change(stream, {"train.eval_every": 2, "train.eval_batches": 1, "train.sample_every": 3}))
@@ -337,6 +338,7 @@ def test_evaluating_and_sampling_change_no_bit(stream):
   assert [step for step, _ in often.heldout_losses] == list(range(0, 27, 2))
 
 
+@pytest.mark.slow
 def test_layers_scanned_or_written_out_are_one_run(stream, tmp_path):
   """The same losses and parameters but for rounding; a run goes on in the other layout from the same checkpoint."""
   changes = {"model.dropout": 0.1, "optimizer.decay_steps": 27}
@@ -350,6 +352,7 @@ def test_layers_scanned_or_written_out_are_one_run(stream, tmp_path):
   assert checkpoint.load_run(tmp_path).params["blocks"]["w_up"].shape == (2, 16, 32)
 
 
+@pytest.mark.slow
 def test_eight_devices_drop_out_the_same(stream):
   """What is dropped out is a function of the step, not of how the batch is divided."""
   one, eight = (run(change(stream, {"mesh.data": n, "train.steps": 9})) for n in (1, 8))
@@ -371,6 +374,7 @@ def test_the_whole_heldout_part_is_evaluated_window_by_window(stream):
   assert result.heldout_loss == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer_when_it_goes_on(stream, tmp_path, monkeypatch):
   """Merges are not learned again: another version of the package that learns them may break ties otherwise."""
   pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
