@@ -1,16 +1,19 @@
 """Shakespeare by BPE: the GPT that is written in NumPy with hand-derived gradients.
 
-1,044,736 parameters: 4 layers of width 128 with fixed sinusoidal positions and a tied head, context 64. Byte-level BPE of 2,000
-ids learned from the first 90% of tiny Shakespeare (1,003,854 characters, BPE_TOKENS tokens); three epochs of 171 batches of
-32 windows that do not overlap. AdamW 3e-4 with decay 0.01 on every parameter; warmup over 100 steps as step / warmup (the first
-update changes nothing), then cosine to 0; clipped to 1. After each epoch the whole held-out part and 50 tokens from "ROMEO:".
+1,044,736 parameters: 4 layers of width 128 with fixed sinusoidal positions and a tied head, context 64. Byte-level BPE of
+2,000 ids learned from the first 90% of tiny Shakespeare (1,003,854 characters, 348,539 tokens); three epochs of 171 batches
+of 32 windows that do not overlap. AdamW 3e-4 with decay 0.01 on every parameter; warmup over 100 steps as step / warmup
+(the first update changes nothing), then cosine to 0; clipped to 1. After each epoch the whole held-out part and 50 tokens
+from "ROMEO:".
 
-BPE_FIGURES
+On 2 CPU cores, shared with other work, 4 minutes. Expected on tiny Shakespeare, seeds 0 and 1: a held-out loss of 5.69 nats
+per token (6 thousandths apart; the band is put at 0.05), training 5.62. Guessing uniformly is ln 2000 = 7.60; knowing only
+how often tokens occur is about 6.05.
 
-Differs from the text: it gives no spread for the initial weights, and here it is 0.08. At GPT-2's 0.02 the sinusoids, which are
-0.7 at root mean square, drown the embeddings: the run then learns how often tokens occur and little else (6.05). A loss near 2.0
-is not in reach of three epochs; and 171 steps an epoch are what a byte-level BPE makes, not 485. Seed 0; reproduce with
-`python -m jgpt.run --experiment shakespeare_bpe`. Needs the extra `bpe`.
+Differs from the text: it gives no spread for the initial weights, and here it is 0.08. At GPT-2's 0.02 the sinusoids, which
+are 0.7 at root mean square, drown the embeddings: the run then learns how often tokens occur and little else (6.05). A loss
+near 2.0 is not in reach of three epochs; and 171 steps an epoch are what a byte-level BPE makes, not 485. Seed 0; reproduce
+with `python -m jgpt.run --experiment shakespeare_bpe`. Needs the extra `bpe`.
 """
 
 from jgpt.config import (
@@ -64,5 +67,5 @@ EXPERIMENT = Experiment(
   ),
   train=TrainConfig(epochs=3, log_every=50),  # evaluates and samples after each epoch
   sample=SampleConfig(prompt="ROMEO:", num=1, temperature=0.8, max_tokens=50),
-  expected=(Expected(data="tiny_shakespeare", heldout=True, loss_nats_per_token=5.0, band=0.1),),
+  expected=(Expected(data="tiny_shakespeare", heldout=True, loss_nats_per_token=5.69, band=0.05),),
 )

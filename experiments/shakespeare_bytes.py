@@ -1,16 +1,19 @@
 """Shakespeare by bytes: the byte-level GPT of a PyTorch tutorial, on data that is built in.
 
-169,792 parameters: 3 layers of width 64, context 64, 256 ids, a tied head, token embeddings times 8, dropout 0.1 in four places.
-The text is six lines of Hamlet 50 times over: 12,300 bytes, of which the last 1,230 are held out. 1,000 steps of 16 random
-windows; AdamW 3e-4, decay 0.1 on matrices and embeddings; warmup over 100 steps as step / warmup (the first update changes
-nothing), then cosine to 0; clipped to 1. Every 200 steps the held-out loss over 50 random batches, at the end over all of it.
+169,792 parameters: 3 layers of width 64, context 64, 256 ids, a tied head, token embeddings times 8, dropout 0.1 in four
+places. The text is six lines of Hamlet 50 times over: 12,300 bytes, of which the last 1,230 are held out. 1,000 steps of 16
+random windows; AdamW 3e-4, decay 0.1 on matrices and embeddings; warmup over 100 steps as step / warmup (the first update
+changes nothing), then cosine to 0; clipped to 1. Every 200 steps the held-out loss over 50 random batches, at the end over
+all of it.
 
-BYTES_FIGURES
+On 2 CPU cores 28 ms a step and 33 s in all. Expected on the lines of Hamlet, seeds 0 to 2: a held-out loss of 1.15 nats per
+byte, between 1.12 and 1.18, training 1.28 to 1.33. On tiny Shakespeare 2.55 held out and 2.58 in training, seed 0. Guessing
+uniformly is ln 256 = 5.55.
 
-What is held out stands in the training part too: the held-out loss cannot show overfitting here, and it is below the training
-loss because nothing is dropped out when it is measured. Differs from the text in random numbers, and in evaluating the same
-windows each time. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_bytes`, and with
-`--set data.source=tiny_shakespeare` for a text that can be overfitted.
+What is held out stands in the training part too: the held-out loss cannot show overfitting here, and it is below the
+training loss because nothing is dropped out when it is measured. Differs from the text in random numbers, and in evaluating
+the same windows each time. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_bytes`, and with `--set
+data.source=tiny_shakespeare` for a text that can be overfitted.
 """
 
 from jgpt.config import (
@@ -58,5 +61,8 @@ EXPERIMENT = Experiment(
   ),
   train=TrainConfig(steps=1000, log_every=200, eval_every=200, eval_batches=50),
   sample=SampleConfig(prompt="To be", num=1, temperature=0.8, top_k=20, max_tokens=100),
-  expected=(Expected(data="hamlet", heldout=True, loss_nats_per_token=1.0, band=0.1),),
+  expected=(
+    Expected(data="hamlet", heldout=True, loss_nats_per_token=1.15, band=0.06),
+    Expected(data="tiny_shakespeare", heldout=True, loss_nats_per_token=2.55, band=0.06),
+  ),
 )

@@ -1,12 +1,14 @@
 """Text: any text of your own, by bytes, in sizes for a laptop.
 
-836,736 parameters: 4 layers of width 128, context 128, 256 ids. 1,000 steps of 16 random windows, 10% held out. AdamW 1e-3, decay
-0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1), then cosine to 1e-4; clipped to 1.
+836,736 parameters: 4 layers of width 128, context 128, 256 ids. 1,000 steps of 16 random windows, 10% held out. AdamW 1e-3,
+decay 0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1), then cosine to 1e-4; clipped to 1.
 
-`python -m jgpt.run --experiment text --set data.path=my_book.txt` trains on a file, a folder's *.txt files, or a glob. Without a
-path it trains on the documentation inside every Python installation.
+`python -m jgpt.run --experiment text --set data.path=my_book.txt` trains on a file, a folder's *.txt files, or a glob.
+Without a path it trains on the documentation inside every Python installation.
 
-TEXT_FIGURES
+On 2 CPU cores 2 to 3 minutes. Expected on Python 3.11's documentation, seeds 0 and 1: a held-out loss of 1.60 nats per byte
+(1.603 and 1.601; the band is put at 0.1, for other versions have other text), training 1.65. It is still falling then: more
+--steps help. Guessing uniformly is ln 256 = 5.55.
 
 Seed 0; reproduce with `python -m jgpt.run --experiment text`.
 """
@@ -57,5 +59,5 @@ EXPERIMENT = Experiment(
   ),
   train=TrainConfig(steps=1000, log_every=100, eval_every=250, eval_batches=20, save_every=500),
   sample=SampleConfig(num=1, temperature=0.8, max_tokens=300),
-  expected=(Expected(data="python_docs", heldout=True, loss_nats_per_token=2.0, band=0.1),),
+  expected=(Expected(data="python_docs", heldout=True, loss_nats_per_token=1.60, band=0.1),),
 )

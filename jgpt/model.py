@@ -219,14 +219,14 @@ def block(memory: Any, x_BTD: jax.Array, p: dict, attend: Attend, config: ModelC
   Returns:
     The residual stream after the block, and what `attend` kept.
   """
-  qkv_BTCNH = jnp.einsum("BTD,DCNH->BTCNH", _norm(x_BTD, p, "norm_attn", config), p["w_qkv"])  # C: query, key, value
+  qkv_BTCNH = _project("XD,DCNH->XCNH", _norm(x_BTD, p, "norm_attn", config), p["w_qkv"])  # C: query, key, value
   qkv_BTCNH = _add_bias(qkv_BTCNH, p.get("b_qkv"))
   y_BTNH, memory = attend(memory, *jnp.unstack(qkv_BTCNH, axis=2), drop)
-  y_BTD = _add_bias(jnp.einsum("BTNH,NHD->BTD", y_BTNH, p["w_out"]), p.get("b_out"))
+  y_BTD = _add_bias(_project("XNH,NHD->XD", y_BTNH, p["w_out"]), p.get("b_out"))
   x_BTD = x_BTD + drop("attention_out", y_BTD)
-  up_BTF = _add_bias(jnp.einsum("BTD,DF->BTF", _norm(x_BTD, p, "norm_mlp", config), p["w_up"]), p.get("b_up"))
+  up_BTF = _add_bias(_project("XD,DF->XF", _norm(x_BTD, p, "norm_mlp", config), p["w_up"]), p.get("b_up"))
   up_BTF = drop("activation", ACTIVATIONS[config.activation](up_BTF))
-  y_BTD = _add_bias(jnp.einsum("BTF,FD->BTD", up_BTF, p["w_down"]), p.get("b_down"))
+  y_BTD = _add_bias(_project("XF,FD->XD", up_BTF, p["w_down"]), p.get("b_down"))
   return x_BTD + drop("mlp_out", y_BTD), memory
 
 
@@ -235,6 +235,15 @@ def _norm(x_BTD: jax.Array, params: dict, name: str, config: ModelConfig) -> jax
   if config.norm == "rms":
     return rms_norm(x_BTD)
   return layer_norm(x_BTD, params[f"{name}_gain"], params.get(f"{name}_bias"))
+
+
+def _project(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """Computes an einsum with x's first two dimensions, batch and position, taken as one (X).
+
+  As one plain product: with two such dimensions XLA's gradients on a CPU take a tenth of a small model's step longer.
+  """
+  y = jnp.einsum(spec, x.reshape(-1, *x.shape[2:]), w)
+  return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:

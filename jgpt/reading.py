@@ -41,8 +41,9 @@ def read_losses(
 
   Diverging: a loss that is not finite, or a training loss that ends above guessing, or has lost half of what its lowest
   stretch had won over it. Overfitting: a held-out loss that rose by 2% from its lowest, or ends 25% above the training
-  loss. Underfitting: a training loss less than 10% below uniform guessing, or still falling by 2% in its last tenth (and
-  by three standard errors). Otherwise healthy.
+  loss. Underfitting: a training loss less than 10% below uniform guessing, or a loss that still falls by 2% in a tenth of
+  the updates: the held-out loss between its last two evaluations, or the training loss (and by three standard errors) in
+  the last tenth. Otherwise healthy.
 
   Args:
     losses: of each update, nats per token; at least one.
@@ -54,7 +55,7 @@ def read_losses(
   return (
     _diverging(losses, baseline)
     or _overfitting(losses, heldout_losses, heldout_loss)
-    or _underfitting(losses, baseline)
+    or _underfitting(losses, heldout_losses, baseline)
     or _healthy(losses, heldout_loss, baseline)
   )
 
@@ -96,10 +97,16 @@ def _overfitting(
   return None
 
 
-def _underfitting(losses: np.ndarray, baseline: float) -> Reading | None:
+def _underfitting(losses: np.ndarray, heldout_losses: Sequence[tuple[int, float]], baseline: float) -> Reading | None:
   train = final_loss(losses)
   if train > (1 - LEARNED) * baseline:
     return Reading("underfitting", f"the training loss, {train:.2f}, is hardly below uniform guessing, {baseline:.2f}")
+  measured = [e for e in heldout_losses if e[0] > 0]
+  if len(measured) > 1:
+    (before_step, before), (step, last) = measured[-2:]
+    if before - last > FALL * last * (step - before_step) / (0.1 * len(losses)):
+      evidence = f"the held-out loss still fell, from {before:.2f} at step {before_step:,} to {last:.2f} at step {step:,}"
+      return Reading("underfitting", evidence)
   tenth = max(2, len(losses) // 10)
   before, last = losses[-2 * tenth : -tenth], losses[-tenth:]
   if len(before) < 2:

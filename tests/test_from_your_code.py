@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equivalence import cast, compare, must_differ
+from equivalence import QUICK, cast, compare, must_differ
 from switches import (
   SYSTEMS,
   TOLERANCE,
@@ -136,7 +136,7 @@ def test_the_loop_written_out(monkeypatch):
   short = code.replace("range(1000)", "range(20)").replace("jax.jit(", "quick_jit(")
   exec(compile(short, "from_your_code.md", "exec"), names)
   monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
-  monkeypatch.setattr(program.runtime, "step_options", lambda num_params, platform: FAST)
+  monkeypatch.setattr(program.runtime, "step_options", lambda num_params, platform: QUICK)
   made = program.compile_program(names["run"].experiment, names["run"].data)
   state, metrics = made.run_steps(made.corpus, made.state, np.int32(20))
   assert int(state.step) == int(names["state"].step) == 20

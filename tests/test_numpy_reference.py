@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equivalence import cast
+from equivalence import QUICK, cast
 from switches import (
   SYSTEMS,
   all_switches,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equivalence import QUICK
 from switches import SYSTEMS, make_model
 
 import jgpt.step

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equivalence import cast, compare, must_differ
+from equivalence import QUICK, cast, compare, must_differ
 from switches import (
   NUM_STEPS,
   SYSTEMS,
