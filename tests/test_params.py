@@ -110,7 +110,10 @@ def test_importing_every_module_initialises_no_backend():
     import importlib, pkgutil, jgpt
     for module in pkgutil.iter_modules(jgpt.__path__):
       if not module.ispkg:
-        importlib.import_module(f"jgpt.{module.name}")
+        try:
+          importlib.import_module(f"jgpt.{module.name}")
+        except ModuleNotFoundError as error:  # what it is measured against need not be installed
+          assert (module.name, error.name) == ("peers", "torch")
         print(module.name)
     import jax
     jax.config.update("jax_num_cpu_devices", 3)
