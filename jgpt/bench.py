@@ -35,7 +35,7 @@ class Row:
 
   Attributes:
     case: what was measured.
-    unit: of `seconds` as printed: "us/step" or "s".
+    unit: of `seconds` as printed: "s", or "us/step" (from 10,000 us on "ms/step").
     seconds: of each round, per step or per command.
     per_sample_us: median microseconds per document, for steps.
     tokens_per_second: median, valid tokens only, for steps.
@@ -223,12 +223,14 @@ def format_rows(rows: list[Row]) -> str:
   """The table: median, fastest and slowest round, and what follows from the median."""
   table = [("case", "median", "fastest to slowest", "us/sample", "tokens/s", "compile")]
   for row in rows:
-    scale = 1e6 if row.unit == "us/step" else 1
+    scale, unit = 1, row.unit
+    if unit == "us/step":
+      scale, unit = (1e6, unit) if statistics.median(row.seconds) < 0.01 else (1e3, "ms/step")
     median, low, high = (scale * f(row.seconds) for f in (statistics.median, min, max))
     table.append(
       (
         row.case,
-        f"{median:.4g} {row.unit}",
+        f"{median:.4g} {unit}",
         f"{low:.4g} to {high:.4g}",
         f"{row.per_sample_us:.4g}" if row.per_sample_us is not None else "",
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else "",

@@ -70,6 +70,11 @@ class BpeTokenizer:
   def _bytes(self) -> list[bytes]:
     return [bytes(_BYTES[c] for c in token) for token in self._tokens]
 
+  @functools.cached_property
+  def token_bytes(self) -> list[bytes]:
+    """The UTF-8 bytes that each id stands for, perhaps part of a character; none for the end-of-text token."""
+    return [*self._bytes[:-1], b""] if self.end_of_text else self._bytes
+
   @property
   def vocab_size(self) -> int:
     """Ids there are, the end-of-text token's included."""

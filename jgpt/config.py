@@ -223,10 +223,10 @@ class TrainConfig:
     micro_batch_size: sequences per forward and backward pass; None takes the batch at once. Gradients are accumulated
       inside the step, so the update is that of the whole batch (with dropout: but for what is dropped out).
     log_every: updates between two lines of progress.
-    eval_every: updates between two evaluations on the held-out part, the first before any update; None evaluates after
-      each epoch where `epochs` decides, and else only at the end.
+    eval_every: updates between two evaluations on the held-out part, the first before any update; None evaluates at the
+      end only, or where `epochs` is given before the first and after each.
     eval_batches: batches of an evaluation; None takes the whole held-out part, as the last evaluation always does.
-    sample_every: updates between two samples; None samples where `eval_every` is None: after each epoch, or at the end.
+    sample_every: updates between two samples; None samples at the end only, or where `epochs` is given after each.
     save_every: updates between two checkpoints; None saves at the end (and when interrupted).
   """
 

@@ -42,6 +42,21 @@ class Data:
   summary: list[str]
 
 
+def find_data(config: DataConfig, seed: int, *, sha256: str | None = None, tokenizer: Tokenizer | None = None) -> Data:
+  """Finds the text that `config` names and loads it.
+
+  Args:
+    config: where and how.
+    seed: of the documents' order.
+    sha256: digest that the text must have, as recorded by a run; None takes the first text found.
+    tokenizer: the run's, where it has one already.
+
+  Raises:
+    UserError: as `sources.find_text` and `load_data` do.
+  """
+  return load_data(sources.find_text(config, sha256=sha256), config, seed, tokenizer)
+
+
 def load_data(text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Data:
   """Turns a text into tokens.
 

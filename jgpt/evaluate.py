@@ -87,9 +87,8 @@ def count_bytes(corpus: Corpus, tokenizer: Tokenizer) -> int:
   import numpy as np
 
   from jgpt.batches import Stream
-  from jgpt.predictions import token_bytes
 
-  sizes = np.array([len(content) for content in token_bytes(tokenizer)])
+  sizes = np.array([len(content) for content in tokenizer.token_bytes])
   if isinstance(corpus, Stream):
     return int(sizes[corpus.tokens[1:]].sum())
   sizes[tokenizer.bos_id] = 1
@@ -102,15 +101,14 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
   from jgpt import checkpoint, runtime
-  from jgpt.data import load_data
-  from jgpt.sources import find_text
+  from jgpt.data import find_data
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   run = checkpoint.load_run(args.run, args.step)
   settings = run.experiment.data
-  text = find_text(settings, sha256=checkpoint.read_run_files(run.workdir).data["sha256"])
-  data = load_data(text, settings, run.experiment.train.seed, run.tokenizer)
+  sha256 = checkpoint.read_run_files(run.workdir).data["sha256"]
+  data = find_data(settings, run.experiment.train.seed, sha256=sha256, tokenizer=run.tokenizer)
   corpus = data.train if args.part == "train" else data.heldout
   if not len(corpus.tokens):
     raise UserError(
@@ -123,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   lines = [
     ("run", f"{run.workdir} at step {run.step:,}"),
-    ("data", f"{text.location} ({text.kind}), {PARTS[args.part]}"),
+    ("data", f"{data.text.location} ({data.text.kind}), {PARTS[args.part]}"),
     *describe(evaluation, run.experiment.model.vocab_size),
   ]
   for label, line in lines:

@@ -128,13 +128,12 @@ def _probability(value: float) -> str:
 
 
 def _print_trace(files: RunFiles, workdir: str, entry: Entry, num_steps: int) -> None:
-  from jgpt.data import load_data
-  from jgpt.sources import find_text
+  from jgpt.data import find_data
   from jgpt.updates import trace_updates
 
   experiment = files.experiment
-  text = find_text(experiment.data, sha256=files.data["sha256"])
-  data = load_data(text, experiment.data, experiment.train.seed, files.tokenizer)
+  seed, sha256 = experiment.train.seed, files.data["sha256"]
+  data = find_data(experiment.data, seed, sha256=sha256, tokenizer=files.tokenizer)
   rows = trace_updates(experiment, data, entry, num_steps)
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(f"run         {workdir} from its initial weights: the first {num_steps} updates, made again")
@@ -150,11 +149,11 @@ def _decays(entry: Entry, optimizer: OptimizerConfig) -> bool:
 
 def describe_row(entry: Entry, files: RunFiles) -> str:
   """Which token's row a number of the vocabulary stands in: ", in the row of 'e'"; "" for other parameters."""
-  from jgpt.predictions import show_token, token_bytes
+  from jgpt.predictions import show_token
 
   if entry.param.axes[0] != "vocab":
     return ""
-  return f", in the row of {show_token(entry.index[0], files.tokenizer, token_bytes(files.tokenizer))}"
+  return f", in the row of {show_token(entry.index[0], files.tokenizer)}"
 
 
 def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgpt.batches import Batch, documents_in_order
-from jgpt.bpe import ALPHABET
 from jgpt.checks import UserError
 from jgpt.config import Experiment, ModelConfig
 from jgpt.data import make_documents
 from jgpt.model import apply
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from jgpt.tokenizer import CharTokenizer, Tokenizer
 
 CONTEXT_WIDTH = 24  # characters of the context that a row shows
 
@@ -105,7 +104,6 @@ def predict(
     config: sizes and switches.
     num_guesses: most probable tokens of each row, fewer where the vocabulary is smaller.
   """
-  contents = token_bytes(tokenizer)
   log_probs_TV = np.asarray(_log_probs(params, batch.inputs_BT, config)[0], np.float64)
   inputs, targets = (np.asarray(ids)[0].tolist() for ids in (batch.inputs_BT, batch.targets_BT))
   rows = []
@@ -115,12 +113,12 @@ def predict(
     rows.append(
       Prediction(
         position=t,
-        context=show_context(inputs[: t + 1], tokenizer, contents),
-        target=show_token(targets[t], tokenizer, contents),
+        context=show_context(inputs[: t + 1], tokenizer),
+        target=show_token(targets[t], tokenizer),
         target_id=targets[t],
         probability=math.exp(log_probs_V[targets[t]]),
         nats=-log_probs_V[targets[t]].item(),
-        guesses=tuple(Guess(show_token(i, tokenizer, contents), i, math.exp(log_probs_V[i])) for i in best),
+        guesses=tuple(Guess(show_token(i, tokenizer), i, math.exp(log_probs_V[i])) for i in best),
       )
     )
   return rows
@@ -139,43 +137,29 @@ def mean_loss(rows: Sequence[Prediction]) -> float:
 # --- Tokens for a person ---
 
 
-def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-  """The UTF-8 bytes that each id stands for, perhaps part of a character; none for BOS and the end-of-text token."""
-  if isinstance(tokenizer, CharTokenizer):
-    return [*(c.encode() for c in tokenizer.chars), b""][: tokenizer.vocab_size]
-  if isinstance(tokenizer, ByteTokenizer):
-    return [bytes([i]) for i in range(256)]
-  # GPT-2's alphabet: a byte is written as its Latin-1 character if that is visible, else, in order, as one from U+0100 on.
-  hidden = iter(sorted({*range(256)} - {*map(ord, ALPHABET)}))
-  single = {c: bytes([ord(c) if ord(c) < 256 else next(hidden)]) for c in ALPHABET}
-  merged = [b"".join(single[c] for c in line.replace(" ", "")) for line in tokenizer.merges.split("\n") if line]
-  return [*single.values(), *merged, b""][: tokenizer.vocab_size]
-
-
-def show_token(token_id: int, tokenizer: Tokenizer, contents: Sequence[bytes]) -> str:
+def show_token(token_id: int, tokenizer: Tokenizer) -> str:
   r"""Shows a token: `'a'`, `' the'`, `'\n'`, `byte 0xe2` (part of a character), `BOS`, or `id 27` where it has no text.
 
   Args:
     token_id: any id of the model.
     tokenizer: of the run.
-    contents: from `token_bytes`.
   """
   if token_id >= tokenizer.vocab_size:
     return f"id {token_id}"
-  content = contents[token_id]
+  content = tokenizer.token_bytes[token_id]
   if not content:
     return "BOS" if isinstance(tokenizer, CharTokenizer) else "end of text"
   return f"byte 0x{content[0]:02x}" if len(content) == 1 and content[0] >= 128 else _quote(_show_characters(content))
 
 
-def show_context(ids: Sequence[int], tokenizer: Tokenizer, contents: Sequence[bytes]) -> str:
+def show_context(ids: Sequence[int], tokenizer: Tokenizer) -> str:
   """Shows the text so far, its beginning left out where it is long: `BOS`, `BOS 'em'`, `…'e or not to be'`.
 
   Args:
     ids: the tokens so far.
     tokenizer: of the run.
-    contents: from `token_bytes`.
   """
+  contents = tokenizer.token_bytes
   content = b"".join(contents[i] for i in ids)
   pieces = _show_characters(content[-4 * CONTEXT_WIDTH - 3 :])  # a character has 4 bytes at most, the first may be cut
   shown = len(pieces)
@@ -183,7 +167,7 @@ def show_context(ids: Sequence[int], tokenizer: Tokenizer, contents: Sequence[by
     shown -= 1
   if shown < len(pieces):
     return f"…{_quote(pieces[-shown:])}"
-  mark = [show_token(ids[0], tokenizer, contents)] if not contents[ids[0]] else []
+  mark = [show_token(ids[0], tokenizer)] if not contents[ids[0]] else []
   return " ".join([*mark, _quote(pieces)] if pieces else mark)
 
 

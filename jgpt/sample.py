@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="python -m jgpt.sample", description="Draw texts from a run folder, one a line.")
+  parser = argparse.ArgumentParser(prog="python -m jgpt.sample", description="Draw texts from a run folder.")
   parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
   parser.add_argument("--prompt", metavar="TEXT", help="how each text begins")
   parser.add_argument("--num", type=int, metavar="N", help="texts")

@@ -103,6 +103,11 @@ def loss_and_grads(
   return jax.lax.scan(add, zeros, (jnp.arange(num_micro), parts))[0]
 
 
+def dropout_key(seed: int, step: jax.Array, config: ModelConfig) -> jax.Array | None:
+  """The key of what an update drops out, a function of seed and step; None for a model without dropout."""
+  return derive_key(seed, DROPOUT, step) if config.dropout else None
+
+
 def train_step(
   state: TrainState,
   batch: Batch,
@@ -128,7 +133,7 @@ def train_step(
     The next state, and metrics, scalars: "train/loss" (nats per token, before the update), "train/grad_norm" (before
     clipping), "train/lr".
   """
-  key = derive_key(seed, DROPOUT, state.step) if config.dropout else None
+  key = dropout_key(seed, state.step, config)
   loss, grads = loss_and_grads(state.params, batch, config, key, micro_batch_size)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)

@@ -51,6 +51,11 @@ class CharTokenizer:
   def _ids(self) -> dict[str, int]:
     return {c: i for i, c in enumerate(self.chars)}
 
+  @functools.cached_property
+  def token_bytes(self) -> list[bytes]:
+    """The UTF-8 bytes that each id stands for; none for BOS."""
+    return [*(c.encode() for c in self.chars), b""][: self.vocab_size]
+
   def encode(self, text: str) -> list[int]:
     """Maps characters to ids, in [0, len(chars)); adds no BOS.
 
@@ -115,6 +120,11 @@ class ByteTokenizer:
   def stop_id(self) -> None:
     """None: no id ends a text."""
     return None
+
+  @property
+  def token_bytes(self) -> list[bytes]:
+    """The byte that each id is."""
+    return [bytes([i]) for i in range(256)]
 
   def encode(self, text: str) -> list[int]:
     """Maps text to its UTF-8 bytes; raises `UserError` where it holds half of a surrogate pair."""

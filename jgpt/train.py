@@ -23,7 +23,7 @@ from jgpt import checkpoint, runtime, sharding
 from jgpt.batches import Corpus, count_epoch_steps
 from jgpt.checks import UserError
 from jgpt.config import Experiment, resolve
-from jgpt.data import Data, load_data
+from jgpt.data import Data, find_data
 from jgpt.generate import begin_texts
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
@@ -31,7 +31,6 @@ from jgpt.model import stack_blocks
 from jgpt.program import MAX_STEPS_PER_CALL, Program, begin_evaluation, compile_program
 from jgpt.settings import change, differences, is_circumstance, settings
 from jgpt.signals import say, stop_signals
-from jgpt.sources import find_text
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
 
@@ -106,8 +105,8 @@ def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str
     refuse_differences(experiment, recorded, workdir)
   elif workdir is not None and checkpoint.list_steps(workdir):
     raise UserError(f"{workdir} has checkpoints but no experiment.json to say what they are. Choose another --workdir")
-  text = find_text(experiment.data, sha256=recorded.data["sha256"] if recorded else None)
-  data = load_data(text, experiment.data, experiment.train.seed, recorded.tokenizer if recorded else None)
+  known = {"sha256": recorded.data["sha256"], "tokenizer": recorded.tokenizer} if recorded else {}
+  data = find_data(experiment.data, experiment.train.seed, **known)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
   experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
   start_step = checkpoint.latest_step(workdir) or 0 if workdir is not None else 0
@@ -168,10 +167,10 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
       _record_start(plan, mesh)
       manager = stack.enter_context(checkpoint.open_checkpoints(workdir))
       writers = [JsonlWriter(workdir / "metrics.jsonl", plan.start_step), *writers]
-    log = _Log(list(writers))
     for writer in writers:
       stack.callback(_close, writer)
     program = compile_program(experiment, plan.data, start_step=plan.start_step, manager=manager)
+    log = _Log(list(writers))  # its clock starts here: compiling is no step's time
     state = _loop(plan, program, manager, log, stop, sample_at)
     if manager is not None:
       save(manager, state)  # goes on in the background during the evaluation

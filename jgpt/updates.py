@@ -16,10 +16,9 @@ import optax
 from jgpt.batches import Corpus, make_batch_fn
 from jgpt.config import Experiment
 from jgpt.data import Data
-from jgpt.keys import DROPOUT, derive_key
 from jgpt.params import Entry
 from jgpt.program import compile_program
-from jgpt.step import TrainState, loss_and_grads
+from jgpt.step import TrainState, dropout_key, loss_and_grads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _gradients(state: TrainState, corpus: Corpus, experiment: Experiment) -> dic
   """The gradients that the next update hands to Adam."""
   model, train, clip_norm = experiment.model, experiment.train, experiment.optimizer.clip_norm
   batch = make_batch_fn(experiment.data, train.seed)(corpus, state.step)
-  key = derive_key(train.seed, DROPOUT, state.step) if model.dropout else None
+  key = dropout_key(train.seed, state.step, model)
   _, grads = loss_and_grads(state.params, batch, model, key, train.micro_batch_size)
   return grads if clip_norm is None else optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())[0]
 

@@ -21,7 +21,7 @@ from jgpt.checks import UserError
 from jgpt.metrics import read_jsonl
 from jgpt.model import apply, init_params, stack_blocks
 from jgpt.params import find_entry
-from jgpt.predictions import frame_text, mean_loss, predict, show_context, show_token, token_bytes
+from jgpt.predictions import frame_text, mean_loss, predict, show_context, show_token
 from jgpt.settings import change
 from jgpt.step import loss_fn
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer
@@ -159,30 +159,28 @@ def test_ids_beyond_the_tokenizers_have_a_number(words):
 
 def test_tokens_are_shown_apart():
   chars = CharTokenizer("\t\n '\\a\xa0é", bos=True)
-  shown = [show_token(i, chars, token_bytes(chars)) for i in range(10)]
+  shown = [show_token(i, chars) for i in range(10)]
   assert shown == [r"'\t'", r"'\n'", "' '", '"\'"', r"'\\'", "'a'", r"'\xa0'", "'é'", "BOS", "id 9"]
   bytes_ = ByteTokenizer()
-  assert [show_token(i, bytes_, token_bytes(bytes_)) for i in (0, 97, 127, 0xE2)] == [
+  assert [show_token(i, bytes_) for i in (0, 97, 127, 0xE2)] == [
     r"'\x00'", "'a'", r"'\x7f'", "byte 0xe2",
   ]  # fmt: skip
   bpe = BpeTokenizer("Ġ t\nĠt he\nâ Ģ".replace("he", "h"), end_of_text=True)  # " t", " th", and the bytes e2 80
-  contents = token_bytes(bpe)
-  assert contents[256:] == [b" t", b" th", b"\xe2\x80", b""]
-  assert [show_token(i, bpe, contents) for i in (256, 258, 259)] == ["' t'", r"'\xe2\x80'", "end of text"]
+  assert bpe.token_bytes[256:] == [b" t", b" th", b"\xe2\x80", b""]
+  assert [show_token(i, bpe) for i in (256, 258, 259)] == ["' t'", r"'\xe2\x80'", "end of text"]
 
 
 @pytest.mark.parametrize("text", ["", "a\n\tb", "é – 日本", "".join(map(chr, range(0x250)))])
 def test_bytes_of_tokens_are_those_of_the_text(text):
   for tokenizer in (ByteTokenizer(), BpeTokenizer("Ã ©\nĠ âĢ".replace("âĢ", "â"), end_of_text=True)):
-    assert b"".join(token_bytes(tokenizer)[i] for i in tokenizer.encode(text)) == text.encode()
+    assert b"".join(tokenizer.token_bytes[i] for i in tokenizer.encode(text)) == text.encode()
 
 
 def test_contexts_are_shortened_from_the_left():
   tokenizer = ByteTokenizer()
-  contents = token_bytes(tokenizer)
 
   def show(text: str, num_bytes: int | None = None) -> str:
-    return show_context(list(text.encode())[:num_bytes], tokenizer, contents)
+    return show_context(list(text.encode())[:num_bytes], tokenizer)
 
   assert show("be\n") == r"'be\n'"
   assert show("caf€", 4) == r"'caf\xe2'" and show("caf€", 5) == r"'caf\xe2\x82'" and show("caf€") == "'caf€'"
@@ -190,7 +188,7 @@ def test_contexts_are_shortened_from_the_left():
   assert show("\n" * 30) == "…'" + r"\n" * 12 + "'"
   assert show("😀" * 40) == f"…'{'😀' * 24}'"  # cut between characters, never inside one
   names = CharTokenizer("ab", bos=True)
-  assert [show_context(ids, names, token_bytes(names)) for ids in ([2], [2, 0], [2] + [1] * 30)] == [
+  assert [show_context(ids, names) for ids in ([2], [2, 0], [2] + [1] * 30)] == [
     "BOS", "BOS 'a'", f"…'{'b' * 24}'",
   ]  # fmt: skip
 
