@@ -15,7 +15,7 @@ from jgpt import train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
 from jgpt.config import resolve
-from jgpt.interop import draw_microgpt_params
+from jgpt.microgpt import draw_microgpt_params
 from jgpt.settings import change
 
 MICROGPT = load_experiment("microgpt")
