@@ -15,7 +15,8 @@ if "JGPT_TEST_CACHE" not in os.environ:  # one for this run: pytest-xdist's work
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
   # Compiled programs are shared between tests. No test uses the network: a download is remembered to have failed.
   (cache / "gpt2").mkdir()
-  for name in ("names.txt", "tinyshakespeare.txt", "gpt2/encoder.json", "gpt2/vocab.bpe"):
+  weights = [f"gpt2/{name}.safetensors" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+  for name in ("names.txt", "tinyshakespeare.txt", "gpt2/encoder.json", "gpt2/vocab.bpe", *weights):
     (cache / f"{name}.failed").touch()
   os.environ |= {
     "JGPT_TEST_CACHE": str(cache),
