@@ -100,17 +100,17 @@ class BpeTokenizer:
     ids = []
     for match in _PIECES.finditer(text):
       piece = match.group()
-      is_fast = self._fast is not None and _is_safe(piece)
-      ids += self._fast.encode_ordinary(piece) if is_fast else self._encoder.encode(piece).ids
+      is_fast = self.tiktoken_encoding is not None and is_safe(piece)
+      ids += self.tiktoken_encoding.encode_ordinary(piece) if is_fast else self._encoder.encode(piece).ids
     return ids
 
   @functools.cached_property
   def _encoder(self) -> Any:
     """A `tokenizers.Tokenizer` that knows no special token, so that text never becomes one."""
-    return _import_tokenizers().Tokenizer.from_str(json.dumps(self.to_json() | {"added_tokens": []}))
+    return import_tokenizers().Tokenizer.from_str(json.dumps(self.to_json() | {"added_tokens": []}))
 
   @functools.cached_property
-  def _fast(self) -> Any:
+  def tiktoken_encoding(self) -> Any:
     """A `tiktoken.Encoding` with the same ids; None where it is not installed or would give other ids.
 
     `tiktoken` knows tokens, not merges: it joins two neighbours wherever that makes a token. This is the same if the
@@ -210,7 +210,7 @@ def train_bpe_tokenizer(text: str, vocab_size: int) -> BpeTokenizer:
   to_utf8(text)
   if vocab_size < len(ALPHABET):
     raise UserError(f"data.bpe_vocab_size={vocab_size} must be at least {len(ALPHABET)}: each byte has an id.")
-  tokenizers = _import_tokenizers()
+  tokenizers = import_tokenizers()
   byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   trained = tokenizers.Tokenizer(tokenizers.models.BPE())
   trained.pre_tokenizer = byte_level
@@ -265,7 +265,7 @@ def _is_list_of_str(value: Any) -> bool:
   return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _is_safe(piece: str) -> bool:
+def is_safe(piece: str) -> bool:
   """Whether `tiktoken` is sure to cut a piece into words as `tokenizers` does, whichever versions are installed.
 
   Long runs of blanks overflow the stack of its regular expressions. And each package has its own table of Unicode, whose
@@ -275,7 +275,8 @@ def _is_safe(piece: str) -> bool:
   return not _LONG_BLANK.search(piece) and not any(unicodedata.category(c)[0] in "LNC" for c in unassigned_in_3_2)
 
 
-def _import_tokenizers() -> types.ModuleType:
+def import_tokenizers() -> types.ModuleType:
+  """Imports the package `tokenizers`; raises `UserError` where it is not installed."""
   try:
     import tokenizers
   except ImportError:

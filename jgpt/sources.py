@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import os
 import platform
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from jgpt.checks import UserError, near_matches
 from jgpt.config import DataConfig
+from jgpt.paths import find_token_files, find_tokenizer, list_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,13 +162,13 @@ def find_text(config: DataConfig, *, sha256: str | None = None) -> Text:
   """
   if config.path is not None:
     found = read_path(config.path)
-    return _require_same(found, sha256, config.path, "Put the old text back, or start over with --fresh")
+    return require_same(found, sha256, config.path, "Put the old text back, or start over with --fresh")
   source = get_source(config.source)
   if isinstance(source, MadeText):
     text = source.make()
     found = Text(text, source.kind, source.location, digest_bytes(text.encode()))
     advice = "It comes with Python or jgpt: resume with the versions this run began with, or start over with --fresh"
-    return _require_same(found, sha256, f"the {config.source} text (this is {source.location})", advice)
+    return require_same(found, sha256, f"the {config.source} text (this is {source.location})", advice)
   for found in _places(source, sha256):
     if sha256 in (None, found.sha256):
       return found
@@ -189,7 +189,9 @@ def get_source(name: str) -> PinnedText | MadeText:
 
 
 def expected_vocab_size(config: DataConfig) -> int:
-  """Ids of the tokenizer that the data will have, known without a download: parameters can be counted."""
+  """Ids of the tokenizer that the data will have, known without a download or reading ids: parameters can be counted."""
+  if (files := find_token_files(config.path)) and (tokenizer := find_tokenizer(files, config)):
+    return tokenizer.vocab_size
   if config.tokenizer != "characters":
     return {"bytes": 256, "bpe": config.bpe_vocab_size, "gpt2": 50257}[config.tokenizer]
   is_documents = config.batching == "documents"
@@ -220,9 +222,11 @@ def read_path(path: str) -> Text:
   Raises:
     UserError: naming the file, if one cannot be read or is not UTF-8; or if there is none.
   """
-  files = _list_files(path)
+  files = list_files(path, ["*.txt"])
   if files is None:
     return read_text(Path(path), "path")
+  if not files:
+    raise UserError(f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'")
   contents = [_read_bytes(file) for file in files]
   texts = [_decode(content, str(file)) for content, file in zip(contents, files, strict=True)]
   for n, content in enumerate(contents[:-1]):
@@ -233,24 +237,8 @@ def read_path(path: str) -> Text:
   return Text("".join(texts), "path", location, digest_bytes(b"".join(contents)))
 
 
-def _list_files(path: str) -> list[Path] | None:
-  """The files of a folder or glob, sorted, hidden ones left out; None where `path` can only be the name of one file."""
-  expanded = os.path.expanduser(path)
-  if os.path.isdir(expanded):
-    names = sorted(file.relative_to(expanded).as_posix() for file in Path(expanded).rglob("*.txt") if file.is_file())
-    files = [Path(expanded, name) for name in names if not name.startswith(".") and "/." not in name]
-    if not files:
-      raise UserError(f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'")
-    return files
-  if os.path.exists(expanded) or not glob.has_magic(expanded):
-    return None
-  with contextlib.suppress(ValueError):  # a NUL in the path
-    if files := [Path(name) for name in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(name)]:
-      return files
-  raise UserError(f"no file is called {path} or matches it.")
-
-
-def _require_same(found: Text, sha256: str | None, what: str, advice: str) -> Text:
+def require_same(found: Text, sha256: str | None, what: str, advice: str) -> Text:
+  """Returns what was found; raises `UserError` if it does not have the digest, where one is given."""
   if sha256 not in (None, found.sha256):
     raise UserError(
       f"{what} has changed since this run began: its SHA-256 was {sha256[:12]} and is now {found.sha256[:12]}. {advice}"
@@ -260,7 +248,7 @@ def _require_same(found: Text, sha256: str | None, what: str, advice: str) -> Te
 
 def _places(source: PinnedText, sha256: str | None) -> Iterator[Text]:
   """Yields the source's text from each place that has it, in the order of preference."""
-  if own := _own_file(source):
+  if own := own_file(source):
     yield read_text(own, "JGPT_DATA_DIR")
   if cached := _read_cache(source):
     yield Text(_decode(cached, source.filename), "cache", str(cache_dir() / source.filename), source.sha256)
@@ -273,7 +261,7 @@ def _places(source: PinnedText, sha256: str | None) -> Iterator[Text]:
     except DownloadError as error:
       if not source.bundled:
         other = ". Or try --set data.source=python_docs, the documentation text inside every Python installation"
-        raise UserError(f"{error}. {_by_hand(source)}{other if sha256 is None else ''}") from None
+        raise UserError(f"{error}. {by_hand(source)}{other if sha256 is None else ''}") from None
       note = f"{error}; the bundled list stands in. For the original, set JGPT_DATA_DIR to a folder that has it"
     else:
       yield Text(_decode(content, source.url), "download", source.url, source.sha256)
@@ -297,10 +285,10 @@ def find_gpt2_files() -> tuple[bytes, bytes]:
 
 
 def _find_gpt2_file(file: PinnedFile) -> bytes:
-  if own := _own_file(file):
+  if own := own_file(file):
     content = _read_bytes(own)
     if (digest := digest_bytes(content)) != file.sha256:
-      raise UserError(f"{own} is not GPT-2's: its SHA-256 is {digest[:12]}, not {file.sha256[:12]}. {_by_hand(file)}")
+      raise UserError(f"{own} is not GPT-2's: its SHA-256 is {digest[:12]}, not {file.sha256[:12]}. {by_hand(file)}")
     return content
   if cached := _read_cache(file):
     return cached
@@ -309,13 +297,13 @@ def _find_gpt2_file(file: PinnedFile) -> bytes:
   try:
     return download(file)
   except DownloadError as error:
-    raise UserError(f"{error}. {_by_hand(*GPT2_FILES)}") from None
+    raise UserError(f"{error}. {by_hand(*GPT2_FILES)}") from None
 
 
 # --- Files ---
 
 
-def _own_file(file: PinnedFile) -> Path | None:
+def own_file(file: PinnedFile) -> Path | None:
   """The user's file of this name, in the folder that they name."""
   folder = os.environ.get("JGPT_DATA_DIR")
   own = Path(os.path.expanduser(folder or "")) / file.filename
@@ -330,7 +318,7 @@ def _read_cache(file: PinnedFile) -> bytes | None:
   return None
 
 
-def _by_hand(*files: PinnedFile) -> str:
+def by_hand(*files: PinnedFile) -> str:
   """Says how to do without a download."""
   names = " and ".join(f"{file.url} as {file.filename}" for file in files)
   return f"Save {names} in a folder and set JGPT_DATA_DIR to the folder"

@@ -54,7 +54,7 @@ def without_tiktoken(tokenizer):
   slow = dataclasses.replace(tokenizer)
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sys.modules, "tiktoken", None)
-    assert slow._fast is None
+    assert slow.tiktoken_encoding is None
   return slow
 
 
@@ -187,7 +187,7 @@ def test_the_least_vocabulary_is_the_bytes():
 @given(text=ANY_TEXT)
 def test_tiktoken_changes_no_id(tokenizer, text):
   pytest.importorskip("tiktoken", reason="the faster encoder (jgpt's extra: tiktoken)")
-  assert tokenizer._fast.encode_ordinary(text) == tokenizer._encoder.encode(text).ids == tokenizer.encode(text)
+  assert tokenizer.tiktoken_encoding.encode_ordinary(text) == tokenizer._encoder.encode(text).ids == tokenizer.encode(text)
 
 
 @NO_DEADLINE
@@ -196,14 +196,14 @@ def test_tiktoken_changes_no_id_of_a_trained_tokenizer(train_on, text, num_merge
   """Few letters make many ways to join them: were tiktoken's rule another, it would show here."""
   pytest.importorskip("tiktoken", reason="the faster encoder (jgpt's extra: tiktoken)")
   trained = train_bpe_tokenizer(train_on, 256 + len(plain_bpe(train_on, num_merges)))
-  assert trained._fast.encode_ordinary(text) == trained._encoder.encode(text).ids
+  assert trained.tiktoken_encoding.encode_ordinary(text) == trained._encoder.encode(text).ids
 
 
 def test_tiktoken_is_not_used_where_it_would_join_other_neighbours():
   """No merge joins "ab" and "c", but "abc" is a token: tiktoken would join them."""
   pytest.importorskip("tiktoken", reason="the faster encoder (jgpt's extra: tiktoken)")
   crafted = BpeTokenizer("a b\nb c\na bc", end_of_text=False)
-  assert crafted._fast is None
+  assert crafted.tiktoken_encoding is None
   assert crafted.encode("abc") == [256, ALPHABET.index("c")]
 
 

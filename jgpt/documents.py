@@ -1,0 +1,207 @@
+"""Files of text or JSON lines, of any size, as documents.
+
+Responsible for cutting files into blocks of bytes that are small, begin anywhere a document may be cut, and are the same
+whichever block the reading begins with; and for the documents of a block. Not responsible for ids (`encoding.py`). Imports
+no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jgpt.checks import UserError
+
+BLOCK_BYTES = 1 << 19
+MAX_WORD_BYTES = 1 << 22  # a longer stretch without a place to cut is cut anywhere
+MAX_LINE_BYTES = 1 << 24  # of JSON: a line is parsed in one piece
+SEPARATORS = {"paragraphs": "\n\n", "lines": "\n"}
+KINDS = ("paragraphs", "lines", "files")
+
+# Bytes after which a space or newline begins a new word for every tokenizer (see `bpe.py`): those of a character that is
+# no blank to anyone. Characters left out (of C2, E1, E2, part of E3) only make fewer places to cut.
+_NO_BLANK = re.compile(
+  rb"(?:[\x21-\x7e]|[\xc3-\xdf][\x80-\xbf]|\xe3(?:\x80[\x81-\xbf]|[\x81-\xbf][\x80-\xbf])|[\xe4-\xef][\x80-\xbf]{2}"
+  rb"|[\xf0-\xf4][\x80-\xbf]{3})\Z"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """Where a block begins.
+
+  Attributes:
+    file: number of the file, from 0.
+    offset: bytes of the file before it.
+    line: newlines before it.
+    inside: whether it goes on with the document of the block before.
+  """
+
+  file: int = 0
+  offset: int = 0
+  line: int = 0
+  inside: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Some bytes of a file: whole documents, or a part of a long one.
+
+  Attributes:
+    path: the file.
+    kind: of `KINDS`, or "jsonl".
+    start: where it begins.
+    content: at least 1 byte.
+    ends_file: whether the file ends here.
+    ends_all: whether no other file follows.
+  """
+
+  path: Path
+  kind: str
+  start: Position
+  content: bytes
+  ends_file: bool
+  ends_all: bool
+
+
+# --- Blocks ---
+
+
+def read_blocks(files: Sequence[Path], sizes: Sequence[int], kind: str, start: Position) -> Iterator[Block]:
+  """Cuts files into blocks of about `BLOCK_BYTES`, from a position on.
+
+  Args:
+    files: in order; *.jsonl holds JSON lines, others text.
+    sizes: bytes of each file.
+    kind: what a document of text is, of `KINDS`.
+    start: of the first block, as an earlier call gave it.
+
+  Raises:
+    UserError: if a file cannot be read, has another size, or has a line of JSON longer than `MAX_LINE_BYTES`.
+  """
+  for number in range(start.file, len(files)):
+    first = start if number == start.file else Position(number)
+    kind_here = "jsonl" if files[number].name.endswith(".jsonl") else kind
+    try:
+      yield from _read_file(files[number], sizes[number], kind_here, first, number == len(files) - 1)
+    except OSError as error:
+      raise UserError(f"cannot read {files[number]}: {error.strerror}.") from None
+
+
+def _read_file(path: Path, size: int, kind: str, start: Position, ends_all: bool) -> Iterator[Block]:
+  """A block depends on nothing but where it begins: what is after its end is read again."""
+  with open(path, "rb") as file:
+    num_bytes = BLOCK_BYTES
+    while start.offset < size:
+      file.seek(start.offset)
+      content = file.read(num_bytes)
+      if os.fstat(file.fileno()).st_size != size or not content:
+        raise UserError(f"{path} had {size:,} bytes and now has another number: something writes to it.")
+      ends_file = start.offset + len(content) == size
+      cut, inside = (len(content), False) if ends_file else find_cut(content, kind)
+      if not cut:
+        num_bytes *= 2
+        if kind == "jsonl" and num_bytes > MAX_LINE_BYTES:
+          raise UserError(f"{path} line {start.line + 1} is longer than {MAX_LINE_BYTES:,} bytes, too long for JSON lines.")
+        continue
+      content, num_bytes = content[:cut], BLOCK_BYTES
+      yield Block(path, kind, start, content, ends_file, ends_file and ends_all)
+      start = Position(start.file, start.offset + cut, start.line + content.count(b"\n"), inside)
+
+
+def find_cut(content: bytes, kind: str) -> tuple[int, bool]:
+  """Finds the last place where a file may be cut.
+
+  Args:
+    content: bytes from where the block begins; the file goes on after them.
+    kind: of `KINDS`, or "jsonl".
+
+  Returns:
+    Bytes before the cut, 0 where more must be read; and whether the cut is inside a document.
+  """
+  if kind in ("lines", "jsonl") and (cut := content.rfind(b"\n") + 1):
+    return cut, False
+  if kind == "paragraphs" and (cut := content.rfind(b"\n\n") + 2) > 1:
+    run = len(content[:cut].rstrip(b"\n"))
+    return cut - (cut - run) % 2, False  # newlines are paired from the first on
+  if kind == "jsonl":
+    return 0, False
+  end = len(content)
+  while (end := max(content.rfind(b" ", 0, end), content.rfind(b"\n", 0, end))) > 0:
+    if _NO_BLANK.search(content, max(0, end - 4), end):
+      return end, True
+  if len(content) < MAX_WORD_BYTES:
+    return 0, False
+  cut = len(content) - 1
+  while cut > len(content) - 4 and content[cut] & 0xC0 == 0x80:
+    cut -= 1
+  return cut, True
+
+
+# --- Documents ---
+
+
+def parse_block(block: Block, field: str, *, part: bool) -> list[str]:
+  """The documents of a block, in order; the first goes on with an earlier one where `block.start.inside`.
+
+  Paragraphs are what blank lines part, the blank line belonging to the one before; a line has its newline, and blank lines
+  are left out; a line of JSON is an object with a text, and empty texts are left out. A leading byte order mark is dropped.
+
+  Args:
+    block: from `read_blocks`.
+    field: of the text in a line of JSON.
+    part: whether documents are parted by a newline where nothing else parts them: it is put after each text of JSON lines,
+      and after each file of text but the last, where it is missing.
+
+  Raises:
+    UserError: naming file and byte or line, for what is not UTF-8 or not such JSON.
+  """
+  try:
+    text = block.content.decode()
+  except UnicodeDecodeError as error:
+    byte = f"byte {block.start.offset + error.start} is 0x{block.content[error.start]:02x}"
+    raise UserError(f"{block.path} is not UTF-8 text: {byte}.") from None
+  if block.start.offset == 0:
+    text = text.removeprefix("\ufeff")
+  if block.kind == "jsonl":
+    lines = text.split("\n")
+    del text  # a line may be as long as the block
+    found = [_parse_line(line, block, n, field) for n, line in enumerate(lines, 1) if line.strip()]
+    return [f"{t}\n" if part and not t.endswith("\n") else t for t in found if t]
+  if not text:
+    return []
+  if part and block.ends_file and not block.ends_all and not text.endswith("\n"):
+    text += "\n"
+  if block.kind == "files":
+    return [text]
+  separator = SEPARATORS[block.kind]
+  *whole, last = text.split(separator)
+  documents = [document + separator for document in whole]
+  if block.kind == "lines":
+    documents = [d for n, d in enumerate([*documents, last]) if d.strip() or (n == 0 and d and block.start.inside)]
+  elif last or block.ends_file:
+    documents.append(last)
+  return documents
+
+
+def _parse_line(line: str, block: Block, number: int, field: str) -> str:
+  """The text of one line of JSON, the `number`-th of its block."""
+  where = f"{block.path} line {block.start.line + number}"
+  try:
+    value = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{where} is not JSON: {error}") from None
+  if not isinstance(value, dict) or not isinstance(value.get(field), str):
+    got = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
+    if isinstance(value, dict) and field in value:
+      got = f"a JSON {type(value[field]).__name__} in it"
+    raise UserError(f"{where} needs a text in the field {field!r} and has {got[:200]}. Try --field NAME")
+  try:
+    value[field].encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{where} holds {value[field][error.start]!r}, half of a pair, which is no Unicode text.") from None
+  return value[field]

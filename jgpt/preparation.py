@@ -1,0 +1,334 @@
+"""Making token files from text of any size: in little memory, on all cores, and going on after an interruption.
+
+Responsible for the folder of token files: its shards, its `tokenizer.json`, and the manifest `prepare.json`, which says
+what they were made from, which are complete, and where the next one begins. Not responsible for the bytes of a token file
+(`shards.py`), for cutting text (`documents.py`) or for ids (`encoding.py`). Imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jgpt import documents, sources
+from jgpt.bpe import make_gpt2_tokenizer
+from jgpt.checks import UserError
+from jgpt.documents import Block, Position, parse_block, read_blocks
+from jgpt.encoding import DocumentEncoder
+from jgpt.paths import MANIFEST_FILE, TOKENIZER_FILE, is_heldout, list_files, read_tokenizer
+from jgpt.shards import HEADER_BYTES, digest_file, id_bytes, write_tokens
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+
+FORMAT = 1
+MAX_THREADS = 16  # they share one interpreter, which has no more to give
+MAX_WAITING_BYTES = 1 << 24  # of text that was read and is not written; a line of JSON may be all of it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+  """What is asked for.
+
+  Attributes:
+    inputs: files of text or JSON lines, in order; from `find_inputs`.
+    tokenizer: from `find_tokenizer`.
+    out: the folder to make.
+    documents: what a document of text is: "paragraphs", "lines" or "files".
+    field: of the text in JSON lines.
+    heldout_tokens: ids of the validation shard, the first of all; 0 makes none.
+    shard_tokens: ids of each training shard but the last.
+  """
+
+  inputs: Sequence[Path]
+  tokenizer: Tokenizer
+  out: Path
+  documents: str = "paragraphs"
+  field: str = "text"
+  heldout_tokens: int = 32_768
+  shard_tokens: int = 100_000_000
+
+  def __post_init__(self):
+    if self.documents not in documents.KINDS:
+      raise UserError(f"--documents {self.documents} must be one of {', '.join(documents.KINDS)}.")
+    for name, least in (("heldout_tokens", 0), ("shard_tokens", 1)):
+      if not least <= getattr(self, name) < 2**31:
+        option = f"--{name.replace('_', '-')} {getattr(self, name)}"
+        raise UserError(f"{option} must be at least {least}, and below 2**31, which is what a header can count.")
+    for file in self.inputs:
+      if file.resolve().is_relative_to(self.out.resolve()):
+        raise UserError(f"{file} is inside --out {self.out}. Choose another --out")
+
+  @property
+  def prefix(self) -> str:
+    """How the shards' names begin: with the folder's, unless that would make all of them held out."""
+    name = self.out.resolve().name
+    return name if name and not is_heldout(Path(name)) else "tokens"
+
+  @property
+  def num_bytes(self) -> int:
+    """Of all inputs."""
+    return sum(file.stat().st_size for file in self.inputs)
+
+  def describe(self) -> dict[str, Any]:
+    """What decides the ids, as the manifest records it."""
+    base = os.path.commonpath([file.resolve().parent for file in self.inputs])
+    inputs = []
+    for file in self.inputs:
+      stat = file.stat()
+      name = Path(os.path.relpath(file.resolve(), base)).as_posix()
+      inputs.append({"name": name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns})
+    names = ("documents", "field", "heldout_tokens", "shard_tokens")
+    options = {name: getattr(self, name) for name in names}
+    return {"format": FORMAT, "inputs": inputs, **options, "tokenizer_sha256": self.tokenizer.digest, "prefix": self.prefix}
+
+
+def find_inputs(path: str) -> list[Path]:
+  """Lists the files that `path` names: one file, a folder's *.txt and *.jsonl, or a glob's; raises `UserError` for none."""
+  files = list_files(path, ["*.txt", "*.jsonl"])
+  if files is None:
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):
+      raise UserError(f"there is no file {path}.")
+    return [file]
+  if not files:
+    raise UserError(f"the folder {path} holds no *.txt or *.jsonl file. For others try --data '{Path(path, '*')}'")
+  return files
+
+
+def find_tokenizer(word: str) -> Tokenizer:
+  """Finds a tokenizer: "gpt2", "bytes", or the path of a `tokenizer.json` or of a folder (a run's) that holds one.
+
+  Raises:
+    UserError: if there is none, or it has the BOS of documents in rows, which a stream has no place for.
+  """
+  if word == "gpt2":
+    return make_gpt2_tokenizer(*sources.find_gpt2_files())
+  if word == "bytes":
+    return ByteTokenizer()
+  path = Path(os.path.expanduser(word))
+  path = path / TOKENIZER_FILE if path.is_dir() else path
+  if not path.is_file():
+    raise UserError(f"--tokenizer {word} must be gpt2, bytes, a {TOKENIZER_FILE} or a run folder; there is no file {path}.")
+  tokenizer = read_tokenizer(path)
+  if isinstance(tokenizer, CharTokenizer) and tokenizer.bos:
+    raise UserError(f"{path} is the tokenizer of a run of documents, with BOS; token files hold one stream. Choose another")
+  return tokenizer
+
+
+# --- The folder ---
+
+
+def prepare(wanted: Preparation, on_progress: Callable[[int, int], None] = lambda done, tokens: None) -> dict[str, Any]:
+  """Makes token files, or goes on with making them.
+
+  Killed at any moment and called again, it goes on after the last complete shard, and the files are in the end the same,
+  byte by byte, as those of a call that was not interrupted. A finished folder is left as it is.
+
+  Args:
+    wanted: what to make, and where.
+    on_progress: is called with the bytes of input and the ids that are done.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    UserError: if the folder holds something else, the inputs cannot be read, or hold too little for a shard.
+  """
+  try:
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    with _lock(wanted.out):
+      manifest = _begin(wanted)
+      if not manifest["finished"]:
+        _go_on(wanted, manifest, on_progress)
+      return manifest
+  except OSError as error:
+    again = "The same command goes on from there when that is mended"
+    raise UserError(f"cannot write to --out {wanted.out}: {error.strerror}. {again}") from None
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+  """Reads `prepare.json`; None where there is none; raises `UserError` where it is damaged."""
+  path = out / MANIFEST_FILE
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    Position(**value["next"]["start"])
+    int(value["next"]["skip"])
+    bool(value["finished"])
+    [(str(file["name"]), int(file["tokens"])) for file in value["files"]]
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    raise UserError(f"{path} is damaged ({error}). Delete {out} to start over, or choose another --out") from None
+  return value
+
+
+def _begin(wanted: Preparation) -> dict[str, Any]:
+  """The manifest of the folder, checked, or a new one in an empty folder."""
+  out, asked = wanted.out, wanted.describe()
+  manifest = read_manifest(out)
+  if manifest is None:
+    if shown := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
+      raise UserError(f"--out {out} holds other files ({shown[0]}), which are left alone. Choose another --out")
+    start = {"start": dataclasses.asdict(Position()), "skip": 0}
+    manifest = {**asked, "files": [], "finished": False, "next": start}
+    _write_json(out / MANIFEST_FILE, manifest)
+  if differing := [name for name in asked if manifest.get(name) != asked[name]]:
+    what = ", ".join(differing[:3])
+    raise UserError(f"--out {out} was made from something else: {what} differs. Choose another --out, or delete {out}")
+  for file in manifest["files"]:
+    path, need = out / file["name"], HEADER_BYTES + file["tokens"] * id_bytes(wanted.tokenizer.vocab_size)
+    size = path.stat().st_size if path.is_file() else None
+    if size != need:
+      raise UserError(f"{path} has {size or 'no'} bytes and was written with {need:,}. Delete {out} to start over")
+  if not (out / TOKENIZER_FILE).exists():
+    _write_json(out / TOKENIZER_FILE, wanted.tokenizer.to_json())
+  return manifest
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+  """Keeps two processes from writing into one folder, where the system can."""
+  try:
+    import fcntl
+  except ImportError:  # Windows
+    yield
+    return
+  folder = os.open(out, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # a file system without locks
+      try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise UserError(f"another process is writing to {out}.") from None
+    yield
+  finally:
+    os.close(folder)
+
+
+def _write_json(path: Path, value: Any) -> None:
+  """Writes JSON under a temporary name, then renames."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    json.dump(value, file, indent=2, ensure_ascii=False)
+    file.write("\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+# --- Shards ---
+
+
+def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[[int, int], None]) -> None:
+  """Writes the shards that are missing; the manifest is written after each."""
+  sizes = [file["bytes"] for file in manifest["inputs"]]
+  start, skip = Position(**manifest["next"]["start"]), manifest["next"]["skip"]
+  encoder = DocumentEncoder(wanted.tokenizer)
+  encoder.encode([""])  # a package that is missing is missed here, and not by every thread
+  blocks = read_blocks(wanted.inputs, sizes, wanted.documents, start)
+
+  def encode(block: Block) -> np.ndarray:
+    texts = parse_block(block, wanted.field, part=encoder.eot_id is None)
+    try:
+      return encoder.encode(texts, inside=block.start.inside)
+    except UserError as error:
+      raise UserError(f"{block.path}: {error}") from None
+
+  with _encode_in_order(blocks, encode) as arrays:
+    ids = _Ids(arrays, start, skip)
+    while ids.are_left():
+      is_first = not manifest["files"] and wanted.heldout_tokens > 0
+      limit = wanted.heldout_tokens if is_first else wanted.shard_tokens
+      number = 0 if is_first else len(manifest["files"]) + (not wanted.heldout_tokens)
+      path = wanted.out / f"{wanted.prefix}_{'val' if is_first else 'train'}_{number:06}.bin"
+      before = sum(file["tokens"] for file in manifest["files"])
+      with write_tokens(path, wanted.tokenizer.vocab_size) as writer:
+        while writer.count < limit and ids.are_left():
+          writer.append(ids.take(limit - writer.count))
+          on_progress(sum(sizes[: ids.start.file]) + ids.start.offset, before + writer.count)
+        if is_first and not ids.are_left():
+          few = f"the input has only {writer.count:,} tokens, none beyond the {limit:,} for validation"
+          raise UserError(f"{few}. Try a smaller --heldout-tokens, or 0, with another --out")
+      manifest["files"].append({"name": path.name, "tokens": writer.count, "sha256": digest_file(path)})
+      manifest["next"] = {"start": dataclasses.asdict(ids.start), "skip": ids.used}
+      _write_json(wanted.out / MANIFEST_FILE, manifest)
+  if not manifest["files"]:
+    raise UserError(f"the input holds no text: {wanted.inputs[0]}.")
+  manifest["finished"] = True
+  _write_json(wanted.out / MANIFEST_FILE, manifest)
+  on_progress(sum(sizes), sum(file["tokens"] for file in manifest["files"]))
+
+
+class _Ids:
+  """The ids of blocks, taken in pieces.
+
+  Attributes:
+    start: where the block begins whose ids are taken.
+    used: how many of them are taken.
+  """
+
+  def __init__(self, arrays: Iterator[tuple[Position, np.ndarray]], start: Position, skip: int):
+    self._arrays, self._ids = arrays, np.empty(0, np.uint32)
+    self.start, self.used = start, 0
+    while skip and self._next():
+      self.used = min(skip, len(self._ids))
+      skip -= self.used
+
+  def _next(self) -> bool:
+    following = next(self._arrays, None)
+    if following is not None:
+      self.start, self._ids = following
+      self.used = 0
+    return following is not None
+
+  def are_left(self) -> bool:
+    """Whether there are ids to take; moves on to their block."""
+    while self.used == len(self._ids):
+      if not self._next():
+        return False
+    return True
+
+  def take(self, limit: int) -> np.ndarray:
+    """The next ids of the block, at most `limit`."""
+    taken = self._ids[self.used : self.used + limit]
+    self.used += len(taken)
+    return taken
+
+
+@contextlib.contextmanager
+def _encode_in_order(
+  blocks: Iterator[Block], encode: Callable[[Block], np.ndarray]
+) -> Iterator[Iterator[tuple[Position, np.ndarray]]]:
+  """Gives an iterator of where each block begins and its ids; threads work ahead of it, as far as the memory allows.
+
+  Where the body ends early, what the threads have not begun is dropped.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  num_threads = min(cores, MAX_THREADS)
+  pool = ThreadPoolExecutor(num_threads)
+
+  def results() -> Iterator[tuple[Position, np.ndarray]]:
+    waiting, num_bytes = deque(), 0
+    for block in blocks:
+      while waiting and (len(waiting) > 2 * num_threads or num_bytes + len(block.content) > MAX_WAITING_BYTES):
+        start, size, future = waiting.popleft()
+        num_bytes -= size
+        yield start, future.result()
+      waiting.append((block.start, len(block.content), pool.submit(encode, block)))
+      num_bytes += len(block.content)
+    while waiting:
+      start, _, future = waiting.popleft()
+      yield start, future.result()
+
+  try:
+    yield results()
+  finally:
+    pool.shutdown(cancel_futures=True)

@@ -1,0 +1,161 @@
+"""python -m jgpt.prepare: token files from text or JSON lines of any size.
+
+Responsible for the command line and for saying how far it is; the work is in `preparation.py`. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jgpt import command
+
+if TYPE_CHECKING:
+  from jgpt.preparation import Preparation
+
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+BAR_SECONDS = 0.1
+# The experiment to try each kind of tokenizer with.
+EXPERIMENTS = {
+  "gpt2": "gpt2_shakespeare",
+  "bytes": "shakespeare_bytes",
+  "bpe": "shakespeare_bpe",
+  "characters": "shakespeare_char",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
+  args = _parser().parse_args(argv)
+  from jgpt import preparation
+
+  wanted = preparation.Preparation(
+    inputs=preparation.find_inputs(args.data),
+    tokenizer=preparation.find_tokenizer(args.tokenizer),
+    out=Path(args.out).expanduser(),
+    documents=args.documents,
+    field=args.field,
+    heldout_tokens=args.heldout_tokens,
+    shard_tokens=args.shard_tokens,
+  )
+  before = preparation.read_manifest(wanted.out)
+  began = time.perf_counter()
+  with _Progress(wanted.num_bytes) as progress:
+    manifest = preparation.prepare(wanted, progress.update)
+  if before is not None and before["finished"]:
+    print(f"{wanted.out} is finished already: nothing was changed")
+  for label, line in describe(wanted, manifest, time.perf_counter() - began):
+    print(f"{label:<12}{line}")
+  print(f"\nnext:\n  {next_command(wanted)}")
+  return 0
+
+
+def describe(wanted: Preparation, manifest: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
+  """What was made, as labelled lines."""
+  tokens = {"val": 0, "train": 0}
+  for file in manifest["files"]:
+    tokens[file["name"].rsplit("_", 2)[1]] += file["tokens"]
+  num_inputs, num_bytes = len(manifest["inputs"]), sum(file["bytes"] for file in manifest["inputs"])
+  names = [file["name"] for file in manifest["files"]]
+  return [
+    ("input", f"{num_inputs:,} {'file' if num_inputs == 1 else 'files'}, {num_bytes:,} bytes"),
+    ("vocabulary", wanted.tokenizer.describe()),
+    ("tokens", f"{tokens['train']:,} for training, {tokens['val']:,} held out"),
+    ("files", f"{wanted.out / names[0]}" + (f" ... {names[-1]} ({len(names):,} files)" if len(names) > 1 else "")),
+    ("time", f"{seconds:.1f} s"),
+  ]
+
+
+def next_command(wanted: Preparation) -> str:
+  """How to train on what was made."""
+  import shlex
+
+  from jgpt.tokenizer import kind_of
+
+  kind = kind_of(wanted.tokenizer)
+  size = f" --set data.bpe_vocab_size={wanted.tokenizer.vocab_size}" if kind == "bpe" else ""
+  path = shlex.quote(f"data.path={wanted.out}")
+  return f"{command.python_word()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
+
+
+class _Progress:
+  """Says how far the work is: a bar on a terminal, else a line now and then, both on standard error."""
+
+  def __init__(self, num_bytes: int):
+    self._num_bytes = num_bytes
+    self._began = self._said = time.perf_counter()
+    self._first: int | None = None
+    self._bar = None
+    if sys.stderr is not None and sys.stderr.isatty():
+      from rich import console, progress
+
+      columns = (
+        *(progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.DownloadColumn()),
+        *(progress.TransferSpeedColumn(), progress.TimeRemainingColumn()),
+      )
+      self._bar = progress.Progress(*columns, transient=True, console=console.Console(stderr=True))
+      self._task = self._bar.add_task("tokens", total=num_bytes)
+
+  def __enter__(self) -> _Progress:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def update(self, done: int, tokens: int) -> None:
+    """Takes the bytes of input and the ids that are done; what an earlier start did counts for no speed."""
+    now = time.perf_counter()
+    if self._first is None:
+      self._first = done
+    if now - self._said < (BAR_SECONDS if self._bar else LINE_SECONDS) and done < self._num_bytes:
+      return
+    self._said = now
+    if self._bar:
+      self._bar.start()
+      self._bar.update(self._task, completed=done)
+      return
+    rate = max(done - self._first, 1) / max(now - self._began, 1e-9)
+    left = f", {(self._num_bytes - done) / rate:,.0f} s left" if done < self._num_bytes else ""
+    share = f"{done / 1e6:,.1f} of {self._num_bytes / 1e6:,.1f} MB ({100 * done / max(1, self._num_bytes):.0f}%)"
+    print(f"{share}, {tokens:,} tokens, {rate / 1e6:.1f} MB/s{left}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m jgpt.prepare",
+    description="Make token files, in llm.c's format, from text or JSON lines of any size; the same command goes on "
+    "where one was interrupted.",
+  )
+  parser.add_argument(
+    "--data",
+    required=True,
+    metavar="PATH",
+    help="a file, a folder (its *.txt and *.jsonl) or a glob; UTF-8 text, *.jsonl holds JSON lines",
+  )
+  parser.add_argument(
+    "--tokenizer", required=True, metavar="NAME", help="gpt2, bytes, or the path of a tokenizer.json or of a run folder"
+  )
+  parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; begins the files' names")
+  parser.add_argument(
+    "--documents",
+    choices=("paragraphs", "lines", "files"),
+    default="paragraphs",
+    help="what a document of text is; the end-of-text token, where the tokenizer has one, is put before each (default: "
+    "paragraphs, parted by blank lines)",
+  )
+  parser.add_argument("--field", default="text", metavar="NAME", help="of the text in a line of JSON (default: text)")
+  parser.add_argument(
+    "--heldout-tokens", type=int, default=32_768, metavar="N", help="the first, for validation (default: 32768; 0: none)"
+  )
+  parser.add_argument(
+    "--shard-tokens", type=int, default=100_000_000, metavar="N", help="in a training file (default: 100000000)"
+  )
+  return parser
+
+
+if __name__ == "__main__":
+  sys.exit(command.guard(main))

@@ -1,0 +1,392 @@
+"""Token files: headers, ids, several files as one stream, writing; which files a path names, and what their ids mean."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jgpt import paths, shards
+from jgpt.bpe import BpeTokenizer
+from jgpt.checks import UserError
+from jgpt.config import DataConfig
+from jgpt.shards import check_files, check_ids, open_files, parse_header, read_header, write_tokens
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+
+ENGLISH = [15496, 995, 11, 262, 286, 198, 290, 50256]  # ids of GPT-2's
+GPT2_SIZE = 50257
+
+
+def header(magic=20240520, version=1, count=4):
+  return struct.pack("<256i", magic, version, count, *[0] * 253)
+
+
+def file16(ids):
+  return header(count=len(ids)) + struct.pack(f"<{len(ids)}H", *ids)
+
+
+def file32(ids):
+  return header(20240801, 7, len(ids)) + struct.pack(f"<{len(ids)}I", *ids)
+
+
+def save_npy(value):
+  target = io.BytesIO()
+  np.save(target, value)
+  return target.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """Writes files into an empty folder, the current one."""
+  monkeypatch.chdir(tmp_path)
+
+  def write(contents):
+    for name, content in contents.items():
+      Path(name).parent.mkdir(parents=True, exist_ok=True)
+      Path(name).write_bytes(content)
+    return [Path(name) for name in contents]
+
+  return write
+
+
+# --- Headers ---
+
+
+@pytest.mark.parametrize(
+  ("content", "offset", "bits"),
+  [
+    (file16(ENGLISH), 1024, 16),
+    (file32([*ENGLISH[:-1], 128_000]), 1024, 32),
+    (struct.pack("<8H", *ENGLISH), 0, 16),
+    (struct.pack("<1H", 7), 0, 16),
+    (struct.pack("<512H", *[0] * 512)[:60], 0, 16),
+  ],
+)
+def test_ids_are_found_behind_either_header_and_without_one(folder, content, offset, bits):
+  (path,) = folder({"a.bin": content})
+  found = read_header(path)
+  ids = np.frombuffer(content[offset:], f"<u{bits // 8}")
+  assert (found.offset, found.dtype.itemsize, found.count) == (offset, bits // 8, len(ids))
+  np.testing.assert_array_equal(open_files([found]).read(0, len(ids)), ids)
+
+
+MALFORMED = {
+  "nothing at all": (b"", r"is empty: a token file needs at least 1 id"),
+  "an odd byte": (struct.pack("<9H", *ENGLISH, 1) + b"\1", r"has 19 bytes, and ids of 16 bits .* even number"),
+  "a cut header": (header()[:600], r"has 600 bytes, and its header alone needs 1,024"),
+  "another version": (header(version=2) + bytes(8), r"has version 2 in its header, and magic 20240520 needs version 1"),
+  "version of the other": (header(20240801, 1) + bytes(16), r"has version 1 .* magic 20240801 needs version 7"),
+  "no ids": (header(count=0), r"has count 0 in its header, and needs at least 1"),
+  "a negative count": (header(count=-4) + bytes(8), r"has count -4 in its header"),
+  "too few bytes": (header(count=5) + bytes(8), r"has count 5 .*makes 1,034 bytes, and has 1,032: it is cut"),
+  "too many bytes": (header(count=3) + bytes(8), r"has count 3 .*makes 1,030 bytes, and has 1,032: it is damaged"),
+  "a huge count": (header(count=2**31 - 1) + bytes(8), r"has count 2,147,483,647 .*cut"),
+  "ids of another width": (header(count=4) + struct.pack("<4I", 1, 2, 3, 4), r"has count 4 .*makes 1,032 .*has 1,040"),
+  "a damaged magic": (
+    header(magic=20240521) + bytes(8),
+    r"has magic 20240521 in its header and must have 20240520 or 2",
+  ),
+  "big-endian": (struct.pack(">256i", 20240520, 1, 4, *[0] * 253) + bytes(8), r"big-endian order, and little-endian"),
+  "weights": (header(20240326, 3) + bytes(8), r"is llm\.c's weights"),
+  "debug state": (header(20240327, 2) + bytes(8), r"is llm\.c's debug state"),
+  "a tokenizer": (header(20240328, 2) + bytes(8), r"is llm\.c's tokenizer"),
+  "text": (b"First Citizen:\nBefore we proceed any further\n", r"is text\. Give a text a name that does not end in \.bin"),
+  "long text": ("Größe, 漢字 😀. ".encode() * 400, r"is text"),
+  "a pickle": (pickle.dumps([*ENGLISH] * 50), r"is a pickle"),
+  "an old pickle": (pickle.dumps({"ids": ENGLISH, "name": "x" * 9}, protocol=2) + b".", r"is a pickle"),
+  "a pickled array": (pickle.dumps(np.array(ENGLISH * 50)), r"is a pickle"),
+  "an array": (save_npy(np.array(ENGLISH, np.uint16)), r"is a NumPy array"),
+  "a zip archive": (b"PK\x03\x04" + bytes(96), r"is a zip archive"),
+  "gzip": (b"\x1f\x8b\x08\x00" + bytes(range(96)), r"is compressed by gzip"),
+  "32 bits without a header": (struct.pack("<32I", *range(1000, 1032)), r"an id of 0 in every second place"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_are_refused_in_one_line_that_names_them(folder, name):
+  content, complaint = MALFORMED[name]
+  (path,) = folder({"train.bin": content})
+  with pytest.raises(UserError, match=rf"^train\.bin .*{complaint}") as raised:
+    read_header(path)
+  assert "\n" not in str(raised.value) and "jgpt.prepare" in str(raised.value)
+
+
+def test_absent_file_is_named(tmp_path):
+  with pytest.raises(UserError, match=r"cannot read .*absent\.bin: No such file"):
+    read_header(tmp_path / "absent.bin")
+
+
+@pytest.mark.parametrize("first", [35615, 640, 896, 1152, 1408, 19280])  # begin like gzip, pickles and zip archives
+def test_ids_that_begin_like_another_file_are_ids(first):
+  content = struct.pack("<65H", first, *ENGLISH * 8)
+  assert parse_header(Path("a"), content, len(content)).count == 65
+
+
+@given(st.binary(max_size=1100), st.integers(0, 10_000))
+@settings(max_examples=100)
+def test_any_bytes_are_ids_or_refused_in_one_line(content, more):
+  size = len(content) + (more if len(content) >= 1024 else 0)
+  try:
+    found = parse_header(Path("a.bin"), content[:1024], size)
+  except UserError as error:
+    assert str(error).startswith("a.bin ") and "\n" not in str(error)
+  else:
+    assert found.count >= 1 and found.offset + found.count * found.dtype.itemsize == size
+
+
+@given(st.sampled_from([20240520, 20240801]), st.integers(0, 11), st.integers(1, 255), st.integers(1, 10**6))
+@settings(max_examples=100)
+def test_one_wrong_byte_in_the_fields_of_a_header_never_goes_unseen(magic, place, change, count):
+  version, size = {20240520: (1, 2), 20240801: (7, 4)}[magic]
+  head = bytearray(header(magic, version, count))
+  assert parse_header(Path("a"), bytes(head), 1024 + size * count).count == count
+  head[place] ^= change
+  with pytest.raises(UserError):
+    parse_header(Path("a"), bytes(head), 1024 + size * count)
+
+
+@given(st.integers(4, 1031))
+@settings(max_examples=50)
+def test_a_file_cut_anywhere_is_refused(length):
+  content = file16([1, 2, 3, 4])[:length]
+  with pytest.raises(UserError, match="cut"):
+    parse_header(Path("a"), content[:1024], length)
+
+
+# --- Ids ---
+
+
+@pytest.mark.parametrize(("write", "offset"), [(file16, 1024), (file32, 1024), (lambda ids: file16(ids)[1024:], 0)])
+@pytest.mark.parametrize("place", [0, 6, 7, 8, 20])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder, monkeypatch, write, offset, place):
+  monkeypatch.setattr(shards, "BLOCK_BYTES", 16)  # places before, at and after the border of what is read at once
+  ids = [5] * 21
+  ids[place] = 100
+  (path,) = folder({"a.bin": write(ids)})
+  file = read_header(path)
+  with pytest.raises(UserError, match=rf"^a\.bin has id 100 at position {place}, .* below 100.*data\.tokenizer"):
+    check_ids(file, 100)
+  assert check_ids(file, 101) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_that_grows_or_goes_meanwhile_is_named(folder):
+  (path,) = folder({"a.bin": struct.pack("<8H", *ENGLISH)})
+  file = read_header(path)
+  path.write_bytes(path.read_bytes() * 2)
+  with pytest.raises(UserError, match=r"a\.bin had 8 ids, and 16 when they were read"):
+    check_ids(file, GPT2_SIZE)
+  path.unlink()
+  with pytest.raises(UserError, match=r"cannot read a\.bin"):
+    check_ids(file, GPT2_SIZE)
+
+
+def test_digest_is_of_contents_order_and_part_and_not_of_names(folder):
+  contents = [file16([1, 2]), file16([3]), file16([4, 5, 6])]
+  one, two, three = map(read_header, folder(dict(zip(["a.bin", "b.bin", "c.bin"], contents, strict=True))))
+  hashes = [hashlib.sha256(content).hexdigest() for content in contents]
+  expected = hashlib.sha256(json.dumps([hashes[:2], hashes[2:]]).encode()).hexdigest()
+  assert check_files([one, two], [three], 10) == expected
+  (renamed,) = map(read_header, folder({"z.bin": contents[0]}))
+  assert check_files([renamed, two], [three], 10) == expected
+  others = {check_files(*parts, 10) for parts in (([two, one], [three]), ([one, two, three], []), ([one], [two, three]))}
+  assert len(others | {expected}) == 4
+  with pytest.raises(UserError, match=r"c\.bin has id 6"):
+    check_files([one, two], [three], 6)
+
+
+def test_checking_takes_no_more_memory_than_a_block(tmp_path):
+  """64 MB are checked by a process that grows by less than 24 MB."""
+  if not Path("/proc/self/status").exists():
+    pytest.skip("this system does not say how much memory a process took at most")
+  np.arange(32_000_000, dtype="<u2").tofile(tmp_path / "a.bin")
+  code = """if True:
+    import re, sys
+    from pathlib import Path
+    from jgpt import shards
+    file = shards.read_header(Path(sys.argv[1]))
+    peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+    before = peak()
+    shards.check_files([file], [], 65536)
+    print(peak() - before)
+  """
+  done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.bin")], capture_output=True, text=True, check=True)
+  assert int(done.stdout) / 1024 < 24
+
+
+# --- Several files as one stream ---
+
+
+@given(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=9), min_size=1, max_size=5), st.data())
+@settings(max_examples=60)
+def test_read_and_take_are_those_of_the_joined_ids(parts, data):
+  whole = np.concatenate([np.array(part, np.int32) for part in parts])
+  maps = tuple(np.array(part, np.uint16 if n % 2 else np.uint32) for n, part in enumerate(parts))
+  stream = shards.TokenFiles(maps, np.cumsum([len(part) for part in parts], dtype=np.int64))
+  assert len(stream) == len(whole)
+  start = data.draw(st.integers(0, len(whole)))
+  stop = data.draw(st.integers(start, len(whole)))
+  got = stream.read(start, stop)
+  np.testing.assert_array_equal(got, whole[start:stop])
+  assert got.dtype == np.int32
+  shape = data.draw(st.tuples(st.integers(0, 4), st.integers(1, 4)))
+  places = data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
+  places = np.array(places, np.int64).reshape(shape)
+  got = stream.take(places)
+  np.testing.assert_array_equal(got, whole[places])
+  assert got.dtype == np.int32
+
+
+def test_places_outside_the_stream_are_refused_and_nothing_is_clamped(folder):
+  stream = open_files([read_header(path) for path in folder({"a.bin": file16([1, 2]), "b.bin": file32([3, 70_000])})])
+  np.testing.assert_array_equal(stream.read(0, 4), [1, 2, 3, 70_000])
+  np.testing.assert_array_equal(stream.take(np.array([3, 0, 1])), [70_000, 1, 2])
+  for start, stop in ((-1, 2), (3, 2), (0, 5)):
+    with pytest.raises(IndexError):
+      stream.read(start, stop)
+  for places in ([-1], [4], [0, 2**40]):
+    with pytest.raises(IndexError):
+      stream.take(np.array(places))
+  assert len(open_files([])) == 0 and len(open_files([]).read(0, 0)) == 0
+
+
+# --- Writing ---
+
+
+@pytest.mark.parametrize(("vocab_size", "expected"), [(50257, file16), (65536, file16), (65537, file32), (256, file16)])
+def test_writer_writes_llm_cs_bytes_and_the_vocabulary_chooses_the_width(tmp_path, vocab_size, expected):
+  ids = [0, 1, 255, vocab_size - 1, 7]
+  path = tmp_path / "a.bin"
+  with write_tokens(path, vocab_size) as writer:
+    writer.append(np.array(ids[:2], np.uint32))
+    writer.append(np.array([], np.int64))
+    writer.append(np.array(ids[2:], np.int64))
+    assert writer.count == 5 and not path.exists()
+  assert path.read_bytes() == expected(ids)
+  assert shards.id_bytes(vocab_size) == (len(expected(ids)) - 1024) // 5
+  assert shards.digest_file(path) == hashlib.sha256(expected(ids)).hexdigest()
+
+
+@given(st.lists(st.lists(st.integers(0, 70_000)), max_size=5), st.sampled_from([65_536, 70_001]))
+@settings(max_examples=40)
+def test_what_is_written_is_read(tmp_path_factory, blocks, vocab_size):
+  blocks = [[i % vocab_size for i in block] for block in blocks] + [[1]]
+  path = tmp_path_factory.mktemp("tokens") / "a.bin"
+  with write_tokens(path, vocab_size) as writer:
+    for block in blocks:
+      writer.append(np.array(block, np.int32))
+  ids = [i for block in blocks for i in block]
+  np.testing.assert_array_equal(open_files([read_header(path)]).read(0, len(ids)), ids)
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+  path = tmp_path / "a.bin"
+  path.write_bytes(b"old")
+  with pytest.raises(ZeroDivisionError), write_tokens(path, 256) as writer:
+    writer.append(np.array([1, 2]))
+    1 / 0  # noqa: B018
+  assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ids", [[256], [-1], [0, 2**40]])
+def test_an_id_that_does_not_fit_is_never_written(tmp_path, ids):
+  with pytest.raises(ValueError, match="of a vocabulary of 256"), write_tokens(tmp_path / "a.bin", 256) as writer:
+    writer.append(np.array(ids, np.int64))
+  assert not list(tmp_path.iterdir())
+
+
+# --- Which files a path names ---
+
+
+@pytest.mark.parametrize(
+  ("name", "is_out"),
+  [
+    *(("val.bin", True), ("tiny_shakespeare_val.bin", True), ("fineweb_val_000000.bin", True), ("a-valid-1.bin", True)),
+    *(("VALIDATION.bin", True), ("x.val.bin", True), ("train.bin", False), ("validated.bin", False), ("ovals.bin", False)),
+    *(("val1.bin", False), ("carnival.bin", False), ("interval_train.bin", False)),
+  ],
+)
+def test_held_out_is_a_word_of_the_files_name_and_not_of_its_folders(name, is_out):
+  assert paths.is_heldout(Path("val", name)) is is_out
+
+
+def test_token_files_are_named_by_a_file_a_glob_or_a_folder_without_texts(folder):
+  folder({"s/b.bin": b"..", "s/a/z.bin": b"..", "s/.c.bin.tmp": b"..", "s/.d.bin": b"..", "s/notes.md": b".."})
+  folder({"mixed/a.bin": b"..", "mixed/a.txt": b"..", "texts/a.txt": b"..", "empty/a.md": b".."})
+  names = lambda path: [file.as_posix() for file in paths.find_token_files(path)]  # noqa: E731
+  assert names("s") == names("s/") == ["s/a/z.bin", "s/b.bin"]
+  assert names("s/*.bin") == ["s/b.bin"] and names("s/**/*.bin") == ["s/a/z.bin", "s/b.bin"]
+  assert names("s/b.bin") == ["s/b.bin"] and names("s/absent.bin") == ["s/absent.bin"]
+  for text in (None, "mixed", "texts", "texts/a.txt", "texts/*", "empty", "absent.txt"):
+    assert paths.find_token_files(text) == []
+  with pytest.raises(UserError, match=r"^mixed/\* matches mixed/a\.bin and mixed/a\.txt: "):
+    paths.find_token_files("mixed/*")
+  with pytest.raises(UserError, match=r"no file is called mixed/\*\.bim"):
+    paths.find_token_files("mixed/*.bim")
+
+
+@pytest.mark.parametrize(
+  ("manifest", "complete"),
+  [(b'{"finished": false}', False), (b'{"finished": true}', True), (b"[]", True), (b"{", True), (b"\xff", True)],
+)
+def test_a_folder_that_was_not_finished_is_refused(folder, manifest, complete):
+  folder({"s/a.bin": b"..", "s/prepare.json": manifest})
+  if complete:
+    assert paths.find_token_files("s") == [Path("s/a.bin")]
+  else:
+    with pytest.raises(UserError, match=r"^s is not finished.*prepare\.json.*the same python -m jgpt\.prepare again"):
+      paths.find_token_files("s")
+  assert paths.find_token_files("s/*.bin") == [Path("s/a.bin")]  # named by themselves, they are meant
+
+
+# --- What the ids mean ---
+
+
+CONFIG = DataConfig(source="names", tokenizer="bytes", batching="random", seq_len=8, batch_size=1, heldout_fraction=0.0)
+
+
+def config_of(tokenizer, **changes):
+  return dataclasses.replace(CONFIG, tokenizer=tokenizer, **changes)
+
+
+def test_ids_mean_what_the_folders_tokenizer_says(folder):
+  chars = CharTokenizer("\nab", bos=False)
+  files = folder({"s/a.bin": b"..", "s/b.bin": b".."})
+  assert paths.find_tokenizer(files, config_of("bytes")) is None and paths.find_tokenizer(files, config_of("gpt2")) is None
+  for kind, more in (("characters", {}), ("bpe", {"bpe_vocab_size": 300})):
+    with pytest.raises(UserError, match=rf"s has token files and no tokenizer\.json .*data\.tokenizer={kind} needs"):
+      paths.find_tokenizer(files, config_of(kind, **more))
+  folder({"s/tokenizer.json": json.dumps(chars.to_json()).encode()})
+  assert paths.find_tokenizer(files, config_of("characters")) == chars
+  mend = r"of the kind characters with 3 ids, and the run's is data\.tokenizer=gpt2\. Try --set data\.tokenizer=characters"
+  with pytest.raises(UserError, match=rf"^s/tokenizer\.json is .*{mend} --set data\.mark_paragraphs=false$"):
+    paths.find_tokenizer(files, config_of("gpt2", mark_paragraphs=True))
+  folder({"t/tokenizer.json": json.dumps(ByteTokenizer().to_json()).encode()})
+  with pytest.raises(UserError, match=r"s/tokenizer\.json and t/tokenizer\.json are different tokenizers"):
+    paths.find_tokenizer([*files, Path("t/a.bin")], config_of("characters"))
+
+
+def test_a_bpe_tokenizer_must_have_the_ids_that_the_settings_say(folder):
+  tokenizer = BpeTokenizer("a b\nab c", end_of_text=False)
+  files = folder({"s/a.bin": b"..", "s/tokenizer.json": json.dumps(tokenizer.to_json()).encode()})
+  assert paths.find_tokenizer(files, config_of("bpe", bpe_vocab_size=258)) == tokenizer
+  for config in (config_of("bpe", bpe_vocab_size=300), config_of("bytes")):
+    with pytest.raises(UserError, match=r"--set data\.tokenizer=bpe --set data\.bpe_vocab_size=258$"):
+      paths.find_tokenizer(files, config)
+
+
+@pytest.mark.parametrize(
+  ("content", "complaint"), [(b"{", "not readable as JSON"), (b'{"type": "x"}', "must be"), (b"\xff", "JSON")]
+)
+def test_a_damaged_tokenizer_is_named(folder, content, complaint):
+  (path,) = folder({"s/tokenizer.json": content})
+  with pytest.raises(UserError, match=rf"^s/tokenizer\.json.*{complaint}"):
+    paths.read_tokenizer(path)
