@@ -1,8 +1,9 @@
 """Batches as functions of the step.
 
-Responsible for what a batch is, for the two forms of a tokenized text (documents, a stream), and for cutting the batch of
-any step from them, inside jit. Nothing here has a state: a checkpoint holds no iterator. Not responsible for how a text
-becomes tokens (`data.py`).
+Responsible for what a batch is, for the forms of a tokenized text (documents, a stream, batches that were cut from a stream
+too large for the device), and for cutting the batch of any step from them, inside jit. Nothing here has a state: a
+checkpoint holds no iterator. Not responsible for how a text becomes tokens (`data.py`) or for reading them from the disk
+(`feed.py`).
 """
 
 from collections.abc import Callable
@@ -47,13 +48,27 @@ class Stream(NamedTuple):
   """A tokenized text in one piece.
 
   Attributes:
-    tokens: int32 [tokens].
+    tokens: int32 [tokens]; or `shards.TokenFiles`, of which `feed.py` cuts batches, where it is too large for a device.
   """
 
   tokens: jax.Array
 
 
-Corpus = Documents | Stream
+class Cut(NamedTuple):
+  """The batches of steps that follow each other, cut on the host from a stream that stays on the disk.
+
+  Attributes:
+    windows: int32 [steps, B, seq_len + 1].
+    counts: bool [steps, B], whether a row counts: an epoch's last batch may be short.
+    first_step: int32 scalar, the step of the first.
+  """
+
+  windows: jax.Array
+  counts: jax.Array
+  first_step: jax.Array
+
+
+Corpus = Documents | Stream | Cut
 
 
 def make_batch_fn(config: DataConfig, seed: int) -> Callable[[Corpus, jax.Array], Batch]:
@@ -65,17 +80,36 @@ def make_batch_fn(config: DataConfig, seed: int) -> Callable[[Corpus, jax.Array]
   """
 
   def batch(corpus: Corpus, step: jax.Array) -> Batch:
+    if isinstance(corpus, Cut):
+      return _cut_batch(corpus, step)
     if config.num_batches:
       step = step % config.num_batches
-    if config.batching == "documents":
+    if isinstance(corpus, Documents):
       return next_documents(corpus, step, config)
-    if config.batching == "sequential":
-      return sequential_windows(corpus, step, config)
-    if config.batching == "epochs":
-      return permuted_windows(corpus, step, seed, config)
-    return random_windows(corpus, derive_key(seed, DATA, step), config)
+    starts_B, counts_B = window_starts(corpus.tokens.shape[0], step, seed, config)
+    return _windows(corpus, starts_B, config.seq_len, counts_B)
 
   return batch
+
+
+def window_starts(num_tokens: int, step: jax.Array, seed: int, config: DataConfig) -> tuple[jax.Array, jax.Array]:
+  """Decides where the windows of a step begin in a stream.
+
+  Args:
+    num_tokens: of the stream.
+    step: integer scalar, updates applied before this one.
+    seed: of random windows and of the order of epochs.
+    config: `batching`, `batch_size` and `seq_len`.
+
+  Returns:
+    Positions [B], and bool [B], whether a row counts.
+  """
+  if config.batching == "epochs":
+    return permuted_starts(num_tokens, step, seed, config)
+  every_B = jnp.ones(config.batch_size, bool)
+  if config.batching == "sequential":
+    return sequential_starts(num_tokens, step, config), every_B
+  return random_starts(num_tokens, derive_key(seed, DATA, step), config), every_B
 
 
 def make_eval_batch_fn(config: DataConfig, seed: int, *, whole: bool) -> Callable[[Corpus, jax.Array], Batch]:
@@ -92,7 +126,7 @@ def make_eval_batch_fn(config: DataConfig, seed: int, *, whole: bool) -> Callabl
       return documents_in_order(corpus, number, EVAL_DOCUMENTS)
     if whole or config.batching != "random":
       return windows_in_order(corpus, number, config)
-    return random_windows(corpus, derive_key(seed, EVAL, number), config)
+    return _windows(corpus, random_starts(corpus.tokens.shape[0], derive_key(seed, EVAL, number), config), config.seq_len)
 
   return batch
 
@@ -109,7 +143,12 @@ def count_epoch_steps(corpus: Corpus, config: DataConfig) -> int | None:
   """Batches in an epoch of windows that do not overlap, the short last one included; None for other data."""
   if config.batching != "epochs":
     return None
-  return -(-_count_windows(corpus, config) // config.batch_size)
+  return -(-count_windows(len(corpus.tokens), config) // config.batch_size)
+
+
+def count_windows(num_tokens: int, config: DataConfig) -> int:
+  """Windows of `seq_len` that do not overlap, each with its targets."""
+  return (num_tokens - 1) // config.seq_len
 
 
 def next_documents(corpus: Documents, step: jax.Array, config: DataConfig) -> Batch:
@@ -133,29 +172,33 @@ def documents_in_order(corpus: Documents, number: jax.Array, batch_size: int) ->
   return _rows(corpus.tokens.at[rows_B].get(mode="clip"), lengths_B)
 
 
-def random_windows(corpus: Stream, key: jax.Array, config: DataConfig) -> Batch:
-  """Cuts windows whose starts are drawn evenly from all there are (nanoGPT's get_batch)."""
-  room = corpus.tokens.shape[0] - config.seq_len
-  return _windows(corpus, jax.random.randint(key, (config.batch_size,), 0, room), config.seq_len)
+def random_starts(num_tokens: int, key: jax.Array, config: DataConfig) -> jax.Array:
+  """Draws where windows begin, evenly from all places there are (nanoGPT's get_batch)."""
+  return jax.random.randint(key, (config.batch_size,), 0, num_tokens - config.seq_len)
 
 
-def sequential_windows(corpus: Stream, step: jax.Array, config: DataConfig) -> Batch:
-  """Cuts the next batch_size * seq_len tokens, starting over where no whole batch is left (llm.c's loader)."""
+def sequential_starts(num_tokens: int, step: jax.Array, config: DataConfig) -> jax.Array:
+  """Takes the next batch_size * seq_len tokens, starting over where no whole batch is left (llm.c's loader)."""
   stride = config.batch_size * config.seq_len
-  position = step % ((corpus.tokens.shape[0] - 1) // stride) * stride
-  return _windows(corpus, position + jnp.arange(config.batch_size) * config.seq_len, config.seq_len)
+  position = step % ((num_tokens - 1) // stride) * stride
+  return position + jnp.arange(config.batch_size) * config.seq_len
 
 
-def permuted_windows(corpus: Stream, step: jax.Array, seed: int, config: DataConfig) -> Batch:
-  """Cuts windows that do not overlap, each once an epoch, in an order drawn anew for each epoch.
+def permuted_starts(num_tokens: int, step: jax.Array, seed: int, config: DataConfig) -> tuple[jax.Array, jax.Array]:
+  """Takes windows that do not overlap, each once an epoch, in an order drawn anew for each epoch.
 
-  The last batch of an epoch is short: its missing rows weigh nothing. What is left after the last whole window is unused.
+  The last batch of an epoch is short: its missing rows do not count. What is left after the last whole window is unused.
   """
-  num_windows, num_steps = _count_windows(corpus, config), count_epoch_steps(corpus, config)
-  order = jax.random.permutation(derive_key(seed, DATA, step // num_steps), num_windows)
+  num_windows = count_windows(num_tokens, config)
+  num_steps = -(-num_windows // config.batch_size)
+  order = epoch_order(num_windows, step // num_steps, seed)
   rows_B = step % num_steps * config.batch_size + jnp.arange(config.batch_size)
-  batch = _windows(corpus, order.at[rows_B].get(mode="clip") * config.seq_len, config.seq_len)
-  return batch._replace(weights_BT=batch.weights_BT * (rows_B < num_windows)[:, None])
+  return order.at[rows_B].get(mode="clip") * config.seq_len, rows_B < num_windows
+
+
+def epoch_order(num_windows: int, epoch: jax.Array, seed: int) -> jax.Array:
+  """Draws the order of an epoch's windows, [num_windows]."""
+  return jax.random.permutation(derive_key(seed, DATA, epoch), num_windows)
 
 
 def windows_in_order(corpus: Stream, number: jax.Array, config: DataConfig) -> Batch:
@@ -164,16 +207,21 @@ def windows_in_order(corpus: Stream, number: jax.Array, config: DataConfig) -> B
   return _windows(corpus, rows_B * config.seq_len, config.seq_len)
 
 
-def _count_windows(corpus: Stream, config: DataConfig) -> int:
-  return (corpus.tokens.shape[0] - 1) // config.seq_len
-
-
-def _windows(corpus: Stream, starts_B: jax.Array, seq_len: int) -> Batch:
-  """The windows of seq_len + 1 tokens at `starts_B`; targets past the end weigh nothing."""
+def _windows(corpus: Stream, starts_B: jax.Array, seq_len: int, counts_B: jax.Array | None = None) -> Batch:
+  """The windows of seq_len + 1 tokens at `starts_B`; targets past the end weigh nothing, nor do rows that do not count."""
   positions = starts_B[:, None] + jnp.arange(seq_len + 1)[None]
   tokens = corpus.tokens.at[positions].get(mode="clip")
   weights_BT = positions[:, 1:] < corpus.tokens.shape[0]
+  if counts_B is not None:
+    weights_BT &= counts_B[:, None]
   return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))
+
+
+def _cut_batch(corpus: Cut, step: jax.Array) -> Batch:
+  """The batch of a step that was cut before."""
+  windows, counts_B = (jax.lax.dynamic_index_in_dim(x, step - corpus.first_step, keepdims=False) for x in corpus[:2])
+  weights_BT = jnp.broadcast_to(counts_B[:, None], windows[:, 1:].shape)
+  return Batch(windows[:, :-1], windows[:, 1:], weights_BT.astype(jnp.float32))
 
 
 def _rows(tokens: jax.Array, lengths_B: jax.Array) -> Batch:

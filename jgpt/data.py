@@ -1,16 +1,18 @@
-"""From a text to tokens: documents or a stream, their tokenizer, and the held-out part.
+"""From a text or token files to what a run reads: documents or a stream, their tokenizer, and the held-out part.
 
-Responsible for loading: what is done once, on the host. Not responsible for where the text comes from (`sources.py`) or
-for cutting batches (`batches.py`).
+Responsible for loading: what is done once, on the host. Not responsible for where the text comes from (`sources.py`), for
+the bytes of token files (`shards.py`) or for cutting batches (`batches.py`).
 """
 
 import dataclasses
 import hashlib
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from jgpt import sources
+from jgpt import paths, shards, sources
 from jgpt.batches import Corpus, Documents, Stream, count_epoch_steps
 from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
 from jgpt.checks import UserError
@@ -18,13 +20,15 @@ from jgpt.config import DataConfig
 from jgpt.sources import Text
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
 
+RESIDENT_TOKENS = 1 << 26  # 256 MB on a device; more are read from their files, a block of steps at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """A loaded text: what a run trains on, and what there is to say about it.
+  """A loaded text, or loaded token files: what a run trains on, and what there is to say about it.
 
   Attributes:
-    text: where it came from.
+    text: where it came from; of token files the kind is "token files", and there are no characters.
     label: its source by name, "(bundled)" added for the list that comes with jgpt; None for a path of the user's.
     tokenizer: of the run.
     train: the training part's tokens (NumPy arrays).
@@ -43,17 +47,22 @@ class Data:
 
 
 def find_data(config: DataConfig, seed: int, *, sha256: str | None = None, tokenizer: Tokenizer | None = None) -> Data:
-  """Finds the text that `config` names and loads it.
+  """Finds the text or the token files that `config` names and loads them.
 
   Args:
     config: where and how.
     seed: of the documents' order.
-    sha256: digest that the text must have, as recorded by a run; None takes the first text found.
+    sha256: digest that the data must have, as recorded by a run; None takes the first text found.
     tokenizer: the run's, where it has one already.
 
   Raises:
-    UserError: as `sources.find_text` and `load_data` do.
+    UserError: as `sources.find_text` and `load_data` do, or `load_token_files`.
   """
+  if files := paths.find_token_files(config.path):
+    data = load_token_files(files, config, tokenizer)
+    advice = "Put the old files back, or start over with --fresh"
+    sources.require_same(data.text, sha256, f"the content of {config.path}", advice)
+    return data
   return load_data(sources.find_text(config, sha256=sha256), config, seed, tokenizer)
 
 
@@ -138,26 +147,10 @@ def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, t
   train, heldout = (_encode(part, tokenizer, config) for part in (train_text, heldout_text))
   if config.heldout_tokens is not None:
     heldout, train = train[: config.heldout_tokens], train[config.heldout_tokens :]
-  need = config.seq_len + 1 if config.batching != "sequential" else config.seq_len * config.batch_size + 1
-  _check_length(train, need, "training", text, config)
-  if len(heldout):
-    _check_length(heldout, config.seq_len + 1, "held-out", text, config)
-  if len(train) >= 2**31 - config.seq_len * config.batch_size:
-    raise UserError(f"{len(train):,} tokens are more than 32-bit positions can count.")
-  train_corpus = Stream(train)
-  epoch = count_epoch_steps(train_corpus, config)
-  return Data(
-    text=text,
-    label=label,
-    tokenizer=tokenizer,
-    train=train_corpus,
-    heldout=Stream(heldout),
-    documents=[],
-    summary=[
-      f"{len(text.text):,} characters",
-      f"{len(train):,} tokens for training, {len(heldout):,} held out" + (f"; {epoch:,} steps an epoch" if epoch else ""),
-    ],
-  )
+  _check_lengths(len(train), len(heldout), text.location, config)
+  streams = Stream(train), Stream(heldout)
+  summary = [f"{len(text.text):,} characters", _describe_parts(*streams, config)]
+  return Data(text, label, tokenizer, *streams, documents=[], summary=summary)
 
 
 def make_tokenizer(config: DataConfig, text: str, train_text: str) -> Tokenizer:
@@ -185,11 +178,95 @@ def encode_paragraphs(text: str, tokenizer: BpeTokenizer) -> list[int]:
   return [i for p in [*(f"{p}\n\n" for p in paragraphs), last] for i in (tokenizer.eot_id, *tokenizer.encode(p))]
 
 
-def _check_length(tokens: np.ndarray, need: int, part: str, text: Text, config: DataConfig) -> None:
-  if len(tokens) < need:
+def _check_lengths(num_train: int, num_heldout: int, location: str, config: DataConfig) -> None:
+  """Raises `UserError` unless a stream's parts are long enough for a batch, and what lies on a device can be counted."""
+  need = config.seq_len + 1 if config.batching != "sequential" else config.seq_len * config.batch_size + 1
+  _check_length(num_train, need, "training", location, config)
+  if num_heldout:
+    _check_length(num_heldout, config.seq_len + 1, "held-out", location, config)
+  if num_heldout >= 2**31 - config.seq_len * config.batch_size:
     raise UserError(
-      f"the {part} part of {text.location} has {len(tokens):,} tokens, and a batch needs {need:,}. Try a longer text, or "
-      f"--set data.seq_len={max(1, min(config.seq_len, len(tokens) // 2))}"
+      f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count. Hold out fewer: an "
+      "evaluation reads them all"
+    )
+
+
+def _check_length(count: int, need: int, part: str, location: str, config: DataConfig) -> None:
+  if count < need:
+    raise UserError(
+      f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer text, or "
+      f"--set data.seq_len={max(1, min(config.seq_len, count // 2))}"
       + (" and --set data.batch_size=1" if config.batching == "sequential" else "")
       + (" or --set data.heldout_fraction=0" if part == "held-out" else "")
     )
+
+
+def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
+  """The line of the summary that counts tokens."""
+  epoch = count_epoch_steps(train, config)
+  counts = f"{len(train.tokens):,} tokens for training, {len(heldout.tokens):,} held out"
+  return counts + (f"; {epoch:,} steps an epoch" if epoch else "")
+
+
+# --- Token files ---
+
+
+def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
+  """Loads token files as one stream; every id is checked against the vocabulary.
+
+  Files whose names say so are the held-out part. Where there are none, it is the stream's first `heldout_tokens` tokens, or
+  the last `heldout_fraction` of it.
+
+  Args:
+    files: in order.
+    config: how. `mark_paragraphs` has no effect: the ids are taken as they are.
+    tokenizer: the run's, where it has one already; None takes the one beside the files, or that `config` asks for.
+
+  Raises:
+    UserError: if a file is damaged, holds ids that the tokenizer does not have, or there are too few or too many ids.
+  """
+  location = f"{config.path} ({len(files)} {'file' if len(files) == 1 else 'files'})"
+  if config.batching == "documents":
+    raise UserError(
+      f"data.batching=documents needs text, one document a line, and {location} holds tokens in one stream. Try --set "
+      "data.batching=random with a data.tokenizer and an experiment for streams"
+    )
+  found = paths.find_tokenizer(files, config)
+  if tokenizer and found and tokenizer.digest != found.digest:
+    raise UserError(
+      f"the token files of {location} were made with another tokenizer than the run's, which came with its folder or its "
+      f"weights. Make them again: python -m jgpt.prepare --tokenizer with the path of that {paths.TOKENIZER_FILE}"
+    )
+  tokenizer = tokenizer or found or make_tokenizer(config, "", "")
+  is_heldout = [paths.is_heldout(file) for file in files]
+  if all(is_heldout):
+    raise UserError(f"{location} holds nothing to train on: {files[0].name} is held out by its name. Name other files too.")
+  headers = [shards.read_header(file) for file in files]
+  parts = [[h for h, is_out in zip(headers, is_heldout, strict=True) if is_out == wanted] for wanted in (False, True)]
+  sha256 = shards.check_files(*parts, tokenizer.vocab_size)
+  train, heldout = map(shards.open_files, parts)
+  bounds, heldout_bounds = (0, len(train)), (0, len(heldout))
+  line = f"{len(parts[0])} token {'file' if len(parts[0]) == 1 else 'files'} for training"
+  if len(heldout):
+    unused = [f"data.{name}" for name in ("heldout_tokens", "heldout_fraction") if getattr(config, name)]
+    line += f", {len(parts[1])} held out" + (f" in the place of {unused[0]}" if unused else "")
+  else:
+    heldout = train
+    bounds, heldout_bounds = _split(len(train), config)
+  _check_lengths(bounds[1] - bounds[0], heldout_bounds[1] - heldout_bounds[0], location, config)
+  is_large = bounds[1] - bounds[0] > RESIDENT_TOKENS
+  streams = (
+    Stream(train.part(*bounds) if is_large else train.read(*bounds)),  # a large one is read while it is trained on
+    Stream(heldout.read(*heldout_bounds)),
+  )
+  summary = [line, _describe_parts(*streams, config)]
+  return Data(Text("", "token files", location, sha256), None, tokenizer, *streams, documents=[], summary=summary)
+
+
+def _split(num_tokens: int, config: DataConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+  """Where the training part and the held-out part of a stream begin and end."""
+  if config.heldout_tokens is not None:
+    first = min(config.heldout_tokens, num_tokens)
+    return (first, num_tokens), (0, first)
+  num_train = int((1 - config.heldout_fraction) * num_tokens)
+  return (0, num_train), (num_train, num_tokens)

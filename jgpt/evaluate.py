@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   from jgpt import checkpoint, runtime
   from jgpt.data import find_data
+  from jgpt.shards import TokenFiles
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
@@ -114,6 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError(
       f"{args.run} holds no text out: data.heldout_fraction={settings.heldout_fraction}. Train with a share of it held "
       "out, for example --set data.heldout_fraction=0.1, or evaluate on the training part with --part train"
+    )
+  if isinstance(corpus.tokens, TokenFiles):
+    raise UserError(
+      f"the training part of {args.run} has {len(corpus.tokens):,} tokens and stays on the disk. Evaluate the held-out part"
     )
   evaluation = evaluate_corpus(run.params, corpus, run.tokenizer, run.experiment)
   if args.json:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jgpt.batches import Cut
 from jgpt.checks import UserError
 from jgpt.config import Experiment, ModelConfig
 from jgpt.params import param_at
@@ -57,6 +58,12 @@ def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) ->
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The sharding of every array of a `Batch`: dimension 0 is divided."""
   return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def cut_shardings(mesh: Mesh) -> Cut:
+  """The shardings of a `Cut`: each device holds its rows of every batch."""
+  rows = NamedSharding(mesh, P(None, RULES["batch"]))
+  return Cut(windows=rows, counts=rows, first_step=replicated(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

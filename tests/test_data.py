@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import random
 import tempfile
@@ -15,12 +16,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from jgpt import data as data_lib
 from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
 from jgpt.catalog import load_experiment
+from jgpt.checkpoint import RunFiles, write_run_files
 from jgpt.checks import UserError
-from jgpt.data import in_heldout, load_data, make_documents
-from jgpt.sources import Text, find_text, read_text
-from jgpt.tokenizer import train_char_tokenizer
+from jgpt.data import find_data, in_heldout, load_data, make_documents
+from jgpt.evaluate import count_bytes
+from jgpt.preparation import Preparation, prepare
+from jgpt.settings import change
+from jgpt.sources import Text, expected_vocab_size, find_text, read_text
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
+from jgpt.train import plan
 
 NAMES = load_experiment("names").data
 LAST_STEP = 2**31 - 1
@@ -368,3 +375,140 @@ def test_hamlet_is_12300_bytes_and_its_held_out_part_stands_in_training_too():
 def test_a_stream_too_short_for_its_windows_is_refused_with_what_would_do(length, changes, complaint):
   with pytest.raises(UserError, match=complaint):
     load_stream(("ab" * 50)[:length], **changes)
+
+
+# --- Token files ---
+
+
+BYTES = dataclasses.replace(NAMES, tokenizer="bytes", batching="random", heldout_fraction=0.0, seq_len=8, batch_size=2)
+
+
+@pytest.fixture
+def write_ids(tmp_path, monkeypatch):
+  """Writes token files without a header into the folder "ids" of an empty folder, the current one."""
+  monkeypatch.chdir(tmp_path)
+  Path("ids").mkdir()
+
+  def write(**files):
+    for name, ids in files.items():
+      Path("ids", f"{name}.bin").write_bytes(np.array(ids, "<u2").tobytes())
+
+  return write
+
+
+def load_ids(path="ids", seed=0, sha256=None, **changes):
+  return find_data(dataclasses.replace(BYTES, path=path, **changes), seed, sha256=sha256)
+
+
+def parts_of(data):
+  return data.train.tokens.tolist(), data.heldout.tokens.tolist()
+
+
+def test_files_with_val_in_their_names_are_held_out_and_the_others_are_one_stream(write_ids):
+  """And then no other tokens are, whatever the settings say; the summary says so."""
+  write_ids(b_train=range(30), a=range(100, 120), my_val=range(200, 220), other_validation=range(50, 60))
+  expected = [*range(100, 120), *range(30)], [*range(200, 220), *range(50, 60)]
+  for changes, unused in (
+    ({}, None),
+    ({"heldout_fraction": 0.5}, "data.heldout_fraction"),
+    ({"heldout_tokens": 5}, "data.heldout_tokens"),
+  ):
+    data = load_ids(**changes)
+    assert parts_of(data) == expected and data.train.tokens.dtype == np.int32
+    in_place = f" in the place of {unused}" if unused else ""
+    assert data.summary[0] == f"2 token files for training, 2 held out{in_place}"
+    assert data.summary[1] == "50 tokens for training, 30 held out"
+  assert (data.text.kind, data.text.location, data.text.text, data.label) == ("token files", "ids (4 files)", "", None)
+  assert data.documents == [] and data.tokenizer == ByteTokenizer()
+
+
+def test_without_such_names_the_stream_is_split_as_a_text_is(write_ids):
+  write_ids(a=range(60), b=range(60, 100))
+  assert parts_of(load_ids()) == ([*range(100)], [])
+  assert parts_of(load_ids(heldout_fraction=0.3)) == ([*range(70)], [*range(70, 100)])
+  data = load_ids(heldout_tokens=65)
+  assert parts_of(data) == ([*range(65, 100)], [*range(65)])
+  assert data.summary == ["2 token files for training", "35 tokens for training, 65 held out"]
+  assert parts_of(load_ids("ids/a.bin"))[0] == parts_of(load_ids("ids/[a]*.bin"))[0] == [*range(60)]
+
+
+@pytest.mark.parametrize("heldout_tokens", [0, 300])
+def test_ids_from_prepared_files_are_those_from_the_text(tmp_path, heldout_tokens):
+  """With bytes and with characters; one file, several shards, both ways of holding out."""
+  text = tmp_path / "a.txt"
+  text.write_text(TEXT, encoding="utf-8")
+  for kind, tokenizer in (("bytes", ByteTokenizer()), ("characters", train_char_tokenizer([TEXT], bos=False))):
+    out = tmp_path / kind
+    prepare(Preparation(inputs=[text], tokenizer=tokenizer, out=out, heldout_tokens=heldout_tokens, shard_tokens=500))
+    split = {"heldout_tokens": heldout_tokens} if heldout_tokens else {"heldout_fraction": 0.2}
+    from_text, from_files = (load_ids(str(path), tokenizer=kind, **split) for path in (text, out))
+    assert parts_of(from_files) == parts_of(from_text) and from_files.tokenizer == from_text.tokenizer
+    assert len(from_files.heldout.tokens) == heldout_tokens or int(len(TEXT) * 0.2) + 1
+    assert count_bytes(from_files.heldout, tokenizer) == len(from_files.heldout.tokens) - 1
+    assert expected_vocab_size(dataclasses.replace(BYTES, path=str(out), tokenizer=kind)) == tokenizer.vocab_size
+
+
+def test_changed_token_files_are_refused_and_renamed_ones_are_not(write_ids):
+  write_ids(a=range(60), b=range(60, 100), val=range(20))
+  sha256 = load_ids().text.sha256
+  Path("ids/b.bin").rename("ids/c.bin")
+  assert load_ids(sha256=sha256).text.sha256 == sha256
+  write_ids(c=range(61, 101))
+  advice = "Put the old files back, or start over with --fresh"
+  with pytest.raises(UserError, match=rf"^the content of ids has changed since .* was {sha256[:12]} and is now .*{advice}"):
+    load_ids(sha256=sha256)
+  write_ids(c=range(60, 100))
+  load_ids(sha256=sha256)
+  Path("ids/val.bin").rename("ids/z.bin")  # the same bytes, but no longer held out
+  with pytest.raises(UserError, match="has changed"):
+    load_ids(sha256=sha256)
+
+
+@pytest.mark.parametrize(
+  ("files", "changes", "complaint"),
+  [
+    (
+      {"a": range(60)},
+      {"batching": "documents", "tokenizer": "characters"},
+      r"data\.batching=documents needs text.*ids \(1 f",
+    ),
+    ({"val": range(60)}, {}, r"ids \(1 file\) holds nothing to train on: val\.bin is held out by its name"),
+    ({"a": range(60), "b": [256] * 60}, {}, r"b\.bin has id 256 at position 0, and the tokenizer's ids are below 256"),
+    ({"a": range(60), "val": [7] * 59 + [256]}, {}, r"val\.bin has id 256 at position 59"),
+    ({"a": range(60)}, {"tokenizer": "characters"}, r"no tokenizer\.json that says what their ids mean"),
+    ({"a": range(8)}, {}, r"the training part of ids \(1 file\) has 8 tokens, and a batch needs 9"),
+    ({"a": range(60), "val": range(8)}, {}, r"the held-out part of ids \(2 files\) has 8 tokens, and a batch needs 9"),
+    ({"a": range(60)}, {"heldout_tokens": 60}, r"the training part of ids \(1 file\) has 0 tokens"),
+    ({"a": []}, {}, r"ids/a\.bin is empty"),
+  ],
+)
+def test_token_files_that_cannot_be_trained_on_are_refused_in_one_line(write_ids, files, changes, complaint):
+  write_ids(**files)
+  with pytest.raises(UserError, match=complaint) as raised:
+    load_ids(**changes)
+  assert "\n" not in str(raised.value)
+
+
+def test_vocabulary_is_counted_without_reading_an_id(write_ids, monkeypatch):
+  write_ids(a=range(60))
+  monkeypatch.setattr(data_lib.shards, "read_header", None)
+  config = dataclasses.replace(BYTES, path="ids")
+  assert expected_vocab_size(config) == 256
+  assert expected_vocab_size(dataclasses.replace(config, tokenizer="gpt2")) == 50257
+  characters = dataclasses.replace(config, tokenizer="characters")
+  with pytest.raises(UserError, match=r"no tokenizer\.json"):
+    expected_vocab_size(characters)
+  Path("ids/tokenizer.json").write_text(json.dumps(CharTokenizer("\nabc", bos=False).to_json()))
+  assert expected_vocab_size(characters) == 4
+
+
+def test_a_run_on_token_files_goes_on_with_the_same_content_only(write_ids):
+  write_ids(train=list(range(97, 123)) * 8, val=list(range(97, 123)) * 2)
+  experiment = change(load_experiment("shakespeare_bytes"), {"data.path": "ids", "data.seq_len": 8})
+  first = plan(experiment)
+  recorded = {"kind": "token files", "location": "ids (2 files)", "sha256": first.data.text.sha256}
+  write_run_files(Path("run"), RunFiles("mine", first.experiment, first.data.tokenizer, recorded))
+  assert parts_of(plan(experiment, workdir="run").data) == parts_of(first.data)
+  write_ids(val=list(range(98, 124)) * 2)
+  with pytest.raises(UserError, match="the content of ids has changed since this run began"):
+    plan(experiment, workdir="run")

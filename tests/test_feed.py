@@ -1,0 +1,168 @@
+"""Training tokens from the disk, a block of steps at a time: the batches, losses and bits of those on the device."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgpt import data, feed, sharding, train
+from jgpt.batches import Cut, Stream, make_batch_fn
+from jgpt.catalog import load_experiment
+from jgpt.settings import change
+from jgpt.shards import TokenFiles, open_files, read_header, write_tokens
+
+BASE = dataclasses.replace(load_experiment("names").data, heldout_fraction=0.0, tokenizer="bytes", batching="random")
+BATCHINGS = ["random", "sequential", "epochs"]
+EXPERIMENT = load_experiment("shakespeare_bytes")
+
+
+def make_config(batching, *, seq_len=4, batch_size=3, **changes):
+  return dataclasses.replace(BASE, batching=batching, seq_len=seq_len, batch_size=batch_size, **changes)
+
+
+def write_files(folder, ids, num_files, name="train"):
+  paths = []
+  for number, part in enumerate(np.array_split(ids, num_files)):
+    paths.append(folder / f"text_{name}_{number:06d}.bin")
+    with write_tokens(paths[-1], 256) as writer:
+      writer.append(part)
+  return paths
+
+
+@pytest.fixture
+def ids():
+  return np.random.default_rng(0).integers(0, 256, 103).astype(np.int32)
+
+
+@pytest.fixture
+def tokens(tmp_path, ids):
+  """103 ids in five files, so that windows cross their borders."""
+  return open_files([read_header(path) for path in write_files(tmp_path, ids, 5)])
+
+
+def test_what_is_read_is_what_was_written(tokens, ids):
+  assert len(tokens) == len(ids)
+  for start in range(len(ids)):
+    for stop in (start, start + 1, start + 30, len(ids)):
+      np.testing.assert_array_equal(tokens.read(start, min(stop, len(ids))), ids[start:stop])
+  part = tokens.part(17, 90)
+  np.testing.assert_array_equal(part.read(0, 73), ids[17:90])
+  np.testing.assert_array_equal(part.part(30, 31).read(0, 1), ids[47:48])
+  assert len(tokens.part(5, 5)) == 0
+
+
+@pytest.mark.parametrize("num_batches", [None, 5])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_batches_from_files_are_those_from_the_device(tokens, ids, batching, num_batches):
+  """Every step, whatever block it is in; over the end of several epochs, with their short last batch."""
+  config = make_config(batching, num_batches=num_batches)
+  batch = jax.jit(make_batch_fn(config, seed=7))
+  whole = Stream(jnp.asarray(ids))
+  for first, num in ((0, 8), (8, 8), (13, 30), (1000, 3)):
+    cut = feed.cut(tokens, first, num, config, seed=7)
+    assert isinstance(cut, Cut) and cut.windows.shape == (num, 3, 5) and cut.windows.dtype == np.int32
+    for step in range(first, first + num):
+      for a, b in zip(batch(cut, jnp.int32(step)), batch(whole, jnp.int32(step)), strict=True):
+        np.testing.assert_array_equal(
+          a * batch(whole, jnp.int32(step)).weights_BT, b * batch(cut, jnp.int32(step)).weights_BT
+        )
+
+
+class Huge:
+  """Five thousand million tokens: the id at a position is the position modulo 251."""
+
+  num = 5_000_000_000
+
+  def __len__(self):
+    return self.num
+
+  def read(self, start, stop):
+    assert 0 <= start < stop <= self.num
+    return (np.arange(start, stop) % 251).astype(np.int32)
+
+
+def test_more_tokens_than_32_bits_count():
+  """Random windows come from everywhere, sequential ones go on past 2**31, and an epoch has no window twice."""
+  config = make_config("random", seq_len=64, batch_size=500)
+  starts, _ = feed._find_starts(Huge.num, np.arange(4), config, seed=0)
+  assert len(np.unique(starts)) == 2000 and starts.min() >= 0 and starts.max() < Huge.num - 64
+  quarters = np.bincount((starts.ravel() * 4 // Huge.num), minlength=4)
+  assert quarters.min() > 400, quarters
+  again, _ = feed._find_starts(Huge.num, np.arange(1, 3), config, seed=0)
+  np.testing.assert_array_equal(again, starts[1:3])
+  config = make_config("sequential", seq_len=1_000, batch_size=10)
+  steps = np.array([0, 1, 300_000, 499_998, 499_999, 500_000])
+  starts, _ = feed._find_starts(Huge.num, steps, config, seed=0)
+  # 499,999 batches and the token after them fit.
+  np.testing.assert_array_equal(starts[:, 0], [0, 10_000, 3_000_000_000, 4_999_980_000, 0, 10_000])
+  assert (np.diff(starts, axis=1) == 1000).all()
+  cut = feed.cut(Huge(), 300_000, 2, config, seed=0)
+  assert cut.windows[0, 0, 0] == 3_000_000_000 % 251 and cut.windows[1, 9, 1000] == (3_000_020_000) % 251
+  config = make_config("epochs", seq_len=1_000_000, batch_size=7)
+  starts, counts = feed._find_starts(Huge.num, np.arange(715), config, seed=0)  # 4,999 windows: 714 batches and 1 row
+  assert counts.sum() == 4999 and sorted(starts[counts]) == [i * 1_000_000 for i in range(4999)]
+
+
+def test_blocks_are_read_ahead_and_once(tokens, monkeypatch):
+  """The next block is read while one is in use, in a thread; blocks that are behind are let go."""
+  config = make_config("sequential")
+  monkeypatch.setattr(feed, "BLOCK_BYTES", 4 * 3 * 5 * 6)  # six steps
+  read, threads, ahead = [], set(), threading.Event()
+  original = feed.cut
+
+  def watched(*args, first_step, **kwargs):
+    read.append(first_step)
+    threads.add(threading.current_thread())
+    if first_step == 6:
+      ahead.set()
+    return original(*args, first_step=first_step, **kwargs)
+
+  monkeypatch.setattr(feed, "cut", watched)
+  mesh = sharding.make_mesh(change(EXPERIMENT, {"data.batch_size": 3}), jax.devices()[:1])
+  made = feed.make_feed(Stream(tokens), config, 7, mesh)
+  assert made.block_steps == 6
+  first = made.corpus_at(0)
+  assert ahead.wait(30)
+  assert made.corpus_at(5) is first and int(made.corpus_at(6).first_step) == 6
+  assert int(made.corpus_at(13).first_step) == 12
+  made.corpus_at(17)
+  assert sorted(read)[:3] == [0, 6, 12] and len(read) == len(set(read)), read
+  assert threading.current_thread() not in threads
+
+
+def test_an_error_while_reading_reaches_the_loop(tokens):
+  broken = TokenFiles(tokens.maps, tokens.ends + 40)  # more ids than there are
+  mesh = sharding.make_mesh(change(EXPERIMENT, {"data.batch_size": 3}), jax.devices()[:1])
+  with pytest.raises((IndexError, ValueError)):
+    feed.make_feed(Stream(broken), make_config("sequential"), 7, mesh).corpus_at(0)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_a_run_from_the_disk_has_the_bits_of_one_on_the_device(tmp_path, monkeypatch, batching, num_devices):
+  """Losses and parameters; interrupted within a block and resumed as well."""
+  ids = np.random.default_rng(1).integers(0, 256, 900)
+  (tmp_path / "shards").mkdir()
+  write_files(tmp_path / "shards", ids, 3)
+  write_files(tmp_path / "shards", ids[:100], 1, "val")
+  changes = {"data.path": str(tmp_path / "shards"), "data.batching": batching, "data.seq_len": 8, "data.batch_size": 4}
+  changes |= {"model.max_seq_len": 8, "model.num_layers": 1, "model.d_model": 8, "model.num_heads": 2, "model.d_ff": 16}
+  changes |= {"train.steps": 20, "train.epochs": None, "train.log_every": 4, "mesh.data": num_devices}
+  changes |= {"sample.max_tokens": 2, "train.eval_every": 10, "optimizer.decay_steps": 20}
+  experiment = change(EXPERIMENT, changes)
+  on_device = train.train(train.plan(experiment))
+  monkeypatch.setattr(data, "RESIDENT_TOKENS", 100)
+  monkeypatch.setattr(feed, "BLOCK_BYTES", 4 * 4 * 9 * 7)  # seven steps
+  plan = train.plan(experiment)
+  assert isinstance(plan.data.train.tokens, TokenFiles)
+  from_disk = train.train(plan)
+  train.train(train.plan(change(experiment, {"train.steps": 10}), workdir=tmp_path / "run"))
+  resumed = train.train(train.plan(experiment, workdir=tmp_path / "run"))
+  for other in (from_disk, resumed):
+    np.testing.assert_array_equal(on_device.losses, other.losses)
+    assert on_device.heldout_loss == other.heldout_loss
+    for a, b in zip(jax.tree.leaves(on_device.params), jax.tree.leaves(other.params), strict=True):
+      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
