@@ -142,7 +142,7 @@ def _make_timer(plan: Plan) -> tuple[Callable[[int], float], float]:
   def seconds_per_step(steps: int) -> float:
     state = jax.block_until_ready(jax.tree.map(jnp.copy, begin_state))  # the call below consumes it
     began = time.perf_counter()
-    jax.block_until_ready(made.run_steps(made.corpus, state, jnp.int32(steps)))
+    jax.block_until_ready(made.run_steps(made.feed.corpus_at(0), state, jnp.int32(steps)))
     return (time.perf_counter() - began) / steps
 
   return seconds_per_step, compile_seconds

@@ -48,12 +48,14 @@ class RunFiles:
     experiment: resolved.
     tokenizer: of the run.
     data: where the text was found: kind, location, sha256.
+    weights: where the weights that it began from were found: location, sha256; None for weights that were drawn.
   """
 
   name: str
   experiment: Experiment
   tokenizer: Tokenizer
   data: dict[str, str]
+  weights: dict[str, str] | None = None
 
 
 # --- Settings ---
@@ -68,6 +70,7 @@ def write_run_files(workdir: Path, files: RunFiles) -> None:
     "name": files.name,
     "experiment": settings_lib.to_json(files.experiment),
     "data": files.data,
+    "weights": files.weights,
   }
   settings["tokenizer_sha256"] = files.tokenizer.digest
   write_json(workdir / "experiment.json", settings)
@@ -91,10 +94,17 @@ def read_run_files(workdir: Path) -> RunFiles:
   experiment = settings_lib.from_json(settings.get("experiment"))
   if experiment.model.vocab_size is None or experiment.model.vocab_size < tokenizer.vocab_size:
     raise UserError(f"{workdir / 'experiment.json'} has too small a model.vocab_size for its tokenizer.")
-  data = settings.get("data")
-  if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()) or "sha256" not in data:
+  data, weights = settings.get("data"), settings.get("weights")
+  if not _is_found(data):
     raise UserError(f"{workdir / 'experiment.json'} does not say which data it was trained on.")
-  return RunFiles(str(settings.get("name")), experiment, tokenizer, data)
+  if weights is not None and not _is_found(weights):
+    raise UserError(f"{workdir / 'experiment.json'} does not say which weights it began from.")
+  return RunFiles(str(settings.get("name")), experiment, tokenizer, data, weights)
+
+
+def _is_found(value: Any) -> bool:
+  """Whether a value says where something was found, with its digest."""
+  return isinstance(value, dict) and all(isinstance(v, str) for v in value.values()) and "sha256" in value
 
 
 def append_env(workdir: Path, entry: dict[str, Any]) -> None:

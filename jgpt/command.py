@@ -22,6 +22,8 @@ VERBS = {
   "run": "train an experiment, or go on with a run",
   "sample": "draw texts from a run",
   "bench": "measure how fast this machine trains",
+  "prepare": "make token files from text of any size, to train on",
+  "export": "write a run's weights for Hugging Face's Transformers or for llm.c",
   "evaluate": "measure a run's loss over the whole of its held-out text",
   "inspect": "see what a run predicts for each token of a text, or follow one of its parameters through training",
 }

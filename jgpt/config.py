@@ -16,6 +16,14 @@ from jgpt.checks import UserError, check_range, check_types, nearest_divisors
 
 PARAM_KINDS = ("embedding", "matrix", "head", "gain", "bias")
 DROPOUT_PLACES = ("embedding", "attention", "attention_out", "activation", "mlp_out")
+# GPT-2's four sizes by their numbers of layers, as llm.c calls them; `model.size` sets these all.
+GPT2_SIZES = {
+  name: {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": 4 * d_model}
+  for name, num_layers, num_heads, d_model in (
+    *(("d12", 12, 12, 768), ("d24", 24, 16, 1024)),
+    *(("d36", 36, 20, 1280), ("d48", 48, 25, 1600)),
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +120,8 @@ class DataConfig:
 
   Attributes:
     source: name of a known text (see `jgpt.sources.SOURCES`).
-    path: UTF-8 text of your own: a file, a folder (its *.txt files) or a glob; takes the place of `source`.
+    path: UTF-8 text of your own: a file, a folder (its *.txt files) or a glob; or token files, *.bin, as `prepare` writes
+      them, llm.c or nanoGPT. Takes the place of `source`.
     tokenizer: "characters", "bytes", "bpe" (byte-level BPE trained on the training part) or "gpt2".
     bpe_vocab_size: ids of a "bpe" tokenizer, at least 256.
     mark_paragraphs: whether GPT-2's end-of-text token is put before each paragraph (what blank lines part), as llm.c does.
@@ -155,7 +164,10 @@ class DataConfig:
     if self.tokenizer == "bpe" and self.bpe_vocab_size is None:
       raise UserError("data.tokenizer=bpe needs the number of ids. Try --set data.bpe_vocab_size=2000")
     if self.mark_paragraphs and self.tokenizer != "gpt2":
-      raise UserError("data.mark_paragraphs=true goes with data.tokenizer=gpt2 only: others have no end-of-text token.")
+      raise UserError(
+        "data.mark_paragraphs=true goes with data.tokenizer=gpt2 only: others have no end-of-text token. "
+        "Try --set data.mark_paragraphs=false"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,6 +232,8 @@ class TrainConfig:
     epochs: passes, where `data.batching` is "epochs"; `steps`, where given, goes before it.
     seed: of the initial weights, the order of the data, dropout and the samples.
     init: "normal" draws the initial weights with jax; "microgpt" as that program does, with Python's `random`.
+    init_from: weights to begin from instead: a Hugging Face folder or its model.safetensors, llm.c's .bin, a run folder, or
+      "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" for those that OpenAI released. None draws them.
     micro_batch_size: sequences per forward and backward pass; None takes the batch at once. Gradients are accumulated
       inside the step, so the update is that of the whole batch (with dropout: but for what is dropped out).
     log_every: updates between two lines of progress.
@@ -234,6 +248,7 @@ class TrainConfig:
   epochs: int | None = None
   seed: int = 0
   init: Literal["normal", "microgpt"] = "normal"
+  init_from: str | None = None
   micro_batch_size: int | None = None
   log_every: int = 100
   eval_every: int | None = None
@@ -249,6 +264,8 @@ class TrainConfig:
     check_range(self, "train", least=0, names="steps seed")
     if self.steps is None and self.epochs is None:
       raise UserError("train.steps=none needs train.epochs: how long should it train? Try --set train.steps=1000")
+    if self.init_from is not None and self.init != "normal":
+      raise UserError(f"train.init_from and train.init={self.init} exclude each other. Try --set train.init=normal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

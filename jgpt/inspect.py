@@ -130,11 +130,13 @@ def _probability(value: float) -> str:
 def _print_trace(files: RunFiles, workdir: str, entry: Entry, num_steps: int) -> None:
   from jgpt.data import find_data
   from jgpt.updates import trace_updates
+  from jgpt.weights import find_initial
 
   experiment = files.experiment
   seed, sha256 = experiment.train.seed, files.data["sha256"]
   data = find_data(experiment.data, seed, sha256=sha256, tokenizer=files.tokenizer)
-  rows = trace_updates(experiment, data, entry, num_steps)
+  initial = find_initial(experiment, files.weights["sha256"] if files.weights else None)
+  rows = trace_updates(experiment, data, entry, num_steps, initial.params if initial else None)
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(f"run         {workdir} from its initial weights: the first {num_steps} updates, made again")
   print(f"number      {place}{describe_row(entry, files)}; initially {rows[0].value_before:.6g}\n")

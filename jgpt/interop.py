@@ -19,7 +19,7 @@ import numpy as np
 
 from jgpt.checks import UserError
 from jgpt.config import GPT2_SIZES, ModelConfig
-from jgpt.params import param_table, walk
+from jgpt.params import Param, param_table, walk
 from jgpt.tokenizer import Tokenizer
 
 # jgpt's name and Hugging Face's, {} being the layer; in llm.c's order, which has no head of its own.
@@ -47,6 +47,7 @@ FUNCTION = (
   *("vocab_size", "max_seq_len", "num_layers", "num_heads", "d_model", "d_ff", "norm", "norm_embed", "norm_final"),
   *("activation", "positions", "biases", "tied_head", "scale_embed"),
 )
+BIASES = ("none", "mlp", "all")  # each has those of the one before
 # What a GPT-2 has, whoever wrote it down.
 GPT2 = {"norm": "layer", "norm_embed": False, "norm_final": True, "positions": "learned", "scale_embed": False}
 
@@ -116,7 +117,7 @@ def flatten(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
 def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """The shapes of a model's parameters with their heads side by side, the layers in front in blocks, without padding."""
   return {
-    name: (num_layers, *_flat(param.shape, name)) if "/" in name else (param.shape[0] - param.padding, *param.shape[1:])
+    name: (num_layers, *_flat(param)) if "/" in name else (param.shape[0] - param.padding, *param.shape[1:])
     for name, param, num_layers in walk(config)
   }
 
@@ -133,14 +134,15 @@ def make_gpt2_config(**sizes: Any) -> ModelConfig:
   return ModelConfig(**own | sizes, init_std=0.02, scale_residual_init=True)
 
 
-def _flat(shape: tuple[int, ...], name: str) -> tuple[int, ...]:
-  """The shape in GPT-2 of a parameter of a block: heads are side by side."""
-  kind = name.rpartition("/")[2]
-  if kind == "w_qkv":
-    return shape[0], math.prod(shape[1:])
-  if kind == "w_out":
-    return math.prod(shape[:-1]), shape[-1]
-  return (math.prod(shape),) if kind == "b_qkv" else shape
+def _flat(param: Param) -> tuple[int, ...]:
+  """The shape of a parameter with its heads side by side: a matrix from or to the width, or a bias."""
+  if "heads" not in param.axes:
+    return param.shape
+  if "embed" not in param.axes:
+    return (math.prod(param.shape),)
+  width = param.axes.index("embed")
+  before, after = math.prod(param.shape[:width]), math.prod(param.shape[width + 1 :])
+  return (before, param.shape[width]) if width else (param.shape[width], after)
 
 
 # --- From weights ---
@@ -156,14 +158,17 @@ def refuse_other_settings(weights: Weights, config: ModelConfig) -> None:
   for name, value in weights.model.items():
     got = getattr(config, name)
     fewer = name == "max_seq_len" and got < value
-    no_bias = (name == "norm" and (got, value) == ("layer_no_bias", "layer")) or name == "biases"
+    no_bias = (name == "norm" and (got, value) == ("layer_no_bias", "layer")) or (
+      name == "biases" and BIASES.index(got) < BIASES.index(value)
+    )
     if got != value and not fewer and not no_bias:
       differing[name] = value, got
   if not differing:
     return
   said = ", ".join(f"model.{n}={format_setting(a)} there and {format_setting(b)} here" for n, (a, b) in differing.items())
   for size, sizes in GPT2_SIZES.items():
-    if all(weights.model.get(name) == value for name, value in sizes.items()) and differing.keys() & sizes.keys():
+    # A file by itself does not say how many heads there are.
+    if all(weights.model.get(name, value) == value for name, value in sizes.items()) and differing.keys() & sizes.keys():
       changes = [f"model.size={size}", *(f"model.{n}={format_setting(differing[n][0])}" for n in differing.keys() - sizes)]
       break
   else:
@@ -197,18 +202,18 @@ def build_params(weights: Weights, config: ModelConfig) -> dict:
       )
   tree: dict = {"blocks": {}}
   for name, (param, num) in wanted.items():
-    array = _read(weights, name, param.shape, num, param.padding)
+    array = _read(weights, name, param, num)
     section, _, inner = name.rpartition("/")
     (tree[section] if section else tree)[inner] = array
   return {name: tree[name] for name in param_table(config)}
 
 
-def _read(weights: Weights, name: str, shape: tuple[int, ...], num_layers: int, padding: int) -> np.ndarray:
-  """One parameter in that shape, checked."""
+def _read(weights: Weights, name: str, param: Param, num_layers: int) -> np.ndarray:
+  """One parameter in its shape in memory, checked."""
   if name.startswith("blocks/"):
-    full, need = (num_layers, *shape), (num_layers, *_flat(shape, name))
+    full, need = (num_layers, *param.shape), (num_layers, *_flat(param))
   else:
-    full, need = shape, (shape[0] - padding, *shape[1:])
+    full, need = param.shape, (param.shape[0] - param.padding, *param.shape[1:])
   there = weights.shapes.get(name, ())
   fewer = name == "pos_embed" and there[1:] == need[1:] and there[0] > need[0]
   if there != need and not fewer:
@@ -219,8 +224,8 @@ def _read(weights: Weights, name: str, shape: tuple[int, ...], num_layers: int, 
   if not finite:
     where = np.unravel_index(np.argmin(np.isfinite(array)), array.shape)
     raise UserError(f"{weights.location}: {name}{[int(i) for i in where]} is {array[where]}: the weights are damaged.")
-  if padding:
-    array = np.pad(array, [(0, padding), (0, 0)])
+  if param.padding:
+    array = np.pad(array, [(0, param.padding), (0, 0)])
   return array.reshape(full)
 
 

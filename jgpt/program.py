@@ -16,11 +16,13 @@ import jax.numpy as jnp
 
 from jgpt import checkpoint, runtime, sharding
 from jgpt.batches import Batch, Corpus, count_eval_batches, make_eval_batch_fn
+from jgpt.checks import UserError
 from jgpt.config import Experiment
 from jgpt.data import Data
+from jgpt.feed import Feed, make_feed
 from jgpt.generate import compile_texts
-from jgpt.interop import draw_microgpt_params
 from jgpt.keys import INIT, SAMPLE, derive_key
+from jgpt.microgpt import draw_microgpt_params
 from jgpt.model import stack_blocks, unstack_blocks
 from jgpt.optim import make_optimizer
 from jgpt.params import count_params
@@ -36,31 +38,40 @@ class Program:
   Attributes:
     state: after the updates that are done; its blocks are stacked or a list, as `layout` chose.
     run_steps: compiled, (corpus, state, num_steps) -> (state, metrics); consumes its state and takes
-      `MAX_STEPS_PER_CALL` at most.
-    corpus: the training part.
+      `MAX_STEPS_PER_CALL` at most. None where no update is left.
+    feed: the training part.
     heldout: the held-out part.
   """
 
   state: TrainState
-  run_steps: Callable[[Corpus, TrainState, jax.Array], tuple[TrainState, dict]]
-  corpus: Corpus
+  run_steps: Callable[[Corpus, TrainState, jax.Array], tuple[TrainState, dict]] | None
+  feed: Feed
   heldout: Corpus
 
 
 def compile_program(
-  experiment: Experiment, data: Data, *, start_step: int = 0, manager: checkpoint.Manager | None = None
+  experiment: Experiment,
+  data: Data,
+  params: dict | None = None,
+  *,
+  manager: checkpoint.Manager | None = None,
+  saved_step: int | None = None,
+  num_steps: int = 1,
 ) -> Program:
   """Makes the state, the compiled step and the data, each laid out over the mesh from birth.
 
   Args:
     experiment: resolved.
     data: loaded.
-    start_step: the checkpoint to restore; 0 begins anew.
-    manager: where it is restored from.
+    params: to begin from, NumPy arrays; None draws them.
+    manager: where checkpoints are.
+    saved_step: the one to restore; None begins anew.
+    num_steps: updates that are left; without any the step is not compiled.
   """
   mesh = sharding.make_mesh(experiment, jax.devices())
   platform = mesh.devices.flat[0].platform
-  corpus, heldout = (jax.device_put(c, sharding.replicated(mesh)) for c in (data.train, data.heldout))
+  feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
+  heldout = jax.device_put(data.heldout, sharding.replicated(mesh))
   layout = choose_layout(experiment, platform)
   tx = make_optimizer(experiment.optimizer, experiment.model)
   key = derive_key(experiment.train.seed, INIT, 0)
@@ -70,13 +81,27 @@ def compile_program(
 
   def make_state() -> TrainState:
     jit = partial(jax.jit, out_shardings=shardings, compiler_options=runtime.init_options(platform))
-    if start_step and manager is not None:
-      return jit(layout)(checkpoint.restore(manager, start_step, stacked))
-    if experiment.train.init == "microgpt":
-      params = draw_microgpt_params(experiment.train.seed, len(data.documents), experiment.model)
+    if saved_step is not None:
+      return jit(layout)(checkpoint.restore(manager, saved_step, stacked))
+    if params is not None:
       return jit(lambda params: layout(begin_state(params, tx)))(params)
+    if experiment.train.init_from is not None:  # to draw others would be another run
+      raise UserError(f"the weights of train.init_from={experiment.train.init_from} are not at hand, nor is a checkpoint.")
+    if experiment.train.init == "microgpt":
+      drawn = draw_microgpt_params(experiment.train.seed, len(data.documents), experiment.model)
+      return jit(lambda params: layout(begin_state(params, tx)))(drawn)
     return jit(lambda key: layout(init_state(key, experiment.model, tx)))(key)
 
+  with ThreadPoolExecutor(1) as pool:  # where there are cores to spare, the wait is that of the longer compilation
+    state = pool.submit(make_state)
+    afterwards = pool.submit(_compile_ahead, experiment, data, placed.params, heldout)
+    run_steps = _compile_steps(experiment, feed.corpus_at(saved_step or 0), placed, mesh) if num_steps > 0 else None
+    afterwards.result()
+    return Program(state.result(), run_steps, feed, heldout)
+
+
+def _compile_steps(experiment: Experiment, corpus: Corpus, state: TrainState, mesh: jax.sharding.Mesh) -> Callable:
+  """Compiles `Program.run_steps` for a corpus and a state of these shapes."""
   batch_sharding = sharding.batch_sharding(mesh)
 
   def place(batch: Batch) -> Batch:
@@ -86,16 +111,10 @@ def compile_program(
   program = jax.jit(
     lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
     donate_argnums=1,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=runtime.step_options(count_params(experiment.model), platform),
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+    compiler_options=runtime.step_options(count_params(experiment.model), mesh.devices.flat[0].platform),
   )
-  num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-  with ThreadPoolExecutor(1) as pool:  # where there are cores to spare, the wait is that of the longer compilation
-    state = pool.submit(make_state)
-    afterwards = pool.submit(_compile_ahead, experiment, data, placed.params, heldout)
-    compiled = program.lower(corpus, placed, num_steps).compile()
-    afterwards.result()
-    return Program(state.result(), compiled, corpus, heldout)
+  return program.lower(corpus, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))).compile()
 
 
 def choose_layout(experiment: Experiment, platform: str) -> Callable:

@@ -40,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
   name = Path(args.experiment).stem
   base = catalog.load_experiment(args.experiment)
   changes = dict(settings.parse_setting(text) for text in args.set)
-  flags = {"train.steps": args.steps, "train.seed": args.seed, "train.log_every": args.log_every}
+  flags = {
+    "train.steps": args.steps,
+    "train.seed": args.seed,
+    "train.log_every": args.log_every,
+    "train.init_from": args.init_from,
+  }
   experiment = settings.change(base, changes | {k: v for k, v in flags.items() if v is not None})
   if args.print_config:
     print(format_config(name, experiment))
@@ -59,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting; repeat for more"
   )
-  parser.add_argument("--steps", type=int, metavar="N", help="updates in all (train.steps)")
+  parser.add_argument("--steps", type=int, metavar="N", help="updates in all (train.steps); 0 keeps weights as they are")
+  parser.add_argument(
+    "--init-from",
+    metavar="PATH",
+    help="weights to begin from (train.init_from): a Hugging Face folder or model.safetensors, llm.c's .bin, a run folder, "
+    "or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
+  )
   parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)")
   parser.add_argument("--workdir", metavar="DIR", help="run folder; without it runs/NAME, changed settings in the name")
   parser.add_argument("--fresh", action="store_true", help="set the run folder aside and start over")
@@ -87,7 +98,9 @@ def format_list() -> str:
 
 def format_config(name: str, experiment: Experiment) -> str:
   """Every setting as `--set` takes it."""
-  lines = [f"# {name}: {_num_params(experiment):,} parameters"]
+  sizes = {n: getattr(experiment.model, n) for n in config.GPT2_SIZES["d12"]}
+  known = [f" ({settings.SIZE}={size})" for size, there in config.GPT2_SIZES.items() if there == sizes]
+  lines = [f"# {name}: {_num_params(experiment):,} parameters{''.join(known)}"]
   return "\n".join(lines + [f"{k}={settings.format_value(v)}" for k, v in settings.settings(experiment).items()])
 
 
@@ -158,23 +171,38 @@ def set_aside(folder: Path) -> Path | None:
 # --- Training ---
 
 
+def report_download(done: int, total: int) -> None:
+  """Says how much of a download is there: in one line that is written anew on a terminal, else at every tenth."""
+  percent = 100 * done // total
+  words = f"downloading weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+  if sys.stderr.isatty():
+    print(f"\r{words}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+  elif percent % 10 == 0:
+    print(words, file=sys.stderr, flush=True)
+
+
 def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Experiment) -> int:
   from jgpt import checkpoint, metrics, reading, runtime, train
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  workdir = Path(args.workdir).expanduser() if args.workdir else default_workdir(name, base, experiment)
+  workdir = Path(os.path.expanduser(args.workdir)) if args.workdir else default_workdir(name, base, experiment)
   if args.fresh:
-    train.plan(experiment)  # what is wrong with the settings is said before anything is moved
+    source = experiment.train.init_from
+    if source is not None and Path(os.path.expanduser(source)).resolve().is_relative_to(workdir.resolve()):
+      raise UserError(f"--fresh would set {workdir} aside, where the weights to begin from are. Choose another --workdir")
+    train.plan(experiment, report=report_download)  # what is wrong with the settings is said before anything is moved
     if old := set_aside(workdir):
       print(f"the old run is kept in {old}")
-  plan = train.plan(experiment, workdir=workdir, name=name)
+  plan = train.plan(experiment, workdir=workdir, name=name, report=report_download)
   for label, text in describe(plan):
     print(f"{label:<12}{text}")
   print(flush=True)
   steps = plan.experiment.train.steps
   writers, sample_at = [], None
-  if plan.start_step >= steps:
+  if plan.start_step >= steps and not steps:
+    print("no updates: the weights are kept as they are")
+  elif plan.start_step >= steps:
     print(f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh begins anew")
   else:
     if plan.start_step:
@@ -235,11 +263,23 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     *lines,
     ("vocabulary", describe_vocabulary(plan)),
     ("model", f"{count_params(experiment.model):,} parameters"),
+    *describe_initial(plan),
     ("optimizer", describe_groups(experiment)),
     ("training", describe_length(plan)),
     ("baseline", f"uniform guessing: {metrics.uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
     ("run folder", str(plan.workdir or "none: nothing is kept")),
   ]
+
+
+def describe_initial(plan: Plan) -> list[tuple[str, str]]:
+  """Where the weights to begin from were found; nothing where they are drawn or restored."""
+  if plan.initial is None:
+    return []
+  lines = [("weights", f"{plan.initial.location} (SHA-256 {plan.initial.sha256[:12]})")]
+  if not plan.initial.has_tokenizer:
+    tokenizer = plan.experiment.data.tokenizer
+    lines.append(("", f"no tokenizer comes with them: their ids are taken for those of data.tokenizer={tokenizer}"))
+  return lines
 
 
 def describe_vocabulary(plan: Plan) -> str:
@@ -315,9 +355,14 @@ def print_next(plan: Plan, texts: list[str], again: str) -> None:
   """Prints what to try next; `again` is this command."""
   prompt = texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
   print("next:")
-  sample = ["--run", str(plan.workdir), f"--prompt={prompt}", "--temperature", "0.8"]
-  print(f"  {shlex.join([command.python_word(), '-m', 'jgpt.sample', *sample])}")
-  print(f"  {again} --steps {2 * max(1, plan.experiment.train.steps)}")
+  python, run = [command.python_word(), "-m"], ["--run", str(plan.workdir)]
+  print(f"  {shlex.join([*python, 'jgpt.sample', *run, f'--prompt={prompt}', '--temperature', '0.8'])}")
+  if not plan.experiment.train.steps:  # weights as they were
+    if len(plan.data.heldout.tokens):
+      print(f"  {shlex.join([*python, 'jgpt.evaluate', *run])}")
+    print(f"  {again}")
+    return
+  print(f"  {again} --steps {2 * plan.experiment.train.steps}")
   if plan.experiment.data.path is None:
     print(f"  {again} --set data.path=my_words.txt")
 

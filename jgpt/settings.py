@@ -13,6 +13,7 @@ from typing import Any
 
 from jgpt.checks import UserError, alternatives, choices, describe_type, near_matches
 from jgpt.config import (
+  GPT2_SIZES,
   DataConfig,
   Experiment,
   MeshConfig,
@@ -30,6 +31,7 @@ SECTIONS = {
   "sample": SampleConfig,
   "mesh": MeshConfig,
 }
+SIZE = "model.size"  # no field: one word for several
 # Settings that do not change what is learned: they may differ when a run is resumed. Everything else is a run's identity.
 CIRCUMSTANCE = frozenset({"mesh", "sample"}) | {
   f"train.{name}"
@@ -58,16 +60,21 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
 
   Args:
     experiment: what to start from; it is not changed.
-    changes: `section.field` -> value of the declared type.
+    changes: `section.field` -> value of the declared type. "model.size", one of `GPT2_SIZES`, stands for its sizes; a
+      size that is given beside it goes before.
 
   Raises:
     UserError: for an unknown setting (with near matches), a wrong type or values that do not go together.
   """
   by_section: dict[str, dict[str, Any]] = {}
-  for name, value in changes.items():
+  size = changes.get(SIZE)
+  if size is not None and size not in GPT2_SIZES:
+    raise UserError(f"{SIZE}={size!r} must be one of {', '.join(GPT2_SIZES)}.")
+  sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
+  for name, value in (sizes | {n: v for n, v in changes.items() if n != SIZE}).items():
     if name not in setting_names():
       last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
-      meant = f" Did you mean {' or '.join(last)}?" if last else near_matches(name, setting_names())
+      meant = f" Did you mean {' or '.join(last)}?" if last else near_matches(name, [*setting_names(), SIZE])
       raise UserError(f"there is no setting {name!r}.{meant} All of them: --print-config")
     section, field = name.split(".")
     by_section.setdefault(section, {})[field] = value

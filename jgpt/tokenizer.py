@@ -179,6 +179,13 @@ def from_json(value: Any) -> Tokenizer:
   )
 
 
+def kind_of(tokenizer: Tokenizer) -> str:
+  """The word for a tokenizer in `data.tokenizer`: "characters", "bytes", "bpe" or "gpt2"."""
+  if isinstance(tokenizer, BpeTokenizer):
+    return "gpt2" if tokenizer.end_of_text else "bpe"
+  return {ByteTokenizer: "bytes", CharTokenizer: "characters"}[type(tokenizer)]
+
+
 def show_chars(chars: str) -> str:
   """Sorted characters for a person to read: "a-z", "' ' ! , 0-9 A-Z".
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jgpt.bpe import ALPHABET, END_OF_TEXT, BpeTokenizer, to_utf8
 from jgpt.checks import UserError
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, kind_of
 
 BOS = "<|bos|>"  # what other programs call the BOS of a tokenizer of characters
 UNKNOWN = "<|unknown|>"  # has no id, so that an unknown character is an error there as it is here
@@ -30,15 +30,6 @@ _NEUTRAL = {
   "end_of_word_suffix": (None, ""),
   "ignore_merges": (None, False),
 }
-
-
-def kind(tokenizer: Tokenizer) -> str:
-  """A tokenizer's kind in the words of `data.tokenizer`: byte-level BPE is "gpt2" with an end of text, "bpe" without."""
-  if isinstance(tokenizer, CharTokenizer):
-    return "characters"
-  if isinstance(tokenizer, ByteTokenizer):
-    return "bytes"
-  return "gpt2" if tokenizer.end_of_text else "bpe"
 
 
 # --- Hugging Face ---
@@ -74,7 +65,7 @@ def hugging_face_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]
     "tokenizer.json": _tokenizer_json(tokenizer),
     "tokenizer_config.json": {
       # The class of GPT-2 would give every tokenizer an end of text, and an id for it.
-      "tokenizer_class": "GPT2Tokenizer" if kind(tokenizer) == "gpt2" else "PreTrainedTokenizerFast",
+      "tokenizer_class": "GPT2Tokenizer" if kind_of(tokenizer) == "gpt2" else "PreTrainedTokenizerFast",
       "model_max_length": max_seq_len,
       "clean_up_tokenization_spaces": False,
       "add_prefix_space": False,

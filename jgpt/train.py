@@ -33,6 +33,14 @@ from jgpt.settings import change, differences, is_circumstance, settings
 from jgpt.signals import say, stop_signals
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
+from jgpt.weights import (
+  InitialParams,
+  load_params,
+  open_weights,
+  refuse_other_tokenizer,
+  refuse_small_vocabulary,
+  require_same,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +52,9 @@ class Plan:
     experiment: resolved.
     data: loaded.
     workdir: the run folder, or None to leave nothing on disk.
-    start_step: updates that the folder's newest checkpoint holds.
+    start_step: updates that the folder's newest checkpoint holds; 0 without any.
     epoch_steps: updates in an epoch, where the run is counted in epochs.
+    initial: the parameters to begin from; None draws them, or restores a checkpoint.
   """
 
   name: str
@@ -54,6 +63,7 @@ class Plan:
   workdir: Path | None
   start_step: int
   epoch_steps: int | None
+  initial: InitialParams | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +96,23 @@ class Result:
     return stack_blocks(self.state.params)
 
 
-def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str = "") -> Plan:
+def plan(
+  experiment: Experiment,
+  *,
+  workdir: str | Path | None = None,
+  name: str = "",
+  report: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
   """Decides what a run will be, without touching a device.
 
   Args:
     experiment: may leave open what `config.resolve` fills in.
     workdir: where the run is kept. A folder that holds the same run is resumed, with the data recorded there.
     name: of the experiment, to be recorded.
+    report: told the bytes that are there and the bytes in all while weights to begin from are downloaded.
 
   Raises:
-    UserError: if the settings, the data or the folder do not go together.
+    UserError: if the settings, the data, the weights to begin from or the folder do not go together.
   """
   workdir = Path(workdir) if workdir is not None else None
   recorded = None
@@ -105,23 +122,41 @@ def plan(experiment: Experiment, *, workdir: str | Path | None = None, name: str
     refuse_differences(experiment, recorded, workdir)
   elif workdir is not None and checkpoint.list_steps(workdir):
     raise UserError(f"{workdir} has checkpoints but no experiment.json to say what they are. Choose another --workdir")
-  known = {"sha256": recorded.data["sha256"], "tokenizer": recorded.tokenizer} if recorded else {}
-  data = find_data(experiment.data, experiment.train.seed, **known)
+  saved_step = checkpoint.latest_step(workdir) if workdir is not None else None
+  weights = None
+  if experiment.train.init_from is not None and saved_step is None:
+    weights = open_weights(experiment.train.init_from, report)
+    refuse_other_tokenizer(weights, experiment.data)
+  data = find_data(
+    experiment.data,
+    experiment.train.seed,
+    sha256=recorded.data["sha256"] if recorded else None,
+    tokenizer=recorded.tokenizer if recorded else weights.tokenizer if weights else None,
+  )
+  if weights:
+    refuse_small_vocabulary(weights, data.tokenizer)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
   experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
-  start_step = checkpoint.latest_step(workdir) or 0 if workdir is not None else 0
-  decay_steps = experiment.optimizer.decay_steps
-  if start_step and decay_steps <= start_step < experiment.train.steps and _ends_at_zero(experiment):
+  if saved_step is not None:
+    refuse_schedule_that_ended(experiment, saved_step)
+  initial = load_params(weights, experiment.model) if weights else None
+  if initial and recorded and recorded.weights:
+    initial = require_same(initial, recorded.weights["sha256"])
+  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial)
+
+
+def refuse_schedule_that_ended(experiment: Experiment, saved_step: int) -> None:
+  """Raises `UserError` where a run would get more updates, and its learning rate has come to its end."""
+  optimizer, steps = experiment.optimizer, experiment.train.steps
+  is_zero = saved_step and optimizer.decay_steps <= saved_step and optimizer.end_lr == 0
+  # The schedule of a run without any update has the length 1, which nobody chose.
+  is_over = is_zero or (not saved_step and optimizer.decay_steps == 1 and steps > 1)
+  if saved_step < steps and optimizer.schedule != "constant" and is_over:
     raise UserError(
-      f"train.steps={experiment.train.steps} would add updates to a run that is at step {start_step}, but its learning "
-      f"rate is 0 from optimizer.decay_steps={decay_steps} on. Begin a new run, in another --workdir, with "
-      f"--set optimizer.decay_steps={experiment.train.steps}"
+      f"train.steps={steps} would add updates to a run that is at step {saved_step}, but the schedule of its learning rate "
+      f"ends at optimizer.decay_steps={optimizer.decay_steps}. Begin a new run, in another --workdir, with "
+      f"--set optimizer.decay_steps={steps}"
     )
-  return Plan(name, experiment, data, workdir, start_step, epoch_steps)
-
-
-def _ends_at_zero(experiment: Experiment) -> bool:
-  return experiment.optimizer.schedule != "constant" and experiment.optimizer.end_lr == 0
 
 
 def inherit(experiment: Experiment, recorded: checkpoint.RunFiles) -> Experiment:
@@ -158,8 +193,8 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
   """
   experiment, workdir = plan.experiment, plan.workdir
   mesh = sharding.make_mesh(experiment, runtime.devices())
-  if workdir is not None:  # the folder may have moved on since the plan was made
-    plan = dataclasses.replace(plan, start_step=checkpoint.latest_step(workdir) or 0)
+  saved_step = checkpoint.latest_step(workdir) if workdir is not None else None
+  plan = dataclasses.replace(plan, start_step=saved_step or 0)  # the folder may have moved on since the plan was made
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals())
     manager = None
@@ -169,7 +204,14 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
       writers = [JsonlWriter(workdir / "metrics.jsonl", plan.start_step), *writers]
     for writer in writers:
       stack.callback(_close, writer)
-    program = compile_program(experiment, plan.data, start_step=plan.start_step, manager=manager)
+    program = compile_program(
+      experiment,
+      plan.data,
+      plan.initial.params if plan.initial else None,
+      manager=manager,
+      saved_step=saved_step,
+      num_steps=experiment.train.steps - plan.start_step,
+    )
     log = _Log(list(writers))  # its clock starts here: compiling is no step's time
     state = _loop(plan, program, manager, log, stop, sample_at)
     if manager is not None:
@@ -263,8 +305,8 @@ def _loop(
   if step == 0 and train.steps and (first := evaluation(0)):
     pending = 0, 0, {}, first, None
   while step < train.steps and not stop:
-    num = next_stop(step, plan) - step
-    state, metrics = program.run_steps(program.corpus, state, np.int32(num))
+    num = next_stop(step, plan, program.feed.block_steps) - step
+    state, metrics = program.run_steps(program.feed.corpus_at(step), state, np.int32(num))
     step += num
     due = step, num, metrics, evaluation(step), texts(step)
     if pending:  # the previous call's: the device is busy with this one meanwhile
@@ -277,13 +319,19 @@ def _loop(
   return state
 
 
-def next_stop(step: int, plan: Plan) -> int:
-  """The step at which the host looks next: after the first update, where something is due, or at the end."""
+def next_stop(step: int, plan: Plan, block_steps: int | None = None) -> int:
+  """The step at which the host looks next: after the first update, where something is due, or at the end.
+
+  Args:
+    step: updates that are done.
+    plan: of the run.
+    block_steps: the corpus is on the devices up to the next multiple of this only; None for all of it.
+  """
   train = plan.experiment.train
   if step == 0:
     return min(1, train.steps)
   stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, plan.epoch_steps)]
-  stops += [(step // p + 1) * p for p in (train.save_every, train.eval_every, train.sample_every) if p]
+  stops += [(step // p + 1) * p for p in (train.save_every, train.eval_every, train.sample_every, block_steps) if p]
   return min(stops)
 
 
@@ -319,7 +367,9 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
   text = plan.data.text
   if not (plan.workdir / "experiment.json").exists():
     data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-    checkpoint.write_run_files(plan.workdir, checkpoint.RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data))
+    weights = {"location": plan.initial.location, "sha256": plan.initial.sha256} if plan.initial else None
+    files = checkpoint.RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, weights)
+    checkpoint.write_run_files(plan.workdir, files)
   devices = mesh.devices.flatten()
   entry = {
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

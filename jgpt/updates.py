@@ -55,7 +55,9 @@ class Update:
   value: float
 
 
-def trace_updates(experiment: Experiment, data: Data, entry: Entry, num_steps: int = 10) -> list[Update]:
+def trace_updates(
+  experiment: Experiment, data: Data, entry: Entry, num_steps: int = 10, params: dict | None = None
+) -> list[Update]:
   """Makes a run's first updates again and follows one number through them.
 
   Loss, moments, rate and values are those of the training program itself, called for one update at a time: on the same
@@ -66,6 +68,7 @@ def trace_updates(experiment: Experiment, data: Data, entry: Entry, num_steps: i
     data: the run's.
     entry: which number, from `params.find_entry`.
     num_steps: updates from the initial weights on.
+    params: the initial weights, NumPy arrays; None draws them as the run did.
 
   Returns:
     One row for each update.
@@ -74,13 +77,14 @@ def trace_updates(experiment: Experiment, data: Data, entry: Entry, num_steps: i
   """
   optimizer = experiment.optimizer
   weight_decay = optimizer.weight_decay if entry.param.kind in optimizer.decay_kinds else 0.0
-  program = compile_program(experiment, data)
+  program = compile_program(experiment, data, params)
   gradients_fn = jax.jit(partial(_gradients, experiment=experiment))  # all of them: one program for every entry
   state, rows = program.state, []
   value = float(_read(state.params, entry))
   for step in range(1, num_steps + 1):
-    gradient = float(_read(gradients_fn(state, program.corpus), entry))
-    state, metrics = program.run_steps(program.corpus, state, np.int32(1))
+    corpus = program.feed.corpus_at(step - 1)
+    gradient = float(_read(gradients_fn(state, corpus), entry))
+    state, metrics = program.run_steps(corpus, state, np.int32(1))
     m, v = (float(_read(moment, entry)) for moment in (state.opt_state["adam"].mu, state.opt_state["adam"].nu))
     loss, rate = (float(metrics[name][0]) for name in ("train/loss", "train/lr"))
     m_hat, v_hat, decay = m / (1 - optimizer.b1**step), v / (1 - optimizer.b2**step), weight_decay * value

@@ -138,7 +138,7 @@ def test_the_loop_written_out(monkeypatch):
   monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
   monkeypatch.setattr(program.runtime, "step_options", lambda num_params, platform: QUICK)
   made = program.compile_program(names["run"].experiment, names["run"].data)
-  state, metrics = made.run_steps(made.corpus, made.state, np.int32(20))
+  state, metrics = made.run_steps(made.feed.corpus_at(0), made.state, np.int32(20))
   assert int(state.step) == int(names["state"].step) == 20
   assert float(names["metrics"]["train/loss"]) == pytest.approx(float(metrics["train/loss"][19]), rel=1e-5)
   for got, expected in zip(jax.tree.leaves(names["state"].params), jax.tree.leaves(state.params), strict=True):

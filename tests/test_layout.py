@@ -20,23 +20,27 @@ MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init_
 ORDER = [
   ["checks"],
   ["config"],
-  ["params", "settings", "catalog", "reading"],
-  ["sources", "keys", "bpe"],
-  ["download", "tokenizer", "runtime"],
-  ["batches", "attention", "optim", "sharding", "interop"],
-  ["data", "model"],
-  ["step", "generate"],
+  ["params", "settings", "catalog", "reading", "shards", "documents"],
+  ["keys", "bpe"],
+  ["tokenizer"],
+  ["paths", "encoding"],
+  ["sources"],
+  ["download", "runtime", "preparation"],
+  ["batches", "attention", "optim", "microgpt", "interop", "tokenizer_files", "released"],
+  ["data", "model", "sharding"],
+  ["step", "generate", "feed"],
+  ["hugging_face", "llmc"],
   ["checkpoint", "metrics", "signals", "predictions"],
-  ["program"],
+  ["program", "weights"],
   ["updates", "train", "peers"],
   ["command"],
-  ["run", "sample", "evaluate", "inspect", "bench"],
+  ["run", "sample", "evaluate", "inspect", "bench", "export", "prepare"],
 ]
 # Imported inside a function, against the order: what is found by a download is handed down to `sources`.
 EXCEPTIONS = {("sources", "download")}
 PURE = [
   *("checks", "config", "settings", "params", "tokenizer", "bpe", "batches", "model", "attention", "optim", "step"),
-  *("sharding", "generate", "keys", "reading"),
+  *("sharding", "generate", "keys", "reading", "tokenizer_files"),
 ]
 
 

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer
 from jgpt.checks import UserError
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
+from jgpt.tokenizer import ByteTokenizer, CharTokenizer, kind_of, train_char_tokenizer
 from jgpt.tokenizer_files import (
   hugging_face_files,
-  kind,
   llmc_tokenizer_bytes,
   read_hugging_face_tokenizer,
 )
@@ -222,8 +221,8 @@ def test_importing_imports_no_package_that_may_be_absent():
 
 
 def test_kinds_have_the_words_of_the_settings(released):
-  assert kind(released) == "gpt2"
-  assert {name: kind(tokenizer) for name, tokenizer in SMALL.items()} == {
+  assert kind_of(released) == "gpt2"
+  assert {name: kind_of(tokenizer) for name, tokenizer in SMALL.items()} == {
     "characters": "characters",
     "characters with BOS": "characters",
     "bytes": "bytes",

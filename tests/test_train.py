@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from jgpt import checkpoint, program, sharding, train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
+from jgpt.download import DownloadError
 from jgpt.metrics import read_jsonl
 from jgpt.settings import change, settings
 
@@ -123,7 +125,7 @@ def test_a_batch_is_divided_over_the_devices(experiment):
   mesh = sharding.make_mesh(plan.experiment, jax.devices())
   assert sharding.batch_sharding(mesh).shard_shape((16, 16)) == (4, 16)
   made = program.compile_program(plan.experiment, plan.data)
-  state, run_steps, corpus = made.state, made.run_steps, made.corpus
+  state, run_steps, corpus = made.state, made.run_steps, made.feed.corpus_at(0)
   assert all(len(x.sharding.device_set) == 4 for x in jax.tree.leaves((state, corpus)))
   assert "all-reduce" in run_steps.as_text()  # the gradient is summed over devices
 
@@ -157,7 +159,7 @@ def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_p
   folder = tmp_path / "data"
   folder.mkdir()
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
-  monkeypatch.setattr("jgpt.download._fetch_or_error", lambda *args: OSError("no network"))
+  monkeypatch.setattr("jgpt.download.download", Mock(side_effect=DownloadError("no network")))
   monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
   base = change(experiment, {"data.path": None, "train.steps": 20})
   first = train.plan(base, workdir=tmp_path / "run")
@@ -259,7 +261,7 @@ def test_the_steady_loop_moves_nothing_unasked(experiment):
   """After the first call nothing moves between host and device but what is asked for."""
   plan = train.plan(experiment)
   made = program.compile_program(plan.experiment, plan.data)
-  state, run_steps, corpus = made.state, made.run_steps, made.corpus
+  state, run_steps, corpus = made.state, made.run_steps, made.feed.corpus_at(0)
   num = jax.device_put(np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices())))
   state, _ = run_steps(corpus, state, num)
   with jax.transfer_guard("disallow"):

@@ -1,0 +1,234 @@
+"""python -m jgpt.export: a run's weights as Hugging Face's Transformers or llm.c read them.
+
+Responsible for the command line, and for files that appear whole or not at all. The formats are in `hugging_face.py` and
+`llmc.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jgpt import command
+from jgpt.checks import UserError
+
+if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.batches import Batch
+  from jgpt.checkpoint import Run, RunFiles
+  from jgpt.config import Experiment
+  from jgpt.data import Data
+
+FORMATS = {
+  "hf": "a folder for Hugging Face's Transformers",
+  "llmc": "llm.c's weights, and its tokenizer file beside them",
+  "llmc-state": "llm.c's debug state: a batch, its logits and loss, every gradient",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns its exit status."""
+  args = _parser().parse_args(argv)
+  out = Path(os.path.expanduser(args.out))
+  _check_out(out, args.format)
+  if args.format == "llmc-state" and args.dtype != "float32":
+    raise UserError("--format llmc-state is float32 by its format. Leave --dtype out")
+  from jgpt import checkpoint, hugging_face, llmc, runtime
+
+  if note := runtime.set_up():
+    print(note, file=sys.stderr)
+  files = checkpoint.read_run_files(Path(args.run))
+  refuse = hugging_face.refuse if args.format == "hf" else llmc.refuse
+  refuse(files.experiment.model)  # before any array is read
+  data = _find_data(files) if args.format == "llmc-state" else None
+  run = checkpoint.load_run(args.run, args.step)
+  if args.format == "hf":
+    written = export_hugging_face(run, out, args.dtype)
+    how = f"open it with GPT2LMHeadModel.from_pretrained('{out}') and AutoTokenizer.from_pretrained('{out}')"
+  elif args.format == "llmc":
+    written = export_llmc(run, out, args.dtype)
+    how = "train_gpt2.c reads gpt2_124M.bin and gpt2_tokenizer.bin; train_gpt2cu takes the file with -e"
+  else:
+    written = export_llmc_state(run, data, out)
+    how = "test_gpt2.c compares with gpt2_124M_debug_state.bin"
+  print(f"{run.workdir} at step {run.step:,}, {args.dtype}:")
+  for path in written:
+    print(f"  {path}  {path.stat().st_size:,} bytes")
+  print(how)
+  return 0
+
+
+# --- Formats ---
+
+
+def export_hugging_face(run: Run, out: Path, dtype: str) -> list[Path]:
+  """Writes a folder that Transformers opens; returns its files.
+
+  Args:
+    run: from `checkpoint.load_run`.
+    out: a folder that does not exist yet, or is empty.
+    dtype: "float32" or "bfloat16".
+
+  Raises:
+    UserError: naming the settings that the format cannot hold.
+  """
+  from jgpt import hugging_face
+
+  temporary = out.with_name(f".{out.name}.tmp")
+  shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+  temporary.mkdir(parents=True)
+  try:
+    hugging_face.write_folder(temporary, run.params, run.experiment.model, run.tokenizer, dtype)
+    if out.is_dir():
+      out.rmdir()
+    temporary.rename(out)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return sorted(out.iterdir())
+
+
+def export_llmc(run: Run, out: Path, dtype: str) -> list[Path]:
+  """Writes llm.c's weights, and its tokenizer file beside them; returns both.
+
+  Args:
+    run: from `checkpoint.load_run`.
+    out: the weights' file, ending in .bin; the tokenizer's has "_tokenizer" added to its name.
+    dtype: "float32" or "bfloat16".
+
+  Raises:
+    UserError: naming the settings that the format cannot hold.
+  """
+  from jgpt import llmc
+  from jgpt.tokenizer_files import llmc_tokenizer_bytes
+
+  config = run.experiment.model
+  tokenizer_out = tokenizer_path(out)
+  tokenizer = llmc_tokenizer_bytes(run.tokenizer, config.vocab_size)
+  _write_whole(
+    {
+      out: lambda path: llmc.write_weights(path, run.params, config, dtype),
+      tokenizer_out: lambda path: path.write_bytes(tokenizer),
+    }
+  )
+  return [out, tokenizer_out]
+
+
+def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
+  """Writes llm.c's debug state for the batch that the run would train on next; returns its file.
+
+  Args:
+    run: from `checkpoint.load_run`.
+    data: the run's, a stream.
+    out: the file, ending in .bin.
+
+  Raises:
+    UserError: naming the settings that the format cannot hold.
+  """
+  import jax
+  import numpy as np
+
+  from jgpt import llmc
+  from jgpt.model import apply
+  from jgpt.step import loss_and_grads
+
+  config = run.experiment.model
+  batch = next_batch(run.experiment, data, run.step)
+  loss, grads = jax.jit(lambda params, batch: loss_and_grads(params, batch, config))(run.params, batch)
+  logits_BTV = jax.jit(lambda params, tokens: apply(params, tokens, config)[..., : config.vocab_size])(
+    run.params, batch.inputs_BT
+  )
+  inputs_BT, targets_BT = np.asarray(batch.inputs_BT), np.asarray(batch.targets_BT)
+  logits_BTV = np.asarray(logits_BTV)
+  _write_whole({out: lambda path: llmc.write_state(path, inputs_BT, targets_BT, logits_BTV, float(loss), grads, config)})
+  return [out]
+
+
+def next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
+  """The batch of the update after `step`, without the rows that weigh nothing: an epoch's last batch may be short."""
+  import jax
+  import numpy as np
+
+  from jgpt.batches import make_batch_fn
+  from jgpt.feed import make_feed
+  from jgpt.sharding import make_mesh
+
+  alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
+  mesh = make_mesh(alone, jax.devices()[:1])
+  feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
+  batch = jax.jit(make_batch_fn(experiment.data, experiment.train.seed))(feed.corpus_at(step), np.int32(step))
+  rows = np.asarray(batch.weights_BT).all(axis=1)
+  return jax.tree.map(lambda x: x[rows], batch)
+
+
+def _find_data(files: RunFiles) -> Data:
+  from jgpt.data import find_data
+
+  experiment = files.experiment
+  if experiment.data.batching == "documents":
+    raise UserError("llm.c's debug state holds sequences of one length, and data.batching=documents has many.")
+  return find_data(experiment.data, experiment.train.seed, sha256=files.data["sha256"], tokenizer=files.tokenizer)
+
+
+# --- Files ---
+
+
+def tokenizer_path(out: Path) -> Path:
+  """Where the tokenizer of llm.c's weights goes: gpt2_124M.bin has gpt2_124M_tokenizer.bin."""
+  return out.with_name(f"{out.stem}_tokenizer.bin")
+
+
+def _check_out(out: Path, name: str) -> None:
+  """Raises `UserError` where something is in the way, or the name is not the format's."""
+  if out.name in ("", ".."):
+    raise UserError(f"--out {out} must end in a name, for example {out / 'exported'}")
+  if name == "hf":
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+      raise UserError(f"--out {out} is there already. Choose another name, or remove it")
+    return
+  if out.suffix != ".bin":
+    raise UserError(f"--out {out} must be a file ending in .bin for --format {name}. Try --out {out.with_suffix('.bin')}")
+  for path in [out, tokenizer_path(out)] if name == "llmc" else [out]:
+    if path.exists():
+      raise UserError(f"{path} is there already. Choose another --out, or remove it")
+
+
+def _write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
+  """Has files written under temporary names, and renames them when all are there."""
+  temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
+  try:
+    for path, write in files.items():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      write(temporary[path])
+    for path in files:
+      os.replace(temporary[path], path)
+  finally:
+    for path in temporary.values():
+      path.unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m jgpt.export", description="Write a run's weights as Hugging Face's Transformers or llm.c read them."
+  )
+  parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
+  parser.add_argument(
+    "--format", required=True, choices=FORMATS, help="; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+  )
+  parser.add_argument("--out", required=True, metavar="PATH", help="hf: a new folder; the others: a file, NAME.bin")
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of the weights; bfloat16 rounds to nearest, ties to even (default: float32)",
+  )
+  parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+  return parser
+
+
+if __name__ == "__main__":
+  sys.exit(command.guard(main))

@@ -1,0 +1,164 @@
+"""The weights that a run begins from, wherever they are.
+
+Responsible for what `train.init_from` names: GPT-2's released weights, a Hugging Face folder or its model.safetensors,
+llm.c's .bin, another run; and for whether they and their tokenizer fit the run. Not responsible for the formats
+(`hugging_face.py`, `llmc.py`, `checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jgpt import checkpoint, hugging_face, llmc, sources
+from jgpt.bpe import make_gpt2_tokenizer
+from jgpt.checks import UserError, near_matches
+from jgpt.config import GPT2_SIZES, DataConfig, Experiment, ModelConfig
+from jgpt.interop import (
+  FUNCTION,
+  Weights,
+  build_params,
+  digest_params,
+  flat_shapes,
+  flatten,
+  refuse_other_settings,
+)
+from jgpt.paths import require_kind
+from jgpt.released import RELEASED, find_released
+from jgpt.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialParams:
+  """Parameters that a run begins from.
+
+  Attributes:
+    params: as `init_params` returns them, float32 NumPy arrays.
+    location: where they were found, for a person.
+    sha256: of names, shapes and values.
+    has_tokenizer: whether a tokenizer came with them, which the run then uses.
+  """
+
+  params: dict
+  location: str
+  sha256: str
+  has_tokenizer: bool
+
+
+def open_weights(source: str, report: Callable[[int, int], None] = lambda done, total: None) -> Weights:
+  """Opens what `train.init_from` names; reads headers and a tokenizer, and the values later.
+
+  Args:
+    source: a name of `RELEASED`, or a path.
+    report: told the bytes that are there and the bytes in all while released weights are downloaded.
+
+  Raises:
+    UserError: if there is nothing, it is nothing that jgpt reads, or it is damaged.
+  """
+  if source in RELEASED:
+    return _open_released(source, report)
+  path = Path(os.path.expanduser(source))  # Path.expanduser raises where there is no such user
+  if (path / "experiment.json").is_file():
+    return _open_run(path)
+  if path.is_dir() or path.suffix == ".safetensors":
+    return hugging_face.open_weights(path)
+  if path.suffix == ".bin" and path.is_file():
+    hugging_face.refuse_pickle(path)  # pytorch_model.bin
+    return llmc.open_weights(path)
+  kinds = "a Hugging Face folder or model.safetensors, llm.c's .bin, a run folder"
+  if not path.exists():
+    raise UserError(
+      f"train.init_from={source!r} does not exist.{near_matches(source, RELEASED)} It may be {kinds}, or one of "
+      f"{', '.join(RELEASED)}."
+    )
+  hugging_face.refuse_pickle(path)
+  raise UserError(f"train.init_from={source!r} must be {kinds}.")
+
+
+def load_params(weights: Weights, config: ModelConfig) -> InitialParams:
+  """Reads weights as the parameters of a model.
+
+  Args:
+    weights: from `open_weights`.
+    config: sizes and switches; `vocab_size` resolved.
+
+  Raises:
+    UserError: if they are those of another model, or damaged.
+  """
+  refuse_other_settings(weights, config)
+  params = build_params(weights, config)
+  return InitialParams(params, weights.location, digest_params(params), weights.tokenizer is not None)
+
+
+def find_initial(experiment: Experiment, sha256: str | None = None) -> InitialParams | None:
+  """Finds the weights that a run began from; None where they were drawn.
+
+  Args:
+    experiment: resolved.
+    sha256: digest that they must have, as recorded by the run; None takes any.
+
+  Raises:
+    UserError: as `open_weights` and `load_params` do, or if they have changed.
+  """
+  if experiment.train.init_from is None:
+    return None
+  return require_same(load_params(open_weights(experiment.train.init_from), experiment.model), sha256)
+
+
+def require_same(initial: InitialParams, sha256: str | None) -> InitialParams:
+  """Returns what it is given; raises `UserError` where a run recorded another digest."""
+  if sha256 not in (None, initial.sha256):
+    raise UserError(
+      f"the weights of {initial.location} have changed since this run began. Put the old ones back, or start over with "
+      "--fresh"
+    )
+  return initial
+
+
+def refuse_other_tokenizer(weights: Weights, config: DataConfig) -> None:
+  """Raises `UserError` where they come with another tokenizer than the settings ask for: ids would mean other text."""
+  tokenizer = weights.tokenizer
+  if tokenizer is None:
+    return
+  require_kind(tokenizer, config, f"the tokenizer that comes with {weights.location}")
+  if config.batching == "documents" and tokenizer.stop_id is None:
+    raise UserError(
+      f"{weights.location} comes with a tokenizer without BOS, which data.batching=documents needs. "
+      "Try --set data.batching=random"
+    )
+
+
+def refuse_small_vocabulary(weights: Weights, tokenizer: Tokenizer) -> None:
+  """Raises `UserError` where weights have embeddings for fewer ids than a tokenizer has."""
+  has = weights.model["vocab_size"]
+  if has < tokenizer.vocab_size:
+    raise UserError(
+      f"{weights.location} has embeddings of {has:,} ids, and the run's tokenizer has {tokenizer.vocab_size:,}: they "
+      "belong to another tokenizer, which data.tokenizer must name"
+    )
+
+
+def _open_released(name: str, report: Callable[[int, int], None]) -> Weights:
+  weights = hugging_face.open_weights(find_released(name, report))
+  sizes = next(sizes for sizes in GPT2_SIZES.values() if sizes["num_layers"] == weights.model["num_layers"])
+  model = weights.model | sizes | {"activation": "gelu_tanh"}
+  tokenizer = make_gpt2_tokenizer(*sources.find_gpt2_files())
+  return dataclasses.replace(weights, location=f"{name} ({weights.location})", model=model, tokenizer=tokenizer)
+
+
+def _open_run(path: Path) -> Weights:
+  """Another run's newest parameters, without its optimizer."""
+  files = checkpoint.read_run_files(path)
+  config, step = files.experiment.model, checkpoint.latest_step(path)
+  if step is None:
+    raise UserError(f"{path} has no checkpoint yet.")
+
+  @functools.cache
+  def tensors() -> dict:
+    return flatten(checkpoint.load_run(path, step).params, config)
+
+  model = {name: getattr(config, name) for name in FUNCTION}
+  return Weights(f"{path} at step {step}", model, flat_shapes(config), lambda name: tensors()[name], files.tokenizer)
