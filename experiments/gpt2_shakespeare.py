@@ -6,13 +6,13 @@ first 32,768 are held out, the other 305,260 are read in order, 4 × 64 at a tim
 constant 1e-4, no warmup, no decay, no clipping. Every 10 steps the loss over the first 5 held-out batches; 64 tokens at
 steps 20 and 40.
 
-On 2 CPU cores 2 minutes, half of them evaluation. Expected on tiny Shakespeare, seed 0: from 11.00 before the first update
+On 2 CPU cores 2 to 3 minutes, evaluation included. Expected on tiny Shakespeare, seed 0: from 11.00 before the first update
 to 7.09 at step 40 over the first 5 held-out batches, and 7.01 over all 32,767 predictions after the last (one run; the band
 is put at 0.2). Guessing uniformly is ln 50,257 = 10.82.
 
-Differs from the text in where it begins: llm.c loads GPT-2's released weights. The norm of the gradient jumps to 90 at step
-29; that is the gradient, not a fault: three ways of compiling it agree. Seed 0; reproduce with `python -m jgpt.run
---experiment gpt2_shakespeare`. Needs the extra `bpe`, and 4 GB of memory.
+Differs from the text in where it begins: llm.c loads GPT-2's released weights, which is `--init-from gpt2` here. The norm of
+the gradient jumps to 90 at step 29; that is the gradient, not a fault: three ways of compiling it agree. Seed 0; reproduce
+with `python -m jgpt.run --experiment gpt2_shakespeare`. Needs the extra `bpe`, and 6 GB of memory.
 """
 
 from jgpt.config import (
