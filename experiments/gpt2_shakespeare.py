@@ -10,7 +10,7 @@ On 2 CPU cores 2 to 3 minutes, evaluation included. Expected on tiny Shakespeare
 to 7.09 at step 40 over the first 5 held-out batches, and 7.01 over all 32,767 predictions after the last (one run; the band
 is put at 0.2). Guessing uniformly is ln 50,257 = 10.82.
 
-Differs from the text in where it begins: llm.c loads GPT-2's released weights, which is `--init-from gpt2` here. The norm of
+Differs from the text in where it begins: llm.c loads GPT-2's released weights, here `--init-from gpt2`. The norm of
 the gradient jumps to 90 at step 29; that is the gradient, not a fault: three ways of compiling it agree. Seed 0; reproduce
 with `python -m jgpt.run --experiment gpt2_shakespeare`. Needs the extra `bpe`, and 6 GB of memory.
 """
