@@ -201,9 +201,41 @@ def _time_command(args: list[str], env: dict[str, str]) -> float:
   return time.perf_counter() - began
 
 
+def bench_weights(rounds: int, peers: list[str]) -> list[Row]:
+  """Times reading and writing GPT-2 124M, random weights, in Hugging Face's format and in llm.c's; needs 1 GB of disk."""
+  import jax
+  import numpy as np
+
+  from jgpt import hugging_face, llmc, weights
+  from jgpt.config import resolve
+  from jgpt.model import init_params
+
+  config = resolve(catalog.load_experiment("gpt2_shakespeare"), 50257).model
+  params = jax.tree.map(np.asarray, jax.jit(init_params, static_argnums=1)(jax.random.key(0), config))
+  writers = {
+    "model.safetensors": lambda path: hugging_face.write_safetensors(
+      path, hugging_face.to_tensors(params, config), "float32"
+    ),
+    "gpt2_124M.bin": lambda path: llmc.write_weights(path, params, config, "float32"),
+  }
+  rows = {(verb, name): Row(f"{verb} GPT-2 124M, {name}", "s", []) for name in writers for verb in ("write", "read")}
+  with tempfile.TemporaryDirectory() as folder:
+    for _ in range(rounds):
+      for name, write in writers.items():
+        path = Path(folder) / name
+        began = time.perf_counter()
+        write(path)
+        written = time.perf_counter()
+        weights.load_params(weights.open_weights(str(path)), config)
+        rows["write", name].seconds.append(written - began)
+        rows["read", name].seconds.append(time.perf_counter() - written)
+  return list(rows.values())
+
+
 CASES: dict[str, Callable[[int, list[str]], list[Row]]] = {
   "names": bench_names,
   "shakespeare_char_cpu": bench_shakespeare_char_cpu,
+  "weights": bench_weights,
 }
 
 

@@ -51,7 +51,8 @@ def load_experiment_file(name: str) -> tuple[Experiment, str]:
   spec = importlib.util.spec_from_file_location(f"jgpt_experiment_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
+    # Compiled anew: Python's cache takes a file that was edited within a second for the old one if its size is the same.
+    exec(spec.loader.source_to_code(path.read_bytes(), str(path)), module.__dict__)
   except UserError:
     raise
   except Exception as error:  # whatever the file does wrong is the user's to mend, at this line

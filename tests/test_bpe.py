@@ -219,9 +219,9 @@ def test_text_on_which_versions_may_differ_is_not_tiktokens(text, monkeypatch):
   """Blanks without end; a character that has no meaning yet (its tables may know one); a letter younger than 2002."""
   pytest.importorskip("tiktoken", reason="the faster encoder (jgpt's extra: tiktoken)")
   expected = TRAINED.encode(text)
-  monkeypatch.setitem(TRAINED.__dict__, "_fast", None)  # absent
+  monkeypatch.setitem(TRAINED.__dict__, "tiktoken_encoding", None)  # absent
   assert TRAINED.encode(text) == expected
-  monkeypatch.setitem(TRAINED.__dict__, "_fast", object())  # raises when used
+  monkeypatch.setitem(TRAINED.__dict__, "tiktoken_encoding", object())  # raises when used
   assert TRAINED.encode(text) == expected
 
 
@@ -232,7 +232,7 @@ def test_ordinary_text_is_tiktokens(monkeypatch):
     def encode_ordinary(self, text):
       return [0]
 
-  monkeypatch.setitem(TRAINED.__dict__, "_fast", Fast())
+  monkeypatch.setitem(TRAINED.__dict__, "tiktoken_encoding", Fast())
   assert TRAINED.encode("Hello, мир! 猫の手 😀 हिन्दी العربية\n") == [0]
 
 
