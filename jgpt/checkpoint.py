@@ -1,6 +1,6 @@
 """The run folder: what a run leaves on disk, and reading it back.
 
-    experiment.json     name, settings as resolved, and the text's place and digest
+    experiment.json     name, settings as resolved; place and digest of the text and of the weights it began from
     tokenizer.json      the tokenizer, whole
     env.json            one entry per start: time, command, versions, devices, settings that may change
     metrics.jsonl       one line per update

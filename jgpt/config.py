@@ -232,8 +232,9 @@ class TrainConfig:
     epochs: passes, where `data.batching` is "epochs"; `steps`, where given, goes before it.
     seed: of the initial weights, the order of the data, dropout and the samples.
     init: "normal" draws the initial weights with jax; "microgpt" as that program does, with Python's `random`.
-    init_from: weights to begin from instead: a Hugging Face folder or its model.safetensors, llm.c's .bin, a run folder, or
-      "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" for those that OpenAI released. None draws them.
+    init_from: weights to begin from instead: a Hugging Face folder or its model.safetensors, llm.c's .bin, a run folder or
+      one of its checkpoints/STEP, or "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" for those that OpenAI released. None
+      draws them.
     micro_batch_size: sequences per forward and backward pass; None takes the batch at once. Gradients are accumulated
       inside the step, so the update is that of the whole batch (with dropout: but for what is dropped out).
     log_every: updates between two lines of progress.
@@ -379,7 +380,7 @@ def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None
     steps_per_epoch: batches in a pass over the training part; None where a run is not counted in epochs.
 
   Raises:
-    UserError: if `model.vocab_size` was given and is smaller than the tokenizer's, or the warmup outlasts the schedule.
+    UserError: if `model.vocab_size` was given and is smaller than the tokenizer's.
   """
   given, train, optimizer = experiment.model.vocab_size, experiment.train, experiment.optimizer
   if given is not None and given < vocab_size:

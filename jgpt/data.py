@@ -4,10 +4,11 @@ Responsible for loading: what is done once, on the host. Not responsible for whe
 the bytes of token files (`shards.py`) or for cutting batches (`batches.py`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from jgpt.batches import Corpus, Documents, Stream, count_epoch_steps
 from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
 from jgpt.checks import UserError
 from jgpt.config import DataConfig
+from jgpt.documents import split_paragraphs
 from jgpt.sources import Text
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
 
+PARTS = {"heldout": "held out", "test": "left out, as a test file,"}
 RESIDENT_TOKENS = 1 << 26  # 256 MB on a device; more are read from their files, a block of steps at a time
 
 
@@ -66,6 +69,21 @@ def find_data(config: DataConfig, seed: int, *, sha256: str | None = None, token
   return load_data(sources.find_text(config, sha256=sha256), config, seed, tokenizer)
 
 
+def check_path(config: DataConfig) -> None:
+  """Notices early, in milliseconds, what `find_data` would not find: opens files and reads no text or ids.
+
+  Raises:
+    UserError: as `find_data` does, if `data.path` names nothing that can be read, or `data.source` is not known.
+  """
+  if config.path is None:
+    sources.get_source(config.source)
+  elif files := paths.find_token_files(config.path):
+    for file in files:
+      shards.read_header(file)
+  else:
+    sources.check_path(config.path)
+
+
 def load_data(text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Data:
   """Turns a text into tokens.
 
@@ -102,15 +120,17 @@ def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int
       f"all {len(documents)} documents of {text.location} are held out by data.heldout_fraction={config.heldout_fraction}, "
       "and none is left to train on. Try --set data.heldout_fraction=0"
     )
-  tokenizer = tokenizer or train_char_tokenizer(documents, bos=True)
+  made = tokenizer or train_char_tokenizer(documents, bos=True)
+  with _explain_unknown(tokenizer, text.location):
+    corpora = [make_documents(part, made, config.seq_len) for part in (train, heldout)]
   longest, num_cut = max(map(len, documents)), sum(len(d) + 1 > config.seq_len for d in documents)
   num_chars = sum(map(len, documents))
   return Data(
     text=text,
     label=label,
-    tokenizer=tokenizer,
-    train=make_documents(train, tokenizer, config.seq_len),
-    heldout=make_documents(heldout, tokenizer, config.seq_len),
+    tokenizer=made,
+    train=corpora[0],
+    heldout=corpora[1],
     documents=train,
     summary=[
       f"{len(documents):,} documents, {num_chars:,} characters, longest {longest}, "
@@ -118,6 +138,20 @@ def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int
       f"{len(train):,} for training, {len(heldout):,} held out",
     ],
   )
+
+
+@contextlib.contextmanager
+def _explain_unknown(given: Tokenizer | None, location: str) -> Iterator[None]:
+  """Says whose vocabulary lacks a text's characters, where a tokenizer was given and not made from the text."""
+  try:
+    yield
+  except UserError as error:
+    if not isinstance(given, CharTokenizer):
+      raise
+    raise UserError(
+      f"{location}: {error}. It is that of the run or the weights to begin from, and no text adds to it. Try a text of "
+      "these characters, or begin with random weights: without --init-from"
+    ) from None
 
 
 def in_heldout(document: str, fraction: float) -> bool:
@@ -143,14 +177,15 @@ def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, t
   """The held-out part is the last share of characters, or the first `heldout_tokens` tokens."""
   num_train = int((1 - config.heldout_fraction) * len(text.text))
   train_text, heldout_text = text.text[:num_train], text.text[num_train:]
-  tokenizer = tokenizer or make_tokenizer(config, text.text, train_text)
-  train, heldout = (_encode(part, tokenizer, config) for part in (train_text, heldout_text))
+  made = tokenizer or make_tokenizer(config, text.text, train_text)
+  with _explain_unknown(tokenizer, text.location):
+    train, heldout = (_encode(part, made, config) for part in (train_text, heldout_text))
   if config.heldout_tokens is not None:
     heldout, train = train[: config.heldout_tokens], train[config.heldout_tokens :]
   _check_lengths(len(train), len(heldout), text.location, config)
   streams = Stream(train), Stream(heldout)
   summary = [f"{len(text.text):,} characters", _describe_parts(*streams, config)]
-  return Data(text, label, tokenizer, *streams, documents=[], summary=summary)
+  return Data(text, label, made, *streams, documents=[], summary=summary)
 
 
 def make_tokenizer(config: DataConfig, text: str, train_text: str) -> Tokenizer:
@@ -172,33 +207,47 @@ def _encode(text: str, tokenizer: Tokenizer, config: DataConfig) -> np.ndarray:
 
 def encode_paragraphs(text: str, tokenizer: BpeTokenizer) -> list[int]:
   """Encodes each paragraph by itself, the end-of-text token before it and the blank line after it (llm.c's convention)."""
-  if not text:
-    return []
-  *paragraphs, last = text.split("\n\n")
-  return [i for p in [*(f"{p}\n\n" for p in paragraphs), last] for i in (tokenizer.eot_id, *tokenizer.encode(p))]
+  return [i for p in split_paragraphs(text) for i in (tokenizer.eot_id, *tokenizer.encode(p))] if text else []
 
 
-def _check_lengths(num_train: int, num_heldout: int, location: str, config: DataConfig) -> None:
-  """Raises `UserError` unless a stream's parts are long enough for a batch, and what lies on a device can be counted."""
-  need = config.seq_len + 1 if config.batching != "sequential" else config.seq_len * config.batch_size + 1
-  _check_length(num_train, need, "training", location, config)
-  if num_heldout:
-    _check_length(num_heldout, config.seq_len + 1, "held-out", location, config)
+def _check_lengths(num_train: int, num_heldout: int, location: str, config: DataConfig, *, is_own: bool = False) -> None:
+  """Raises `UserError` unless a stream's parts are long enough for a batch, and what lies on a device can be counted.
+
+  Args:
+    num_train: tokens of the training part.
+    num_heldout: tokens of the held-out part, 0 where there is none.
+    location: for errors.
+    config: `seq_len` and `batch_size` say what is needed.
+    is_own: whether the held-out part has files of its own, and is not cut from the stream.
+  """
+  is_sequential, limit = config.batching == "sequential", config.heldout_tokens
+  need = config.seq_len * config.batch_size + 1 if is_sequential else config.seq_len + 1
+  if num_train < need:
+    mend = " and --set data.batch_size=1" if is_sequential and num_train > 1 else ""
+    if limit is not None and not is_own:
+      total, enough = num_train + num_heldout, config.seq_len + 1
+      mend += f"; data.heldout_tokens={limit} takes {num_heldout:,} of {total:,} tokens"
+      mend += f". Try --set data.heldout_tokens={max(enough, total // 10)}" if total >= 2 * max(enough, need) else ""
+    raise _too_short("training", num_train, need, location, config, mend)
+  if num_heldout and num_heldout < config.seq_len + 1:
+    mend = "" if limit is None or limit > config.seq_len else f" or --set data.heldout_tokens={config.seq_len + 1}"
+    if is_own and not mend:
+      mend = ", or leave the held-out files out: --set data.path= with a glob for the others"
+    elif not mend:
+      mend = f" or --set data.{'heldout_fraction=0' if limit is None else 'heldout_tokens=none'}"
+    raise _too_short("held-out", num_heldout, config.seq_len + 1, location, config, mend)
   if num_heldout >= 2**31 - config.seq_len * config.batch_size:
     raise UserError(
-      f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count. Hold out fewer: an "
-      "evaluation reads them all"
+      f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count, and an evaluation reads "
+      "them all. Try --set data.heldout_tokens=1000000"
     )
 
 
-def _check_length(count: int, need: int, part: str, location: str, config: DataConfig) -> None:
-  if count < need:
-    raise UserError(
-      f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer text, or "
-      f"--set data.seq_len={max(1, min(config.seq_len, count // 2))}"
-      + (" and --set data.batch_size=1" if config.batching == "sequential" else "")
-      + (" or --set data.heldout_fraction=0" if part == "held-out" else "")
-    )
+def _too_short(part: str, count: int, need: int, location: str, config: DataConfig, mend: str) -> UserError:
+  seq_len = f", or --set data.seq_len={min(config.seq_len, count // 2)}" if count > 1 else ""
+  return UserError(
+    f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer text{seq_len}{mend}"
+  )
 
 
 def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
@@ -214,8 +263,9 @@ def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
 def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
   """Loads token files as one stream; every id is checked against the vocabulary.
 
-  Files whose names say so are the held-out part. Where there are none, it is the stream's first `heldout_tokens` tokens, or
-  the last `heldout_fraction` of it.
+  Files whose names say so (`paths.part_of`) are the held-out part, all of it or its first `heldout_tokens` tokens. Where
+  there are none, it is the stream's first `heldout_tokens` tokens, or the last `heldout_fraction` of it. Test files are
+  left out: they stand beside the others in many data sets, and no glob names the others alone.
 
   Args:
     files: in order.
@@ -238,29 +288,51 @@ def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Token
       f"weights. Make them again: python -m jgpt.prepare --tokenizer with the path of that {paths.TOKENIZER_FILE}"
     )
   tokenizer = tokenizer or found or make_tokenizer(config, "", "")
-  is_heldout = [paths.is_heldout(file) for file in files]
-  if all(is_heldout):
-    raise UserError(f"{location} holds nothing to train on: {files[0].name} is held out by its name. Name other files too.")
-  headers = [shards.read_header(file) for file in files]
-  parts = [[h for h, is_out in zip(headers, is_heldout, strict=True) if is_out == wanted] for wanted in (False, True)]
+  named = [(paths.part_of(file, config.path), file) for file in files]
+  if all(part != "train" for part, _ in named):
+    raise UserError(
+      f"{location} holds nothing to train on: {files[0].name} is {PARTS[named[0][0]]} by its name. Name other files too."
+    )
+  parts = [[shards.read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")]
   sha256 = shards.check_files(*parts, tokenizer.vocab_size)
   train, heldout = map(shards.open_files, parts)
-  bounds, heldout_bounds = (0, len(train)), (0, len(heldout))
-  line = f"{len(parts[0])} token {'file' if len(parts[0]) == 1 else 'files'} for training"
-  if len(heldout):
-    unused = [f"data.{name}" for name in ("heldout_tokens", "heldout_fraction") if getattr(config, name)]
-    line += f", {len(parts[1])} held out" + (f" in the place of {unused[0]}" if unused else "")
+  bounds = (0, len(train))
+  num_left = len(files) - len(parts[0]) - len(parts[1])
+  summary = [_describe_files(*map(len, parts), num_left, len(heldout), config)]
+  is_own = len(heldout) > 0
+  if is_own:
+    heldout_bounds = (0, min(len(heldout), config.heldout_tokens or len(heldout)))
   else:
     heldout = train
     bounds, heldout_bounds = _split(len(train), config)
-  _check_lengths(bounds[1] - bounds[0], heldout_bounds[1] - heldout_bounds[0], location, config)
+  _check_lengths(bounds[1] - bounds[0], heldout_bounds[1] - heldout_bounds[0], location, config, is_own=is_own)
   is_large = bounds[1] - bounds[0] > RESIDENT_TOKENS
   streams = (
     Stream(train.part(*bounds) if is_large else train.read(*bounds)),  # a large one is read while it is trained on
     Stream(heldout.read(*heldout_bounds)),
   )
-  summary = [line, _describe_parts(*streams, config)]
+  summary.append(_describe_parts(*streams, config))
   return Data(Text("", "token files", location, sha256), None, tokenizer, *streams, documents=[], summary=summary)
+
+
+def _describe_files(train: int, heldout: int, left: int, num_tokens: int, config: DataConfig) -> str:
+  """The line of the summary that counts files of each part, and says what names or settings leave out.
+
+  Args:
+    train: files for training.
+    heldout: files held out.
+    left: test files.
+    num_tokens: of the files held out.
+    config: how.
+  """
+  line = f"{train} token {'file' if train == 1 else 'files'} for training"
+  if heldout:
+    line += f", {heldout} held out"
+    if config.heldout_fraction:
+      line += " in the place of data.heldout_fraction"
+    elif config.heldout_tokens and config.heldout_tokens < num_tokens:
+      line += f" (data.heldout_tokens: the first {config.heldout_tokens:,} of {num_tokens:,} tokens)"
+  return line + (f"; {left} left out, test by name" if left else "")
 
 
 def _split(num_tokens: int, config: DataConfig) -> tuple[tuple[int, int], tuple[int, int]]:

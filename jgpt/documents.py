@@ -8,6 +8,7 @@ no jax.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from jgpt.checks import UserError
 BLOCK_BYTES = 1 << 19
 MAX_WORD_BYTES = 1 << 22  # a longer stretch without a place to cut is cut anywhere
 MAX_LINE_BYTES = 1 << 24  # of JSON: a line is parsed in one piece
-SEPARATORS = {"paragraphs": "\n\n", "lines": "\n"}
 KINDS = ("paragraphs", "lines", "files")
+_BLANK_LINE = re.compile(r"\n\r?\n")  # with the line end before it; its own may be that of Windows
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_BLANK_LINE_BYTES = re.compile(_BLANK_LINE.pattern.encode())
 
 # Bytes after which a space or newline begins a new word for every tokenizer (see `bpe.py`): those of a character that is
 # no blank to anyone. Characters left out (of C2, E1, E2, part of E3) only make fewer places to cut.
@@ -69,6 +72,24 @@ class Block:
 
 
 # --- Blocks ---
+
+
+def refuse_other_json(path: Path) -> None:
+  """Raises `UserError` for a file whose name says JSON, and that would be read as text: all but *.jsonl."""
+  if path.suffix.lower() not in (".json", ".ndjson", ".jsonl") or path.name.endswith(".jsonl"):
+    return
+  try:
+    with open(path, "rb") as file:
+      begin = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}.") from None
+  if begin.startswith(b"["):
+    raise UserError(
+      f"{path} is one JSON array, which is not JSON lines. Write each object on a line of its own, in a *.jsonl file"
+    )
+  raise UserError(
+    f"{path} would be read as text: only names in *.jsonl hold JSON lines. Rename it to *.jsonl, or name text"
+  )
 
 
 def read_blocks(files: Sequence[Path], sizes: Sequence[int], kind: str, start: Position) -> Iterator[Block]:
@@ -125,9 +146,9 @@ def find_cut(content: bytes, kind: str) -> tuple[int, bool]:
   """
   if kind in ("lines", "jsonl") and (cut := content.rfind(b"\n") + 1):
     return cut, False
-  if kind == "paragraphs" and (cut := content.rfind(b"\n\n") + 2) > 1:
-    run = len(content[:cut].rstrip(b"\n"))
-    return cut - (cut - run) % 2, False  # newlines are paired from the first on
+  if kind == "paragraphs" and (last := max(content.rfind(b"\n\n"), content.rfind(b"\n\r\n"))) >= 0:
+    run = len(content[:last].rstrip(b"\r\n"))  # line ends are paired from the first on
+    return max(blank.end() for blank in _BLANK_LINE_BYTES.finditer(content, run)), False
   if kind == "jsonl":
     return 0, False
   end = len(content)
@@ -139,7 +160,8 @@ def find_cut(content: bytes, kind: str) -> tuple[int, bool]:
   cut = len(content) - 1
   while cut > len(content) - 4 and content[cut] & 0xC0 == 0x80:
     cut -= 1
-  return cut, True
+  # A blank line that may go on after these bytes stays in one piece.
+  return cut - (content[cut - 1 : cut + 1] == b"\n\r"), True
 
 
 # --- Documents ---
@@ -148,8 +170,8 @@ def find_cut(content: bytes, kind: str) -> tuple[int, bool]:
 def parse_block(block: Block, field: str, *, part: bool) -> list[str]:
   """The documents of a block, in order; the first goes on with an earlier one where `block.start.inside`.
 
-  Paragraphs are what blank lines part, the blank line belonging to the one before; a line has its newline, and blank lines
-  are left out; a line of JSON is an object with a text, and empty texts are left out. A leading byte order mark is dropped.
+  Paragraphs are those of `split_paragraphs`; a line has its newline, and blank lines are left out; a line of JSON is an
+  object with a text, and empty texts are left out. A leading byte order mark is dropped.
 
   Args:
     block: from `read_blocks`.
@@ -158,7 +180,7 @@ def parse_block(block: Block, field: str, *, part: bool) -> list[str]:
       and after each file of text but the last, where it is missing.
 
   Raises:
-    UserError: naming file and byte or line, for what is not UTF-8 or not such JSON.
+    UserError: naming file and byte or line, for what is not UTF-8 or not such JSON, and for text with a NUL.
   """
   try:
     text = block.content.decode()
@@ -172,20 +194,28 @@ def parse_block(block: Block, field: str, *, part: bool) -> list[str]:
     del text  # a line may be as long as the block
     found = [_parse_line(line, block, n, field) for n, line in enumerate(lines, 1) if line.strip()]
     return [f"{t}\n" if part and not t.endswith("\n") else t for t in found if t]
+  if (nul := block.content.find(b"\0")) >= 0:
+    raise UserError(f"{block.path} is no text: byte {block.start.offset + nul} is 0x00. Leave data files out of --data")
   if not text:
     return []
   if part and block.ends_file and not block.ends_all and not text.endswith("\n"):
     text += "\n"
   if block.kind == "files":
     return [text]
-  separator = SEPARATORS[block.kind]
-  *whole, last = text.split(separator)
-  documents = [document + separator for document in whole]
   if block.kind == "lines":
-    documents = [d for n, d in enumerate([*documents, last]) if d.strip() or (n == 0 and d and block.start.inside)]
-  elif last or block.ends_file:
-    documents.append(last)
-  return documents
+    return [d for n, d in enumerate(_LINE.findall(text)) if d.strip() or (n == 0 and block.start.inside)]
+  *whole, last = split_paragraphs(text)
+  return [*whole, last] if last or block.ends_file else whole
+
+
+def split_paragraphs(text: str) -> list[str]:
+  """Cuts a text after each blank line; joined again, the parts are the text.
+
+  Line ends are LF or CRLF, and a longer run of them is paired from its first on. Other blanks make no line blank. The last
+  part is what follows the last blank line, and may be "".
+  """
+  ends = [0, *(blank.end() for blank in _BLANK_LINE.finditer(text)), len(text)]
+  return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _parse_line(line: str, block: Block, number: int, field: str) -> str:

@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     how = f"open it with GPT2LMHeadModel.from_pretrained('{out}') and AutoTokenizer.from_pretrained('{out}')"
   elif args.format == "llmc":
     written = export_llmc(run, out, args.dtype)
-    how = "train_gpt2.c reads gpt2_124M.bin and gpt2_tokenizer.bin; train_gpt2cu takes the file with -e"
+    program = (
+      "train_gpt2.c, and train_gpt2cu built for FP32," if args.dtype == "float32" else "train_gpt2cu, built for BF16,"
+    )
+    how = f"{program} reads the weights (of GPT-2 124M: gpt2_124M.bin), and the tokenizer as gpt2_tokenizer.bin"
   else:
     written = export_llmc_state(run, data, out)
     how = "test_gpt2.c compares with gpt2_124M_debug_state.bin"

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jgpt.bpe import make_gpt2_tokenizer
 from jgpt.checks import UserError
 from jgpt.config import ModelConfig
 from jgpt.interop import GPT2, NAMES, Weights, gpt2_shapes, make_gpt2_config, refuse_other_models, to_gpt2
@@ -196,14 +197,18 @@ def open_weights(path: Path) -> Weights:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-  """The tokenizer of a folder's tokenizer.json; None where there is no such file. Raises `UserError` for another kind."""
-  path = folder / "tokenizer.json"
+  """The tokenizer of a folder's tokenizer.json, or of GPT-2's two files; None where there is neither.
+
+  Raises:
+    UserError: for another kind of tokenizer.
+  """
+  path, older = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
   if not path.exists() and not path.is_symlink():  # a link to nothing is damage
-    return None
+    return make_gpt2_tokenizer(*(file.read_bytes() for file in older)) if all(file.is_file() for file in older) else None
   try:
     return read_hugging_face_tokenizer(_read_json(path))
   except UserError as error:
-    advice = f"To read the weights only, name {folder / 'model.safetensors'}"
+    advice = "To read the weights only, copy model.safetensors into a folder of its own, and name that file"
     raise UserError(f"{path}: {error} {advice}") from None
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jgpt.checks import UserError
 from jgpt.config import GPT2_SIZES, ModelConfig
 from jgpt.params import Param, param_table, walk
+from jgpt.settings import format_value
 from jgpt.tokenizer import Tokenizer
 
 # jgpt's name and Hugging Face's, {} being the layer; in llm.c's order, which has no head of its own.
@@ -76,7 +77,7 @@ class Weights:
 
 def refuse_other_models(config: ModelConfig, what: str, needs: dict[str, Any]) -> None:
   """Raises `UserError` naming each setting that is not as `needs` says; `what` needs them so."""
-  others = [f"{n}={format_setting(getattr(config, n))} (it has {format_setting(v)})" for n, v in _unmet(config, needs)]
+  others = [f"{n}={format_value(getattr(config, n))} (it has {format_value(v)})" for n, v in _unmet(config, needs)]
   if others:
     raise UserError(f"{what} cannot hold this model: {', '.join(f'model.{other}' for other in others)}.")
 
@@ -165,14 +166,14 @@ def refuse_other_settings(weights: Weights, config: ModelConfig) -> None:
       differing[name] = value, got
   if not differing:
     return
-  said = ", ".join(f"model.{n}={format_setting(a)} there and {format_setting(b)} here" for n, (a, b) in differing.items())
+  said = ", ".join(f"model.{n}={format_value(a)} there and {format_value(b)} here" for n, (a, b) in differing.items())
   for size, sizes in GPT2_SIZES.items():
     # A file by itself does not say how many heads there are.
     if all(weights.model.get(name, value) == value for name, value in sizes.items()) and differing.keys() & sizes.keys():
-      changes = [f"model.size={size}", *(f"model.{n}={format_setting(differing[n][0])}" for n in differing.keys() - sizes)]
+      changes = [f"model.size={size}", *(f"model.{n}={format_value(differing[n][0])}" for n in differing.keys() - sizes)]
       break
   else:
-    changes = [f"model.{name}={format_setting(value)}" for name, (value, _) in differing.items()]
+    changes = [f"model.{name}={format_value(value)}" for name, (value, _) in differing.items()]
   tries = " ".join(f"--set {change}" for change in changes)
   raise UserError(f"{weights.location} holds another model: {said}. Try {tries}")
 
@@ -237,8 +238,3 @@ def digest_params(params: dict) -> str:
       digest.update(f"{name}/{inner}{array.dtype}{array.shape}".encode())
       digest.update(np.ascontiguousarray(array))
   return digest.hexdigest()
-
-
-def format_setting(value: Any) -> str:
-  """A setting's value as a person writes it after --set."""
-  return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,16 +11,24 @@ import glob
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from jgpt.checks import UserError
 from jgpt.config import DataConfig
 from jgpt.tokenizer import Tokenizer, from_json, kind_of
+from jgpt.tokenizer_files import read_hugging_face_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE = "prepare.json"
-HELDOUT_WORDS = {"val", "valid", "validation"}
+CHARACTERS_FILE = "meta.pkl"  # nanoGPT's list of characters, beside ids of characters
+# Words of a name -> the part that a token file is.
+PART_WORDS = {
+  **dict.fromkeys(("train", "training"), "train"),
+  **dict.fromkeys(("val", "valid", "validation"), "heldout"),
+  "test": "test",
+}
 
 
 def list_files(path: str, patterns: Sequence[str]) -> list[Path] | None:
@@ -55,40 +63,100 @@ def list_files(path: str, patterns: Sequence[str]) -> list[Path] | None:
 def find_token_files(path: str | None) -> list[Path]:
   """The token files that `data.path` names: files *.bin, in the order of their names; [] where it names text.
 
-  A folder holds token files if it has *.bin files and no *.txt file.
+  A folder that `prepare` finished holds the files that its manifest names, whatever else lies there. Another folder holds
+  all *.bin files in it and in its folders, if there is no *.txt file.
 
   Raises:
-    UserError: if a glob matches nothing, or token files and others; or the folder was not finished by `prepare`.
+    UserError: if a glob matches nothing, or token files and others; a folder has both *.bin and *.txt files, or was not
+      finished by `prepare`; or the ids are characters that only a pickle lists.
   """
   if path is None:
     return []
   files = list_files(path, ["*.txt", "*.bin"])
+  expanded = Path(os.path.expanduser(path))
   if files is None:
-    return [Path(os.path.expanduser(path))] if path.endswith(".bin") else []
+    tokens = [expanded] if path.endswith(".bin") else []
+    _refuse_nameless_characters(tokens)
+    return tokens
+  if expanded.is_dir() and (made := _prepared_files(expanded)):
+    return made
   tokens = [file for file in files if file.name.endswith(".bin")]
   others = [file for file in files if not file.name.endswith(".bin")]
-  is_folder = os.path.isdir(os.path.expanduser(path))
-  if is_folder and others:
-    return []
+  _refuse_nameless_characters(tokens)
+  if expanded.is_dir():
+    for folder in sorted({file.parent for file in tokens}):
+      _prepared_files(folder)  # raises where it is not finished
+  if tokens and others and expanded.is_dir():
+    globs = [_glob_for(path, expanded, part) for part in (tokens, others)]
+    raise UserError(
+      f"{path} holds token files ({tokens[0].name}) and texts ({others[0].name}). Choose: --set data.path={globs[0]} or "
+      f"--set data.path={globs[1]}"
+    )
   if tokens and others:
     raise UserError(f"{path} matches {tokens[0]} and {others[0]}: token files (*.bin) are read alone. Name only them.")
-  if tokens and is_folder and not _is_finished(Path(os.path.expanduser(path), MANIFEST_FILE)):
-    raise UserError(f"{path} is not finished: its {MANIFEST_FILE} says so. Run the same python -m jgpt.prepare again.")
   return tokens
 
 
-def _is_finished(manifest: Path) -> bool:
-  """Whether `prepare` wrote all files of a folder; what has no manifest that can be read was not written by it."""
+def _prepared_files(folder: Path) -> list[Path]:
+  """The files that the manifest of a folder names, sorted; [] where `prepare` did not write the folder.
+
+  Raises:
+    UserError: if the manifest says that the folder is not finished.
+  """
   try:
-    value = json.loads(manifest.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):
-    return True
-  return not isinstance(value, dict) or value.get("finished") is not False
+    value = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):  # not written by `prepare`
+    return []
+  match value:
+    case {"finished": False}:
+      raise UserError(f"{folder} is not finished: its {MANIFEST_FILE} says so. Run the same python -m jgpt.prepare again.")
+    case {"finished": True, "files": [*files]}:
+      names = [file.get("name") for file in files if isinstance(file, dict)]
+      return sorted(folder / name for name in names if isinstance(name, str) and Path(name).name == name)
+  return []
 
 
-def is_heldout(path: Path) -> bool:
-  """Whether a token file is held out: "val", "valid" or "validation" is a word of its name, between other signs."""
-  return not HELDOUT_WORDS.isdisjoint(re.split(r"[\W_]+", path.name.lower()))
+def _glob_for(path: str, folder: Path, files: Sequence[Path]) -> str:
+  """The glob that matches files of a folder, quoted for a shell."""
+  steps = [] if all(file.parent == folder for file in files) else ["**"]
+  return shlex.quote(str(Path(glob.escape(path), *steps, f"*{files[0].suffix}")))
+
+
+def _refuse_nameless_characters(files: Sequence[Path]) -> None:
+  """Raises `UserError` for ids of characters as nanoGPT makes them: which id is which, only its pickle says."""
+  for folder in sorted({file.parent for file in files}):
+    if (folder / CHARACTERS_FILE).is_file() and not (folder / TOKENIZER_FILE).is_file():
+      text = folder / "input.txt"
+      text = shlex.quote(str(text)) if text.is_file() else "FILE"
+      raise UserError(
+        f"{folder} has a {CHARACTERS_FILE}: the ids of its token files are characters, listed in that pickle, which jgpt "
+        f"does not read. Train on the text that they were made from: --set data.path={text} --set data.tokenizer=characters"
+      )
+
+
+def part_of(file: Path, path: str) -> str:
+  """The part that a token file is, by its name: "train", "heldout" or "test".
+
+  The last word decides that says so, between other signs: "train" or "training"; "val", "valid" or "validation"; "test".
+  Without such a word it is "train". The names of folders below `path` count too: below a folder, those in it; of a glob,
+  those from the first wildcard on.
+
+  Args:
+    file: one of those that `find_token_files` found.
+    path: `data.path`.
+  """
+  root = Path(os.path.expanduser(path))
+  if not root.is_dir():
+    steps = [] if root.exists() else [n for n, step in enumerate(root.parts) if glob.has_magic(step)]
+    root = Path(*root.parts[: steps[0]]) if steps else root.parent
+  name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+  return part_of_name(name) or "train"
+
+
+def part_of_name(name: str) -> str | None:
+  """The part that the last word of a name says, of those in `PART_WORDS`; None where no word does."""
+  parts = [PART_WORDS[word] for word in re.split(r"[\W_]+", name.lower()) if word in PART_WORDS]
+  return parts[-1] if parts else None
 
 
 def find_tokenizer(files: Sequence[Path], config: DataConfig) -> Tokenizer | None:
@@ -110,8 +178,8 @@ def find_tokenizer(files: Sequence[Path], config: DataConfig) -> Tokenizer | Non
       return None
     raise UserError(
       f"{files[0].parent} has token files and no {TOKENIZER_FILE} that says what their ids mean, which "
-      f"data.tokenizer={config.tokenizer} needs. Make them with python -m jgpt.prepare, which writes one, or copy the "
-      f"{TOKENIZER_FILE} of the run that they belong to"
+      f"data.tokenizer={config.tokenizer} needs. Train on the text itself, --set data.path=TEXT; or make token files of it "
+      f"with python -m jgpt.prepare --tokenizer RUN, the folder of a run on that text; or copy RUN/{TOKENIZER_FILE} there"
     )
   tokenizer = read_tokenizer(found[0])
   for other in found[1:]:
@@ -136,9 +204,15 @@ def require_kind(tokenizer: Tokenizer, config: DataConfig, location: str) -> Non
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-  """Reads a `tokenizer.json` as jgpt writes it; raises `UserError` naming the file."""
+  """Reads a `tokenizer.json`, jgpt's or Hugging Face's of such a tokenizer; raises `UserError` naming the file."""
   try:
-    return from_json(json.loads(path.read_text(encoding="utf-8")))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+      return from_json(value)
+    except UserError:
+      if not isinstance(value, dict) or "model" not in value:
+        raise
+      return read_hugging_face_tokenizer(value)
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror}.") from None
   except UserError as error:

@@ -24,7 +24,7 @@ from jgpt.bpe import make_gpt2_tokenizer
 from jgpt.checks import UserError
 from jgpt.documents import Block, Position, parse_block, read_blocks
 from jgpt.encoding import DocumentEncoder
-from jgpt.paths import MANIFEST_FILE, TOKENIZER_FILE, is_heldout, list_files, read_tokenizer
+from jgpt.paths import MANIFEST_FILE, TOKENIZER_FILE, list_files, part_of_name, read_tokenizer
 from jgpt.shards import HEADER_BYTES, digest_file, id_bytes, write_tokens
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
@@ -65,12 +65,17 @@ class Preparation:
     for file in self.inputs:
       if file.resolve().is_relative_to(self.out.resolve()):
         raise UserError(f"{file} is inside --out {self.out}. Choose another --out")
+      documents.refuse_other_json(file)
 
   @property
   def prefix(self) -> str:
-    """How the shards' names begin: with the folder's, unless that would make all of them held out."""
-    name = self.out.resolve().name
-    return name if name and not is_heldout(Path(name)) else "tokens"
+    """How the shards' names begin: with the folder's, unless that would hide them or say that all are held out."""
+    name = self.out.resolve().name.lstrip(".")
+    return name if name and part_of_name(name) != "heldout" else "tokens"
+
+  def shard_name(self, number: int) -> str:
+    """The name of a shard: number 0 is for validation, and the others for training."""
+    return f"{self.prefix}_{'train' if number else 'val'}_{number:06}.bin"
 
   @property
   def num_bytes(self) -> int:
@@ -104,7 +109,9 @@ def find_inputs(path: str) -> list[Path]:
 
 
 def find_tokenizer(word: str) -> Tokenizer:
-  """Finds a tokenizer: "gpt2", "bytes", or the path of a `tokenizer.json` or of a folder (a run's) that holds one.
+  """Finds a tokenizer: "gpt2", "bytes", or the path of a `tokenizer.json` or of a folder that holds one.
+
+  Such a file is jgpt's, of a run or of token files, or Hugging Face's for the same tokenizer.
 
   Raises:
     UserError: if there is none, or it has the BOS of documents in rows, which a stream has no place for.
@@ -142,12 +149,18 @@ def prepare(wanted: Preparation, on_progress: Callable[[int, int], None] = lambd
   Raises:
     UserError: if the folder holds something else, the inputs cannot be read, or hold too little for a shard.
   """
+  new = [folder for folder in (wanted.out, *wanted.out.parents) if not folder.exists()]
   try:
     wanted.out.mkdir(parents=True, exist_ok=True)
     with _lock(wanted.out):
       manifest = _begin(wanted)
-      if not manifest["finished"]:
-        _go_on(wanted, manifest, on_progress)
+      try:
+        if not manifest["finished"]:
+          _go_on(wanted, manifest, on_progress)
+      except UserError:
+        if not manifest["files"]:
+          _remove_beginning(wanted, new)
+        raise
       return manifest
   except OSError as error:
     again = "The same command goes on from there when that is mended"
@@ -171,18 +184,20 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 
 def _begin(wanted: Preparation) -> dict[str, Any]:
-  """The manifest of the folder, checked, or a new one in an empty folder."""
+  """The manifest of the folder, checked, or a new one: in an empty folder, or in the place of one without any shard."""
   out, asked = wanted.out, wanted.describe()
   manifest = read_manifest(out)
-  if manifest is None:
-    if shown := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
-      raise UserError(f"--out {out} holds other files ({shown[0]}), which are left alone. Choose another --out")
-    start = {"start": dataclasses.asdict(Position()), "skip": 0}
-    manifest = {**asked, "files": [], "finished": False, "next": start}
-    _write_json(out / MANIFEST_FILE, manifest)
-  if differing := [name for name in asked if manifest.get(name) != asked[name]]:
+  if manifest is None and (shown := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))):
+    raise UserError(f"--out {out} holds other files ({shown[0]}), which are left alone. Choose another --out")
+  differing = [name for name in asked if (manifest or {}).get(name) != asked[name]]
+  if differing and manifest and (manifest["files"] or manifest["finished"]):
     what = ", ".join(differing[:3])
     raise UserError(f"--out {out} was made from something else: {what} differs. Choose another --out, or delete {out}")
+  if differing:
+    start = {"start": dataclasses.asdict(Position()), "skip": 0}
+    _remove_beginning(wanted)
+    manifest = {**asked, "files": [], "finished": False, "next": start}
+    _write_json(out / MANIFEST_FILE, manifest)
   for file in manifest["files"]:
     path, need = out / file["name"], HEADER_BYTES + file["tokens"] * id_bytes(wanted.tokenizer.vocab_size)
     size = path.stat().st_size if path.is_file() else None
@@ -191,6 +206,15 @@ def _begin(wanted: Preparation) -> dict[str, Any]:
   if not (out / TOKENIZER_FILE).exists():
     _write_json(out / TOKENIZER_FILE, wanted.tokenizer.to_json())
   return manifest
+
+
+def _remove_beginning(wanted: Preparation, folders: Sequence[Path] = ()) -> None:
+  """Removes what was written before a shard was recorded, and then those of the folders that are empty."""
+  for name in (MANIFEST_FILE, TOKENIZER_FILE, wanted.shard_name(0), wanted.shard_name(1)):
+    (wanted.out / name).unlink(missing_ok=True)
+  with contextlib.suppress(OSError):
+    for folder in folders:
+      folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -248,7 +272,7 @@ def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[
       is_first = not manifest["files"] and wanted.heldout_tokens > 0
       limit = wanted.heldout_tokens if is_first else wanted.shard_tokens
       number = 0 if is_first else len(manifest["files"]) + (not wanted.heldout_tokens)
-      path = wanted.out / f"{wanted.prefix}_{'val' if is_first else 'train'}_{number:06}.bin"
+      path = wanted.out / wanted.shard_name(number)
       before = sum(file["tokens"] for file in manifest["files"])
       with write_tokens(path, wanted.tokenizer.vocab_size) as writer:
         while writer.count < limit and ids.are_left():
@@ -256,7 +280,7 @@ def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[
           on_progress(sum(sizes[: ids.start.file]) + ids.start.offset, before + writer.count)
         if is_first and not ids.are_left():
           few = f"the input has only {writer.count:,} tokens, none beyond the {limit:,} for validation"
-          raise UserError(f"{few}. Try a smaller --heldout-tokens, or 0, with another --out")
+          raise UserError(f"{few}. Try a smaller --heldout-tokens, or 0")
       manifest["files"].append({"name": path.name, "tokens": writer.count, "sha256": digest_file(path)})
       manifest["next"] = {"start": dataclasses.asdict(ids.start), "skip": ids.used}
       _write_json(wanted.out / MANIFEST_FILE, manifest)

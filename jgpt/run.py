@@ -201,7 +201,7 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
   steps = plan.experiment.train.steps
   writers, sample_at = [], None
   if plan.start_step >= steps and not steps:
-    print("no updates: the weights are kept as they are")
+    print("no updates: this makes a run folder of the weights")
   elif plan.start_step >= steps:
     print(f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh begins anew")
   else:
@@ -272,14 +272,12 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
 
 
 def describe_initial(plan: Plan) -> list[tuple[str, str]]:
-  """Where the weights to begin from were found; nothing where they are drawn or restored."""
-  if plan.initial is None:
+  """Where the weights that the run begins from were found; nothing where they are drawn."""
+  if plan.weights is None:
     return []
-  lines = [("weights", f"{plan.initial.location} (SHA-256 {plan.initial.sha256[:12]})")]
-  if not plan.initial.has_tokenizer:
-    tokenizer = plan.experiment.data.tokenizer
-    lines.append(("", f"no tokenizer comes with them: their ids are taken for those of data.tokenizer={tokenizer}"))
-  return lines
+  began = "" if plan.initial else "began from "
+  lines = [("weights", f"{began}{plan.weights['location']} (SHA-256 {plan.weights['sha256'][:12]})")]
+  return [*lines, ("", plan.initial.note)] if plan.initial and plan.initial.note else lines
 
 
 def describe_vocabulary(plan: Plan) -> str:

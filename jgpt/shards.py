@@ -31,6 +31,7 @@ OTHER_MAGICS = {
   20240326: "llm.c's weights of a model",
   20240327: "llm.c's debug state",
   20240328: "llm.c's tokenizer",
+  20240522: "llm.c's questions for an evaluation (HellaSwag)",
 }
 # What other files begin with.
 SIGNATURES = {
@@ -282,22 +283,6 @@ class TokenFiles:
     begins = self.ends - [len(ids) for ids in self.maps]
     cut = [ids[max(0, start - b) : max(0, stop - b)] for ids, b in zip(self.maps, begins.tolist(), strict=True)]
     return TokenFiles(tuple(cut), np.cumsum([len(ids) for ids in cut], dtype=np.int64))
-
-  def take(self, positions: np.ndarray) -> np.ndarray:
-    """The ids at int64 `positions` of any shape, int32 of the same shape.
-
-    Raises:
-      IndexError: unless every position is in [0, len).
-    """
-    positions = np.asarray(positions, np.int64)
-    if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
-      raise IndexError(f"ids {positions.min()} to {positions.max()} of {len(self)}")
-    ids = np.empty(positions.shape, np.int32)
-    numbers = np.searchsorted(self.ends, positions, side="right")
-    for number in np.unique(numbers).tolist():
-      part, chosen = self.maps[number], numbers == number
-      ids[chosen] = part[positions[chosen] - (self.ends[number] - len(part))]
-    return ids
 
 
 def open_files(files: Sequence[TokenFile]) -> TokenFiles:

@@ -15,6 +15,7 @@ import platform
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from jgpt.checks import UserError, near_matches
 from jgpt.config import DataConfig
@@ -222,11 +223,9 @@ def read_path(path: str) -> Text:
   Raises:
     UserError: naming the file, if one cannot be read or is not UTF-8; or if there is none.
   """
-  files = list_files(path, ["*.txt"])
+  files = _list_texts(path)
   if files is None:
     return read_text(Path(path), "path")
-  if not files:
-    raise UserError(f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'")
   contents = [_read_bytes(file) for file in files]
   texts = [_decode(content, str(file)) for content, file in zip(contents, files, strict=True)]
   for n, content in enumerate(contents[:-1]):
@@ -235,6 +234,21 @@ def read_path(path: str) -> Text:
       texts[n] += "\n"
   location = f"{path} ({len(files)} {'file' if len(files) == 1 else 'files'})"
   return Text("".join(texts), "path", location, digest_bytes(b"".join(contents)))
+
+
+def check_path(path: str) -> None:
+  """Raises the `UserError` of `read_path` if `path` names nothing that can be opened; reads no text."""
+  for file in _list_texts(path) or [Path(path)]:
+    with _opened(file):
+      pass
+
+
+def _list_texts(path: str) -> list[Path] | None:
+  """The files of a folder or glob; None where `path` can only be the name of one file; raises `UserError` for none."""
+  files = list_files(path, ["*.txt"])
+  if files == []:
+    raise UserError(f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'")
+  return files
 
 
 def require_same(found: Text, sha256: str | None, what: str, advice: str) -> Text:
@@ -325,8 +339,16 @@ def by_hand(*files: PinnedFile) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
+  with _opened(path) as file:
+    return file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file; raises `UserError` naming it where it cannot be opened or read."""
   try:
-    return path.expanduser().read_bytes()
+    with open(path.expanduser(), "rb") as file:
+      yield file
   except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the path; RuntimeError: no such ~user
     raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 

@@ -38,7 +38,7 @@ from jgpt.weights import (
   load_params,
   open_weights,
   refuse_other_tokenizer,
-  refuse_small_vocabulary,
+  refuse_other_vocabulary,
   require_same,
 )
 
@@ -55,6 +55,7 @@ class Plan:
     start_step: updates that the folder's newest checkpoint holds; 0 without any.
     epoch_steps: updates in an epoch, where the run is counted in epochs.
     initial: the parameters to begin from; None draws them, or restores a checkpoint.
+    weights: where the weights that it begins from, or began from, were found: location, sha256; None where they are drawn.
   """
 
   name: str
@@ -64,6 +65,7 @@ class Plan:
   start_step: int
   epoch_steps: int | None
   initial: InitialParams | None = None
+  weights: dict[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,24 +136,29 @@ def plan(
     tokenizer=recorded.tokenizer if recorded else weights.tokenizer if weights else None,
   )
   if weights:
-    refuse_small_vocabulary(weights, data.tokenizer)
+    refuse_other_vocabulary(weights, data.tokenizer)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
   experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
   if saved_step is not None:
-    refuse_schedule_that_ended(experiment, saved_step)
+    refuse_schedule_that_ended(experiment, saved_step, workdir)
   initial = load_params(weights, experiment.model) if weights else None
   if initial and recorded and recorded.weights:
     initial = require_same(initial, recorded.weights["sha256"])
-  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial)
+  found = {"location": initial.location, "sha256": initial.sha256} if initial else recorded.weights if recorded else None
+  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, found)
 
 
-def refuse_schedule_that_ended(experiment: Experiment, saved_step: int) -> None:
+def refuse_schedule_that_ended(experiment: Experiment, saved_step: int, workdir: Path) -> None:
   """Raises `UserError` where a run would get more updates, and its learning rate has come to its end."""
   optimizer, steps = experiment.optimizer, experiment.train.steps
-  is_zero = saved_step and optimizer.decay_steps <= saved_step and optimizer.end_lr == 0
-  # The schedule of a run without any update has the length 1, which nobody chose.
-  is_over = is_zero or (not saved_step and optimizer.decay_steps == 1 and steps > 1)
-  if saved_step < steps and optimizer.schedule != "constant" and is_over:
+  if saved_step >= steps or optimizer.schedule == "constant":
+    return
+  if not saved_step and optimizer.decay_steps == 1 and steps > 1:  # a length that nobody chose
+    raise UserError(
+      f"{workdir} was made without any update, so the schedule of its learning rate has no length. Begin a new run from "
+      f"it, in another --workdir, with --init-from {workdir}"
+    )
+  if saved_step and optimizer.decay_steps <= saved_step and optimizer.end_lr == 0:
     raise UserError(
       f"train.steps={steps} would add updates to a run that is at step {saved_step}, but the schedule of its learning rate "
       f"ends at optimizer.decay_steps={optimizer.decay_steps}. Begin a new run, in another --workdir, with "
@@ -367,8 +374,7 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
   text = plan.data.text
   if not (plan.workdir / "experiment.json").exists():
     data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-    weights = {"location": plan.initial.location, "sha256": plan.initial.sha256} if plan.initial else None
-    files = checkpoint.RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, weights)
+    files = checkpoint.RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights)
     checkpoint.write_run_files(plan.workdir, files)
   devices = mesh.devices.flatten()
   entry = {

@@ -30,6 +30,8 @@ from jgpt.paths import require_kind
 from jgpt.released import RELEASED, find_released
 from jgpt.tokenizer import Tokenizer
 
+GPT2_IDS = (50257, 50304)  # and with the rows that nanoGPT adds
+
 
 @dataclasses.dataclass(frozen=True)
 class InitialParams:
@@ -39,13 +41,13 @@ class InitialParams:
     params: as `init_params` returns them, float32 NumPy arrays.
     location: where they were found, for a person.
     sha256: of names, shapes and values.
-    has_tokenizer: whether a tokenizer came with them, which the run then uses.
+    note: what does not come with them and is the experiment's, for a person; or "".
   """
 
   params: dict
   location: str
   sha256: str
-  has_tokenizer: bool
+  note: str = ""
 
 
 def open_weights(source: str, report: Callable[[int, int], None] = lambda done, total: None) -> Weights:
@@ -60,9 +62,15 @@ def open_weights(source: str, report: Callable[[int, int], None] = lambda done, 
   """
   if source in RELEASED:
     return _open_released(source, report)
+  if not source.strip():
+    raise UserError("train.init_from is empty: it must be a path, or one of " + ", ".join(RELEASED) + ".")
   path = Path(os.path.expanduser(source))  # Path.expanduser raises where there is no such user
   if (path / "experiment.json").is_file():
-    return _open_run(path)
+    return _open_run(path, None)
+  if path.parent.name == "checkpoints" and (path.parent.parent / "experiment.json").is_file() and path.name.isdecimal():
+    return _open_run(path.parent.parent, int(path.name))
+  if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+    path = path.parent  # what is beside it says the number of heads and what ids mean
   if path.is_dir() or path.suffix == ".safetensors":
     return hugging_face.open_weights(path)
   if path.suffix == ".bin" and path.is_file():
@@ -90,7 +98,10 @@ def load_params(weights: Weights, config: ModelConfig) -> InitialParams:
   """
   refuse_other_settings(weights, config)
   params = build_params(weights, config)
-  return InitialParams(params, weights.location, digest_params(params), weights.tokenizer is not None)
+  missing = ["no number of heads"] if "num_heads" not in weights.model else []
+  missing += ["no tokenizer"] if weights.tokenizer is None else []
+  note = f"{' and '.join(missing)} comes with them: the experiment's is taken" if missing else ""
+  return InitialParams(params, weights.location, digest_params(params), note)
 
 
 def find_initial(experiment: Experiment, sha256: str | None = None) -> InitialParams | None:
@@ -121,6 +132,12 @@ def require_same(initial: InitialParams, sha256: str | None) -> InitialParams:
 def refuse_other_tokenizer(weights: Weights, config: DataConfig) -> None:
   """Raises `UserError` where they come with another tokenizer than the settings ask for: ids would mean other text."""
   tokenizer = weights.tokenizer
+  if tokenizer is None and config.tokenizer in ("characters", "bpe"):
+    raise UserError(
+      f"{weights.location} comes without a tokenizer, and data.tokenizer={config.tokenizer} would make one from the text: "
+      "its ids would mean something else to these weights. Name the run or the Hugging Face folder that they came from, or "
+      "try --set data.tokenizer=gpt2"
+    )
   if tokenizer is None:
     return
   require_kind(tokenizer, config, f"the tokenizer that comes with {weights.location}")
@@ -131,9 +148,14 @@ def refuse_other_tokenizer(weights: Weights, config: DataConfig) -> None:
     )
 
 
-def refuse_small_vocabulary(weights: Weights, tokenizer: Tokenizer) -> None:
-  """Raises `UserError` where weights have embeddings for fewer ids than a tokenizer has."""
+def refuse_other_vocabulary(weights: Weights, tokenizer: Tokenizer) -> None:
+  """Raises `UserError` where weights have embeddings of fewer ids than a tokenizer has, or of GPT-2's."""
   has = weights.model["vocab_size"]
+  if has in GPT2_IDS and weights.tokenizer is None and tokenizer.vocab_size != GPT2_IDS[0]:
+    raise UserError(
+      f"{weights.location} has embeddings of {has:,} ids, as GPT-2 has, and the run's tokenizer has "
+      f"{tokenizer.vocab_size:,}. Try --set data.tokenizer=gpt2"
+    )
   if has < tokenizer.vocab_size:
     raise UserError(
       f"{weights.location} has embeddings of {has:,} ids, and the run's tokenizer has {tokenizer.vocab_size:,}: they "
@@ -149,12 +171,15 @@ def _open_released(name: str, report: Callable[[int, int], None]) -> Weights:
   return dataclasses.replace(weights, location=f"{name} ({weights.location})", model=model, tokenizer=tokenizer)
 
 
-def _open_run(path: Path) -> Weights:
-  """Another run's newest parameters, without its optimizer."""
+def _open_run(path: Path, step: int | None) -> Weights:
+  """Another run's parameters without its optimizer, of a step or the newest."""
   files = checkpoint.read_run_files(path)
-  config, step = files.experiment.model, checkpoint.latest_step(path)
-  if step is None:
+  config, steps = files.experiment.model, checkpoint.list_steps(path)
+  if not steps:
     raise UserError(f"{path} has no checkpoint yet.")
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise UserError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
 
   @functools.cache
   def tensors() -> dict:

@@ -28,6 +28,7 @@ if "JGPT_TEST_CACHE" not in os.environ:  # one for this run: pytest-xdist's work
 import equivalence
 import jax
 import pytest
+import small_runs
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,6 +40,13 @@ rows = []  # measured by all tests
 def x64():
   """Turns on float64 for one test."""
   with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture
+def quick():
+  """Whole runs are compiled quickly, for tests in which the program that users run is not the point."""
+  with small_runs.compiled_quickly():
     yield
 
 

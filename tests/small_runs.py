@@ -1,9 +1,14 @@
 """Two small runs for the tests of commands that read a run folder: one on documents, one on a stream of bytes."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
-from jgpt import train
+from equivalence import QUICK
+
+from jgpt import program, runtime, train
 from jgpt.catalog import load_experiment
 from jgpt.config import Experiment
 from jgpt.data import Data
@@ -31,9 +36,20 @@ class SmallRun:
   result: train.Result
 
 
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+  """Steps are compiled in a hurry, and sampling and evaluation only where they are called."""
+  with (
+    mock.patch.object(program, "_compile_ahead", lambda *args: None),
+    mock.patch.object(runtime, "step_options", lambda *args: QUICK),
+  ):
+    yield
+
+
 def train_small(experiment: Experiment, workdir: Path) -> SmallRun:
-  plan = train.plan(experiment, workdir=workdir, name="small")
-  return SmallRun(workdir, plan.experiment, plan.data, train.train(plan))
+  with compiled_quickly():
+    plan = train.plan(experiment, workdir=workdir, name="small")
+    return SmallRun(workdir, plan.experiment, plan.data, train.train(plan))
 
 
 def train_words(folder: Path) -> SmallRun:

@@ -20,6 +20,8 @@ from jgpt.optim import make_optimizer
 from jgpt.step import init_state
 from jgpt.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 EXPERIMENT = resolve(load_experiment("names"), 27)
 FILES = checkpoint.RunFiles(
   "names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True), {"kind": "path", "sha256": "0" * 64}

@@ -17,6 +17,8 @@ from jgpt.model import apply
 from jgpt.settings import change
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):

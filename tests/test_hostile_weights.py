@@ -568,7 +568,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_damaged_tokenizer_is_refused_not_ignored(name, folder, refused):
   (folder / "tokenizer.json").write_text(TOKENIZERS[name], encoding="latin-1")
-  refused(folder, "tokenizer.json", str(folder / "model.safetensors"))
+  refused(folder, "tokenizer.json", "copy model.safetensors into a folder of its own")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -490,6 +490,7 @@ def test_a_file_by_itself_takes_heads_and_activation_from_the_experiment(tmp_pat
   for head in (4, 12):
     model = save_theirs(tmp_path / f"{head}", n_head=head, activation_function="relu")
     config = our_config(num_heads=head, activation="relu")
+    (tmp_path / f"{head}" / "config.json").unlink()
     opened = weights.open_weights(str(tmp_path / f"{head}" / "model.safetensors"))
     assert opened.tokenizer is None and not opened.model.keys() & {"num_heads", "activation"}
     assert_same_logits(model, weights.load_params(opened, config).params, config)
@@ -504,6 +505,7 @@ def test_a_head_in_a_file_by_itself_is_tied_if_it_is_the_embedding(same, tmp_pat
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     hugging_face.write_safetensors(path, tensors, "float32")
     model = open_theirs(tmp_path / "there")
+  path = path.rename(tmp_path / "alone.safetensors")
   config = our_config(tied_head=same)
   params = load(path, config)
   assert ("unembed" in params) == (not same)

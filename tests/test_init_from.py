@@ -11,12 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from equivalence import QUICK
 from reference import llmc_files, numpy_gpt
 from small_runs import VERSE, WORDS
 from switches import draw_params, to_oracle
 
-from jgpt import checkpoint, command, evaluate, export, hugging_face, inspect, llmc, program, run, runtime, sample, train
+from jgpt import checkpoint, command, evaluate, export, hugging_face, inspect, llmc, program, run, sample, train
 from jgpt import weights as weights_lib
 from jgpt.bpe import BpeTokenizer
 from jgpt.catalog import load_experiment
@@ -46,13 +45,6 @@ def base(tmp_path_factory):
   return change(load_experiment("shakespeare_bytes"), changes)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-  """Steps are compiled in a hurry, and what draws samples is not compiled at all."""
-  monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
-  monkeypatch.setattr(runtime, "step_options", lambda *args: QUICK)
-
-
 def draw(config):
   """Random parameters, float32, gains and biases too."""
   return jax.tree.map(lambda x: x.astype(np.float32), draw_params(config))
@@ -79,7 +71,9 @@ def write_weights(folder, kind, experiment, params, tokenizer):
     return folder / "model.bin"
   (folder / "hf").mkdir()
   hugging_face.write_folder(folder / "hf", params, experiment.model, tokenizer, "float32")
-  return folder / "hf" if kind == "folder" else folder / "hf" / "model.safetensors"
+  if kind == "folder":
+    return folder / "hf"
+  return (folder / "hf" / "model.safetensors").rename(folder / "model.safetensors")  # by itself
 
 
 @pytest.fixture
@@ -203,7 +197,7 @@ def test_training_is_that_of_the_same_parameters_given_in_python(base, source):
   plan = train.plan(begin(base, path))
   first, again = train.train(plan), train.train(plan)
   assert equal_bits(plan.initial.params, params)
-  given = dataclasses.replace(train.plan(base), initial=weights_lib.InitialParams(params, "here", "", has_tokenizer=False))
+  given = dataclasses.replace(train.plan(base), initial=weights_lib.InitialParams(params, "here", ""))
   assert given.experiment.train.init_from is None
   other = train.train(given)
   assert len(first.losses) == 4 and len(set(first.losses.tolist())) == 4
@@ -303,9 +297,10 @@ def test_a_schedule_without_length_is_refused_when_the_run_grows(schedule, end_l
   experiment = begin(base, source[0], optimizer__schedule=schedule, optimizer__end_lr=end_lr)
   start(change(experiment, {"train.steps": 0}), tmp_path / "run")
   message = refusal(experiment, tmp_path / "run")
-  assert "train.steps=4" in message and "another --workdir" in message
-  advised = change(experiment, dict([parse_setting(re.search(r"--set (\S+)", message)[1])]))
-  assert train.plan(advised, workdir=tmp_path / "other").experiment == train.plan(experiment).experiment
+  assert f"another --workdir, with --init-from {tmp_path / 'run'}" in message
+  advised = train.plan(change(experiment, {"train.init_from": str(tmp_path / "run")}), workdir=tmp_path / "other")
+  assert advised.experiment.optimizer.decay_steps == 4
+  assert equal_bits(advised.initial.params, train.plan(experiment).initial.params)
 
 
 @pytest.mark.usefixtures("quick")
@@ -675,3 +670,43 @@ def test_a_misspelt_name_ends_the_command(verse, capsys, tmp_path):
   status, _, err = call(capsys, run.main, "--experiment", "verse.py", "--init-from", "model.bim", "--steps", "0")
   assert status == 2 and err.startswith("error: train.init_from='model.bim' does not exist") and err.count("\n") == 1
   assert not (tmp_path / "runs").exists()
+
+
+# --- What comes with weights, and what does not ---
+
+
+@pytest.mark.parametrize(("tokenizer", "more"), [("characters", {}), ("bpe", {"data__bpe_vocab_size": 260})])
+def test_ids_made_from_the_text_are_no_ids_of_weights_without_a_tokenizer(tokenizer, more, base, tmp_path):
+  path = write_weights(tmp_path, "llmc", resolve(base, 256), draw(resolve(base, 256).model), ByteTokenizer())
+  message = refusal(begin(base, path, data__tokenizer=tokenizer, **more))
+  assert "comes without a tokenizer" in message and "--set data.tokenizer=gpt2" in message
+
+
+def test_gpt2s_number_of_ids_asks_for_gpt2s_tokenizer(base, tmp_path):
+  config = dataclasses.replace(resolve(base, 256).model, vocab_size=50304)
+  path = write_weights(tmp_path, "llmc", dataclasses.replace(base, model=config), draw(config), ByteTokenizer())
+  message = refusal(change(begin(base, path), {"model.vocab_size": None}))
+  assert "50,304 ids, as GPT-2 has" in message and message.endswith("Try --set data.tokenizer=gpt2")
+
+
+def test_a_checkpoint_of_a_run_can_be_named(base, tmp_path):
+  params = draw(resolve(base, 256).model)
+  there = save_run(tmp_path / "run", resolve(base, 256), ByteTokenizer(), params, step=3)
+  plan = train.plan(begin(base, there / "checkpoints" / "3"))
+  assert plan.initial.location == f"{there} at step 3" and equal_bits(plan.initial.params, params)
+  assert "has no checkpoint of step 4; it has 3" in refusal(begin(base, there / "checkpoints" / "4"))
+
+
+def test_an_empty_name_is_no_folder(base):
+  assert "train.init_from is empty" in refusal(begin(base, ""))
+
+
+def test_a_run_says_where_it_began_also_when_it_goes_on(base, source, tmp_path):
+  experiment = change(begin(base, source[0]), {"train.steps": 0})
+  first = train.plan(experiment, workdir=tmp_path / "run")
+  train.train(first)
+  again = train.plan(experiment, workdir=tmp_path / "run")
+  assert again.initial is None and again.weights == first.weights
+  (line,) = run.describe_initial(again)
+  assert line == ("weights", f"began from {source[0]} (SHA-256 {first.initial.sha256[:12]})")
+  assert run.describe_initial(first)[1] == ("", "no tokenizer comes with them: the experiment's is taken")

@@ -27,6 +27,8 @@ from jgpt.step import loss_fn
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer
 from jgpt.updates import trace_updates
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):

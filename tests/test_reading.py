@@ -12,6 +12,8 @@ from jgpt.metrics import uniform_loss
 from jgpt.reading import compare_expected, final_loss, read_losses
 from jgpt.settings import change
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 WIDE = {"model.d_model": 64, "model.d_ff": 256, "data.batch_size": 16}
 
 

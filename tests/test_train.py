@@ -17,6 +17,8 @@ from jgpt.download import DownloadError
 from jgpt.metrics import read_jsonl
 from jgpt.settings import change, settings
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CHANGES = {"train.steps": 60, "train.log_every": 20, "data.heldout_fraction": 0.1}
 
 
