@@ -22,7 +22,7 @@ from jgpt.documents import split_paragraphs
 from jgpt.sources import Text
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
 
-PARTS = {"heldout": "held out", "test": "left out, as a test file,"}
+PARTS = {"heldout": "held out", "test": "a test file"}
 RESIDENT_TOKENS = 1 << 26  # 256 MB on a device; more are read from their files, a block of steps at a time
 
 
@@ -79,7 +79,8 @@ def check_path(config: DataConfig) -> None:
     sources.get_source(config.source)
   elif files := paths.find_token_files(config.path):
     for file in files:
-      shards.read_header(file)
+      if paths.part_of(file, config.path) != "test":
+        shards.read_header(file)
   else:
     sources.check_path(config.path)
 
@@ -149,8 +150,8 @@ def _explain_unknown(given: Tokenizer | None, location: str) -> Iterator[None]:
     if not isinstance(given, CharTokenizer):
       raise
     raise UserError(
-      f"{location}: {error}. It is that of the run or the weights to begin from, and no text adds to it. Try a text of "
-      "these characters, or begin with random weights: without --init-from"
+      f"{location}: {error}. That is the run's, or that of the weights to begin from, and a text adds nothing to it. Try "
+      "a text of these characters, or begin without --init-from"
     ) from None
 
 
@@ -230,11 +231,12 @@ def _check_lengths(num_train: int, num_heldout: int, location: str, config: Data
       mend += f". Try --set data.heldout_tokens={max(enough, total // 10)}" if total >= 2 * max(enough, need) else ""
     raise _too_short("training", num_train, need, location, config, mend)
   if num_heldout and num_heldout < config.seq_len + 1:
-    mend = "" if limit is None or limit > config.seq_len else f" or --set data.heldout_tokens={config.seq_len + 1}"
-    if is_own and not mend:
+    if limit is not None and limit <= config.seq_len:
+      mend = f" or --set data.heldout_tokens={config.seq_len + 1}"
+    elif is_own:
       mend = ", or leave the held-out files out: --set data.path= with a glob for the others"
-    elif not mend:
-      mend = f" or --set data.{'heldout_fraction=0' if limit is None else 'heldout_tokens=none'}"
+    else:
+      mend = " or --set data.heldout_fraction=0"
     raise _too_short("held-out", num_heldout, config.seq_len + 1, location, config, mend)
   if num_heldout >= 2**31 - config.seq_len * config.batch_size:
     raise UserError(
@@ -296,12 +298,11 @@ def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Token
   parts = [[shards.read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")]
   sha256 = shards.check_files(*parts, tokenizer.vocab_size)
   train, heldout = map(shards.open_files, parts)
-  bounds = (0, len(train))
   num_left = len(files) - len(parts[0]) - len(parts[1])
-  summary = [_describe_files(*map(len, parts), num_left, len(heldout), config)]
+  line = _describe_files(*map(len, parts), num_left, len(heldout), config)
   is_own = len(heldout) > 0
   if is_own:
-    heldout_bounds = (0, min(len(heldout), config.heldout_tokens or len(heldout)))
+    bounds, heldout_bounds = (0, len(train)), (0, min(len(heldout), config.heldout_tokens or len(heldout)))
   else:
     heldout = train
     bounds, heldout_bounds = _split(len(train), config)
@@ -311,7 +312,7 @@ def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Token
     Stream(train.part(*bounds) if is_large else train.read(*bounds)),  # a large one is read while it is trained on
     Stream(heldout.read(*heldout_bounds)),
   )
-  summary.append(_describe_parts(*streams, config))
+  summary = [line, _describe_parts(*streams, config)]
   return Data(Text("", "token files", location, sha256), None, tokenizer, *streams, documents=[], summary=summary)
 
 

@@ -87,9 +87,7 @@ def refuse_other_json(path: Path) -> None:
     raise UserError(
       f"{path} is one JSON array, which is not JSON lines. Write each object on a line of its own, in a *.jsonl file"
     )
-  raise UserError(
-    f"{path} would be read as text: only names in *.jsonl hold JSON lines. Rename it to *.jsonl, or name text"
-  )
+  raise UserError(f"{path} would be read as text: JSON lines have names in .jsonl. Rename it so, or name files of text")
 
 
 def read_blocks(files: Sequence[Path], sizes: Sequence[int], kind: str, start: Position) -> Iterator[Block]:

@@ -74,19 +74,17 @@ def find_token_files(path: str | None) -> list[Path]:
     return []
   files = list_files(path, ["*.txt", "*.bin"])
   expanded = Path(os.path.expanduser(path))
+  is_folder = files is not None and expanded.is_dir()
   if files is None:
-    tokens = [expanded] if path.endswith(".bin") else []
-    _refuse_nameless_characters(tokens)
-    return tokens
-  if expanded.is_dir() and (made := _prepared_files(expanded)):
+    files = [expanded]
+  elif is_folder and (made := _prepared_files(expanded)):
     return made
   tokens = [file for file in files if file.name.endswith(".bin")]
   others = [file for file in files if not file.name.endswith(".bin")]
   _refuse_nameless_characters(tokens)
-  if expanded.is_dir():
-    for folder in sorted({file.parent for file in tokens}):
-      _prepared_files(folder)  # raises where it is not finished
-  if tokens and others and expanded.is_dir():
+  for folder in sorted({file.parent for file in tokens if is_folder}):
+    _prepared_files(folder)  # raises where it is not finished
+  if tokens and others and is_folder:
     globs = [_glob_for(path, expanded, part) for part in (tokens, others)]
     raise UserError(
       f"{path} holds token files ({tokens[0].name}) and texts ({others[0].name}). Choose: --set data.path={globs[0]} or "

@@ -137,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     help="a file, a folder (its *.txt and *.jsonl) or a glob; UTF-8 text, *.jsonl holds JSON lines",
   )
   parser.add_argument(
-    "--tokenizer", required=True, metavar="NAME", help="gpt2, bytes, or the path of a tokenizer.json or of a run folder"
+    "--tokenizer",
+    required=True,
+    metavar="NAME",
+    help="gpt2, bytes, or the path of a tokenizer.json, jgpt's or Hugging Face's, or of a folder with one, as a run's",
   )
   parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; begins the files' names")
   parser.add_argument(

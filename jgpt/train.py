@@ -23,7 +23,7 @@ from jgpt import checkpoint, runtime, sharding
 from jgpt.batches import Corpus, count_epoch_steps
 from jgpt.checks import UserError
 from jgpt.config import Experiment, resolve
-from jgpt.data import Data, find_data
+from jgpt.data import Data, check_path, find_data
 from jgpt.generate import begin_texts
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
@@ -127,6 +127,7 @@ def plan(
   saved_step = checkpoint.latest_step(workdir) if workdir is not None else None
   weights = None
   if experiment.train.init_from is not None and saved_step is None:
+    check_path(experiment.data)  # before a download of gigabytes begins
     weights = open_weights(experiment.train.init_from, report)
     refuse_other_tokenizer(weights, experiment.data)
   data = find_data(

@@ -407,19 +407,35 @@ def parts_of(data):
 def test_files_with_val_in_their_names_are_held_out_and_the_others_are_one_stream(write_ids):
   """And then no other tokens are, whatever the settings say; the summary says so."""
   write_ids(b_train=range(30), a=range(100, 120), my_val=range(200, 220), other_validation=range(50, 60))
-  expected = [*range(100, 120), *range(30)], [*range(200, 220), *range(50, 60)]
-  for changes, unused in (
-    ({}, None),
-    ({"heldout_fraction": 0.5}, "data.heldout_fraction"),
-    ({"heldout_tokens": 5}, "data.heldout_tokens"),
+  train, heldout = [*range(100, 120), *range(30)], [*range(200, 220), *range(50, 60)]
+  for changes, num_heldout, said in (
+    ({}, 30, ""),
+    ({"heldout_fraction": 0.5}, 30, " in the place of data.heldout_fraction"),
+    ({"heldout_tokens": 25}, 25, " (data.heldout_tokens: the first 25 of 30 tokens)"),
+    ({"heldout_tokens": 30}, 30, ""),
+    ({"heldout_tokens": 1000}, 30, ""),
   ):
     data = load_ids(**changes)
-    assert parts_of(data) == expected and data.train.tokens.dtype == np.int32
-    in_place = f" in the place of {unused}" if unused else ""
-    assert data.summary[0] == f"2 token files for training, 2 held out{in_place}"
-    assert data.summary[1] == "50 tokens for training, 30 held out"
+    assert parts_of(data) == (train, heldout[:num_heldout]) and data.train.tokens.dtype == np.int32
+    assert data.summary[0] == f"2 token files for training, 2 held out{said}"
+    assert data.summary[1] == f"50 tokens for training, {num_heldout} held out"
   assert (data.text.kind, data.text.location, data.text.text, data.label) == ("token files", "ids (4 files)", "", None)
   assert data.documents == [] and data.tokenizer == ByteTokenizer()
+
+
+def test_folders_names_say_parts_and_test_files_are_left_out_aloud(write_ids):
+  for part in ("train", "val", "test"):
+    Path("ids", part).mkdir()
+  write_ids(**{"train/0": range(40), "val/0": range(50, 60), "test/0": range(70, 80), "my_test": range(90, 99)})
+  data = load_ids()
+  assert parts_of(data) == ([*range(40)], [*range(50, 60)])
+  assert data.summary[0] == "1 token file for training, 1 held out; 2 left out, test by name"
+  sha256 = data.text.sha256
+  write_ids(my_test=range(30))
+  assert parts_of(load_ids(sha256=sha256)) == parts_of(load_ids("ids/*/*.bin")) == parts_of(data)
+  with pytest.raises(UserError, match=r"holds nothing to train on: my_test\.bin is a test file by its name"):
+    load_ids("ids/my_test.bin")
+  assert parts_of(load_ids("ids/test")) == ([*range(70, 80)], [])  # a folder that is named is meant
 
 
 def test_without_such_names_the_stream_is_split_as_a_text_is(write_ids):
@@ -478,7 +494,21 @@ def test_changed_token_files_are_refused_and_renamed_ones_are_not(write_ids):
     ({"a": range(60)}, {"tokenizer": "characters"}, r"no tokenizer\.json that says what their ids mean"),
     ({"a": range(8)}, {}, r"the training part of ids \(1 file\) has 8 tokens, and a batch needs 9"),
     ({"a": range(60), "val": range(8)}, {}, r"the held-out part of ids \(2 files\) has 8 tokens, and a batch needs 9"),
-    ({"a": range(60)}, {"heldout_tokens": 60}, r"the training part of ids \(1 file\) has 0 tokens"),
+    (
+      {"a": range(60)},
+      {"heldout_tokens": 60},
+      r"training part of ids \(1 file\) has 0 tokens.* Try a longer text; data\.heldout_tokens=60 takes 60 of 60 tokens\. "
+      r"Try --set data\.heldout_tokens=9$",
+    ),
+    ({"a": range(12)}, {"heldout_tokens": 10}, r"has 2 tokens.*data\.heldout_tokens=10 takes 10 of 12 tokens$"),
+    ({"a": range(60)}, {"heldout_tokens": 5}, r"the held-out part of .* has 5 tokens.*or --set data\.heldout_tokens=9$"),
+    ({"a": range(60), "val": range(40)}, {"heldout_tokens": 5}, r"held-out part .* 5 tokens.*data\.heldout_tokens=9$"),
+    (
+      {"a": range(60), "val": range(8)},
+      {},
+      r"data\.seq_len=4, or leave the held-out files out: --set data\.path=",
+    ),
+    ({"a": range(60)}, {"heldout_fraction": 0.1}, r"the held-out part of .*or --set data\.heldout_fraction=0$"),
     ({"a": []}, {}, r"ids/a\.bin is empty"),
   ],
 )
@@ -487,6 +517,51 @@ def test_token_files_that_cannot_be_trained_on_are_refused_in_one_line(write_ids
   with pytest.raises(UserError, match=complaint) as raised:
     load_ids(**changes)
   assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("batching", ["documents", "random"])
+def test_a_given_tokenizer_that_lacks_characters_is_said_to_be_the_runs(batching):
+  text, config = Text("abcab\n" * 9, "path", "my.txt", ""), dataclasses.replace(NAMES, batching=batching, seq_len=4)
+  given = CharTokenizer("\nab", bos=batching == "documents")
+  with pytest.raises(
+    UserError, match=r"^my\.txt: not in the vocabulary: 'c'\. .* That is the run's.*--init-from$"
+  ) as raised:
+    load_data(text, config, 0, given)
+  assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    *("absent.txt", "absent.bin", "*.absent", "empty", "mixed", "mixed/*", "unfinished", "pickled", "cut.bin"),
+    *("~nobody-has-this-name/a.txt", "a\0b"),
+  ],
+)
+def test_a_path_that_cannot_be_read_is_noticed_before_anything_is_read(write_ids, monkeypatch, path):
+  """With the same words as when it is read."""
+  for folder in ("empty", "mixed", "unfinished", "pickled"):
+    Path(folder).mkdir()
+  for name in ("mixed/a.bin", "mixed/a.txt", "unfinished/a.bin", "pickled/a.bin", "pickled/meta.pkl"):
+    Path(name).write_bytes(bytes(64))
+  Path("unfinished/prepare.json").write_text('{"finished": false}')
+  Path("cut.bin").write_bytes(b"abc")
+  config = dataclasses.replace(BYTES, path=path)
+  with pytest.raises(UserError) as late:
+    find_data(config, 0)
+  with pytest.raises(UserError) as early:
+    data_lib.check_path(config)
+  assert str(early.value) == str(late.value)
+
+
+def test_a_path_that_can_be_read_is_checked_without_reading(write_ids, monkeypatch):
+  write_ids(a=range(60), my_test=[])  # a test file is not read
+  Path("texts").mkdir()
+  Path("texts/a.txt").write_bytes(b"\xff")
+  monkeypatch.setattr(data_lib.shards, "check_files", None)
+  for path in ("ids", "ids/*.bin", "texts", "texts/*", "texts/a.txt", None):
+    data_lib.check_path(dataclasses.replace(BYTES, path=path))
+  with pytest.raises(UserError, match=r"data\.source='shakespere' is not known"):
+    data_lib.check_path(dataclasses.replace(BYTES, source="shakespere"))
 
 
 def test_vocabulary_is_counted_without_reading_an_id(write_ids, monkeypatch):

@@ -26,6 +26,7 @@ from jgpt.documents import Position, parse_block, read_blocks
 from jgpt.encoding import DocumentEncoder
 from jgpt.preparation import Preparation
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.tokenizer_files import hugging_face_files
 
 ROOT = Path(__file__).parent.parent
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
@@ -93,11 +94,24 @@ def all_documents(path, kind, *, part=False, start=None):
   return found
 
 
+def cut_paragraphs(text):
+  """What `documents.split_paragraphs` says, character by character."""
+  found, current, is_blank_next = [], "", False
+  for char in text:
+    current += char
+    if char == "\n" and is_blank_next:
+      found, current, is_blank_next = [*found, current], "", False
+    elif char != "\r" or current[-2:] != "\n\r":
+      is_blank_next = char == "\n"
+  return [*found, current]
+
+
 @given(st.text("ab\n é漢\u3000", max_size=200), st.sampled_from([5, 16, 64]))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_paragraphs_are_cut_at_blank_lines_from_the_left_whatever_the_blocks(folder, text, block):
   path = folder({"a.txt": text})
   *whole, last = text.split("\n\n")
+  assert cut_paragraphs(text) == [*(f"{p}\n\n" for p in whole), last]
   with pytest.MonkeyPatch.context() as monkeypatch:
     small_blocks(monkeypatch, block)
     assert all_documents(path, "paragraphs") == ([*(f"{p}\n\n" for p in whole), last] if text else [])
@@ -106,8 +120,34 @@ def test_paragraphs_are_cut_at_blank_lines_from_the_left_whatever_the_blocks(fol
     assert all_documents(path, "files") == ([text] if text else [])
 
 
+@given(
+  st.lists(st.sampled_from(["a", "\r\n", "\n", "\r", " ", "b\r\n\r\n", "\u3000"]), max_size=60).map("".join),
+  st.sampled_from([4, 5, 16, 64]),
+  st.sampled_from([8, 1 << 20]),
+)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blank_lines_of_windows_end_paragraphs_too_whatever_the_blocks(folder, text, block, word):
+  path = folder({"a.txt": text.encode()})
+  assert documents.split_paragraphs(text) == cut_paragraphs(text)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    small_blocks(monkeypatch, block, word)
+    assert all_documents(path, "paragraphs") == (cut_paragraphs(text) if text else [])
+
+
+@needs_tokenizers
+def test_a_text_with_line_ends_of_windows_has_its_paragraphs_in_files_and_in_memory(folder, monkeypatch):
+  small_blocks(monkeypatch, 16)
+  text = PLAY[:300].replace("\n", "\r\n")
+  assert documents.split_paragraphs("a\r\n\r\nb") == ["a\r\n\r\n", "b"]
+  folder({"a.txt": text.encode()})
+  make(["a.txt"], tokenizer=marked())
+  assert read_ids() == encode_paragraphs(text, marked())
+  assert read_ids().count(300) == 1 + text.count("\r\n\r\n") > 3
+  assert marked().decode([i for i in read_ids() if i != 300]) == text  # its line ends stay
+
+
 def test_a_byte_order_mark_goes_and_newlines_stay(folder):
-  assert all_documents(folder({"a.txt": b"\xef\xbb\xbfa\r\n\r\nb\n\nc\x00"}), "paragraphs") == ["a\r\n\r\nb\n\n", "c\0"]
+  assert all_documents(folder({"a.txt": b"\xef\xbb\xbfa\r\n\r\nb\n\nc"}), "paragraphs") == ["a\r\n\r\n", "b\n\n", "c"]
   for content in (b"", b"\xef\xbb\xbf"):
     for kind in documents.KINDS:
       assert all_documents(folder({"a.txt": content}), kind) == []
@@ -184,6 +224,35 @@ def test_a_byte_that_is_no_text_is_named_by_its_place(folder, monkeypatch):
     make(["a.txt", "b.txt"])
 
 
+@pytest.mark.parametrize("kind", documents.KINDS)
+def test_a_nul_says_that_a_file_is_no_text(folder, monkeypatch, kind):
+  small_blocks(monkeypatch)
+  folder({"a.txt": b"fine\n\n" * 10, "tokens.dat": b"fine\n\n" * 50 + b"a\0b" + b"fine\n\n" * 50})
+  with pytest.raises(UserError, match=r"^tokens\.dat is no text: byte 301 is 0x00\. Leave data files out of --data$"):
+    make(["a.txt", "tokens.dat"], documents=kind)
+  folder({"b.jsonl": json.dumps({"text": "a\0b"})})  # spelled out, it is meant
+  make(["b.jsonl"], documents=kind)
+  assert bytes(read_ids()) == b"a\0b\n"
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "complaint"),
+  [
+    ("a.json", '{"text": "x"}', r"a\.json would be read as text: JSON lines have names in \.jsonl\. Rename it"),
+    ("a.ndjson", '{"text": "x"}\n', r"a\.ndjson would be read as text: .*\.jsonl\. Rename it"),
+    ("A.JSONL", '{"text": "x"}\n', r"A\.JSONL would be read as text: .*\.jsonl\. Rename it"),
+    ("a.Json", b"\xef\xbb\xbf\n [\n{", r"a\.Json is one JSON array, which is not JSON lines\. Write each object on a line"),
+  ],
+)
+def test_json_under_another_name_is_not_taken_for_text(folder, name, content, complaint):
+  folder({name: content})
+  with pytest.raises(UserError, match=rf"^{complaint}"):
+    make([name])
+  assert not Path("out").exists()
+  with pytest.raises(UserError, match=r"^cannot read absent\.json: No such file"):
+    documents.refuse_other_json(Path("absent.json"))
+
+
 def test_a_file_that_changes_its_size_meanwhile_is_refused(folder, monkeypatch):
   small_blocks(monkeypatch)
   path = folder({"a.txt": "word " * 50})
@@ -202,7 +271,7 @@ def test_a_file_that_changes_its_size_meanwhile_is_refused(folder, monkeypatch):
     max_size=8,
   )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_documents_at_once_are_documents_one_by_one(texts):
   """With `tiktoken` and without, with an end-of-text token and without."""
   for tokenizer in (marked(), trained()):
@@ -314,11 +383,18 @@ def test_files_have_llm_cs_names_and_bytes(folder):
   ]
 
 
-@pytest.mark.parametrize(("out", "prefix"), [("no-val", "tokens"), ("my.shards", "my.shards"), ("a/b/", "b")])
-def test_a_folders_name_that_would_hold_all_out_begins_no_files_name(folder, out, prefix):
+@pytest.mark.parametrize(
+  ("out", "prefix"),
+  [("no-val", "tokens"), ("my.shards", "my.shards"), ("a/b/", "b"), ("..hid", "hid"), ("a_test", "a_test")],
+)
+def test_a_folders_name_that_would_hold_all_out_or_hide_it_begins_no_files_name(folder, out, prefix):
   folder({"a.txt": "0123456789"})
   manifest = make(["a.txt"], out, heldout_tokens=3)
   assert [file["name"] for file in manifest["files"]] == [f"{prefix}_val_000000.bin", f"{prefix}_train_000001.bin"]
+  experiment = dataclasses.replace(load_experiment("shakespeare_bytes").data, seq_len=2, batch_size=1)
+  for path in (out, f"{out}/*.bin"):
+    data = find_data(dataclasses.replace(experiment, path=path), 0)
+    assert (bytes(data.heldout.tokens.tolist()), bytes(data.train.tokens.tolist())) == (b"012", b"3456789")
 
 
 def test_a_shard_may_end_where_the_input_does(folder):
@@ -329,12 +405,51 @@ def test_a_shard_may_end_where_the_input_does(folder):
     assert manifest["files"][0]["name"] == f"out{shard_tokens}_train_000001.bin"
 
 
-@pytest.mark.parametrize("text", ["0123456789", "0123"])
-def test_an_input_with_nothing_to_train_on_is_refused(folder, text):
-  folder({"a.txt": text})
-  with pytest.raises(UserError, match=rf"the input has only {len(text)} tokens.*--heldout-tokens"):
+@pytest.mark.parametrize(
+  ("content", "complaint"),
+  [
+    ("0123456789", "the input has only 10 tokens.*--heldout-tokens"),
+    ("0123", "only 4 tokens"),
+    ("\ufeff", "holds no text"),
+    (b"0\xff", "is not UTF-8"),
+  ],
+)
+def test_an_input_that_makes_no_shard_leaves_nothing_behind(folder, content, complaint):
+  folder({"a.txt": content})
+  with pytest.raises(UserError, match=complaint):
+    make(["a.txt"], "new/er/out", heldout_tokens=10)
+  assert not Path("new").exists()
+  Path("out").mkdir()
+  with pytest.raises(UserError, match=complaint):
     make(["a.txt"], heldout_tokens=10)
-  assert not list(Path("out").glob("*.bin")) and not list(Path("out").glob(".*.bin.tmp"))
+  assert not list(Path("out").iterdir())
+  folder({"a.txt": "0123"})
+  assert make(["a.txt"])["finished"] and read_ids() == [*b"0123"]
+
+
+@pytest.mark.parametrize("lost", ["manifest", "tokenizer", "shard"])
+def test_a_beginning_without_a_shard_is_replaced_by_another_wish(folder, monkeypatch, lost):
+  """Killed before the manifest records a shard, which may be complete by then."""
+  folder({"a.txt": "0123456789"})
+  chars = CharTokenizer("0123456789", bos=False)
+  write, count = preparation._write_json, 0
+
+  def kill(path, value):
+    nonlocal count
+    count += 1
+    if count > ["manifest", "tokenizer", "shard"].index(lost):
+      raise KilledError
+    write(path, value)
+
+  with monkeypatch.context() as patched, pytest.raises(KilledError):
+    patched.setattr(preparation, "_write_json", kill)
+    make(["a.txt"], tokenizer=chars, heldout_tokens=5)
+  folder({"out/mine_val_000000.bin": "x"}) if lost != "manifest" else None
+  assert make(["a.txt"], heldout_tokens=0)["finished"]
+  written = contents("out")
+  assert written.pop("mine_val_000000.bin", b"x") == b"x"
+  assert written.keys() == {"out_train_000001.bin", "tokenizer.json", "prepare.json"}
+  assert json.loads(written["tokenizer.json"]) == {"type": "bytes"}
 
 
 def test_an_input_without_text_is_refused(folder):
@@ -398,7 +513,7 @@ def test_interrupted_anywhere_and_started_again_it_makes_the_same_bytes(texts, m
 
 
 @needs_tokenizers
-@pytest.mark.parametrize("shards_done", [0, 1, 3])
+@pytest.mark.parametrize("shards_done", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_killed_in_the_middle_of_a_shard_it_goes_on_after_the_last_complete_one(texts, shards_done):
   """SIGKILL: what was being written is still there under its temporary name, and nothing was tidied up."""
   if not hasattr(signal, "SIGKILL"):
@@ -583,6 +698,15 @@ def test_a_users_errors_end_with_status_2_and_one_line(folder, capsys, arguments
   said = capsys.readouterr()
   assert re.match(f"error: {complaint}", said.err) and said.err.count("\n") == 1 and not said.out
   assert not Path("out").exists()
+
+
+@needs_tokenizers
+def test_the_tokenizer_of_a_hugging_face_folder_is_taken(folder, capsys):
+  saved = hugging_face_files(marked(), 8)["tokenizer.json"] | {"post_processor": None, "padding": None}
+  folder({"a.txt": PLAY, "hf/tokenizer.json": json.dumps(saved), "hf/config.json": "{}"})
+  assert prepare.main(["--data", "a.txt", "--tokenizer", "hf", "--out", "out", "--heldout-tokens", "100"]) == 0
+  assert read_ids() == encode_paragraphs(PLAY, marked())
+  assert json.loads(Path("out/tokenizer.json").read_text()) == marked().to_json()
 
 
 def test_folder_is_its_texts_and_json_lines_in_the_order_of_names(folder):

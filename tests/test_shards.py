@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+import shlex
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from jgpt.checks import UserError
 from jgpt.config import DataConfig
 from jgpt.shards import check_files, check_ids, open_files, parse_header, read_header, write_tokens
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.tokenizer_files import hugging_face_files
 
 ENGLISH = [15496, 995, 11, 262, 286, 198, 290, 50256]  # ids of GPT-2's
 GPT2_SIZE = 50257
@@ -99,6 +101,7 @@ MALFORMED = {
   "weights": (header(20240326, 3) + bytes(8), r"is llm\.c's weights"),
   "debug state": (header(20240327, 2) + bytes(8), r"is llm\.c's debug state"),
   "a tokenizer": (header(20240328, 2) + bytes(8), r"is llm\.c's tokenizer"),
+  "questions": (header(20240522, 1) + bytes(8), r"is llm\.c's questions for an evaluation"),
   "text": (b"First Citizen:\nBefore we proceed any further\n", r"is text\. Give a text a name that does not end in \.bin"),
   "long text": ("Größe, 漢字 😀. ".encode() * 400, r"is text"),
   "a pickle": (pickle.dumps([*ENGLISH] * 50), r"is a pickle"),
@@ -227,7 +230,7 @@ def test_checking_takes_no_more_memory_than_a_block(tmp_path):
 
 @given(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=9), min_size=1, max_size=5), st.data())
 @settings(max_examples=60)
-def test_read_and_take_are_those_of_the_joined_ids(parts, data):
+def test_read_is_that_of_the_joined_ids(parts, data):
   whole = np.concatenate([np.array(part, np.int32) for part in parts])
   maps = tuple(np.array(part, np.uint16 if n % 2 else np.uint32) for n, part in enumerate(parts))
   stream = shards.TokenFiles(maps, np.cumsum([len(part) for part in parts], dtype=np.int64))
@@ -237,24 +240,14 @@ def test_read_and_take_are_those_of_the_joined_ids(parts, data):
   got = stream.read(start, stop)
   np.testing.assert_array_equal(got, whole[start:stop])
   assert got.dtype == np.int32
-  shape = data.draw(st.tuples(st.integers(0, 4), st.integers(1, 4)))
-  places = data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
-  places = np.array(places, np.int64).reshape(shape)
-  got = stream.take(places)
-  np.testing.assert_array_equal(got, whole[places])
-  assert got.dtype == np.int32
 
 
 def test_places_outside_the_stream_are_refused_and_nothing_is_clamped(folder):
   stream = open_files([read_header(path) for path in folder({"a.bin": file16([1, 2]), "b.bin": file32([3, 70_000])})])
   np.testing.assert_array_equal(stream.read(0, 4), [1, 2, 3, 70_000])
-  np.testing.assert_array_equal(stream.take(np.array([3, 0, 1])), [70_000, 1, 2])
   for start, stop in ((-1, 2), (3, 2), (0, 5)):
     with pytest.raises(IndexError):
       stream.read(start, stop)
-  for places in ([-1], [4], [0, 2**40]):
-    with pytest.raises(IndexError):
-      stream.take(np.array(places))
   assert len(open_files([])) == 0 and len(open_files([]).read(0, 0)) == 0
 
 
@@ -307,15 +300,24 @@ def test_an_id_that_does_not_fit_is_never_written(tmp_path, ids):
 
 
 @pytest.mark.parametrize(
-  ("name", "is_out"),
+  ("name", "part"),
   [
-    *(("val.bin", True), ("tiny_shakespeare_val.bin", True), ("fineweb_val_000000.bin", True), ("a-valid-1.bin", True)),
-    *(("VALIDATION.bin", True), ("x.val.bin", True), ("train.bin", False), ("validated.bin", False), ("ovals.bin", False)),
-    *(("val1.bin", False), ("carnival.bin", False), ("interval_train.bin", False)),
+    *(("val.bin", "heldout"), ("tiny_shakespeare_val.bin", "heldout"), ("fineweb_val_000000.bin", "heldout")),
+    *(("a-valid-1.bin", "heldout"), ("VALIDATION.bin", "heldout"), ("x.val.bin", "heldout"), ("train_val.bin", "heldout")),
+    *(("train.bin", "train"), ("validated.bin", "train"), ("ovals.bin", "train"), ("val1.bin", "train")),
+    *(("carnival.bin", "train"), ("interval_train.bin", "train"), ("my_test_train_000001.bin", "train")),
+    *(("test.bin", "test"), ("x_test_0.bin", "test"), ("latest.bin", "train"), ("contest-1.bin", "train")),
+    *(("val/0.bin", "heldout"), ("a/test/0.bin", "test"), ("train/0.bin", "train"), ("test/my_train_1.bin", "train")),
   ],
 )
-def test_held_out_is_a_word_of_the_files_name_and_not_of_its_folders(name, is_out):
-  assert paths.is_heldout(Path("val", name)) is is_out
+def test_the_last_word_of_a_name_says_the_part_and_folders_below_the_path_count(folder, name, part):
+  (file,) = folder({f"my val/{name}": b".."})
+  assert paths.part_of(file, "my val") == paths.part_of(file, "my val/") == paths.part_of(file, "my val/**/*.bin") == part
+  assert paths.part_of(file.absolute(), str(Path("my val").absolute())) == part
+  assert paths.part_of(file, str(file)) == (part if "/" not in name or "train" in name else "train")  # a file by its name
+  if "/" in name:
+    assert paths.part_of(file, f"{file.parent.parent}/*/*.bin") == part
+    assert paths.part_of(file, f"{file.parent}/*.bin") == "train"  # a folder that is named is meant
 
 
 def test_token_files_are_named_by_a_file_a_glob_or_a_folder_without_texts(folder):
@@ -325,12 +327,57 @@ def test_token_files_are_named_by_a_file_a_glob_or_a_folder_without_texts(folder
   assert names("s") == names("s/") == ["s/a/z.bin", "s/b.bin"]
   assert names("s/*.bin") == ["s/b.bin"] and names("s/**/*.bin") == ["s/a/z.bin", "s/b.bin"]
   assert names("s/b.bin") == ["s/b.bin"] and names("s/absent.bin") == ["s/absent.bin"]
-  for text in (None, "mixed", "texts", "texts/a.txt", "texts/*", "empty", "absent.txt"):
+  for text in (None, "mixed/*.txt", "texts", "texts/a.txt", "texts/*", "empty", "absent.txt"):
     assert paths.find_token_files(text) == []
   with pytest.raises(UserError, match=r"^mixed/\* matches mixed/a\.bin and mixed/a\.txt: "):
     paths.find_token_files("mixed/*")
   with pytest.raises(UserError, match=r"no file is called mixed/\*\.bim"):
     paths.find_token_files("mixed/*.bim")
+
+
+@pytest.mark.parametrize(
+  ("files", "path"),
+  [
+    (["d/train.bin", "d/val.bin", "d/input.txt"], "d"),
+    (["d/a/train.bin", "d/notes.txt"], "d"),
+    (["d/train.bin", "d/a/b/notes.txt"], "d/"),
+    (["my [1]'s/a.bin", "my [1]'s/a.txt"], "my [1]'s"),
+  ],
+)
+def test_a_folder_of_token_files_and_texts_is_refused_with_a_glob_for_each(folder, files, path):
+  folder(dict.fromkeys(files, b".."))
+  with pytest.raises(UserError, match=r" holds token files \(.*\.bin\) and texts \(.*\.txt\)\. Choose: ") as raised:
+    paths.find_token_files(path)
+  assert "\n" not in str(raised.value)
+  globs = [word.removeprefix("data.path=") for word in shlex.split(str(raised.value).split("Choose: ")[1]) if "=" in word]
+  assert [file.as_posix() for file in paths.find_token_files(globs[0])] == [name for name in files if name.endswith(".bin")]
+  assert paths.find_token_files(globs[1]) == []
+  assert [file.as_posix() for file in paths.list_files(globs[1], [])] == [files[-1]]
+
+
+def test_a_finished_folder_is_the_files_of_its_manifest_whatever_else_lies_there(folder):
+  names = [{"name": "s_val_000000.bin", "tokens": 1}, {"name": "s_train_000001.bin", "tokens": 1}]
+  manifest = {"finished": True, "files": names}
+  folder({"s/prepare.json": json.dumps(manifest).encode(), "s/notes.txt": b"x", "s/old_train_000009.bin": b".."})
+  folder({"s/s_val_000000.bin": b"..", "s/s_train_000001.bin": b".."})
+  assert [file.name for file in paths.find_token_files("s")] == ["s_train_000001.bin", "s_val_000000.bin"]
+  hostile = [{"name": "../x.bin"}, {"name": 7}, {}, "a", {"name": "s_val_000000.bin"}]
+  folder({"s/prepare.json": json.dumps({"finished": True, "files": hostile}).encode()})
+  assert paths.find_token_files("s") == [Path("s/s_val_000000.bin")]
+
+
+@pytest.mark.parametrize("path", ["d", "d/*.bin", "d/train.bin"])
+def test_characters_that_only_a_pickle_lists_are_refused_with_their_text(folder, path):
+  folder({"d/train.bin": b"..", "d/val.bin": b"..", "d/meta.pkl": b"."})
+  mend = r"^d has a meta\.pkl: .*which jgpt does not read\. .*--set data\.path={} --set data\.tokenizer=characters$"
+  with pytest.raises(UserError, match=mend.format("FILE")):
+    paths.find_token_files(path)
+  folder({"d/input.txt": b"x"})
+  with pytest.raises(UserError, match=mend.format(r"d/input\.txt")):
+    paths.find_token_files(path)
+  assert paths.find_token_files("d/input.txt") == []
+  folder({"d/tokenizer.json": b"{}"})
+  assert Path("d/train.bin") in paths.find_token_files("d/*.bin")
 
 
 @pytest.mark.parametrize(
@@ -344,6 +391,9 @@ def test_a_folder_that_was_not_finished_is_refused(folder, manifest, complete):
   else:
     with pytest.raises(UserError, match=r"^s is not finished.*prepare\.json.*the same python -m jgpt\.prepare again"):
       paths.find_token_files("s")
+    folder({"t/s/a.bin": b"..", "t/s/prepare.json": manifest})
+    with pytest.raises(UserError, match=r"^t/s is not finished"):
+      paths.find_token_files("t")
   assert paths.find_token_files("s/*.bin") == [Path("s/a.bin")]  # named by themselves, they are meant
 
 
@@ -362,7 +412,8 @@ def test_ids_mean_what_the_folders_tokenizer_says(folder):
   files = folder({"s/a.bin": b"..", "s/b.bin": b".."})
   assert paths.find_tokenizer(files, config_of("bytes")) is None and paths.find_tokenizer(files, config_of("gpt2")) is None
   for kind, more in (("characters", {}), ("bpe", {"bpe_vocab_size": 300})):
-    with pytest.raises(UserError, match=rf"s has token files and no tokenizer\.json .*data\.tokenizer={kind} needs"):
+    complaint = rf"s has token files and no tokenizer\.json .*data\.tokenizer={kind} needs\. Train on .*--tokenizer RUN"
+    with pytest.raises(UserError, match=complaint):
       paths.find_tokenizer(files, config_of(kind, **more))
   folder({"s/tokenizer.json": json.dumps(chars.to_json()).encode()})
   assert paths.find_tokenizer(files, config_of("characters")) == chars
@@ -389,4 +440,20 @@ def test_a_bpe_tokenizer_must_have_the_ids_that_the_settings_say(folder):
 def test_a_damaged_tokenizer_is_named(folder, content, complaint):
   (path,) = folder({"s/tokenizer.json": content})
   with pytest.raises(UserError, match=rf"^s/tokenizer\.json.*{complaint}"):
+    paths.read_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+  "tokenizer",
+  [CharTokenizer("\n ab", bos=False), ByteTokenizer(), BpeTokenizer("a b\nab c", True), BpeTokenizer("a b", False)],
+  ids=repr,
+)
+def test_hugging_faces_tokenizer_json_is_read_too(folder, tokenizer):
+  value = hugging_face_files(tokenizer, 8)["tokenizer.json"]
+  if isinstance(tokenizer, BpeTokenizer):  # as Transformers saves it again
+    value |= {"model": value["model"] | {"merges": [" ".join(pair) for pair in value["model"]["merges"]], "dropout": 0}}
+  (path,) = folder({"s/tokenizer.json": json.dumps(value).encode()})
+  assert paths.read_tokenizer(path) == tokenizer
+  folder({"s/tokenizer.json": json.dumps(value | {"normalizer": {"type": "NFC"}}).encode()})
+  with pytest.raises(UserError, match=r"^s/tokenizer\.json: the tokenizer's normalizer is of type 'NFC'"):
     paths.read_tokenizer(path)
