@@ -120,8 +120,8 @@ class DataConfig:
 
   Attributes:
     source: name of a known text (see `jgpt.sources.SOURCES`).
-    path: UTF-8 text of your own: a file, a folder (its *.txt files) or a glob; or token files, *.bin, of `prepare`, llm.c or
-      nanoGPT, never both. Takes the place of `source`.
+    path: UTF-8 text of your own, or token files (*.bin of `prepare`, llm.c or nanoGPT): a file, a glob, or a folder, which
+      holds *.txt or *.bin files and not both. Takes the place of `source`.
     tokenizer: "characters", "bytes", "bpe" (byte-level BPE trained on the training part) or "gpt2".
     bpe_vocab_size: ids of a "bpe" tokenizer, at least 256.
     mark_paragraphs: whether GPT-2's end-of-text token is put before each paragraph (what blank lines part), as llm.c does.
@@ -132,8 +132,8 @@ class DataConfig:
     batch_size: sequences per update, over all devices.
     heldout_fraction: share kept for validation: of distinct documents, chosen by their SHA-256; of a stream, the last
       characters. 0 keeps none.
-    heldout_tokens: of a stream, keep the first this many tokens instead (llm.c); None keeps `heldout_fraction`. Of token
-      files that are held out by their names, all are kept, or the first this many.
+    heldout_tokens: of a stream, or of token files that are held out by name, keep the first this many tokens instead
+      (llm.c); None keeps `heldout_fraction` of a stream, and those files whole.
     num_batches: use only the first this many batches, again and again; None uses all. 1 is the overfit-one-batch check.
   """
 

@@ -142,7 +142,9 @@ def test_an_error_while_reading_reaches_the_loop(tokens):
     feed.make_feed(Stream(broken), make_config("sequential"), 7, mesh).corpus_at(0)
 
 
-@pytest.mark.parametrize(("batching", "num_devices"), [("random", 1), ("sequential", 1), ("epochs", 4)])
+@pytest.mark.parametrize(
+  ("batching", "num_devices"), [pytest.param("random", 1, marks=pytest.mark.slow), ("sequential", 1), ("epochs", 4)]
+)
 def test_a_run_from_the_disk_is_that_on_the_device(tmp_path, monkeypatch, batching, num_devices):
   """They are two programs, which may round differently; interrupted within a block and resumed, the bits are the same."""
   ids = np.random.default_rng(1).integers(0, 256, 900)

@@ -25,7 +25,7 @@ from jgpt import command, run, train, weights
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
 from jgpt.params import walk
-from jgpt.settings import change
+from jgpt.settings import change, format_value
 from jgpt.tokenizer import ByteTokenizer
 from jgpt.tokenizer_files import hugging_face_files
 
@@ -108,7 +108,7 @@ def refused(tmp_path, capsys):
   """Begins a run with a path by the command; asserts how it is refused and returns what was said."""
   text = tmp_path / "text.txt"
   text.write_text("To be, or not to be.\n" * 5)
-  changes = [f"{name}={str(value).lower()}" for name, value in (FITTING | {"data.path": text}).items()]
+  changes = [f"{name}={format_value(value)}" for name, value in (FITTING | {"data.path": text}).items()]
   before = {name for name in sys.modules if name.split(".")[0] in ("torch", "transformers")}
 
   def refuse(path, *words, named=None):
