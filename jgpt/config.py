@@ -18,11 +18,8 @@ PARAM_KINDS = ("embedding", "matrix", "head", "gain", "bias")
 DROPOUT_PLACES = ("embedding", "attention", "attention_out", "activation", "mlp_out")
 # GPT-2's four sizes by their numbers of layers, as llm.c calls them; `model.size` sets these all.
 GPT2_SIZES = {
-  name: {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": 4 * d_model}
-  for name, num_layers, num_heads, d_model in (
-    *(("d12", 12, 12, 768), ("d24", 24, 16, 1024)),
-    *(("d36", 36, 20, 1280), ("d48", 48, 25, 1600)),
-  )
+  f"d{num_layers}": {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": 4 * d_model}
+  for num_layers, num_heads, d_model in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
 }
 
 
