@@ -31,6 +31,7 @@ class CharTokenizer:
   def __post_init__(self):
     if list(self.chars) != sorted(set(self.chars)):
       raise UserError("a character tokenizer's characters must be distinct and sorted.")
+    to_utf8(self.chars)  # two halves of a pair side by side would come back from JSON as one character
 
   @property
   def bos_id(self) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from jgpt.bpe import ALPHABET, END_OF_TEXT, BpeTokenizer, to_utf8
+from jgpt.bpe import ALPHABET, END_OF_TEXT, BpeTokenizer
 from jgpt.checks import UserError
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, kind_of
 
@@ -56,9 +56,6 @@ def hugging_face_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]
     File name -> what it holds: text (`merges.txt`) as str, and otherwise a value that `json` can write. Always
     `tokenizer.json` and `tokenizer_config.json`; for byte-level BPE also `vocab.json` and `merges.txt`, which hold the
     same once more for programs that know only these.
-
-  Raises:
-    UserError: if the tokenizer's characters hold half of a surrogate pair.
   """
   special = _special_tokens(tokenizer)
   files = {
@@ -123,7 +120,6 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
   if isinstance(tokenizer, ByteTokenizer):
     made = BpeTokenizer("", end_of_text=False).to_json()
     return made | {"model": made["model"] | {"vocab": _byte_vocab()}}
-  to_utf8(tokenizer.chars)
   flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
   return {
     "version": "1.0",
@@ -162,8 +158,9 @@ def _bos_first(bos_id: int) -> dict[str, Any]:
 
 def _read_chars(value: dict[str, Any], model: dict[str, Any]) -> CharTokenizer:
   vocab = model["vocab"]
-  tokenizer = CharTokenizer("".join(sorted(token for token in vocab if len(token) == 1)), BOS in vocab)
-  if vocab != _char_vocab(tokenizer) or any("\ud800" <= char <= "\udfff" for char in tokenizer.chars):
+  chars = "".join(sorted(token for token in vocab if len(token) == 1 and not "\ud800" <= token <= "\udfff"))
+  tokenizer = CharTokenizer(chars, BOS in vocab)
+  if vocab != _char_vocab(tokenizer):
     raise _refusal("model.vocab", vocab, f'characters in sorted order with ids from 0, then perhaps "{BOS}"')
   if model.get("unk_token") != UNKNOWN:
     raise _refusal("model.unk_token", model.get("unk_token"), f'"{UNKNOWN}": unknown characters are an error')
@@ -265,8 +262,6 @@ def llmc_tokenizer_bytes(tokenizer: Tokenizer, vocab_size: int | None = None) ->
       f"model.vocab_size={num_ids} must be at least the tokenizer's {tokenizer.vocab_size}. "
       f"Try --set model.vocab_size={tokenizer.vocab_size}"
     )
-  if isinstance(tokenizer, CharTokenizer):
-    to_utf8(tokenizer.chars)
   tokens, special = list(tokenizer.token_bytes), _special_tokens(tokenizer)
   first = tokens.index(b"\n") if b"\n" in tokens else 0
   for name, i in special.items():

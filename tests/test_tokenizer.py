@@ -106,7 +106,7 @@ def test_importing_tokenizers_imports_no_package_that_may_be_absent():
 
 
 @NO_DEADLINE
-@given(st.text(min_size=1), st.sets(st.characters(), max_size=20))
+@given(st.text(min_size=1), st.sets(st.characters(codec="utf-8"), max_size=20))
 def test_every_unknown_character_is_named_once(text, known):
   unknown = sorted(set(text) - known)
   with pytest.raises(UserError) if unknown else contextlib.nullcontext() as refusal:
@@ -136,7 +136,7 @@ def test_json_reads_back_equal(kind):
 
 
 @NO_DEADLINE
-@given(st.sets(st.characters()), st.sets(st.characters()), st.booleans(), st.booleans())
+@given(st.sets(st.characters(codec="utf-8")), st.sets(st.characters(codec="utf-8")), st.booleans(), st.booleans())
 def test_json_and_digest_tell_tokenizers_apart(a, b, bos_a, bos_b):
   """What was written reads back equal, with the same digest; the digests of two tokenizers are equal if they are."""
   first, second = (CharTokenizer("".join(sorted(chars)), bos) for chars, bos in ((a, bos_a), (b, bos_b)))
@@ -144,6 +144,13 @@ def test_json_and_digest_tell_tokenizers_apart(a, b, bos_a, bos_b):
   assert again == first
   assert again.digest == first.digest
   assert (first.digest == second.digest) == (first == second)
+
+
+@pytest.mark.parametrize("chars", ["\ud83d", "\ud83d\ude00"])
+def test_halves_of_a_pair_are_no_characters(chars):
+  """JSON would read the two halves back as one character, and the run's tokenizer would be another."""
+  with pytest.raises(UserError, match="half of a pair"):
+    CharTokenizer(chars, bos=False)
 
 
 def test_digest_is_that_of_the_json_and_never_changes():

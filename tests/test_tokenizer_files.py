@@ -204,14 +204,6 @@ def test_which_files_there_are():
   assert hugging_face_files(SMALL["bpe without merges"], 8)["merges.txt"] == "#version: 0.2\n"
 
 
-def test_half_a_surrogate_pair_is_refused():
-  """No other program could read it."""
-  broken = CharTokenizer("a\ud800", False)
-  for make in (lambda: hugging_face_files(broken, 8), lambda: llmc_tokenizer_bytes(broken)):
-    with pytest.raises(UserError, match=r"not Unicode text: character 1 is '\\ud800'"):
-      make()
-
-
 def test_importing_imports_no_package_that_may_be_absent():
   code = "import sys, jgpt.tokenizer_files; assert not {'tokenizers', 'transformers', 'jax', 'numpy'} & sys.modules.keys()"
   subprocess.run([sys.executable, "-c", code], check=True)
