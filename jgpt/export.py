@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     how = f"open it with GPT2LMHeadModel.from_pretrained('{out}') and AutoTokenizer.from_pretrained('{out}')"
   elif args.format == "llmc":
     written = export_llmc(run, out, args.dtype)
-    program = (
-      "train_gpt2.c, and train_gpt2cu built for FP32," if args.dtype == "float32" else "train_gpt2cu, built for BF16,"
-    )
-    how = f"{program} reads the weights (of GPT-2 124M: gpt2_124M.bin), and the tokenizer as gpt2_tokenizer.bin"
+    is_float32 = args.dtype == "float32"
+    program = "train_gpt2.c, and train_gpt2cu built for FP32," if is_float32 else "train_gpt2cu, built for BF16,"
+    name = "gpt2_124M.bin" if is_float32 else "gpt2_124M_bf16.bin"
+    how = f"{program} reads GPT-2 124M as {name}, and the tokenizer as gpt2_tokenizer.bin"
   else:
     written = export_llmc_state(run, data, out)
     how = "test_gpt2.c compares with gpt2_124M_debug_state.bin"
