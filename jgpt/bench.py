@@ -1,4 +1,4 @@
-"""python -m jgpt.bench: how fast this machine trains, in one table.
+"""python -m jgpt.bench: how fast this machine trains, and reads and writes weights, in one table.
 
 Responsible for measuring: medians and spreads of interleaved rounds, in one process for what is compiled and in fresh ones
 for what is started. Speed is never asserted in a test. Cases are functions that return rows; `--only` picks them by name.

@@ -188,6 +188,16 @@ def list_steps(workdir: Path) -> list[int]:
   )
 
 
+def find_step(workdir: Path, step: int | None) -> int:
+  """Returns a saved step, the newest for None; raises `UserError` where there is none, or not that one."""
+  steps = list_steps(workdir)
+  if not steps:
+    raise UserError(f"{workdir} has no checkpoint yet.")
+  if step is not None and step not in steps:
+    raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+  return steps[-1] if step is None else step
+
+
 def restore(manager: Manager, step: int, shapes: TrainState) -> TrainState:
   """Restores a state.
 
@@ -238,12 +248,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
   """
   workdir = Path(workdir)
   files = read_run_files(workdir)
-  steps = list_steps(workdir)
-  if not steps:
-    raise UserError(f"{workdir} has no checkpoint yet.")
-  if step is not None and step not in steps:
-    raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-  step = steps[-1] if step is None else step
+  step = find_step(workdir, step)
   place = jax.sharding.SingleDeviceSharding(runtime.devices()[0])
   shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)

@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--init-from",
     metavar="PATH",
-    help="weights to begin from (train.init_from): a Hugging Face folder or model.safetensors, llm.c's .bin, a run folder, "
-    "or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
+    help="weights to begin from (train.init_from): a Hugging Face folder or model.safetensors, llm.c's .bin, a run folder "
+    "or its checkpoints/STEP, or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
   )
   parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)")
   parser.add_argument("--workdir", metavar="DIR", help="run folder; without it runs/NAME, changed settings in the name")

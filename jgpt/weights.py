@@ -174,12 +174,7 @@ def _open_released(name: str, report: Callable[[int, int], None]) -> Weights:
 def _open_run(path: Path, step: int | None) -> Weights:
   """Another run's parameters without its optimizer, of a step or the newest."""
   files = checkpoint.read_run_files(path)
-  config, steps = files.experiment.model, checkpoint.list_steps(path)
-  if not steps:
-    raise UserError(f"{path} has no checkpoint yet.")
-  step = steps[-1] if step is None else step
-  if step not in steps:
-    raise UserError(f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+  config, step = files.experiment.model, checkpoint.find_step(path, step)
 
   @functools.cache
   def tensors() -> dict:

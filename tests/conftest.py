@@ -44,6 +44,20 @@ def x64():
 
 
 @pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """Writes files, name -> text or bytes, into an empty folder, the current one; returns their paths."""
+  monkeypatch.chdir(tmp_path)
+
+  def write(contents):
+    for name, content in contents.items():
+      Path(name).parent.mkdir(parents=True, exist_ok=True)
+      Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [Path(name) for name in contents]
+
+  return write
+
+
+@pytest.fixture
 def quick():
   """Whole runs are compiled quickly, for tests in which the program that users run is not the point."""
   with small_runs.compiled_quickly():

@@ -28,7 +28,7 @@ from jgpt import checkpoint, command, export, hugging_face, interop, run, train,
 from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
-from jgpt.config import GPT2_SIZES, ModelConfig, SampleConfig, resolve
+from jgpt.config import GPT2_SIZES, SampleConfig, resolve
 from jgpt.generate import generate, generate_texts
 from jgpt.model import apply
 from jgpt.params import count_params, param_table, walk
@@ -38,25 +38,8 @@ from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
 
 TOLERANCE = 1e-5  # of the largest logit
 # Sizes of which none is a multiple of another or of a power of two: a stride that is taken for another one shows.
-ODD = ModelConfig(
-  vocab_size=257,
-  vocab_multiple=128,
-  max_seq_len=64,
-  num_layers=3,
-  num_heads=4,
-  d_model=36,
-  d_ff=100,
-  norm="layer",
-  norm_embed=False,
-  norm_final=True,
-  activation="gelu_tanh",
-  positions="learned",
-  biases="all",
-  tied_head=True,
-  scale_embed=False,
-  init_std=0.02,
-  scale_residual_init=True,
-)
+SIZES = {"vocab_size": 257, "max_seq_len": 64, "num_layers": 3, "num_heads": 4, "d_model": 36, "d_ff": 100}
+ODD = dataclasses.replace(load_experiment("gpt2_shakespeare").model, **SIZES)
 VARIANTS = {
   "odd": {},
   "erf": {"activation": "gelu_erf", "vocab_size": 1000, "num_layers": 1},

@@ -45,17 +45,9 @@ def marked():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(folder):
   """Writes files into an empty folder, the current one; the first is returned."""
-  monkeypatch.chdir(tmp_path)
-
-  def write(contents):
-    for name, content in contents.items():
-      Path(name).parent.mkdir(parents=True, exist_ok=True)
-      Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Path(next(iter(contents)))
-
-  return write
+  return lambda contents: folder(contents)[0]
 
 
 def small_blocks(monkeypatch, block=16, word=1 << 20):

@@ -46,20 +46,6 @@ def save_npy(value):
   return target.getvalue()
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-  """Writes files into an empty folder, the current one."""
-  monkeypatch.chdir(tmp_path)
-
-  def write(contents):
-    for name, content in contents.items():
-      Path(name).parent.mkdir(parents=True, exist_ok=True)
-      Path(name).write_bytes(content)
-    return [Path(name) for name in contents]
-
-  return write
-
-
 # --- Headers ---
 
 

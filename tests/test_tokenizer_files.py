@@ -467,8 +467,11 @@ def test_what_is_read_has_the_ids_that_it_has_there(value):
   tokenizers = pytest.importorskip("tokenizers", reason="the reader of these files")
   try:
     read = read_hugging_face_tokenizer(value)
+  except UserError:
+    return
+  try:
     theirs = tokenizers.Tokenizer.from_str(json.dumps(value | dict.fromkeys(NOT_LOOKED_AT)))
-  except Exception:
+  except Exception:  # they raise nothing narrower
     return
   text = known_part("the cat  and\n the hat", read)
   assert theirs.encode(text, add_special_tokens=False).ids == read.encode(text)
