@@ -22,8 +22,10 @@ Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Drop], tuple[jax.Array,
 class KVCache(NamedTuple):
   """Keys and values of the positions seen so far.
 
+  The heads stand before the positions: what a new token's query reads of a head then lies in one piece.
+
   Attributes:
-    k: keys, [L, B, S, N, H] for all layers; [B, S, N, H] inside a block.
+    k: keys, [B, N, S, H]; [L, B, N, S, H] where all layers are stacked.
     v: values, of the same shape.
   """
 
@@ -66,7 +68,8 @@ def attend_and_keep(
   memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
 ) -> tuple[jax.Array, KVCache]:
   """Attends like `attend_causally`, and keeps keys and values: reading a prompt."""
-  return attend_causally(memory, q_BTNH, k_BTNH, v_BTNH, drop)[0], KVCache(k_BTNH, v_BTNH)
+  y_BTNH, _ = attend_causally(memory, q_BTNH, k_BTNH, v_BTNH, drop)
+  return y_BTNH, KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
 
 
 def attend_to_cache(position: jax.Array) -> Attend:
@@ -79,10 +82,10 @@ def attend_to_cache(position: jax.Array) -> Attend:
   def attend(
     cache: KVCache, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
   ) -> tuple[jax.Array, KVCache]:
-    cache = KVCache(
-      *(jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=1) for c, x in zip(cache, (k_BTNH, v_BTNH), strict=True))
-    )
-    visible_TS = (jnp.arange(cache.k.shape[1]) <= position)[None]
-    return dot_product_attention(q_BTNH, cache.k, cache.v, visible_TS, drop), cache
+    new = KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
+    cache = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=2), cache, new)
+    visible_TS = (jnp.arange(cache.k.shape[2]) <= position)[None]
+    k_BSNH, v_BSNH = (jnp.swapaxes(c, 1, 2) for c in cache)
+    return dot_product_attention(q_BTNH, k_BSNH, v_BSNH, visible_TS, drop), cache
 
   return attend

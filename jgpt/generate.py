@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgpt.config import ModelConfig, SampleConfig
-from jgpt.model import apply, decode_step, init_cache, prefill
+from jgpt.model import apply, decode_step, init_cache, prefill, unstack_blocks
 from jgpt.tokenizer import Tokenizer
 
 
@@ -93,10 +93,12 @@ def generate(
   S = config.max_seq_len
   fill = 0 if stop_id is None else stop_id
   text_BT = jnp.full((num, prompt_P.shape[0] + max_tokens), fill, jnp.int32).at[:, : prompt_P.shape[0]].set(prompt_P)
+  params = unstack_blocks(params)  # a loop over stacked layers would copy each layer's weights for every token
+  length = min(S, prompt_P.shape[0] + max_tokens)  # what is not needed is not read
   if prompt_P.shape[0] == 1:
-    cache = init_cache(num, config, params["tok_embed"].dtype)
+    cache = init_cache(params, num, length, config)
   else:  # entries past the prompt are overwritten before they are read
-    cache = jax.tree.map(lambda c: jnp.repeat(c, num, axis=1), prefill(params, prompt_P[None], config))
+    cache = jax.tree.map(lambda c: jnp.repeat(c, num, axis=0), prefill(params, prompt_P[None], length, config))
 
   def extend(text_BT: jax.Array, done_B: jax.Array, n: jax.Array, logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws the n-th token of each text that is not done."""

@@ -10,6 +10,7 @@ Dimensions: B batch, T query positions, S key positions, N heads, H head size, D
 L layers.
 """
 
+import math
 import zlib
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from jgpt.config import DROPOUT_PLACES, ModelConfig
 from jgpt.params import Param, param_table
 
 NORM_EPS = 1e-5
+
+Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> dict:
@@ -95,47 +98,49 @@ def apply(params: dict, tokens_BT: jax.Array, config: ModelConfig, key: jax.Arra
   Returns:
     Logits [B, T, V] in the parameters' dtype; V is `config.padded_vocab_size`, and padding is -inf.
   """
-  x_BTD = _embed(params, tokens_BT, jnp.arange(tokens_BT.shape[1]), config, key)
+  x_BTD = _embed(params, tokens_BT, 0, config, key)
   x_BTD, _ = _blocks(params, x_BTD, attend_causally, None, config, key)
   return _logits(params, x_BTD, config)
 
 
-def prefill(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> KVCache:
+def prefill(params: dict, tokens_BT: jax.Array, length: int, config: ModelConfig) -> Cache:
   """Reads a prompt into a new cache; entries at T and after are zero.
 
   Args:
     params: as `init_params` returns them, or with unstacked blocks.
-    tokens_BT: int32 ids [B, T], T <= `config.max_seq_len`.
+    tokens_BT: int32 ids [B, T], T <= `length`.
+    length: S, positions that the cache has room for, at most `config.max_seq_len`.
     config: sizes and switches.
   """
-  x_BTD = _embed(params, tokens_BT, jnp.arange(tokens_BT.shape[1]), config)
+  x_BTD = _embed(params, tokens_BT, 0, config)
   _, cache = _blocks(params, x_BTD, attend_and_keep, None, config)
-  room = config.max_seq_len - tokens_BT.shape[1]
-  return jax.tree.map(lambda c_LBTNH: jnp.pad(c_LBTNH, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache)
+  room = length - tokens_BT.shape[1]
+  return jax.tree.map(lambda c: jnp.pad(c, [(0, 0)] * (c.ndim - 2) + [(0, room), (0, 0)]), cache)
 
 
-def init_cache(batch_size: int, config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> KVCache:
-  """Makes a cache of zeros, [L, B, S, N, H] with S = `config.max_seq_len`."""
-  shape = (config.num_layers, batch_size, config.max_seq_len, config.num_heads, config.head_dim)
-  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def init_cache(params: dict, batch_size: int, length: int, config: ModelConfig) -> Cache:
+  """Makes a cache of zeros in the parameters' dtype, with room for `length` positions."""
+  one = KVCache(*(jnp.zeros((batch_size, config.num_heads, length, config.head_dim), params["tok_embed"].dtype),) * 2)
+  caches = [one] * config.num_layers
+  return jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if isinstance(params["blocks"], dict) else caches
 
 
 def decode_step(
-  params: dict, tokens_B: jax.Array, cache: KVCache, position: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, KVCache]:
+  params: dict, tokens_B: jax.Array, cache: Cache, position: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
   """Computes the logits after one more token.
 
   Args:
     params: as `init_params` returns them, or with unstacked blocks.
     tokens_B: int32 ids [B], the tokens at `position`.
     cache: keys and values of the positions before.
-    position: int32 scalar, 0 <= position < `config.max_seq_len`.
+    position: int32 scalar, 0 <= position < S.
     config: sizes and switches.
 
   Returns:
     Logits [B, V] as from `apply` at that position, and the cache with the position added.
   """
-  x_BTD = _embed(params, tokens_B[:, None], jnp.asarray(position)[None], config)
+  x_BTD = _embed(params, tokens_B[:, None], position, config)
   x_BTD, cache = _blocks(params, x_BTD, attend_to_cache(position), cache, config)
   return _logits(params, x_BTD, config)[:, 0], cache
 
@@ -219,14 +224,14 @@ def block(memory: Any, x_BTD: jax.Array, p: dict, attend: Attend, config: ModelC
   Returns:
     The residual stream after the block, and what `attend` kept.
   """
-  qkv_BTCNH = _project("XD,DCNH->XCNH", _norm(x_BTD, p, "norm_attn", config), p["w_qkv"])  # C: query, key, value
+  qkv_BTCNH = _project(_norm(x_BTD, p, "norm_attn", config), p["w_qkv"])  # C: query, key, value
   qkv_BTCNH = _add_bias(qkv_BTCNH, p.get("b_qkv"))
   y_BTNH, memory = attend(memory, *jnp.unstack(qkv_BTCNH, axis=2), drop)
-  y_BTD = _add_bias(_project("XNH,NHD->XD", y_BTNH, p["w_out"]), p.get("b_out"))
+  y_BTD = _add_bias(_project(y_BTNH, p["w_out"]), p.get("b_out"))
   x_BTD = x_BTD + drop("attention_out", y_BTD)
-  up_BTF = _add_bias(_project("XD,DF->XF", _norm(x_BTD, p, "norm_mlp", config), p["w_up"]), p.get("b_up"))
+  up_BTF = _add_bias(_project(_norm(x_BTD, p, "norm_mlp", config), p["w_up"]), p.get("b_up"))
   up_BTF = drop("activation", ACTIVATIONS[config.activation](up_BTF))
-  y_BTD = _add_bias(_project("XF,FD->XD", up_BTF, p["w_down"]), p.get("b_down"))
+  y_BTD = _add_bias(_project(up_BTF, p["w_down"]), p.get("b_down"))
   return x_BTD + drop("mlp_out", y_BTD), memory
 
 
@@ -237,13 +242,15 @@ def _norm(x_BTD: jax.Array, params: dict, name: str, config: ModelConfig) -> jax
   return layer_norm(x_BTD, params[f"{name}_gain"], params.get(f"{name}_bias"))
 
 
-def _project(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """Computes an einsum with x's first two dimensions, batch and position, taken as one (X).
+def _project(x: jax.Array, w: jax.Array) -> jax.Array:
+  """Contracts all dimensions of x after batch and position with as many of w's first.
 
-  As one plain product: with two such dimensions XLA's gradients on a CPU take a tenth of a small model's step longer.
+  As one plain product of two matrices: with more dimensions XLA's gradients on a CPU take a tenth of a small model's step
+  longer, and a single token's product copies the whole matrix first.
   """
-  y = jnp.einsum(spec, x.reshape(-1, *x.shape[2:]), w)
-  return y.reshape(*x.shape[:2], *y.shape[1:])
+  num = x.ndim - 2
+  y = x.reshape(-1, math.prod(w.shape[:num])) @ w.reshape(-1, math.prod(w.shape[num:]))
+  return y.reshape(*x.shape[:2], *w.shape[num:])
 
 
 def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -252,8 +259,9 @@ def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def _embed(
-  params: dict, tokens_BT: jax.Array, positions_T: jax.Array, config: ModelConfig, key: jax.Array | None = None
+  params: dict, tokens_BT: jax.Array, position: int | jax.Array, config: ModelConfig, key: jax.Array | None = None
 ) -> jax.Array:
+  """The residual stream before the first block; the first token stands at `position`."""
   x_BTD = params["tok_embed"][tokens_BT]
   if config.scale_embed:
     x_BTD = x_BTD * config.d_model**0.5
@@ -261,14 +269,16 @@ def _embed(
     table_SD = jnp.asarray(sinusoidal_positions(config.max_seq_len, config.d_model), x_BTD.dtype)
   else:
     table_SD = params["pos_embed"]
-  x_BTD = make_drop(config, key)("embedding", x_BTD + table_SD[positions_T][None])
+  # A slice, not a gather: its gradient needs no scatter, which takes a tenth of a step of `names`.
+  positions_TD = jax.lax.dynamic_slice_in_dim(table_SD, position, tokens_BT.shape[1])
+  x_BTD = make_drop(config, key)("embedding", x_BTD + positions_TD[None])
   return rms_norm(x_BTD) if config.norm_embed else x_BTD
 
 
 def _blocks(
   params: dict, x_BTD: jax.Array, attend: Attend, memory: Any, config: ModelConfig, key: jax.Array | None = None
 ) -> tuple[jax.Array, Any]:
-  """Runs the layers one after the other; what each keeps comes back stacked, as it went in."""
+  """Runs the layers one after the other; what each keeps comes back as its blocks are, stacked or in a list."""
   blocks, L = params["blocks"], config.num_layers
   # A number that no place has: keys of layers are no place's key.
   keys_L = None if key is None else jax.random.split(jax.random.fold_in(key, len(DROPOUT_PLACES)), L)
@@ -279,11 +289,11 @@ def _blocks(
 
   if isinstance(blocks, dict):
     return jax.lax.scan(layer, x_BTD, (blocks, memory, keys_L))
-  kept = []
-  for i, p in enumerate(blocks):
-    x_BTD, new = layer(x_BTD, (p, *jax.tree.map(lambda x, i=i: x[i], (memory, keys_L))))
+  nothing, kept = [None] * L, []
+  for inputs in zip(blocks, memory or nothing, nothing if keys_L is None else keys_L, strict=True):
+    x_BTD, new = layer(x_BTD, inputs)
     kept.append(new)
-  return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+  return x_BTD, kept
 
 
 def _logits(params: dict, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
