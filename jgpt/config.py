@@ -305,12 +305,13 @@ class MeshConfig:
 
   Attributes:
     data: devices the batch is divided over; None means all there are. Must divide `data.batch_size`.
-    scan_layers: whether the layers are one loop (quick to compile) or written out one after the other (quick to run on a
-      CPU); None chooses by the platform. The same computation either way.
+    scan_layers: whether the layers are one loop (quick to compile) or written out (quick on a CPU); None chooses.
+    tricks: whether to do what makes this platform faster (`jgpt/tricks.py`); false is plain JAX, the same computation.
   """
 
   data: int | None = None
   scan_layers: bool | None = None
+  tricks: bool = True
 
   def __post_init__(self):
     check_types(self, "mesh")

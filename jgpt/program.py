@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jgpt import checkpoint, runtime, sharding
+from jgpt import checkpoint, sharding
 from jgpt.batches import Batch, Corpus, count_eval_batches, make_eval_batch_fn
 from jgpt.checks import UserError
 from jgpt.config import Experiment
@@ -23,10 +23,9 @@ from jgpt.feed import Feed, make_feed
 from jgpt.generate import compile_texts
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.microgpt import draw_microgpt_params
-from jgpt.model import stack_blocks, unstack_blocks
 from jgpt.optim import make_optimizer
-from jgpt.params import count_params
 from jgpt.step import TrainState, begin_state, evaluate, init_state, make_train_steps
+from jgpt.tricks import choose_tricks
 
 MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
 
@@ -72,7 +71,8 @@ def compile_program(
   platform = mesh.devices.flat[0].platform
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   heldout = jax.device_put(data.heldout, sharding.replicated(mesh))
-  layout = choose_layout(experiment, platform)
+  tricks = choose_tricks(experiment, platform)
+  layout = tricks.layout
   tx = make_optimizer(experiment.optimizer, experiment.model)
   key = derive_key(experiment.train.seed, INIT, 0)
   stacked = _placed(jax.eval_shape(partial(init_state, config=experiment.model, tx=tx), key), experiment, mesh)
@@ -80,7 +80,7 @@ def compile_program(
   shardings = jax.tree.map(lambda x: x.sharding, placed)
 
   def make_state() -> TrainState:
-    jit = partial(jax.jit, out_shardings=shardings, compiler_options=runtime.init_options(platform))
+    jit = partial(jax.jit, out_shardings=shardings, compiler_options=tricks.init_options)
     if saved_step is not None:
       return jit(layout)(checkpoint.restore(manager, saved_step, stacked))
     if params is not None:
@@ -107,26 +107,15 @@ def _compile_steps(experiment: Experiment, corpus: Corpus, state: TrainState, me
   def place(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding), batch)
 
-  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place)
+  tricks = choose_tricks(experiment, mesh.devices.flat[0].platform)
+  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place, tricks.grads_fn)
   program = jax.jit(
     lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
     donate_argnums=1,
     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
-    compiler_options=runtime.step_options(count_params(experiment.model), mesh.devices.flat[0].platform),
+    compiler_options=tricks.step_options,
   )
   return program.lower(corpus, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))).compile()
-
-
-def choose_layout(experiment: Experiment, platform: str) -> Callable:
-  """Chooses how layers lie in memory: `stack_blocks` or `unstack_blocks`.
-
-  A loop over stacked layers compiles once for all of them. On a CPU its gradient is written piece by piece into the
-  stack, which costs a third to half of a step, so there the layers are written out.
-  """
-  scan = experiment.mesh.scan_layers
-  if scan is None:
-    scan = platform != "cpu" or experiment.model.num_layers == 1
-  return stack_blocks if scan else unstack_blocks
 
 
 def _placed(state: TrainState, experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:

@@ -1,7 +1,7 @@
-"""JAX as the commands set it up: a cache of compiled programs, quiet libraries, and compiler options.
+"""JAX as the commands set it up: a cache of compiled programs, quiet libraries, and the devices there are.
 
-Responsible for what depends on the machine and changes no result. Every trick stands here with its reason. A library user
-who calls none of this gets plain JAX.
+Responsible for what is set once for a process, before it computes anything. A library user who calls none of this gets
+plain JAX. Not responsible for how a program is compiled (`tricks.py`).
 """
 
 import logging
@@ -13,8 +13,6 @@ import jax
 
 from jgpt import sources
 from jgpt.checks import UserError
-
-SMALL_MODEL_PARAMS = 100_000
 
 
 def set_up() -> str:
@@ -57,24 +55,3 @@ def devices() -> list[jax.Device]:
   except RuntimeError as error:
     asked = os.environ.get("JAX_PLATFORMS", "")
     raise UserError(f"jax finds no device (JAX_PLATFORMS={asked!r}): {str(error).splitlines()[0][:200]}") from error
-
-
-def init_options(platform: str) -> dict:
-  """Compiler options for a program that runs once: on a CPU, LLVM's heavier passes took 0.9 s of `names`' 1.4 s."""
-  return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
-
-
-def step_options(num_params: int, platform: str) -> dict:
-  """Compiler options for the training step.
-
-  On a CPU a small model's operations are shorter than the cost of handing them to other threads, and of XLA's YNNPACK
-  fusions: without both, a step of `names` takes 36 us instead of 46. LLVM's heavier passes make its loops of 16 longer,
-  not faster: at level 1 it takes 31 us, and compiles in 1.5 s instead of 1.8 (medians of 9 rounds of 1,000 steps, 2 cores).
-  """
-  if platform == "cpu" and num_params <= SMALL_MODEL_PARAMS:
-    return {
-      "xla_cpu_multi_thread_eigen": False,
-      "xla_cpu_experimental_ynn_fusion_type": "",
-      "xla_backend_optimization_level": 1,
-    }
-  return {}

@@ -19,6 +19,9 @@ from jgpt.keys import DROPOUT, derive_key
 from jgpt.model import apply, init_params
 from jgpt.optim import make_optimizer, make_schedule
 
+# (params, batch, config, key, micro_batch_size) -> (loss, gradients): `loss_and_grads` and what computes the same.
+GradsFn = Callable[[dict, Batch, ModelConfig, jax.Array | None, int | None], tuple[jax.Array, dict]]
+
 
 @struct.dataclass
 class TrainState:
@@ -117,6 +120,7 @@ def train_step(
   schedule: optax.Schedule,
   seed: int = 0,
   micro_batch_size: int | None = None,
+  grads_fn: GradsFn = loss_and_grads,
 ) -> tuple[TrainState, dict]:
   """Applies one update. The only step there is: many steps in one call is a loop over it inside jit.
 
@@ -128,13 +132,14 @@ def train_step(
     schedule: the rate it uses, to report.
     seed: of what is dropped out, which is a function of it and the step.
     micro_batch_size: see `loss_and_grads`.
+    grads_fn: `loss_and_grads`, or what computes the same.
 
   Returns:
     The next state, and metrics, scalars: "train/loss" (nats per token, before the update), "train/grad_norm" (before
     clipping), "train/lr".
   """
   key = dropout_key(seed, state.step, config)
-  loss, grads = loss_and_grads(state.params, batch, config, key, micro_batch_size)
+  loss, grads = grads_fn(state.params, batch, config, key, micro_batch_size)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
@@ -180,7 +185,9 @@ def train_steps(
   return state, history
 
 
-def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def make_train_step(
+  experiment: Experiment, grads_fn: GradsFn = loss_and_grads
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
   """Binds `train_step` to a resolved experiment's settings."""
   return partial(
     train_step,
@@ -189,11 +196,15 @@ def make_train_step(experiment: Experiment) -> Callable[[TrainState, Batch], tup
     schedule=make_schedule(experiment.optimizer),
     seed=experiment.train.seed,
     micro_batch_size=experiment.train.micro_batch_size,
+    grads_fn=grads_fn,
   )
 
 
 def make_train_steps(
-  experiment: Experiment, capacity: int, place: Callable[[Batch], Batch] = lambda batch: batch
+  experiment: Experiment,
+  capacity: int,
+  place: Callable[[Batch], Batch] = lambda batch: batch,
+  grads_fn: GradsFn = loss_and_grads,
 ) -> Callable[[TrainState, Corpus, jax.Array], tuple[TrainState, dict]]:
   """Binds `train_steps` to a resolved experiment's settings.
 
@@ -201,11 +212,12 @@ def make_train_steps(
     experiment: resolved.
     capacity: the most steps one call may take.
     place: applied to each batch, for example a sharding constraint.
+    grads_fn: see `train_step`.
   """
   batch_fn = make_batch_fn(experiment.data, experiment.train.seed)
   return partial(
     train_steps,
-    step_fn=make_train_step(experiment),
+    step_fn=make_train_step(experiment, grads_fn),
     batch_fn=lambda corpus, step: place(batch_fn(corpus, step)),
     capacity=capacity,
   )

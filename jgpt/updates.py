@@ -18,7 +18,8 @@ from jgpt.config import Experiment
 from jgpt.data import Data
 from jgpt.params import Entry
 from jgpt.program import compile_program
-from jgpt.step import TrainState, dropout_key, loss_and_grads
+from jgpt.step import TrainState, dropout_key
+from jgpt.tricks import choose_tricks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _gradients(state: TrainState, corpus: Corpus, experiment: Experiment) -> dic
   model, train, clip_norm = experiment.model, experiment.train, experiment.optimizer.clip_norm
   batch = make_batch_fn(experiment.data, train.seed)(corpus, state.step)
   key = dropout_key(train.seed, state.step, model)
-  _, grads = loss_and_grads(state.params, batch, model, key, train.micro_batch_size)
+  grads_fn = choose_tricks(experiment, jax.default_backend()).grads_fn  # as the run's program adds up
+  _, grads = grads_fn(state.params, batch, model, key, train.micro_batch_size)
   return grads if clip_norm is None else optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())[0]
 
 

@@ -24,9 +24,9 @@ from jgpt.config import Experiment, ModelConfig, OptimizerConfig, resolve
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.params import param_table
-from jgpt.runtime import step_options
 from jgpt.settings import change
 from jgpt.tokenizer import CharTokenizer
+from jgpt.tricks import choose_options
 
 # Short, ordinary, and around the context of 16: 15 letters is the longest name whose closing BOS is still predicted, 16
 # loses exactly that, and 24 is cut among its letters.
@@ -37,7 +37,7 @@ GRADIENT_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 NUM_STEPS = 20
 # Compiler options of the program that users run: with a library user's own `jax.jit`, and with the commands' for `names`.
-OPTIONS = {"default": None, "shipped": step_options(num_params=4192, platform="cpu")}
+OPTIONS = {"default": None, "shipped": choose_options(resolve(load_experiment("names"), 27).model)}
 # Where the options are not the point: what runs for milliseconds need not be compiled for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):  # later versions do not know it

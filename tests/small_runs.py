@@ -8,7 +8,7 @@ from unittest import mock
 
 from equivalence import QUICK
 
-from jgpt import program, runtime, train
+from jgpt import program, train, tricks
 from jgpt.catalog import load_experiment
 from jgpt.config import Experiment
 from jgpt.data import Data
@@ -41,7 +41,7 @@ def compiled_quickly() -> Iterator[None]:
   """Steps are compiled in a hurry, and sampling and evaluation only where they are called."""
   with (
     mock.patch.object(program, "_compile_ahead", lambda *args: None),
-    mock.patch.object(runtime, "step_options", lambda *args: QUICK),
+    mock.patch.object(tricks, "choose_options", lambda config: QUICK),
   ):
     yield
 

@@ -35,7 +35,7 @@ from switches import (
 
 import jgpt.model
 import jgpt.step
-from jgpt import program
+from jgpt import program, tricks
 from jgpt.batches import Batch, Stream, make_eval_batch_fn
 from jgpt.config import DROPOUT_PLACES, OptimizerConfig
 from jgpt.generate import draw
@@ -136,7 +136,7 @@ def test_the_loop_written_out(monkeypatch):
   short = code.replace("range(1000)", "range(20)").replace("jax.jit(", "quick_jit(")
   exec(compile(short, "from_your_code.md", "exec"), names)
   monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
-  monkeypatch.setattr(program.runtime, "step_options", lambda num_params, platform: QUICK)
+  monkeypatch.setattr(tricks, "choose_options", lambda config: QUICK)
   made = program.compile_program(names["run"].experiment, names["run"].data)
   state, metrics = made.run_steps(made.feed.corpus_at(0), made.state, np.int32(20))
   assert int(state.step) == int(names["state"].step) == 20

@@ -15,7 +15,7 @@ from jgpt.catalog import experiments_dir, load_experiment
 from jgpt.config import PARAM_KINDS, resolve
 from jgpt.model import init_params
 from jgpt.params import Param, count_params, param_table
-from jgpt.runtime import init_options
+from jgpt.tricks import QUICK_OPTIONS
 
 
 def make_config(**changes):
@@ -27,7 +27,7 @@ WIDE = {"d_model": 64, "d_ff": 256, "max_seq_len": 32, "num_layers": 2}
 CONFIGS = [make_config(), make_config(**WIDE), make_config(vocab_size=30, vocab_multiple=32, num_layers=3, num_heads=2)]
 
 
-init = jax.jit(init_params, static_argnums=1, compiler_options=init_options("cpu"))
+init = jax.jit(init_params, static_argnums=1, compiler_options=QUICK_OPTIONS)
 
 
 def leaves(tree):
@@ -113,7 +113,7 @@ def test_importing_every_module_initialises_no_backend():
         try:
           importlib.import_module(f"jgpt.{module.name}")
         except ModuleNotFoundError as error:  # what it is measured against need not be installed
-          assert (module.name, error.name) == ("peers", "torch")
+          assert (module.name, error.name) == ("torch_worker", "torch")
         print(module.name)
     import jax
     jax.config.update("jax_num_cpu_devices", 3)

@@ -1,0 +1,138 @@
+"""What makes a platform faster and computes the same.
+
+Responsible for every choice that depends on the platform, each with its reason and what it was measured to gain (2 cores of
+an AMD EPYC, Zen 4, jax 0.10.2; `python -m jgpt.bench`). `--set mesh.tricks=false` turns all of them off: `PLAIN` is the
+readable definition, and the equivalence tests run with and without. Not responsible for what is computed (`step.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jgpt.batches import Batch
+from jgpt.config import Experiment, ModelConfig
+from jgpt.model import stack_blocks, unstack_blocks
+from jgpt.params import count_params
+from jgpt.step import GradsFn, loss_and_grads, loss_fn
+
+SMALL_MODEL_PARAMS = 100_000
+FUSIONS = "xla_cpu_experimental_ynn_fusion_type"  # the option that names XLA's YNNPACK fusions; "" is none
+NUM_GROUPS = 4  # of documents in a batch, each as wide as its longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Tricks:
+  """How an experiment's programs are made.
+
+  Attributes:
+    layout: `stack_blocks` or `unstack_blocks`: how layers lie in memory.
+    grads_fn: of the training step.
+    step_options: the compiler's, for the training step.
+    init_options: the compiler's, for a program that runs once.
+  """
+
+  layout: Callable = stack_blocks
+  grads_fn: GradsFn = loss_and_grads
+  step_options: dict = dataclasses.field(default_factory=dict)
+  init_options: dict = dataclasses.field(default_factory=dict)
+
+
+PLAIN = Tricks()
+
+
+def choose_tricks(experiment: Experiment, platform: str) -> Tricks:
+  """Chooses what makes a resolved experiment faster on a platform ("cpu", "gpu", "tpu"); `PLAIN` where nothing does."""
+  tricks = PLAIN
+  if experiment.mesh.tricks and platform == "cpu":
+    tricks = Tricks(
+      layout=choose_layout(experiment.model),
+      grads_fn=skip_padding if has_padding(experiment) else loss_and_grads,
+      step_options=choose_options(experiment.model),
+      init_options=QUICK_OPTIONS,
+    )
+  scan = experiment.mesh.scan_layers
+  return tricks if scan is None else dataclasses.replace(tricks, layout=stack_blocks if scan else unstack_blocks)
+
+
+# --- Compiler options ---
+
+# For a program that runs once: LLVM's heavier passes took 0.9 s of the 1.4 s in which `names`' initial values compiled.
+QUICK_OPTIONS = {"xla_backend_optimization_level": 1}
+
+
+def choose_options(config: ModelConfig) -> dict:
+  """Compiler options for the training step.
+
+  A small model's operations are shorter than the cost of handing them to other threads, and of XLA's YNNPACK fusions:
+  without both, a step of `names` took 36 us instead of 46. LLVM's heavier passes make its loops of 16 longer, not faster:
+  at level 1 it took 31 us. At batch 64: 0.92 ms; with the fusions 1.05, with threads 1.72, with neither option 1.23.
+  """
+  if count_params(config) > SMALL_MODEL_PARAMS:
+    return {}
+  return QUICK_OPTIONS | {"xla_cpu_multi_thread_eigen": False, FUSIONS: ""}
+
+
+# --- Layers ---
+
+
+def choose_layout(config: ModelConfig) -> Callable:
+  """Writes several layers out one after the other.
+
+  A loop over stacked layers compiles once for all of them, but its gradient is written piece by piece into the stack, which
+  costs a third to half of a step.
+  """
+  return stack_blocks if config.num_layers == 1 else unstack_blocks
+
+
+# --- Padding ---
+
+
+def has_padding(experiment: Experiment) -> bool:
+  """Whether a batch holds documents, enough of them to put those of a length together, on one device."""
+  data, train = experiment.data, experiment.train
+  return (
+    data.batching == "documents"
+    and data.batch_size >= 16  # below, the groups' own cost is more than what they save
+    and data.batch_size % NUM_GROUPS == 0
+    and data.seq_len % 2 == 0
+    and train.micro_batch_size is None
+    and not experiment.model.dropout  # what is dropped out depends on where a document stands
+    and experiment.mesh.data == 1  # sorted, a divided batch would move between devices
+  )
+
+
+def skip_padding(
+  params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
+) -> tuple[jax.Array, dict]:
+  """Computes `loss_and_grads` without the second half of short documents.
+
+  The rows are sorted by length and taken in groups; a group that needs no position of the second half gets none. Five of
+  six names fit into half of the 16 positions, where a step takes a third of the time: at batch 64 a name took 7.9 us
+  instead of 14.0, at batch 16 12 to 14 instead of 16. At batch 1 a step would gain 5 of 30 us, and compiling lose half a
+  second.
+
+  Args:
+    params: as for `loss_and_grads`.
+    batch: B documents, a multiple of `NUM_GROUPS`, of T positions, an even number; weights may be of any kind.
+    config: sizes and switches.
+    key: None: nothing is dropped out.
+    micro_batch_size: None: the groups are what it would be.
+  """
+  B, T = batch.inputs_BT.shape
+  order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
+  groups = jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
+  total_weight = jnp.sum(batch.weights_BT)
+
+  def add(carry: tuple, group: Batch) -> tuple[tuple, None]:
+    def first(width: int) -> tuple:
+      part = jax.tree.map(lambda x: x[:, :width], group)
+      return jax.value_and_grad(loss_fn)(params, part, config, key, total_weight)
+
+    needs_all = jnp.any(group.weights_BT[:, T // 2 :] > 0)
+    return jax.tree.map(jnp.add, carry, jax.lax.cond(needs_all, lambda: first(T), lambda: first(T // 2))), None
+
+  loss = jax.eval_shape(lambda: loss_fn(params, batch, config))
+  zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
+  return jax.lax.scan(add, zeros, groups)[0]

@@ -1,0 +1,181 @@
+"""Tricks compute the same: what runs fast against what is written plainly, and against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from equivalence import (
+  GRADIENT_TOLERANCE,
+  NAMES,
+  QUICK,
+  batch_of,
+  cast,
+  compare,
+  initial_params,
+  names_experiment,
+  oracle_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import compiled_quickly
+
+from jgpt import batches, program, tricks
+from jgpt.catalog import list_experiments, load_experiment
+from jgpt.config import resolve
+from jgpt.model import stack_blocks, unstack_blocks
+from jgpt.settings import change
+from jgpt.step import loss_and_grads
+from jgpt.train import plan, train
+
+# Four groups of documents: cut at the context, shorter than half of it, and one that fits half of it exactly.
+DOCUMENTS = (*NAMES, "a", "ab", "abcdefg", "abcdefgh", "zoe", "o", "mary", "bartholomewjames")
+
+
+def resolved(name, **changes):
+  experiment = change(load_experiment(name), {k.replace("__", "."): v for k, v in changes.items()})
+  return resolve(experiment, {"names": 27}.get(name, 50257 if "gpt2" in name else 256))
+
+
+# --- Which ---
+
+
+@pytest.mark.parametrize("name", list_experiments())
+def test_one_setting_turns_all_of_them_off(name):
+  """Also the layout, and on every platform: what is left is a plain `jax.jit` of the plain definition."""
+  for batch_size in (1, 64):
+    experiment = resolved(name, data__batch_size=batch_size, train__micro_batch_size=None, mesh__tricks=False)
+    for platform in ("cpu", "gpu", "tpu"):
+      chosen = tricks.choose_tricks(experiment, platform)
+      assert chosen == tricks.PLAIN
+      assert (chosen.layout, chosen.grads_fn) == (stack_blocks, loss_and_grads)
+      assert not chosen.step_options and not chosen.init_options
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_they_switch_themselves_off_where_they_were_not_measured(platform):
+  for name in list_experiments():
+    assert tricks.choose_tricks(resolved(name), platform) == tricks.PLAIN
+
+
+def test_each_is_chosen_where_it_helps():
+  names, batch, gpt2 = resolved("names"), resolved("names", data__batch_size=16), resolved("gpt2_shakespeare")
+  names, batch, gpt2 = (tricks.choose_tricks(e, "cpu") for e in (names, batch, gpt2))
+  assert (names.layout, gpt2.layout) == (stack_blocks, unstack_blocks)
+  assert names.step_options["xla_cpu_multi_thread_eigen"] is False and gpt2.step_options == {}
+  assert [t.grads_fn for t in (names, batch, gpt2)] == [loss_and_grads, tricks.skip_padding, loss_and_grads]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_layout_that_was_asked_for_is_taken(scan):
+  layout = stack_blocks if scan else unstack_blocks
+  for on in (True, False):
+    experiment = resolved("gpt2_shakespeare", mesh__scan_layers=scan, mesh__tricks=on)
+    assert tricks.choose_tricks(experiment, "cpu").layout is layout
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"data__batch_size": 8},
+    {"data__batch_size": 18},
+    {"data__seq_len": 15},
+    {"train__micro_batch_size": 4},
+    {"model__dropout": 0.1, "model__dropout_places": ("mlp_out",)},
+    {"mesh__data": 2},
+  ],
+  ids=lambda changes: next(iter(changes)),
+)
+def test_padding_is_not_skipped_where_that_would_be_wrong_or_slower(changes):
+  assert tricks.has_padding(resolved("names", data__batch_size=16))
+  assert not tricks.has_padding(resolved("names", **{"data__batch_size": 16} | changes))
+
+
+# --- The same ---
+
+
+def test_skipping_padding_is_the_oracles_gradient(x64):
+  """The mean over a batch of names, each by scalar autodiff: weighted by its predictions."""
+  experiment = names_experiment()
+  batch, documents = batch_of(DOCUMENTS[:12], experiment), DOCUMENTS[:12]
+  counts = np.asarray(batch.weights_BT, np.float64).sum(axis=1)
+  ones = [oracle_gradients(experiment.model, document) for document in documents]
+  share = counts / counts.sum()
+  expected_loss = sum(s * loss for s, (loss, _) in zip(share, ones, strict=True))
+  expected = jax.tree.map(lambda *leaves: sum(s * x for s, x in zip(share, leaves, strict=True)), *(g for _, g in ones))
+  skip = jax.jit(functools.partial(tricks.skip_padding, config=experiment.model), compiler_options=QUICK)
+  loss, grads = skip(cast(initial_params(experiment.model), "float64"), batch)
+  expected, got = expected | {"loss": np.float64(expected_loss)}, grads | {"loss": loss}
+  compare("scalar gradients, padding skipped", expected, got, GRADIENT_TOLERANCE["float64"])
+
+
+@functools.cache
+def both():
+  """The two ways, compiled once for float64."""
+  config = names_experiment(model__num_layers=2).model
+  ways = (tricks.skip_padding, loss_and_grads)
+  return [jax.jit(functools.partial(way, config=config), compiler_options=QUICK) for way in ways], config
+
+
+@given(lengths=st.lists(st.integers(0, 16), min_size=16, max_size=16).filter(any), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_skipping_padding_changes_nothing_for_any_lengths(lengths, seed):
+  """Also for empty rows, for groups that all need the second half, and for none that does."""
+  with jax.enable_x64(True):
+    (skip, plain), config = both()
+    params = cast(initial_params(config), "float64")
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(0, 27, (16, 17)), jnp.int32)
+    weights = (np.arange(16) < np.array(lengths)[:, None]).astype(np.float32)
+    batch = batches.Batch(tokens[:, :-1], tokens[:, 1:], jnp.asarray(weights))
+    expected, got = (dict(zip(("loss", "grads"), way(params, batch), strict=True)) for way in (plain, skip))
+  compare("padding skipped, float64", expected, got, 1e-10)
+
+
+def test_what_is_not_computed_cannot_reach_the_gradient():
+  """The gradient by what stands after a short document is zero either way: tokens there change no bit."""
+  experiment = names_experiment()
+  batch = batch_of(DOCUMENTS[:12], experiment)
+  other = batch._replace(inputs_BT=jnp.where(batch.weights_BT > 0, batch.inputs_BT, 5))
+  skip = jax.jit(functools.partial(tricks.skip_padding, config=experiment.model), compiler_options=QUICK)
+  params = cast(initial_params(experiment.model), "float32")
+  for a, b in zip(*(jax.tree.leaves(skip(params, x)) for x in (batch, other)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["names", pytest.param("shakespeare_bytes", marks=pytest.mark.slow)])
+def test_a_run_with_and_without_is_one_run(name, tmp_path):
+  """Losses agree but for rounding, and a run goes on either way from the other's checkpoint."""
+  changes = {"train.steps": 6, "data.batch_size": 16, "mesh.data": 1, "optimizer.decay_steps": 12}
+  fast = change(load_experiment(name), changes)
+  plain = change(fast, {"mesh.tricks": False})
+  with compiled_quickly():
+    whole = {way: train(plan(change(e, {"train.steps": 12}))) for way, e in (("fast", fast), ("plain", plain))}
+    np.testing.assert_allclose(whole["fast"].losses, whole["plain"].losses, rtol=2e-5)
+    train(plan(fast, workdir=tmp_path))
+    went_on = train(plan(change(plain, {"train.steps": 12}), workdir=tmp_path))
+  np.testing.assert_allclose(went_on.losses, whole["plain"].losses, rtol=2e-5)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["tricks", "plain"])
+def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_did_not(on, tmp_path):
+  """What is skipped is a function of the batch: where the calls end changes nothing."""
+  changes = {"train.steps": 8, "data.batch_size": 16, "optimizer.decay_steps": 8, "mesh.tricks": on}
+  experiment = change(load_experiment("names"), changes)
+  with compiled_quickly():
+    whole = train(plan(experiment))
+    train(plan(change(experiment, {"train.steps": 3}), workdir=tmp_path))
+    resumed = train(plan(experiment, workdir=tmp_path))
+  for a, b in zip(*(jax.tree.leaves(r.state) for r in (whole, resumed)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_program_is_made_as_chosen(monkeypatch):
+  """`compile_program` asks `choose_tricks` and nobody else: plain layers stay stacked."""
+  experiment = change(load_experiment("shakespeare_bytes"), {"mesh.data": 1, "model.num_layers": 2, "train.steps": 1})
+  for on, kind in ((True, list), (False, dict)):
+    made = plan(change(experiment, {"mesh.tricks": on}))
+    monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
+    state = program.compile_program(made.experiment, made.data, num_steps=0).state
+    assert isinstance(state.params["blocks"], kind)
