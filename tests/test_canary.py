@@ -1,0 +1,125 @@
+"""The check of the compiler finds what is wrong, says what to do, and is made once."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgpt import canary, tricks
+from jgpt.catalog import list_experiments, load_experiment
+from jgpt.config import resolve
+from jgpt.settings import change
+from jgpt.sources import expected_vocab_size
+from jgpt.step import loss_and_grads
+
+CHANGES = {"model.num_layers": 1, "data.batch_size": 2, "mesh.data": 1, "data.seq_len": 8}
+
+
+def resolved(name, **changes):
+  experiment = change(load_experiment(name), changes)
+  return resolve(experiment, expected_vocab_size(experiment.data), 100)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
+  return tmp_path / "cache" / "canary.json"
+
+
+def miscompile(wrong):
+  """Tricks under which every gradient goes through `wrong`, as under a compiler with a fault."""
+
+  def grads_fn(*args, **kwargs):
+    loss, grads = loss_and_grads(*args, **kwargs)
+    return loss, grads | {"tok_embed": wrong(grads["tok_embed"])}
+
+  return lambda experiment, platform: tricks.Tricks(grads_fn=grads_fn)
+
+
+def test_a_sound_compiler_passes():
+  check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")
+  assert check.passed and check.difference < 1e-5 and check.sound == ()
+  assert "gradients agree with float64" in canary.describe(check)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    pytest.param(lambda g: g.at[3, 5].add(0.01), id="one entry"),
+    pytest.param(lambda g: g.at[0].set(jnp.nan), id="nan", marks=pytest.mark.slow),
+    pytest.param(lambda g: g * 1.001, id="scaled", marks=pytest.mark.slow),
+    pytest.param(lambda g: jnp.roll(g, 1, axis=0), id="shifted", marks=pytest.mark.slow),
+    pytest.param(jnp.zeros_like, id="lost", marks=pytest.mark.slow),
+  ],
+)
+def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
+  monkeypatch.setattr(canary, "choose_tricks", miscompile(wrong))
+  check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")
+  assert not check.passed and check.leaf == "tok_embed" and check.sound == ("plain", "without fusions")
+  words = canary.describe(check)
+  assert words.startswith("WARNING") and "tok_embed" in words and "--set mesh.tricks=false" in words
+
+
+def test_where_nothing_helps_it_says_so():
+  words = canary.describe(canary.Check(0.5, "unembed", (), 1.0))
+  assert "No way of compiling agrees" in words
+  words = canary.describe(canary.Check(0.5, "unembed", ("without fusions",), 1.0))
+  assert 'XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type="' in words
+
+
+def test_the_flag_that_it_advises_is_one_that_the_compiler_knows():
+  compiled = jax.jit(lambda x: x + 1, compiler_options={tricks.FUSIONS: ""})
+  assert compiled(1.0) == 2.0
+
+
+def test_it_is_made_once_and_again_for_another_version(cache, monkeypatch):
+  experiment, sound = resolved("shakespeare_char_cpu"), canary.Check(1e-7, "unembed", (), 0.1)
+  monkeypatch.setattr(canary, "check_compiler", lambda experiment, platform: sound)
+  assert canary.check_once(experiment, "cpu") is sound
+  assert canary.check_once(experiment, "cpu") is None
+  assert len(json.loads(cache.read_text(encoding="utf-8"))) == 1
+  monkeypatch.setattr(canary.jaxlib, "__version__", "99.0")
+  assert canary.check_once(experiment, "cpu") is sound
+  assert len(json.loads(cache.read_text(encoding="utf-8"))) == 2
+
+
+def test_what_failed_is_checked_again(cache, monkeypatch):
+  failed = canary.Check(1.0, "unembed", (), 0.1)
+  monkeypatch.setattr(canary, "check_compiler", lambda experiment, platform: failed)
+  for _ in range(2):
+    assert canary.check_once(resolved("shakespeare_char_cpu"), "cpu") is failed
+  assert not cache.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe"])
+def test_a_damaged_record_is_no_record(cache, monkeypatch, content):
+  cache.parent.mkdir()
+  cache.write_bytes(content)
+  sound = canary.Check(1e-7, "unembed", (), 0.1)
+  monkeypatch.setattr(canary, "check_compiler", lambda experiment, platform: sound)
+  experiment = resolved("shakespeare_char_cpu")
+  assert canary.check_once(experiment, "cpu") is sound and canary.check_once(experiment, "cpu") is None
+
+
+def test_what_has_no_fusions_is_not_checked(cache):
+  assert canary.check_once(resolved("names"), "cpu") is None
+  assert canary.check_once(resolved("gpt2_shakespeare"), "gpu") is None
+  assert not cache.exists()
+
+
+def test_a_difference_that_is_not_a_number_is_the_worst():
+  expected = {"a": np.ones(2), "b": np.ones(2)}
+  assert canary._find_worst(expected, {"a": np.array([1, 1.5]), "b": np.array([1, np.nan])}) == ("b", float("inf"))
+  assert canary._find_worst(expected, {"a": np.array([1, 1.5]), "b": np.ones(2)}) == ("a", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in list_experiments() if name != "microgpt"])
+def test_this_compiler_is_sound_at_every_experiments_shapes(name):
+  """Loss and every gradient, as a run compiles them, with XLA's fusions and without, within 1e-5 of float64."""
+  experiment = resolved(name)
+  for on in (True, False):
+    check = canary.check_compiler(change(experiment, {"mesh.tricks": on}), "cpu")
+    assert check.difference < 1e-5, check
