@@ -1,108 +1,157 @@
-"""What jgpt is measured against: the same model, batch and optimizer in PyTorch.
+"""What jgpt is measured against, in a process of its own: `python -m jgpt.peers`, started by `rounds.Worker`.
 
-Responsible for a training step as a user of PyTorch would write it: fused AdamW, `scaled_dot_product_attention`, all cores.
-Used by `bench.py` only, where torch is installed; no test compares values with it (`tests/reference/` has its own).
+Responsible for the process: it reads lines of JSON and answers each with one. The first says what to build; the answer
+comes when that is warm. Each line after it asks for a number of steps, and is answered with the seconds of one.
+
+  {"kind": "torch", "compiled": bool, "experiment": ..., "tokens": "a.npz", "platform": "cpu", "warm_up": steps}
+  {"kind": "transformers", "experiment": ..., "batch_size": texts, "new_tokens": of each, "platform": ..., "warm_up": calls}
+  {"kind": "scalar", "experiment": ..., "tokens": "a.npz", "warm_up": steps}
+      -> {"versions": {"torch": "2.9.0"}}, {"user_error": "..."} or {"unavailable": "why"}
+  {"steps": 10} -> {"seconds": 0.025}
+
+The process imports no jax: its allocator, its threads and what it holds are the peer's alone.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional
+import numpy as np
 
+from jgpt import settings
 from jgpt.checks import UserError
-from jgpt.config import Experiment, ModelConfig
+from jgpt.config import Experiment
+
+# What each kind needs besides Python, and how to get it.
+PACKAGES = {"torch": ("torch",), "transformers": ("torch", "transformers"), "scalar": ()}
+ORACLE = Path(__file__).resolve().parent.parent / "tests" / "reference" / "scalar_gpt.py"
 
 
-class Block(nn.Module):
-  """One pre-norm transformer block."""
+def main() -> int:
+  """Answers requests until standard input ends; returns the exit status."""
+  answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+  os.dup2(2, 1)  # what libraries print is no answer
 
-  def __init__(self, config: ModelConfig):
-    super().__init__()
-    D, F, bias = config.d_model, config.d_ff, config.biases == "all"
-    self.num_heads, self.approximate = config.num_heads, "tanh" if config.activation == "gelu_tanh" else "none"
-    self.norm_attn, self.norm_mlp = (nn.LayerNorm(D, bias=config.norm == "layer") for _ in range(2))
-    self.qkv, self.out = nn.Linear(D, 3 * D, bias=bias), nn.Linear(D, D, bias=bias)
-    self.up, self.down = (nn.Linear(a, b, bias=config.biases != "none") for a, b in ((D, F), (F, D)))
+  def answer(value: dict[str, Any]) -> None:
+    answers.write(json.dumps(value) + "\n")
+    answers.flush()
 
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Maps the residual stream [B, T, D] to the next."""
-    B, T, D = x.shape
-    q, k, v = (y.view(B, T, self.num_heads, -1).transpose(1, 2) for y in self.qkv(self.norm_attn(x)).split(D, dim=2))
-    y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-    return x + self.down(functional.gelu(self.up(self.norm_mlp(x)), approximate=self.approximate))
-
-
-class Model(nn.Module):
-  """A GPT with learned positions and a tied head."""
-
-  def __init__(self, config: ModelConfig):
-    super().__init__()
-    self.tok_embed = nn.Embedding(config.padded_vocab_size, config.d_model)
-    self.pos_embed = nn.Embedding(config.max_seq_len, config.d_model)
-    self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-    self.norm_final = nn.LayerNorm(config.d_model, bias=config.norm == "layer")
-    for param in self.parameters():
-      if param.ndim > 1:
-        nn.init.normal_(param, std=config.init_std)
-
-  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Computes the mean cross-entropy."""
-    x = self.tok_embed(tokens) + self.pos_embed.weight[: tokens.shape[1]]
-    for block in self.blocks:
-      x = block(x)
-    logits = functional.linear(self.norm_final(x), self.tok_embed.weight)
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+  spec = json.loads(sys.stdin.readline())
+  try:
+    run = build(spec)
+    run(spec["warm_up"])
+  except UserError as error:
+    answer({"user_error": str(error)})
+    return 0
+  except Exception as error:  # whatever the peer's libraries do not find here: a compiler, memory
+    answer({"unavailable": describe_error(error)})
+    return 0
+  answer({"versions": {name: importlib.metadata.version(name) for name in PACKAGES[spec["kind"]]}})
+  while line := sys.stdin.readline():
+    steps = json.loads(line)["steps"]
+    began = time.perf_counter()
+    run(steps)
+    answer({"seconds": (time.perf_counter() - began) / steps})
+  return 0
 
 
-def make_timer(experiment: Experiment, tokens, *, compiled: bool) -> Callable[[int], float]:
-  """Makes a function that runs that many updates and returns the seconds one took.
+def require(names: Sequence[str], path: Path = ORACLE) -> None:
+  """Notices before anything is measured that a peer is not there.
 
   Args:
-    experiment: resolved; of a model with LayerNorm, GELU, learned positions and a tied head, without dropout.
-    tokens: int32 ids to draw windows from.
-    compiled: whether the model goes through `torch.compile`.
+    names: of `--peer`, torch or scalar.
+    path: of the oracle.
 
   Raises:
-    UserError: for another model.
+    UserError: naming what to do.
   """
-  model, data, optimizer = experiment.model, experiment.data, experiment.optimizer
-  if (
-    model.norm == "rms"
-    or model.activation == "relu"
-    or model.positions != "learned"
-    or not model.tied_head
-    or model.dropout
-  ):
-    raise UserError("the torch peer has LayerNorm, GELU, learned positions and a tied head, and no dropout.")
-  torch.manual_seed(0)
-  net = Model(model)
-  run = torch.compile(net) if compiled else net
-  groups = [
-    {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-    {"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0},
-  ]
-  adamw = torch.optim.AdamW(groups, optimizer.peak_lr, (optimizer.b1, optimizer.b2), optimizer.eps, fused=True)
-  stream = torch.tensor(tokens, dtype=torch.int64)
-  T = data.seq_len
+  if "torch" in names and importlib.util.find_spec("torch") is None:
+    raise UserError("--peer torch needs torch: pip install torch")
+  if "scalar" in names and not path.is_file():
+    raise UserError(f"--peer scalar needs a checkout of jgpt, for the test oracle: there is no {path}")
 
-  def update() -> None:
-    starts = torch.randint(len(stream) - T, (data.batch_size,))
-    windows = stream[starts[:, None] + torch.arange(T + 1)]
-    adamw.zero_grad(set_to_none=True)
-    run(windows[:, :-1], windows[:, 1:]).backward()
-    if optimizer.clip_norm is not None:
-      nn.utils.clip_grad_norm_(net.parameters(), optimizer.clip_norm)
-    adamw.step()
 
-  def seconds_per_step(steps: int) -> float:
-    began = time.perf_counter()
+def build(spec: dict[str, Any]) -> Callable[[int], None]:
+  """Makes the function that runs that many steps of what a spec describes.
+
+  Raises:
+    UserError: if the peer has no such model.
+    RuntimeError: if a package is missing.
+  """
+  for name in PACKAGES[spec["kind"]]:
+    if importlib.util.find_spec(name) is None:
+      raise RuntimeError(f"it needs {name}: pip install {name}")
+  experiment = settings.from_json(spec["experiment"])
+  if spec["kind"] == "transformers":
+    from jgpt import torch_worker
+
+    sizes = {name: spec[name] for name in ("batch_size", "new_tokens", "platform")}
+    return torch_worker.make_sampling(experiment.model, **sizes)
+  with np.load(spec["tokens"]) as file:
+    tokens, lengths = file["tokens"], file.get("lengths")
+  if spec["kind"] == "scalar":
+    return make_scalar(experiment, tokens, lengths)
+  from jgpt import torch_worker
+
+  return torch_worker.make_training(experiment, tokens, lengths, compiled=spec["compiled"], platform=spec["platform"])
+
+
+def make_scalar(
+  experiment: Experiment, tokens: np.ndarray, lengths: np.ndarray, path: Path = ORACLE
+) -> Callable[[int], None]:
+  """Makes a function that runs that many updates of microgpt in plain Python, on the test oracle.
+
+  Args:
+    experiment: names, resolved, at batch 1.
+    tokens: documents' rows.
+    lengths: predictions of each.
+    path: of the oracle, which comes with a checkout only.
+  """
+  module_spec = importlib.util.spec_from_file_location("scalar_gpt", path)
+  oracle = importlib.util.module_from_spec(module_spec)
+  sys.modules["scalar_gpt"] = oracle  # its dataclasses look their module up
+  module_spec.loader.exec_module(oracle)
+  model, optimizer = experiment.model, experiment.optimizer
+  config = oracle.ScalarGPTConfig(
+    vocab_size=model.vocab_size,
+    context=model.max_seq_len,
+    d_model=model.d_model,
+    num_heads=model.num_heads,
+    num_layers=model.num_layers,
+  )
+  normal = random.Random(0).gauss
+  shapes = oracle.parameter_shapes(config)
+  params = {n: [[normal(0, model.init_std) for _ in range(c)] for _ in range(r)] for n, (r, c) in shapes.items()}
+  zeros = {n: [[0.0] * c for _ in range(r)] for n, (r, c) in shapes.items()}
+  documents = [row[: length + 1].tolist() for row, length in zip(tokens, lengths, strict=True)]
+  state = {"params": params, "m": zeros, "v": zeros, "step": 0}
+  rates = {"lr": optimizer.peak_lr, "b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+
+  def update(steps: int) -> None:
     for _ in range(steps):
-      update()
-    return (time.perf_counter() - began) / steps
+      step = state["step"]
+      _, grads = oracle.loss_and_gradients(state["params"], documents[step % len(documents)], config)
+      new = oracle.adam_update(state["params"], grads, state["m"], state["v"], step=step, **rates)
+      state.update(zip(("params", "m", "v"), new, strict=True), step=step + 1)
 
-  return seconds_per_step
+  return update
+
+
+def describe_error(error: Exception) -> str:
+  """An error in one short line; of the lines that torch's compiler says, the one that names the cause."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+  causes = [line for line in lines if "Error" in line or "not found" in line or "No working" in line]
+  return (causes or lines)[0][:120]
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -13,7 +13,6 @@ import pytest
 
 from jgpt import command, run, sample
 from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
 from jgpt.settings import settings
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
@@ -374,16 +373,3 @@ def test_a_terminal_shows_a_bar_and_a_name_on_each_line(folder):
   lines = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("step")]
   assert len(lines) == 3 and all(re.search(r"steps/s \| [a-z]*$", line.rstrip()) for line in lines)
   assert "training" in plain and "/40" in plain and "[progress" not in plain
-
-
-@pytest.mark.slow
-def test_bench_names_prints_its_table(capsys):
-  from jgpt import bench
-
-  assert bench.main(["--only", "names", "--rounds", "1", "--json"]) == 0
-  rows = json.loads(capsys.readouterr().out)["rows"]
-  assert [row["case"] for row in rows[:3]] == ["names, batch 1", "names, batch 16", "names, batch 64"]
-  assert all(len(row["seconds"]) == 1 for row in rows) and all(row["tokens_per_second"] > 0 for row in rows[:3])
-  assert [row["case"].split(",")[0] for row in rows[3:]] == ["run --help", *["run --experiment names"] * 2]
-  with pytest.raises(UserError, match="Did you mean names"):
-    bench.main(["--only", "nams"])

@@ -20,8 +20,8 @@ MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init_
 ORDER = [
   ["checks"],
   ["config"],
-  ["params", "settings", "catalog", "reading", "shards", "documents"],
-  ["keys", "bpe"],
+  ["params", "settings", "catalog", "reading", "shards", "documents", "measured", "rounds", "torch_worker"],
+  ["keys", "bpe", "limits", "peers", "startup"],
   ["tokenizer"],
   ["encoding", "tokenizer_files"],
   ["paths"],
@@ -30,18 +30,20 @@ ORDER = [
   ["batches", "attention", "optim", "microgpt", "interop", "released"],
   ["data", "model", "sharding"],
   ["step", "generate", "feed"],
+  ["tricks"],
   ["hugging_face", "llmc"],
   ["checkpoint", "metrics", "signals", "predictions"],
-  ["program", "weights"],
-  ["updates", "train", "peers"],
-  ["command"],
+  ["program", "weights", "canary"],
+  ["updates", "train"],
+  ["command", "timing"],
+  ["cases"],
   ["run", "sample", "evaluate", "inspect", "bench", "export", "prepare"],
 ]
 # Imported inside a function, against the order: what is found by a download is handed down to `sources`.
 EXCEPTIONS = {("sources", "download")}
 PURE = [
   *("checks", "config", "settings", "params", "tokenizer", "bpe", "batches", "model", "attention", "optim", "step"),
-  *("sharding", "generate", "keys", "reading", "tokenizer_files"),
+  *("sharding", "generate", "keys", "reading", "tokenizer_files", "limits", "measured"),
 ]
 
 
