@@ -70,10 +70,10 @@ TRAININGS = {
   ),
   "shakespeare_char_cpu": (Training("shakespeare_char_cpu", "shakespeare_char_cpu", {}, 40, 40),),
   "shakespeare_char": (
-    Training("shakespeare_char, batch 8", "shakespeare_char", {"data.batch_size": 8}, 2, 2),
-    Training("shakespeare_char, no dropout", "shakespeare_char", {"data.batch_size": 8, "model.dropout": 0.0}, 2, 2),
+    Training("shakespeare_char, batch 8", "shakespeare_char", {"data.batch_size": 8}, 3, 2),
+    Training("shakespeare_char, no dropout", "shakespeare_char", {"data.batch_size": 8, "model.dropout": 0.0}, 3, 2),
   ),
-  "gpt2_shakespeare": (Training("gpt2_shakespeare, batch 4", "gpt2_shakespeare", {}, 1, 1),),
+  "gpt2_shakespeare": (Training("gpt2_shakespeare, batch 4", "gpt2_shakespeare", {}, 2, 1),),
 }
 
 

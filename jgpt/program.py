@@ -75,33 +75,38 @@ def compile_program(
   layout = tricks.layout
   tx = make_optimizer(experiment.optimizer, experiment.model)
   key = derive_key(experiment.train.seed, INIT, 0)
-  stacked = _placed(jax.eval_shape(partial(init_state, config=experiment.model, tx=tx), key), experiment, mesh)
+  init = jax.jit(partial(init_state, config=experiment.model, tx=tx))  # jit: traced once for its shapes and for its values
+  stacked = _placed(jax.eval_shape(init, key), experiment, mesh)
   placed = _placed(jax.eval_shape(layout, stacked), experiment, mesh)
-  shardings = jax.tree.map(lambda x: x.sharding, placed)
 
-  def make_state() -> TrainState:
+  def lower_state() -> tuple[jax.stages.Lowered, Callable]:
+    """Traces the program that makes the state; also returns what its argument comes from."""
+    shardings = jax.tree.map(lambda x: x.sharding, placed)
     jit = partial(jax.jit, out_shardings=shardings, compiler_options=tricks.init_options)
     if saved_step is not None:
-      return jit(layout)(checkpoint.restore(manager, saved_step, stacked))
-    if params is not None:
-      return jit(lambda params: layout(begin_state(params, tx)))(params)
-    if experiment.train.init_from is not None:  # to draw others would be another run
+      return jit(layout).lower(stacked), lambda: checkpoint.restore(manager, saved_step, stacked)
+    given = params
+    if given is None and experiment.train.init_from is not None:  # to draw others would be another run
       raise UserError(f"the weights of train.init_from={experiment.train.init_from} are not at hand, nor is a checkpoint.")
-    if experiment.train.init == "microgpt":
-      drawn = draw_microgpt_params(experiment.train.seed, len(data.documents), experiment.model)
-      return jit(lambda params: layout(begin_state(params, tx)))(drawn)
-    return jit(lambda key: layout(init_state(key, experiment.model, tx)))(key)
+    if given is None and experiment.train.init == "microgpt":
+      given = draw_microgpt_params(experiment.train.seed, len(data.documents), experiment.model)
+    if given is not None:
+      return jit(lambda params: layout(begin_state(params, tx))).lower(given), lambda: given
+    return jit(lambda key: layout(init(key))).lower(key), lambda: key
 
-  with ThreadPoolExecutor(1) as pool:  # where there are cores to spare, the wait is that of the longer compilation
-    state = pool.submit(make_state)
-    afterwards = pool.submit(_compile_ahead, experiment, data, placed.params, heldout)
-    run_steps = _compile_steps(experiment, feed.corpus_at(saved_step or 0), placed, mesh) if num_steps > 0 else None
-    afterwards.result()
-    return Program(state.result(), run_steps, feed, heldout)
+  # Tracing holds Python's lock, compiling does not: all is traced here, and what is traced compiles meanwhile.
+  with ThreadPoolExecutor(2) as pool:
+    lowered, argument = lower_state()
+    state = pool.submit(lambda: lowered.compile()(argument()))
+    run_steps = None
+    if num_steps > 0:
+      run_steps = pool.submit(_lower_steps(experiment, feed.corpus_at(saved_step or 0), placed, mesh).compile)
+    _compile_ahead(experiment, data, placed.params, heldout)
+    return Program(state.result(), run_steps.result() if run_steps else None, feed, heldout)
 
 
-def _compile_steps(experiment: Experiment, corpus: Corpus, state: TrainState, mesh: jax.sharding.Mesh) -> Callable:
-  """Compiles `Program.run_steps` for a corpus and a state of these shapes."""
+def _lower_steps(experiment: Experiment, corpus: Corpus, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+  """Traces `Program.run_steps` for a corpus and a state of these shapes."""
   batch_sharding = sharding.batch_sharding(mesh)
 
   def place(batch: Batch) -> Batch:
@@ -115,7 +120,7 @@ def _compile_steps(experiment: Experiment, corpus: Corpus, state: TrainState, me
     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     compiler_options=tricks.step_options,
   )
-  return program.lower(corpus, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))).compile()
+  return program.lower(corpus, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)))
 
 
 def _placed(state: TrainState, experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
@@ -125,7 +130,7 @@ def _placed(state: TrainState, experiment: Experiment, mesh: jax.sharding.Mesh) 
 
 
 def _compile_ahead(experiment: Experiment, data: Data, params: dict, heldout: Corpus) -> None:
-  """Compiles sampling and evaluation while the training step compiles; their later calls find them done."""
+  """Compiles sampling and evaluation; their later calls find them done."""
   key = derive_key(experiment.train.seed, SAMPLE, 0)
   compile_texts(params, data.tokenizer, key, experiment.model, experiment.sample)
   for num_batches in {None, experiment.train.eval_batches} if len(heldout.tokens) else ():

@@ -227,7 +227,19 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
   if words := reading.compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
     print(f"{words}\n")
   print_next(plan, texts, command_line(args.experiment, base, experiment))
+  if plan.start_step < steps:
+    check_compiler(plan)
   return 0
+
+
+def check_compiler(plan: Plan) -> None:
+  """After the first run on a machine, when nobody waits for anything: whether its compiler computes what is written."""
+  from jgpt import canary, runtime
+
+  sys.stdout.flush()  # the check takes seconds
+  check = canary.check_once(plan.experiment, runtime.devices()[0].platform)
+  if check is not None:
+    print(f"\n{canary.describe(check)}", file=sys.stdout if check.passed else sys.stderr)
 
 
 def comparable(base: Experiment, experiment: Experiment) -> bool:

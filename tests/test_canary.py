@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import compiled_quickly
 
-from jgpt import canary, tricks
+from jgpt import canary, run, tricks
 from jgpt.catalog import list_experiments, load_experiment
 from jgpt.config import resolve
 from jgpt.settings import change
@@ -107,6 +108,29 @@ def test_what_has_no_fusions_is_not_checked(cache):
   assert canary.check_once(resolved("names"), "cpu") is None
   assert canary.check_once(resolved("gpt2_shakespeare"), "gpu") is None
   assert not cache.exists()
+
+
+@pytest.mark.parametrize("difference", [1e-7, 0.5])
+def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypatch, capsys, difference):
+  """After the samples, once; what is wrong is a warning on stderr, at every run."""
+  folder({"verse.txt": "To be, or not to be, that is the question:\n" * 20})
+  checks = []
+  found = canary.Check(difference, "unembed", ("plain",), 0.1)
+  monkeypatch.setattr(canary, "check_compiler", lambda *args: checks.append(args) or found)
+  changes = {"data.path": "verse.txt", "data.seq_len": 8, "data.batch_size": 2, "model.max_seq_len": 8, "train.steps": 2}
+  changes |= {"model.num_layers": 1, "mesh.data": 1, "sample.max_tokens": 4, "sample.num": 1}
+  changes |= {"train.eval_every": "none", "train.sample_every": "none", "mesh.tricks": "true", "optimizer.warmup_steps": 0}
+  arguments = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+  for number in range(2):
+    with compiled_quickly():
+      assert run.main(["--experiment", "shakespeare_bytes", *arguments, "--workdir", f"run{number}"]) == 0
+    out, err = capsys.readouterr()
+    line = canary.describe(found)
+    if difference > canary.TOLERANCE:
+      assert line in err and line not in out
+    else:
+      assert (line in out) == (number == 0)
+  assert len(checks) == (1 if difference < canary.TOLERANCE else 2)
 
 
 def test_a_difference_that_is_not_a_number_is_the_worst():

@@ -283,6 +283,20 @@ def test_an_encoding_without_our_characters_is_no_error(folder, encoding):
     assert done.returncode == 0 and done.stderr == b""
 
 
+def test_a_command_ends_without_looking_for_garbage():
+  """What jax makes while it is imported and traces takes 0.2 s to look through, and the process's memory goes anyway."""
+  program = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))  # called after what is registered later
+from jgpt import command
+print(gc.get_freeze_count(), command.guard(lambda: 0))
+"""
+  env = os.environ | {"PYTHONPATH": str(Path(run.__file__).parent.parent)}
+  done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+  before, status, at_exit = map(int, done.stdout.split())
+  assert before == status == 0 and at_exit > 1000
+
+
 def test_a_reader_that_leaves_while_training_loses_nothing(folder):
   """`| head -1`: the log stops, one line says so, the run is saved."""
   with start("jgpt.run", "--experiment", "names", "--steps", "40000", "--log-every", "100") as process:

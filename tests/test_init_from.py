@@ -166,7 +166,7 @@ def test_what_is_kept_before_any_update_is_the_source(devices, layers, base, tmp
   experiment = resolve(base, 256)
   params = draw(experiment.model)
   path = write_weights(tmp_path, "llmc", experiment, params, ByteTokenizer())
-  monkeypatch.setattr(program, "_compile_steps", lambda *args: pytest.fail("the step was compiled"))
+  monkeypatch.setattr(program, "_lower_steps", lambda *args: pytest.fail("the step was compiled"))
   workdir = tmp_path / "run" if devices == 1 else None
   result = start(begin(base, path, train__steps=0, mesh__data=devices), workdir)
   assert len(jax.tree.leaves(result.state.params)[0].sharding.device_set) == devices
