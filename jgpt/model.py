@@ -51,7 +51,7 @@ def init_params(key: jax.Array, config: ModelConfig) -> dict:
 
     if path[0].key != "blocks":
       return one(name_key)
-    return jnp.stack([one(jax.random.fold_in(name_key, layer)) for layer in range(config.num_layers)])
+    return jax.vmap(lambda layer: one(jax.random.fold_in(name_key, layer)))(jnp.arange(config.num_layers))
 
   return jax.tree_util.tree_map_with_path(draw, param_table(config))
 
@@ -86,7 +86,13 @@ def _has_blocks(tree: Any) -> bool:
   return isinstance(tree, dict) and "blocks" in tree
 
 
-def apply(params: dict, tokens_BT: jax.Array, config: ModelConfig, key: jax.Array | None = None) -> jax.Array:
+def apply(
+  params: dict,
+  tokens_BT: jax.Array,
+  config: ModelConfig,
+  key: jax.Array | None = None,
+  attend: Attend = attend_causally,
+) -> jax.Array:
   """Computes the logits of each position's next token.
 
   Args:
@@ -94,12 +100,13 @@ def apply(params: dict, tokens_BT: jax.Array, config: ModelConfig, key: jax.Arra
     tokens_BT: int32 ids [B, T], T <= `config.max_seq_len`, each below `config.vocab_size`.
     config: sizes and switches.
     key: of what is dropped out, consumed; None drops nothing: evaluation.
+    attend: `attend_causally`, or what computes the same.
 
   Returns:
     Logits [B, T, V] in the parameters' dtype; V is `config.padded_vocab_size`, and padding is -inf.
   """
   x_BTD = _embed(params, tokens_BT, 0, config, key)
-  x_BTD, _ = _blocks(params, x_BTD, attend_causally, None, config, key)
+  x_BTD, _ = _blocks(params, x_BTD, attend, None, config, key)
   return _logits(params, x_BTD, config)
 
 

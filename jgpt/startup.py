@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jgpt import command
 from jgpt.rounds import package_env
 
 PARTS = ("import", "plan", "compile", "train", "save", "sample", "other", "exit")
@@ -154,4 +155,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(command.guard(lambda: main(sys.argv[1:])))

@@ -7,17 +7,21 @@ time, files or printing (`train.py`).
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+from jgpt.attention import Attend, attend_causally
 from jgpt.batches import Batch, Corpus, make_batch_fn
 from jgpt.config import Experiment, ModelConfig
 from jgpt.keys import DROPOUT, derive_key
 from jgpt.model import apply, init_params
 from jgpt.optim import make_optimizer, make_schedule
+
+NUM_GROUPS = 4  # of documents in a batch, where padding is skipped
 
 # (params, batch, config, key, micro_batch_size) -> (loss, gradients): `loss_and_grads` and what computes the same.
 GradsFn = Callable[[dict, Batch, ModelConfig, jax.Array | None, int | None], tuple[jax.Array, dict]]
@@ -54,6 +58,8 @@ def loss_fn(
   config: ModelConfig,
   key: jax.Array | None = None,
   total_weight: jax.Array | None = None,
+  *,
+  attend: Attend = attend_causally,
 ) -> jax.Array:
   """Computes the mean cross-entropy of the next token: sum(w * -log p(target)) / sum(w).
 
@@ -63,18 +69,25 @@ def loss_fn(
     config: sizes and switches.
     key: of what is dropped out, consumed; None drops nothing.
     total_weight: divides instead of this batch's own sum(w): that of the batch this is a part of.
+    attend: see `apply`.
 
   Returns:
     Scalar, nats per token.
   """
-  logits_BTV = apply(params, batch.inputs_BT, config, key)
+  logits_BTV = apply(params, batch.inputs_BT, config, key, attend)
   nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
   total_weight = jnp.sum(batch.weights_BT) if total_weight is None else total_weight
   return jnp.sum(nats_BT * batch.weights_BT) / total_weight
 
 
 def loss_and_grads(
-  params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
+  params: dict,
+  batch: Batch,
+  config: ModelConfig,
+  key: jax.Array | None = None,
+  micro_batch_size: int | None = None,
+  *,
+  attend: Attend = attend_causally,
 ) -> tuple[jax.Array, dict]:
   """Computes the loss and its gradient, the whole batch at once or accumulated over micro-batches.
 
@@ -85,12 +98,14 @@ def loss_and_grads(
     key: of what is dropped out, consumed; None drops nothing. Each micro-batch folds its number into it.
     micro_batch_size: sequences per forward and backward pass; must divide B. The sum is weighted by valid tokens, so
       the result is the whole batch's.
+    attend: see `apply`.
 
   Returns:
     The loss in nats per token, and gradients shaped like `params`.
   """
+  value_and_grad = jax.value_and_grad(partial(loss_fn, attend=attend))
   if micro_batch_size is None:
-    return jax.value_and_grad(loss_fn)(params, batch, config, key)
+    return value_and_grad(params, batch, config, key)
   num_micro = batch.inputs_BT.shape[0] // micro_batch_size
   # Micro-batch i takes every num_micro-th sequence: of a batch divided over devices each then uses all of them.
   parts = jax.tree.map(lambda x: x.reshape(micro_batch_size, num_micro, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -99,11 +114,45 @@ def loss_and_grads(
   def add(carry: tuple, number_and_part: tuple[jax.Array, Batch]) -> tuple[tuple, None]:
     number, part = number_and_part
     part_key = None if key is None else jax.random.fold_in(key, number)
-    return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, part, config, part_key, total_weight)), None
+    return jax.tree.map(jnp.add, carry, value_and_grad(params, part, config, part_key, total_weight)), None
 
   loss = jax.eval_shape(partial(loss_fn, config=config), params, batch)
   zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
   return jax.lax.scan(add, zeros, (jnp.arange(num_micro), parts))[0]
+
+
+def skip_padding(fn: Callable) -> Callable:
+  """Turns `loss_fn`, or its value and gradient, into one that leaves out the second half of short documents.
+
+  The rows are sorted by length and taken in groups; a group that needs no position of the second half gets none.
+
+  Args:
+    fn: (params, batch, config, key, total_weight) -> a sum over the batch's rows.
+
+  Returns:
+    A function of params, a batch of B rows (a multiple of `NUM_GROUPS`) of T positions (an even number), config, and a key
+    that is None: nothing is dropped out. A number of micro-batches is taken and ignored: the groups are what they would be.
+  """
+
+  def in_groups(
+    params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
+  ) -> Any:
+    B, T = batch.inputs_BT.shape
+    order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
+    groups = jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
+    total_weight = jnp.sum(batch.weights_BT)
+
+    def first(width: int, group: Batch) -> Any:
+      return fn(params, jax.tree.map(lambda x: x[:, :width], group), config, key, total_weight)
+
+    def add(total: Any, group: Batch) -> tuple[Any, None]:
+      needs_all = jnp.any(group.weights_BT[:, T // 2 :] > 0)
+      return jax.tree.map(jnp.add, total, jax.lax.cond(needs_all, partial(first, T), partial(first, T // 2), group)), None
+
+    shapes = jax.eval_shape(partial(first, T), jax.tree.map(lambda x: x[0], groups))
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), groups)[0]
+
+  return in_groups
 
 
 def dropout_key(seed: int, step: jax.Array, config: ModelConfig) -> jax.Array | None:

@@ -29,7 +29,7 @@ from jgpt.limits import FLOAT_BYTES, Product
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.program import MAX_STEPS_PER_CALL
-from jgpt.step import TrainState, dropout_key, loss_fn
+from jgpt.step import TrainState, dropout_key
 from jgpt.train import Plan
 from jgpt.tricks import Tricks, choose_tricks
 
@@ -132,7 +132,7 @@ class PartsTimer:
     def forward(params: dict, corpus: Any, num: jax.Array) -> jax.Array:
       def body(i: jax.Array, total: jax.Array) -> jax.Array:
         here, _ = jax.lax.optimization_barrier((params, i))
-        return total + loss_fn(here, batch_fn(corpus, i), model, dropout_key(seed, i, model))
+        return total + tricks.loss_fn(here, batch_fn(corpus, i), model, dropout_key(seed, i, model))
 
       return jax.lax.fori_loop(0, num, body, jnp.zeros(()))
 

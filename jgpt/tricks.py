@@ -7,19 +7,18 @@ readable definition, and the equivalence tests run with and without. Not respons
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 
-from jgpt.batches import Batch
+from jgpt.attention import attend_in_blocks
 from jgpt.config import Experiment, ModelConfig
 from jgpt.model import stack_blocks, unstack_blocks
 from jgpt.params import count_params
-from jgpt.step import GradsFn, loss_and_grads, loss_fn
+from jgpt.step import NUM_GROUPS, GradsFn, loss_and_grads, loss_fn, skip_padding
 
 SMALL_MODEL_PARAMS = 100_000
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"  # the option that names XLA's YNNPACK fusions; "" is none
-NUM_GROUPS = 4  # of documents in a batch, each as wide as its longest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +27,14 @@ class Tricks:
 
   Attributes:
     layout: `stack_blocks` or `unstack_blocks`: how layers lie in memory.
-    grads_fn: of the training step.
+    loss_fn: of the training step: `step.loss_fn`, or what computes the same.
+    grads_fn: its value and gradient: `step.loss_and_grads`, or what computes the same.
     step_options: the compiler's, for the training step.
     init_options: the compiler's, for a program that runs once.
   """
 
   layout: Callable = stack_blocks
+  loss_fn: Callable = loss_fn
   grads_fn: GradsFn = loss_and_grads
   step_options: dict = dataclasses.field(default_factory=dict)
   init_options: dict = dataclasses.field(default_factory=dict)
@@ -48,12 +49,22 @@ def choose_tricks(experiment: Experiment, platform: str) -> Tricks:
   if experiment.mesh.tricks and platform == "cpu":
     tricks = Tricks(
       layout=choose_layout(experiment.model),
-      grads_fn=skip_padding if has_padding(experiment) else loss_and_grads,
       step_options=choose_options(experiment.model),
       init_options=QUICK_OPTIONS,
+      **choose_loss(experiment),
     )
   scan = experiment.mesh.scan_layers
   return tricks if scan is None else dataclasses.replace(tricks, layout=stack_blocks if scan else unstack_blocks)
+
+
+def choose_loss(experiment: Experiment) -> dict[str, Callable]:
+  """How the loss and its gradient are computed: `Tricks.loss_fn` and `Tricks.grads_fn`."""
+  if has_padding(experiment):
+    return {"loss_fn": skip_padding(loss_fn), "grads_fn": skip_padding(jax.value_and_grad(loss_fn))}
+  if has_long_context(experiment):
+    attend = attend_in_blocks
+    return {"loss_fn": partial(loss_fn, attend=attend), "grads_fn": partial(loss_and_grads, attend=attend)}
+  return {}
 
 
 # --- Compiler options ---
@@ -86,11 +97,25 @@ def choose_layout(config: ModelConfig) -> Callable:
   return stack_blocks if config.num_layers == 1 else unstack_blocks
 
 
-# --- Padding ---
+# --- The loss ---
+
+
+def has_long_context(experiment: Experiment) -> bool:
+  """Whether positions are so many that attention is worth cutting into blocks of queries, which compute 5/8 of the scores.
+
+  A step of `shakespeare_char` without dropout at batch 8 took 0.96 s instead of 1.07 at its 256 positions, and 1.37 s
+  instead of 1.80 at 1,024 (batch 2); with dropout, whose mask is drawn whole, 1.14 instead of 1.20. At 64 nothing.
+  """
+  return experiment.data.seq_len >= 256 and experiment.data.seq_len % 4 == 0
 
 
 def has_padding(experiment: Experiment) -> bool:
-  """Whether a batch holds documents, enough of them to put those of a length together, on one device."""
+  """Whether a batch holds documents, enough of them to put those of a length together, on one device.
+
+  Five of six names fit into half of the 16 positions, where a step takes a third of the time: at batch 64 a name took 7.9
+  us instead of 14.0, at batch 16 11 to 13 instead of 16. At batch 1 a step would gain 5 of 30 us, and compiling lose half a
+  second.
+  """
   data, train = experiment.data, experiment.train
   return (
     data.batching == "documents"
@@ -101,38 +126,3 @@ def has_padding(experiment: Experiment) -> bool:
     and not experiment.model.dropout  # what is dropped out depends on where a document stands
     and experiment.mesh.data == 1  # sorted, a divided batch would move between devices
   )
-
-
-def skip_padding(
-  params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
-) -> tuple[jax.Array, dict]:
-  """Computes `loss_and_grads` without the second half of short documents.
-
-  The rows are sorted by length and taken in groups; a group that needs no position of the second half gets none. Five of
-  six names fit into half of the 16 positions, where a step takes a third of the time: at batch 64 a name took 7.9 us
-  instead of 14.0, at batch 16 12 to 14 instead of 16. At batch 1 a step would gain 5 of 30 us, and compiling lose half a
-  second.
-
-  Args:
-    params: as for `loss_and_grads`.
-    batch: B documents, a multiple of `NUM_GROUPS`, of T positions, an even number; weights may be of any kind.
-    config: sizes and switches.
-    key: None: nothing is dropped out.
-    micro_batch_size: None: the groups are what it would be.
-  """
-  B, T = batch.inputs_BT.shape
-  order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
-  groups = jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
-  total_weight = jnp.sum(batch.weights_BT)
-
-  def add(carry: tuple, group: Batch) -> tuple[tuple, None]:
-    def first(width: int) -> tuple:
-      part = jax.tree.map(lambda x: x[:, :width], group)
-      return jax.value_and_grad(loss_fn)(params, part, config, key, total_weight)
-
-    needs_all = jnp.any(group.weights_BT[:, T // 2 :] > 0)
-    return jax.tree.map(jnp.add, carry, jax.lax.cond(needs_all, lambda: first(T), lambda: first(T // 2))), None
-
-  loss = jax.eval_shape(lambda: loss_fn(params, batch, config))
-  zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
-  return jax.lax.scan(add, zeros, groups)[0]

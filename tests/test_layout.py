@@ -21,7 +21,7 @@ ORDER = [
   ["checks"],
   ["config"],
   ["params", "settings", "catalog", "reading", "shards", "documents", "measured", "rounds", "torch_worker"],
-  ["keys", "bpe", "limits", "peers", "startup"],
+  ["keys", "bpe", "limits", "peers"],
   ["tokenizer"],
   ["encoding", "tokenizer_files"],
   ["paths"],
@@ -36,6 +36,7 @@ ORDER = [
   ["program", "weights", "canary"],
   ["updates", "train"],
   ["command", "timing"],
+  ["startup"],
   ["cases"],
   ["run", "sample", "evaluate", "inspect", "bench", "export", "prepare"],
 ]

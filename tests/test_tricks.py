@@ -22,15 +22,18 @@ from hypothesis import strategies as st
 from small_runs import compiled_quickly
 
 from jgpt import batches, program, tricks
+from jgpt.attention import attend_causally, attend_in_blocks
 from jgpt.catalog import list_experiments, load_experiment
 from jgpt.config import resolve
 from jgpt.model import stack_blocks, unstack_blocks
 from jgpt.settings import change
-from jgpt.step import loss_and_grads
+from jgpt.step import loss_and_grads, loss_fn, skip_padding
 from jgpt.train import plan, train
 
 # Four groups of documents: cut at the context, shorter than half of it, and one that fits half of it exactly.
 DOCUMENTS = (*NAMES, "a", "ab", "abcdefg", "abcdefgh", "zoe", "o", "mary", "bartholomewjames")
+
+SKIP = skip_padding(jax.value_and_grad(loss_fn))
 
 
 def resolved(name, **changes):
@@ -64,7 +67,11 @@ def test_each_is_chosen_where_it_helps():
   names, batch, gpt2 = (tricks.choose_tricks(e, "cpu") for e in (names, batch, gpt2))
   assert (names.layout, gpt2.layout) == (stack_blocks, unstack_blocks)
   assert names.step_options["xla_cpu_multi_thread_eigen"] is False and gpt2.step_options == {}
-  assert [t.grads_fn for t in (names, batch, gpt2)] == [loss_and_grads, tricks.skip_padding, loss_and_grads]
+  assert names.grads_fn is loss_and_grads and gpt2.grads_fn is loss_and_grads
+  assert batch.grads_fn is not loss_and_grads and batch.loss_fn is not loss_fn
+  for seq_len, blocks in ((64, False), (254, False), (256, True)):
+    chosen = tricks.choose_tricks(resolved("shakespeare_char", data__seq_len=seq_len), "cpu")
+    assert (chosen.grads_fn is not loss_and_grads) == blocks
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -104,7 +111,7 @@ def test_skipping_padding_is_the_oracles_gradient(x64):
   share = counts / counts.sum()
   expected_loss = sum(s * loss for s, (loss, _) in zip(share, ones, strict=True))
   expected = jax.tree.map(lambda *leaves: sum(s * x for s, x in zip(share, leaves, strict=True)), *(g for _, g in ones))
-  skip = jax.jit(functools.partial(tricks.skip_padding, config=experiment.model), compiler_options=QUICK)
+  skip = jax.jit(functools.partial(SKIP, config=experiment.model), compiler_options=QUICK)
   loss, grads = skip(cast(initial_params(experiment.model), "float64"), batch)
   expected, got = expected | {"loss": np.float64(expected_loss)}, grads | {"loss": loss}
   compare("scalar gradients, padding skipped", expected, got, GRADIENT_TOLERANCE["float64"])
@@ -114,7 +121,7 @@ def test_skipping_padding_is_the_oracles_gradient(x64):
 def both():
   """The two ways, compiled once for float64."""
   config = names_experiment(model__num_layers=2).model
-  ways = (tricks.skip_padding, loss_and_grads)
+  ways = (SKIP, loss_and_grads)
   return [jax.jit(functools.partial(way, config=config), compiler_options=QUICK) for way in ways], config
 
 
@@ -133,12 +140,41 @@ def test_skipping_padding_changes_nothing_for_any_lengths(lengths, seed):
   compare("padding skipped, float64", expected, got, 1e-10)
 
 
+@pytest.mark.parametrize("place", [None, "attention"])
+def test_attention_in_blocks_is_attention(x64, place):
+  """Loss and every gradient, dropout of attention too: the same entries are dropped."""
+  dropout = {"model__dropout": 0.3, "model__dropout_places": (place,)} if place else {}
+  config = names_experiment(model__num_layers=2, **dropout).model
+  params, batch = cast(initial_params(config), "float64"), batch_of(DOCUMENTS[:4], names_experiment())
+  ways = (loss_and_grads, functools.partial(loss_and_grads, attend=attend_in_blocks))
+  key = jax.random.key(3) if place else None
+  plain, blocks = (jax.jit(functools.partial(way, config=config, key=key), compiler_options=QUICK) for way in ways)
+  expected, got = (dict(zip(("loss", "grads"), way(params, batch), strict=True)) for way in (plain, blocks))
+  compare(f"attention in blocks, dropout {place}, float64", expected, got, 1e-10)
+
+
+def test_attention_in_blocks_computes_less():
+  """Its products are five eighths of the whole square's."""
+  q = jax.ShapeDtypeStruct((1, 64, 1, 8), jnp.float32)
+  ways = (attend_causally, attend_in_blocks)
+  jaxprs = [jax.make_jaxpr(lambda q, k, v, way=way: way(None, q, k, v, lambda place, x: x))(q, q, q) for way in ways]
+
+  def scores(jaxpr):
+    dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    return sum(
+      eqn.outvars[0].aval.size for eqn in dots if eqn.outvars[0].aval.size != 64 * 8 and eqn.outvars[0].aval.shape[-1] != 8
+    )
+
+  whole, blocks = (scores(jaxpr.jaxpr) for jaxpr in jaxprs)
+  assert whole == 64 * 64 and blocks == whole * 5 // 8
+
+
 def test_what_is_not_computed_cannot_reach_the_gradient():
   """The gradient by what stands after a short document is zero either way: tokens there change no bit."""
   experiment = names_experiment()
   batch = batch_of(DOCUMENTS[:12], experiment)
   other = batch._replace(inputs_BT=jnp.where(batch.weights_BT > 0, batch.inputs_BT, 5))
-  skip = jax.jit(functools.partial(tricks.skip_padding, config=experiment.model), compiler_options=QUICK)
+  skip = jax.jit(functools.partial(SKIP, config=experiment.model), compiler_options=QUICK)
   params = cast(initial_params(experiment.model), "float32")
   for a, b in zip(*(jax.tree.leaves(skip(params, x)) for x in (batch, other)), strict=True):
     np.testing.assert_array_equal(a, b)
