@@ -39,6 +39,7 @@ def miscompile(wrong):
   return lambda experiment, platform: tricks.Tricks(grads_fn=grads_fn)
 
 
+@pytest.mark.slow
 def test_a_sound_compiler_passes():
   check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")
   assert check.passed and check.difference < 1e-5 and check.sound == ()
@@ -110,7 +111,7 @@ def test_what_has_no_fusions_is_not_checked(cache):
   assert not cache.exists()
 
 
-@pytest.mark.parametrize("difference", [1e-7, 0.5])
+@pytest.mark.parametrize("difference", [1e-7, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypatch, capsys, difference):
   """After the samples, once; what is wrong is a warning on stderr, at every run."""
   folder({"verse.txt": "To be, or not to be, that is the question:\n" * 20})

@@ -29,19 +29,21 @@ def no_scale_by_root_of_head_dim(put):
 
 
 def mask_shows_the_next_token(put):
-  put(jgpt.model, "attend_causally", attend_with(lambda T: jnp.tril(jnp.ones((T, T), bool), 1)))
+  plant_mask(put, lambda T: jnp.tril(jnp.ones((T, T), bool), 1))
 
 
 def mask_hides_the_token_itself(put):
   # The first token has nothing else to attend to, and would give NaN, which any comparison catches: it keeps itself.
-  put(jgpt.model, "attend_causally", attend_with(lambda T: jnp.tril(jnp.ones((T, T), bool), -1).at[0, 0].set(True)))
+  plant_mask(put, lambda T: jnp.tril(jnp.ones((T, T), bool), -1).at[0, 0].set(True))
 
 
-def attend_with(make_mask):
-  def attend(memory, q_BTNH, k_BTNH, v_BTNH, drop):
-    return jgpt.attention.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, make_mask(q_BTNH.shape[1]), drop), memory
+def plant_mask(put, make_mask):
+  right = jgpt.attention.dot_product_attention
 
-  return attend
+  def attend(q_BTNH, k_BSNH, v_BSNH, visible_TS, drop):
+    return right(q_BTNH, k_BSNH, v_BSNH, make_mask(q_BTNH.shape[1]), drop)
+
+  put(jgpt.attention, "dot_product_attention", attend)
 
 
 def closing_bos_dropped(put):
@@ -67,8 +69,8 @@ def padding_counted(put):
 def positions_shifted_by_one(put):
   right = jgpt.model._embed
 
-  def embed(params, tokens_BT, positions_T, *rest):
-    return right(params, tokens_BT, jnp.minimum(positions_T + 1, params["pos_embed"].shape[0] - 1), *rest)
+  def embed(params, *rest):
+    return right(params | {"pos_embed": jnp.roll(params["pos_embed"], -1, axis=0)}, *rest)
 
   put(jgpt.model, "_embed", embed)
 

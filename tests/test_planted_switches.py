@@ -61,8 +61,8 @@ def change_nats(put, change):
 def micro_batches_are_averaged(put):  # right where all of them weigh the same
   right = jgpt.step.loss_fn
 
-  def loss_fn(params, batch, config, key=None, total_weight=None):
-    loss = right(params, batch, config, key)
+  def loss_fn(params, batch, config, key=None, total_weight=None, **how):
+    loss = right(params, batch, config, key, **how)
     return loss if total_weight is None else loss / 2
 
   put(jgpt.step, "loss_fn", loss_fn)

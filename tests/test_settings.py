@@ -79,6 +79,7 @@ OTHER_VALUES = {
   "sample.max_tokens": (4, True),
   "mesh.data": (None, True),
   "mesh.scan_layers": (True, True),
+  "mesh.tricks": (False, True),
 }
 
 

@@ -180,7 +180,8 @@ def test_what_is_not_computed_cannot_reach_the_gradient():
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["names", pytest.param("shakespeare_bytes", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["names", "shakespeare_bytes"])
 def test_a_run_with_and_without_is_one_run(name, tmp_path):
   """Losses agree but for rounding, and a run goes on either way from the other's checkpoint."""
   changes = {"train.steps": 6, "data.batch_size": 16, "mesh.data": 1, "optimizer.decay_steps": 12}
@@ -194,7 +195,7 @@ def test_a_run_with_and_without_is_one_run(name, tmp_path):
   np.testing.assert_allclose(went_on.losses, whole["plain"].losses, rtol=2e-5)
 
 
-@pytest.mark.parametrize("on", [True, False], ids=["tricks", "plain"])
+@pytest.mark.parametrize("on", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tricks", "plain"])
 def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_did_not(on, tmp_path):
   """What is skipped is a function of the batch: where the calls end changes nothing."""
   changes = {"train.steps": 8, "data.batch_size": 16, "optimizer.decay_steps": 8, "mesh.tricks": on}
@@ -207,6 +208,7 @@ def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_did_not(on, tmp_p
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_program_is_made_as_chosen(monkeypatch):
   """`compile_program` asks `choose_tricks` and nobody else: plain layers stay stacked."""
   experiment = change(load_experiment("shakespeare_bytes"), {"mesh.data": 1, "model.num_layers": 2, "train.steps": 1})
