@@ -3,7 +3,7 @@
 XLA's CPU backend replaces groups of operations by ready-made ones (YNNPACK fusions), and has had versions that returned
 wrong values without an error (jax-ml/jax#39103, #39257, #40412). Responsible for comparing loss and every gradient as a run
 compiles them, at a run's own shapes, with the same network run operation by operation in float64. Never called before a
-run's first step. Not responsible for who is told (`run.py`, `bench.py`).
+run's first step. Not responsible for who is told (`run.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jgpt.batches import Batch
 from jgpt.config import Experiment, ModelConfig
 from jgpt.keys import INIT, derive_key
 from jgpt.model import init_params, stack_blocks, unstack_blocks
-from jgpt.step import loss_and_grads
+from jgpt.step import NUM_GROUPS, loss_and_grads
 from jgpt.tricks import FUSIONS, PLAIN, Tricks, choose_tricks
 
 MAX_TOKENS = 2048  # of the batch that is compared
@@ -90,6 +90,7 @@ def _draw_batch(experiment: Experiment, model: ModelConfig) -> Batch:
   """Random tokens; documents have random lengths."""
   T = experiment.data.seq_len
   B = max(1, min(experiment.data.batch_size, MAX_TOKENS // T))
+  B -= B % NUM_GROUPS if B > NUM_GROUPS else 0
   rng = np.random.default_rng(experiment.train.seed)
   tokens = rng.integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
   lengths = rng.integers(1, T + 1, B) if experiment.data.batching == "documents" else np.full(B, T)
