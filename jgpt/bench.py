@@ -9,16 +9,18 @@ Everything printed is measured in this run, with the compilation cache off, each
                 and its spread: above 1 the peer takes longer.
   tokens/s      Targets that count; the padding of documents does not.
   GFLOP/s       Tokens/s times 6 P + 6 L D T operations: P the parameters that are multiplied with (the head once), L layers
-                of width D, T positions, of which a position sees half (causal). % own and % 2048 are its share of what this
-                machine's float32 products reach: those of the step itself (each x @ w and its gradient's two, alone, as
-                often as they occur), and one of 2048 x 2048 x 2048. On accelerators also of the dense bfloat16 peak.
+                of width D, T positions (of documents the context), of which a position sees half (causal). % own and % 2048
+                are its share of what this machine's float32 products reach: those of the step itself (each x @ w and its
+                gradient's two, alone, as often as they occur, padding included), and one of 2048 x 2048 x 2048. On
+                accelerators also of the dense bfloat16 peak.
   compile       Until the first step could begin: drawing the state, compiling step, evaluation and sampling.
   memory        Arguments + outputs + temporaries - what is aliased, of the compiled step, by the compiler's own account.
   parts         Forward pass, gradient and update are programs of their own with the step's compiler options, repeated
                 in one compiled loop and timed in the same rounds; backward is gradient - forward of each round.
   decoding      tokens/s <= batch * bandwidth / (parameter bytes + batch * cache bytes per position * context). Bandwidth is
                 a product of a float32 matrix of 50304 x 768 with a vector.
-  startup       Fresh processes, from before their start until they are gone; `startup.py` says what each part is.
+  startup       Fresh processes, from before their start until they are gone, at most 3 rounds, all counted, as those of
+                weights are; `startup.py` says what each part is.
   peers         torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager and torch.compile; in
                 sampling Transformers' GPT2LMHeadModel.generate. scalar: plain Python, microgpt on a test oracle.
 """

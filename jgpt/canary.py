@@ -1,9 +1,10 @@
 """Whether the compiler computes what is written.
 
 XLA's CPU backend replaces groups of operations by ready-made ones (YNNPACK fusions), and has had versions that returned
-wrong values without an error (jax-ml/jax#39103, #39257, #40412). Responsible for comparing loss and every gradient as a run
-compiles them, at a run's own shapes, with the same network run operation by operation in float64. Never called before a
-run's first step. Not responsible for who is told (`run.py`).
+wrong values without an error (jax-ml/jax#39103, #39257, #40412). Responsible for comparing loss and every gradient, made
+and compiled as a run's are, with the same network run operation by operation in float64: at the run's widths and length,
+with at most two layers and 1,024 tokens, without dropout. Never called before a run's first step. Not responsible for who
+is told (`run.py`).
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from jgpt.batches import Batch
 from jgpt.config import Experiment, ModelConfig
 from jgpt.keys import INIT, derive_key
 from jgpt.model import init_params, stack_blocks, unstack_blocks
+from jgpt.params import count_params
 from jgpt.step import NUM_GROUPS, loss_and_grads
-from jgpt.tricks import FUSIONS, PLAIN, Tricks, choose_tricks
+from jgpt.tricks import FUSIONS, PLAIN, SMALL_MODEL_PARAMS, Tricks, choose_tricks, has_padding
 
-MAX_TOKENS = 2048  # of the batch that is compared
+MAX_TOKENS = 1024  # of the batch that is compared; the logits in float64 are kept several times over
 MAX_LAYERS = 2  # every shape is in two of them
 TOLERANCE = 1e-4  # of a leaf's largest entry; a sound float32 gradient is within 1e-5
 
@@ -61,7 +63,7 @@ def check_compiler(experiment: Experiment, platform: str) -> Check:
   """Compares loss and gradients, compiled, with the network run operation by operation in float64.
 
   The network has the experiment's sizes and switches, at most two layers and no dropout; the batch has the experiment's
-  length and at most 2,048 tokens, drawn evenly.
+  length and at most 1,024 tokens (or one sequence), drawn evenly.
 
   Args:
     experiment: resolved.
@@ -80,8 +82,10 @@ def check_compiler(experiment: Experiment, platform: str) -> Check:
     loss, grads = compiled(tricks.layout(params), batch)
     return _find_worst(expected, {"loss": loss, **stack_blocks(grads)})
 
-  leaf, difference = find_worst(choose_tricks(experiment, platform))
-  others = {} if difference <= TOLERANCE else {"plain": PLAIN, "without fusions": Tricks(step_options={FUSIONS: ""})}
+  as_run = choose_tricks(experiment, platform)
+  leaf, difference = find_worst(as_run)
+  without = dataclasses.replace(as_run, step_options=as_run.step_options | {FUSIONS: ""})
+  others = {} if difference <= TOLERANCE else {"plain": PLAIN, "without fusions": without}
   sound = tuple(way for way, tricks in others.items() if find_worst(tricks)[1] <= TOLERANCE)
   return Check(difference, leaf, sound, time.perf_counter() - began)
 
@@ -90,7 +94,8 @@ def _draw_batch(experiment: Experiment, model: ModelConfig) -> Batch:
   """Random tokens; documents have random lengths."""
   T = experiment.data.seq_len
   B = max(1, min(experiment.data.batch_size, MAX_TOKENS // T))
-  B -= B % NUM_GROUPS if B > NUM_GROUPS else 0
+  if has_padding(experiment):
+    B = max(NUM_GROUPS, B - B % NUM_GROUPS)
   rng = np.random.default_rng(experiment.train.seed)
   tokens = rng.integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
   lengths = rng.integers(1, T + 1, B) if experiment.data.batching == "documents" else np.full(B, T)
@@ -125,15 +130,15 @@ def _find_worst(expected: dict, got: dict) -> tuple[str, float]:
 def check_once(experiment: Experiment, platform: str) -> Check | None:
   """Checks the first program with XLA's fusions that this jaxlib compiles on this processor; None where that was done.
 
-  Small models, whose programs have no fusions, and other platforms are not checked. What failed is checked again.
+  Small models, whose training step has no fusions, and other platforms are not checked. What failed is checked again.
 
   Args:
     experiment: resolved.
     platform: of the devices.
   """
-  if platform != "cpu" or choose_tricks(experiment, platform).step_options.get(FUSIONS) == "":
+  if platform != "cpu" or count_params(experiment.model) <= SMALL_MODEL_PARAMS:
     return None
-  path, key = sources.cache_dir() / "canary.json", _describe_compiler()
+  path, key = sources.cache_dir() / "canary.json", f"{_describe_compiler()}, tricks {experiment.mesh.tricks}"
   sound = _read(path)
   if key in sound:
     return None

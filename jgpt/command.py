@@ -51,7 +51,7 @@ def _collect_seldom() -> None:
   Importing jax and tracing make hundreds of thousands of objects that stay: looking through them again and again took 0.2 s
   of `names`, and once more at the end as much. Files are complete by then, and the memory goes with the process.
   """
-  gc.set_threshold(100_000)  # objects made and not freed since the last look; of itself Python looks at every 700
+  gc.set_threshold(100_000)  # objects made and not freed since the last look; of itself Python looks at every 700 to 2,000
   atexit.register(gc.freeze)
 
 

@@ -41,9 +41,10 @@ def interleave(timers: Sequence[Callable[[int], Any]], steps: Sequence[int], rou
 
 
 def package_env() -> dict[str, str]:
-  """The environment of this process, in which its own jgpt is the one that a child imports."""
+  """The environment of this process, in which a child imports its own jgpt, without a cache of jax's own."""
   root = str(Path(__file__).resolve().parent.parent)
-  return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+  env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}  # "cold" is without
+  return env | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 class Worker:

@@ -237,7 +237,11 @@ def check_compiler(plan: Plan) -> None:
   from jgpt import canary, runtime
 
   sys.stdout.flush()  # the check takes seconds
-  check = canary.check_once(plan.experiment, runtime.devices()[0].platform)
+  try:
+    check = canary.check_once(plan.experiment, runtime.devices()[0].platform)
+  except (RuntimeError, MemoryError) as error:  # the run is finished and saved whatever becomes of this
+    print(f"\nthe compiler could not be checked: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    return
   if check is not None:
     print(f"\n{canary.describe(check)}", file=sys.stdout if check.passed else sys.stderr)
 

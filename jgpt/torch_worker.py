@@ -1,8 +1,8 @@
 """The models that jgpt is measured against, in PyTorch, as a user of PyTorch would write them.
 
 Responsible for a training step (fused AdamW, `scaled_dot_product_attention`, every switch of jgpt's model but sinusoidal
-positions) and for Hugging Face's GPT-2 drawing text. Used by `peers.py` only, where torch is installed; no test compares
-values with it (`tests/reference/` has its own). Imports no jax.
+positions) and for Hugging Face's GPT-2 drawing text. Used by `peers.py` only, where torch is installed; gradients are
+compared with references of their own (`tests/reference/`). Imports no jax.
 """
 
 from __future__ import annotations

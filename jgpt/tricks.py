@@ -112,8 +112,8 @@ def has_long_context(experiment: Experiment) -> bool:
 def has_padding(experiment: Experiment) -> bool:
   """Whether a batch holds documents, enough of them to put those of a length together, on one device.
 
-  Five of six names fit into half of the 16 positions, where a step takes a third of the time: at batch 64 a name took 7.9
-  us instead of 14.0, at batch 16 11 to 13 instead of 16. At batch 1 a step would gain 5 of 30 us, and compiling lose half a
+  Five of six names fit into half of the 16 positions, where a step takes a third of the time: at batch 64 a name took 8.0
+  us instead of 14.0, at batch 16 11.1 instead of 15.8. At batch 1 a step would gain 5 of 30 us, and compiling lose half a
   second.
   """
   data, train = experiment.data, experiment.train

@@ -33,7 +33,10 @@ import small_runs
 from jgpt import canary
 
 # Runs under test do not check the compiler; `test_canary.py` does.
-canary._write(Path(os.environ["JGPT_CACHE_DIR"]) / "canary.json", {canary._describe_compiler(): "not checked: a test"})
+canary._write(
+  Path(os.environ["JGPT_CACHE_DIR"]) / "canary.json",
+  {f"{canary._describe_compiler()}, tricks {on}": "not checked: a test" for on in (True, False)},
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

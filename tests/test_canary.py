@@ -1,6 +1,7 @@
 """The check of the compiler finds what is wrong, says what to do, and is made once."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def test_a_sound_compiler_passes():
 def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
   monkeypatch.setattr(canary, "choose_tricks", miscompile(wrong))
   check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")
-  assert not check.passed and check.leaf == "tok_embed" and check.sound == ("plain", "without fusions")
+  assert not check.passed and check.leaf == "tok_embed" and check.sound == ("plain",)
   words = canary.describe(check)
   assert words.startswith("WARNING") and "tok_embed" in words and "--set mesh.tricks=false" in words
 
@@ -119,7 +120,7 @@ def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypat
   found = canary.Check(difference, "unembed", ("plain",), 0.1)
   monkeypatch.setattr(canary, "check_compiler", lambda *args: checks.append(args) or found)
   changes = {"data.path": "verse.txt", "data.seq_len": 8, "data.batch_size": 2, "model.max_seq_len": 8, "train.steps": 2}
-  changes |= {"model.num_layers": 1, "mesh.data": 1, "sample.max_tokens": 4, "sample.num": 1}
+  changes |= {"mesh.data": 1, "sample.max_tokens": 4, "sample.num": 1}
   changes |= {"train.eval_every": "none", "train.sample_every": "none", "mesh.tricks": "true", "optimizer.warmup_steps": 0}
   arguments = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
   for number in range(2):
@@ -132,6 +133,30 @@ def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypat
     else:
       assert (line in out) == (number == 0)
   assert len(checks) == (1 if difference < canary.TOLERANCE else 2)
+
+
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(16, 16), (16, 500), (450, 16), (1024, 16), (16, 1)])
+def test_the_batch_can_be_cut_into_groups_where_padding_is_skipped(seq_len, batch_size):
+  changes = {"data.seq_len": seq_len, "model.max_seq_len": 1024, "data.batch_size": batch_size}
+  experiment = resolved("names", **changes)
+  batch = canary._draw_batch(experiment, experiment.model)
+  assert batch.inputs_BT.shape[1] == seq_len and batch.inputs_BT.size <= max(canary.MAX_TOKENS, 4 * seq_len)
+  assert not tricks.has_padding(experiment) or len(batch.inputs_BT) % 4 == 0
+  assert float(batch.weights_BT.sum(axis=1).min()) >= 1
+
+
+def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
+  def out_of_memory(*args):
+    raise MemoryError("no more")
+
+  monkeypatch.setattr(canary, "check_once", out_of_memory)
+  run.check_compiler(SimpleNamespace(experiment=None))
+  assert "could not be checked: no more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_skipped_padding_passes_too():
+  assert canary.check_compiler(resolved("names", **{"data.batch_size": 16}), "cpu").passed
 
 
 def test_a_difference_that_is_not_a_number_is_the_worst():
