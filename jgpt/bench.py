@@ -70,9 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     tuple(dict.fromkeys(args.peer)),
     Results(peak=limits.find_bf16_peak(device.device_kind), accelerated=device.platform != "cpu"),
   )
+  failures: list[str] = []
   for name in chosen:
     print(f"measuring {name} ...", file=sys.stderr, flush=True)
-    CASES[name](session)
+    try:
+      CASES[name](session)
+    except UserError as error:  # a peer that died: what was measured before it is kept
+      failures.append(f"{name} was not measured to its end: {error}")
     gc.collect()
     jax.clear_caches()
   machine = describe_machine(load)
@@ -80,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps({"machine": machine, "rounds": args.rounds} | measured.to_json(session.results), indent=2))
   else:
     print(f"{format_machine(machine)}\n\n{measured.format_results(session.results)}")
-  return 0
+  for failure in failures:
+    print(failure, file=sys.stderr)
+  return 1 if failures else 0
 
 
 def _parser() -> argparse.ArgumentParser:

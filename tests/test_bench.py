@@ -429,3 +429,18 @@ def test_bench_startup_splits_whole_commands(capsys, tmp_path):
   assert done.returncode == 0, done.stderr
   for words in ("run --help", "nothing compiled yet", "compilations cached", "import", "exit"):
     assert words in done.stdout
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch, capsys):
+  """A peer that dies while it is timed costs its case, and not what was measured before."""
+
+  def die(session):
+    raise UserError("a peer stopped while it was timed: killed")
+
+  def measure(session):
+    session.results.rows.append(Row("made", "jgpt", [0.5], per="step"))
+
+  monkeypatch.setattr(bench, "CASES", {"first": measure, "second": die})
+  assert bench.main(["--rounds", "1"]) == 1
+  out, err = capsys.readouterr()
+  assert "made" in out and "second was not measured to its end: a peer stopped while it was timed: killed" in err
