@@ -6,7 +6,7 @@ microgpt.py to 1e-5 (`tests/test_microgpt.py`): print them with `--log-every 1`.
 the mean of the last 50 is 2.32, and between 2.25 and 2.50 with nine other seeds. No warmup: the rate falls linearly from
 0.01 to 0.
 
-On 2 CPU cores it takes what `names` takes, 31 us a step and 2 s in all; the original needs 247 s. Differs from the text in
+On 2 CPU cores it takes what `names` takes, 30 us a step and 2 s in all; the original needs 247 s. Differs from the text in
 arithmetic only: float32 for Python's float64, and the loop is compiled. Seed 42; reproduce with `python -m jgpt.run
 --experiment microgpt`.
 """
