@@ -112,7 +112,8 @@ def test_what_has_no_fusions_is_not_checked(cache):
   assert not cache.exists()
 
 
-@pytest.mark.parametrize("difference", [1e-7, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("difference", [1e-7, 0.5])
 def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypatch, capsys, difference):
   """After the samples, once; what is wrong is a warning on stderr, at every run."""
   folder({"verse.txt": "To be, or not to be, that is the question:\n" * 20})

@@ -64,6 +64,7 @@ def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
   assert json.loads((runs / "env.json").read_text())[0]["versions"].keys() == {"jgpt", "jax", "python"}
 
 
+@pytest.mark.slow
 def test_the_suggested_commands_work(folder, capsys):
   """The lines under "next:" run as printed."""
   (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
@@ -182,6 +183,7 @@ def test_print_config_reads_back_as_settings(capsys):
   assert call(capsys, run.main, "--experiment", "names", "--print-config", *again)[1] == out
 
 
+@pytest.mark.slow
 def test_twenty_eight_ids(folder, capsys):
   """The teaching text's model: 4,224 parameters and ln 28, with BOS still 26."""
   _, out, _ = call(capsys, run.main, *FAST, "--set", "model.vocab_size=28")
@@ -255,6 +257,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
   assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
   """A real process, a real signal: status 130, one line, and the second run ends where the first would have."""
   args = ["jgpt.run", "--experiment", "names", "--steps", "60000", "--log-every", "2000"]
@@ -297,6 +300,7 @@ print(gc.get_freeze_count(), command.guard(lambda: 0))
   assert before == status == 0 and at_exit > 1000
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_while_training_loses_nothing(folder):
   """`| head -1`: the log stops, one line says so, the run is saved."""
   with start("jgpt.run", "--experiment", "names", "--steps", "40000", "--log-every", "100") as process:
@@ -343,6 +347,7 @@ def test_an_experiment_file_that_fails_is_named_with_its_line(folder, capsys):
   assert status == 2 and err == "error: mine.py, line 3: NameError: name 'nope' is not defined\n"
 
 
+@pytest.mark.slow
 def test_more_steps_in_an_edited_experiment_begin_a_run_of_their_own(folder, capsys):
   """Also where the edit changes neither the size of the file nor the second of its time."""
   text = (Path(run.__file__).parent.parent / "experiments" / "names.py").read_text(encoding="utf-8")
