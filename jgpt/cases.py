@@ -247,8 +247,8 @@ def bench_weights(session: Session) -> None:
   import numpy as np
 
   from jgpt import hugging_face, llmc, weights
-  from jgpt.config import resolve
   from jgpt.model import init_params
+  from jgpt.settings import resolve
 
   config = resolve(catalog.load_experiment("gpt2_shakespeare"), 50257).model
   params = jax.tree.map(np.asarray, jax.jit(init_params, static_argnums=1)(jax.random.key(0), config))

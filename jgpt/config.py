@@ -107,7 +107,7 @@ class ModelConfig:
   def padded_vocab_size(self) -> int:
     """Rows of the embedding and the head in memory: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
     if self.vocab_size is None:
-      raise UserError("model.vocab_size is not resolved yet: it is the tokenizer's. Call config.resolve first.")
+      raise UserError("model.vocab_size is not resolved yet: it is the tokenizer's. Call settings.resolve first.")
     return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
 
@@ -189,6 +189,8 @@ class OptimizerConfig:
     weight_decay: decoupled decay, multiplied by the learning rate as in torch's AdamW.
     decay_kinds: kinds of parameters that decay (see `PARAM_KINDS`); the default is nanoGPT's, all but gains and biases.
     clip_norm: the gradient's global norm is scaled down to this; None does not clip.
+    skip_spikes: an update whose loss is more than this many standard deviations above those before it is skipped (see
+      `jgpt/spikes.py`); None skips none.
   """
 
   peak_lr: float
@@ -204,10 +206,11 @@ class OptimizerConfig:
   weight_decay: float = 0.0
   decay_kinds: tuple[str, ...] = ("embedding", "matrix", "head")
   clip_norm: float | None = None
+  skip_spikes: float | None = None
 
   def __post_init__(self):
     check_types(self, "optimizer")
-    check_range(self, "optimizer", least=1, names="decay_steps cooldown_steps")
+    check_range(self, "optimizer", least=1, names="decay_steps cooldown_steps skip_spikes")
     check_range(self, "optimizer", least=0, names="peak_lr warmup_steps end_lr eps weight_decay clip_norm")
     if self.eps == 0:
       raise UserError("optimizer.eps=0 would divide 0 by 0 where a gradient is 0; for example 1e-8.")
@@ -240,7 +243,11 @@ class TrainConfig:
       end only, or where `epochs` is given before the first and after each.
     eval_batches: batches of an evaluation; None takes the whole held-out part, as the last evaluation always does.
     sample_every: updates between two samples; None samples at the end only, or where `epochs` is given after each.
-    save_every: updates between two checkpoints; None saves at the end (and when interrupted).
+    save_every: updates between two checkpoints; None saves by the clock, at the end and when interrupted only.
+    save_every_seconds: time after which a checkpoint is saved too; None saves none by the clock.
+    keep_latest: newest checkpoints that are kept.
+    keep_best: checkpoints kept besides, those of the lowest held-out loss among the steps that were evaluated and saved.
+    max_consecutive_skips: skipped updates in a row after which training stops with an error.
   """
 
   steps: int | None = None
@@ -254,13 +261,16 @@ class TrainConfig:
   eval_batches: int | None = None
   sample_every: int | None = None
   save_every: int | None = None
+  save_every_seconds: float | None = 900.0
+  keep_latest: int = 2
+  keep_best: int = 1
+  max_consecutive_skips: int = 10
 
   def __post_init__(self):
     check_types(self, "train")
-    check_range(
-      self, "train", least=1, names="epochs micro_batch_size log_every eval_every eval_batches sample_every save_every"
-    )
-    check_range(self, "train", least=0, names="steps seed")
+    check_range(self, "train", least=1, names="epochs micro_batch_size log_every eval_every eval_batches sample_every")
+    check_range(self, "train", least=1, names="save_every keep_latest max_consecutive_skips")
+    check_range(self, "train", least=0, names="steps seed save_every_seconds keep_best")
     if self.steps is None and self.epochs is None:
       raise UserError("train.steps=none needs train.epochs: how long should it train? Try --set train.steps=1000")
     if self.init_from is not None and self.init != "normal":
@@ -365,35 +375,3 @@ class Experiment:
       raise UserError(f"{what} must be a multiple of mesh.data={self.mesh.data}. Try --set mesh.data=1")
     if self.train.steps is None and self.data.batching != "epochs":
       raise UserError(f"train.epochs goes with data.batching=epochs, not {self.data.batching}. Try --set train.steps=1000")
-
-
-def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None = None) -> Experiment:
-  """Fills in what was left open.
-
-  `model.vocab_size` is the tokenizer's; `train.steps`, `eval_every` and `sample_every` follow from `train.epochs`;
-  `optimizer.decay_steps` is `train.steps`, and `cooldown_steps` a fifth of it.
-
-  Args:
-    experiment: settings, perhaps with None in those places.
-    vocab_size: ids of the tokenizer.
-    steps_per_epoch: batches in a pass over the training part; None where a run is not counted in epochs.
-
-  Raises:
-    UserError: if `model.vocab_size` was given and is smaller than the tokenizer's.
-  """
-  given, train, optimizer = experiment.model.vocab_size, experiment.train, experiment.optimizer
-  if given is not None and given < vocab_size:
-    raise UserError(
-      f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set model.vocab_size=none, "
-      "which takes the tokenizer's"
-    )
-  if steps_per_epoch is not None and train.epochs is not None:
-    steps = train.epochs * steps_per_epoch if train.steps is None else train.steps
-    period = {name: getattr(train, name) or steps_per_epoch for name in ("eval_every", "sample_every")}
-    train = dataclasses.replace(train, steps=steps, **period)
-  decay_steps = optimizer.decay_steps or (None if train.steps is None else max(1, train.steps))
-  if decay_steps is not None:
-    cooldown_steps = optimizer.cooldown_steps or max(1, decay_steps // 5) if optimizer.schedule == "wsd" else None
-    optimizer = dataclasses.replace(optimizer, decay_steps=decay_steps, cooldown_steps=cooldown_steps)
-  model = dataclasses.replace(experiment.model, vocab_size=given or vocab_size)
-  return dataclasses.replace(experiment, model=model, train=train, optimizer=optimizer)

@@ -105,7 +105,7 @@ def format_config(name: str, experiment: Experiment) -> str:
 
 
 def _num_params(experiment: Experiment) -> int:
-  return count_params(config.resolve(experiment, expected_vocab_size(experiment.data)).model)
+  return count_params(settings.resolve(experiment, expected_vocab_size(experiment.data)).model)
 
 
 # --- The run folder ---

@@ -1,7 +1,8 @@
 """Settings by name: changing them, writing and reading them, and telling two runs apart.
 
-Responsible for `section.field=value` as a command takes it, for an experiment as JSON, and for which settings are a run's
-identity. Not responsible for which settings there are, or which values go together (`config.py`). Imports no jax.
+Responsible for `section.field=value` as a command takes it, for what an experiment leaves open, for an experiment as JSON,
+and for which settings are a run's identity. Not responsible for which settings there are, or which values go together
+(`config.py`). Imports no jax.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ CIRCUMSTANCE = frozenset({"mesh", "sample"}) | {
   f"train.{name}"
   for name in (
     *("steps", "epochs", "micro_batch_size"),
-    *("log_every", "eval_every", "eval_batches", "sample_every", "save_every"),
+    *("log_every", "eval_every", "eval_batches", "sample_every"),
+    *("save_every", "save_every_seconds", "keep_latest", "keep_best", "max_consecutive_skips"),
   )
 }
 
@@ -130,6 +132,41 @@ def differences(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:
 def is_circumstance(name: str) -> bool:
   """Whether a setting may change when a run is resumed."""
   return name in CIRCUMSTANCE or name.split(".")[0] in CIRCUMSTANCE
+
+
+# --- What was left open ---
+
+
+def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None = None) -> Experiment:
+  """Fills in what was left open.
+
+  `model.vocab_size` is the tokenizer's; `train.steps`, `eval_every` and `sample_every` follow from `train.epochs`;
+  `optimizer.decay_steps` is `train.steps`, and `cooldown_steps` a fifth of it.
+
+  Args:
+    experiment: settings, perhaps with None in those places.
+    vocab_size: ids of the tokenizer.
+    steps_per_epoch: batches in a pass over the training part; None where a run is not counted in epochs.
+
+  Raises:
+    UserError: if `model.vocab_size` was given and is smaller than the tokenizer's.
+  """
+  given, train, optimizer = experiment.model.vocab_size, experiment.train, experiment.optimizer
+  if given is not None and given < vocab_size:
+    raise UserError(
+      f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set model.vocab_size=none, "
+      "which takes the tokenizer's"
+    )
+  if steps_per_epoch is not None and train.epochs is not None:
+    steps = train.epochs * steps_per_epoch if train.steps is None else train.steps
+    period = {name: getattr(train, name) or steps_per_epoch for name in ("eval_every", "sample_every")}
+    train = dataclasses.replace(train, steps=steps, **period)
+  decay_steps = optimizer.decay_steps or (None if train.steps is None else max(1, train.steps))
+  if decay_steps is not None:
+    cooldown_steps = optimizer.cooldown_steps or max(1, decay_steps // 5) if optimizer.schedule == "wsd" else None
+    optimizer = dataclasses.replace(optimizer, decay_steps=decay_steps, cooldown_steps=cooldown_steps)
+  model = dataclasses.replace(experiment.model, vocab_size=given or vocab_size)
+  return dataclasses.replace(experiment, model=model, train=train, optimizer=optimizer)
 
 
 # --- JSON ---

@@ -22,14 +22,14 @@ import jgpt
 from jgpt import checkpoint, runtime, sharding
 from jgpt.batches import Corpus, count_epoch_steps
 from jgpt.checks import UserError
-from jgpt.config import Experiment, resolve
+from jgpt.config import Experiment
 from jgpt.data import Data, check_path, find_data
 from jgpt.generate import begin_texts
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
 from jgpt.model import stack_blocks
 from jgpt.program import MAX_STEPS_PER_CALL, Program, begin_evaluation, compile_program
-from jgpt.settings import change, differences, is_circumstance, settings
+from jgpt.settings import change, differences, is_circumstance, resolve, settings
 from jgpt.signals import say, stop_signals
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ def plan(
   """Decides what a run will be, without touching a device.
 
   Args:
-    experiment: may leave open what `config.resolve` fills in.
+    experiment: may leave open what `settings.resolve` fills in.
     workdir: where the run is kept. A folder that holds the same run is resumed, with the data recorded there.
     name: of the experiment, to be recorded.
     report: told the bytes that are there and the bytes in all while weights to begin from are downloaded.

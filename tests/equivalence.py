@@ -20,11 +20,11 @@ import jgpt.batches
 import jgpt.data
 import jgpt.step
 from jgpt.catalog import load_experiment
-from jgpt.config import Experiment, ModelConfig, OptimizerConfig, resolve
+from jgpt.config import Experiment, ModelConfig, OptimizerConfig
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.params import param_table
-from jgpt.settings import change
+from jgpt.settings import change, resolve
 from jgpt.tokenizer import CharTokenizer
 from jgpt.tricks import choose_options
 

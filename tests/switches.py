@@ -32,9 +32,9 @@ from jgpt.config import (
   OptimizerConfig,
   SampleConfig,
   TrainConfig,
-  resolve,
 )
 from jgpt.params import param_table, walk
+from jgpt.settings import resolve
 
 # Relative to the largest entry of the leaf.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}

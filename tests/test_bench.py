@@ -14,9 +14,8 @@ from equivalence import QUICK
 from jgpt import bench, cases, limits, measured, peers, rounds, startup
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
-from jgpt.config import resolve
 from jgpt.measured import Limit, Parts, Results, Row, Split
-from jgpt.settings import change, to_json
+from jgpt.settings import change, resolve, to_json
 
 TINY = {"data.batch_size": 2, "model.num_layers": 2, "model.d_model": 8, "model.num_heads": 2, "model.d_ff": 12}
 

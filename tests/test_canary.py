@@ -11,8 +11,7 @@ from small_runs import compiled_quickly
 
 from jgpt import canary, run, tricks
 from jgpt.catalog import list_experiments, load_experiment
-from jgpt.config import resolve
-from jgpt.settings import change
+from jgpt.settings import change, resolve
 from jgpt.sources import expected_vocab_size
 from jgpt.step import loss_and_grads
 

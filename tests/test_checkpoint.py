@@ -14,9 +14,9 @@ import pytest
 from jgpt import checkpoint
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
-from jgpt.config import resolve
 from jgpt.keys import INIT, derive_key
 from jgpt.optim import make_optimizer
+from jgpt.settings import resolve
 from jgpt.step import init_state
 from jgpt.tokenizer import CharTokenizer
 

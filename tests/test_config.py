@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgpt import catalog, config, settings
+from jgpt import catalog, settings
 from jgpt.batches import Batch
 from jgpt.checks import UserError
 from jgpt.optim import make_optimizer
@@ -24,22 +24,22 @@ def set_(*texts, base=NAMES):
 
 
 def test_resolve_fills_in_what_was_left_open_and_nothing_else():
-  resolved = config.resolve(NAMES, 27)
+  resolved = settings.resolve(NAMES, 27)
   assert settings.differences(NAMES, resolved) == {"model.vocab_size": (None, 27), "optimizer.decay_steps": (None, 1000)}
   given_ = settings.change(NAMES, {"model.vocab_size": 50, "optimizer.decay_steps": 10})
-  assert config.resolve(given_, 27) == given_
-  assert config.resolve(resolved, 27) == resolved
+  assert settings.resolve(given_, 27) == given_
+  assert settings.resolve(resolved, 27) == resolved
 
 
 def test_resolve_of_no_steps_leaves_a_schedule_that_divides_by_no_zero():
-  assert config.resolve(settings.change(NAMES, {"train.steps": 0}), 27).optimizer.decay_steps == 1
+  assert settings.resolve(settings.change(NAMES, {"train.steps": 0}), 27).optimizer.decay_steps == 1
 
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused_with_what_would_do():
   small = set_("model.vocab_size=26")
   with pytest.raises(UserError, match=r"model.vocab_size=26 .* 27 ids. Try --set model.vocab_size=none"):
-    config.resolve(small, 27)
-  assert config.resolve(set_("model.vocab_size=none", base=small), 27).model.vocab_size == 27
+    settings.resolve(small, 27)
+  assert settings.resolve(set_("model.vocab_size=none", base=small), 27).model.vocab_size == 27
 
 
 def test_unresolved_vocabulary_cannot_be_counted():
@@ -77,7 +77,7 @@ def test_experiment_has_the_parameters_that_its_docstring_states(name):
   experiment, doc = catalog.load_experiment_file(name)
   stated = re.search(r"([\d,]+) parameters", doc)
   assert stated, f"experiments/{name}.py states no number of parameters"
-  resolved = config.resolve(experiment, expected_vocab_size(experiment.data))
+  resolved = settings.resolve(experiment, expected_vocab_size(experiment.data))
   assert int(stated[1].replace(",", "")) == count_params(resolved.model)
 
 
@@ -85,7 +85,7 @@ def test_experiment_has_the_parameters_that_its_docstring_states(name):
 def test_experiment_traces_one_update_that_keeps_every_shape_and_dtype(name):
   """Without an array: shapes alone run through the model, the loss, the gradient and the optimizer."""
   experiment = catalog.load_experiment(name)
-  experiment = config.resolve(experiment, expected_vocab_size(experiment.data), steps_per_epoch=10)
+  experiment = settings.resolve(experiment, expected_vocab_size(experiment.data), steps_per_epoch=10)
   tx = make_optimizer(experiment.optimizer, experiment.model)
   init = partial(init_state, config=experiment.model, tx=tx)
   state = jax.eval_shape(lambda: init(jax.random.key(0)))

@@ -28,11 +28,11 @@ from jgpt import checkpoint, command, export, hugging_face, interop, run, train,
 from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
-from jgpt.config import GPT2_SIZES, SampleConfig, resolve
+from jgpt.config import GPT2_SIZES, SampleConfig
 from jgpt.generate import generate, generate_texts
 from jgpt.model import apply
 from jgpt.params import count_params, param_table, walk
-from jgpt.settings import change, parse_setting
+from jgpt.settings import change, parse_setting, resolve
 from jgpt.step import TrainState
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
 

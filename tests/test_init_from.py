@@ -20,9 +20,9 @@ from jgpt import weights as weights_lib
 from jgpt.bpe import BpeTokenizer
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
-from jgpt.config import GPT2_SIZES, resolve
+from jgpt.config import GPT2_SIZES
 from jgpt.optim import make_optimizer
-from jgpt.settings import change, parse_setting, settings
+from jgpt.settings import change, parse_setting, resolve, settings
 from jgpt.step import begin_state
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer
 

@@ -10,8 +10,8 @@ import pytest
 
 from jgpt.catalog import load_experiment
 from jgpt.command import VERBS
-from jgpt.config import resolve
 from jgpt.params import param_table
+from jgpt.settings import resolve
 
 ROOT = Path(__file__).parent.parent
 MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init__"}

@@ -14,9 +14,8 @@ from switches import to_oracle
 from jgpt import train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
-from jgpt.config import resolve
 from jgpt.microgpt import draw_microgpt_params
-from jgpt.settings import change
+from jgpt.settings import change, resolve
 
 MICROGPT = load_experiment("microgpt")
 MODEL = resolve(MICROGPT, 27).model

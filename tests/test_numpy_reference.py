@@ -35,8 +35,9 @@ import jgpt.model
 import jgpt.sharding
 import jgpt.step
 from jgpt.catalog import list_experiments, load_experiment
-from jgpt.config import DROPOUT_PLACES, PARAM_KINDS, OptimizerConfig, resolve
+from jgpt.config import DROPOUT_PLACES, PARAM_KINDS, OptimizerConfig
 from jgpt.optim import make_schedule
+from jgpt.settings import resolve
 
 # Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it compiles instead.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")

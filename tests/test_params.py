@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from jgpt.catalog import experiments_dir, load_experiment
-from jgpt.config import PARAM_KINDS, resolve
+from jgpt.config import PARAM_KINDS
 from jgpt.model import init_params
 from jgpt.params import Param, count_params, param_table
+from jgpt.settings import resolve
 from jgpt.tricks import QUICK_OPTIONS
 
 

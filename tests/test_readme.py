@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import catalog, config, run
+from jgpt import catalog, run, settings
 from jgpt.params import count_params
 from jgpt.sources import SOURCES, expected_vocab_size
 
@@ -40,7 +40,7 @@ def test_the_added_experiment_runs(tmp_path, monkeypatch, capsys):
 def test_the_table_has_every_experiment_with_its_parameters():
   for name in catalog.list_experiments():
     experiment = catalog.load_experiment(name)
-    count = count_params(config.resolve(experiment, expected_vocab_size(experiment.data)).model)
+    count = count_params(settings.resolve(experiment, expected_vocab_size(experiment.data)).model)
     assert f"| `{name}` | {count:,} |" in README
 
 

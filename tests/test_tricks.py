@@ -24,9 +24,8 @@ from small_runs import compiled_quickly
 from jgpt import batches, program, tricks
 from jgpt.attention import attend_causally, attend_in_blocks
 from jgpt.catalog import list_experiments, load_experiment
-from jgpt.config import resolve
 from jgpt.model import stack_blocks, unstack_blocks
-from jgpt.settings import change
+from jgpt.settings import change, resolve
 from jgpt.step import loss_and_grads, loss_fn, skip_padding
 from jgpt.train import plan, train
 
