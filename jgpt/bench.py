@@ -21,6 +21,8 @@ Everything printed is measured in this run, with the compilation cache off, each
                 a product of a float32 matrix of 50304 x 768 with a vector.
   startup       Fresh processes, from before their start until they are gone, at most 3 rounds, all counted, as those of
                 weights are; `startup.py` says what each part is.
+  saving        Steps in calls of their own, and as many from before a save until the checkpoint is on disk: what that adds
+                is what a save costs, and its share is of 100 steps and one save.
   peers         torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager and torch.compile; in
                 sampling Transformers' GPT2LMHeadModel.generate. scalar: plain Python, microgpt on a test oracle.
 """

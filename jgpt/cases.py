@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
   from jgpt.train import Plan
 
 SLOW_ROUNDS = 3  # at most, of whole commands
+SAVING_STEPS = 6  # of GPT-2: longer than a checkpoint takes to be written
 NEW_TOKENS = 64  # of each text that GPT-2 draws
 
 
@@ -272,9 +274,34 @@ def bench_weights(session: Session) -> None:
   session.results.rows.extend(rows.values())
 
 
+# --- Checkpoints ---
+
+
+def bench_saving(session: Session) -> None:
+  """Times steps of GPT-2 124M with and without a checkpoint being written in the background; needs 3 GB of disk."""
+  from jgpt import checkpoint, timing, train
+  from jgpt.run_folder import RunFiles, write_run_files
+
+  plan = train.plan(settings.change(catalog.load_experiment("gpt2_shakespeare"), {"mesh.data": 1}))
+  found = {"kind": plan.data.text.kind, "location": plan.data.text.location, "sha256": plan.data.text.sha256}
+  with tempfile.TemporaryDirectory() as folder:
+    write_run_files(Path(folder), RunFiles("saving", plan.experiment, plan.data.tokenizer, found))
+    with checkpoint.open_checkpoints(Path(folder), keep_latest=1) as manager:
+      timer = timing.SaveTimer(timing.StepTimer(plan), manager)
+      plain, saving, stood = zip(*(timer(SAVING_STEPS) for _ in range(min(session.rounds, SLOW_ROUNDS))), strict=True)
+  added = [b - a for a, b in zip(plain, saving, strict=True)]
+  case = f"GPT-2 124M, {SAVING_STEPS} steps"
+  session.results.rows.append(Row(case, OURS, list(plain)))
+  session.results.rows.append(Row(f"{case} and a save meanwhile", OURS, list(saving)))
+  share = statistics.median(a / (a + 100 / SAVING_STEPS * p) for a, p in zip(added, plain, strict=True))
+  session.results.rows.append(Row(f"what a save adds ({share:.1%} of the time, every 100 steps)", OURS, added))
+  session.results.rows.append(Row("of that, the loop stands still", OURS, list(stood)))
+
+
 CASES: dict[str, Callable[[Session], None]] = {
   **{name: lambda session, cases=cases: bench_training(session, cases) for name, cases in TRAININGS.items()},
   "sampling": bench_sampling,
   "startup": bench_startup,
   "weights": bench_weights,
+  "saving": bench_saving,
 }

@@ -1,219 +1,217 @@
-"""The run folder: what a run leaves on disk, and reading it back.
+"""Checkpoints: saving a state while training goes on, and reading back what is verified.
 
-    experiment.json     name, settings as resolved; place and digest of the text and of the weights it began from
-    tokenizer.json      the tokenizer, whole
-    env.json            one entry per start: time, command, versions, devices, settings that may change
-    metrics.jsonl       one line per update
-    checkpoints/<step>/ params (all that sampling needs) and train_state (step, moments), written by orbax
-    samples/            text drawn at the end
-
-Responsible for writing these so that a reader never sees half a file, and for reading them without executing anything.
-Not responsible for what is trained. Orbax is named in this file only.
+Responsible for arrays in a run folder: that a save costs the training loop no more than a copy, that what is read has the
+digests it was saved with, and that damage is named and never read. Orbax is named in this file only. What files a
+checkpoint has, and when it exists, is described in `manifest.py`. Not responsible for what is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import os
-import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from jgpt import runtime
-from jgpt import settings as settings_lib
-from jgpt import tokenizer as tokenizer_lib
-from jgpt.checks import UserError
+from jgpt import manifest, runtime
+from jgpt.checks import TrainingError, UserError
 from jgpt.config import Experiment
+from jgpt.digest import format_digest, name_leaves, survey
+from jgpt.manifest import Manifest, find_damage, find_step, list_steps
 from jgpt.model import init_params
+from jgpt.run_folder import make_subfolder, read_file, read_json, read_run_files, require_real, write_file
+from jgpt.signals import say
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
 
-FORMAT = 1
-Manager = ocp.CheckpointManager
-KEEP_LATEST = 2
+COPIES = ("experiment.json", "tokenizer.json")  # of the run folder's files, in each checkpoint
+survey_jit = jax.jit(survey)
+
+# --- Writing ---
 
 
-@dataclasses.dataclass(frozen=True)
-class RunFiles:
-  """A run folder's settings.
+class Manager:
+  """A run's checkpoints, open for writing; from `open_checkpoints`.
 
-  Attributes:
-    name: of the experiment it began from.
-    experiment: resolved.
-    tokenizer: of the run.
-    data: where the text was found: kind, location, sha256.
-    weights: where the weights that it began from were found: location, sha256; None for weights that were drawn.
+  One thread finishes what `save` begins: it waits for orbax, writes the manifest and deletes what is not kept.
   """
 
-  name: str
-  experiment: Experiment
-  tokenizer: Tokenizer
-  data: dict[str, str]
-  weights: dict[str, str] | None = None
+  def __init__(self, workdir: Path, keep_latest: int, keep_best: int):
+    self.folder = make_subfolder(workdir, "checkpoints").resolve()
+    self._workdir, self._keep = workdir, (keep_latest, keep_best)
+    self._copies = {name: read_file(workdir / name) for name in COPIES}
+    recorded = read_json(workdir / "experiment.json")
+    self._data, self._batch_size = recorded["data"], recorded["experiment"]["data"]["batch_size"]
+    self._arrays = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="jgpt-save")
+    self._last: Future | None = None
+    self.saved_step: int | None = None
 
+  def begin(self, step: int, items: dict[str, Any], leaves: dict[str, Any], heldout_loss: float | None) -> None:
+    """Saves arrays under a step; returns when they may be donated, and raises as `wait` does for the save before."""
+    self.wait()
+    copied = threading.Event()
+    self._last = self._thread.submit(self._save, step, items, leaves, heldout_loss, copied)
+    copied.wait()
 
-# --- Settings ---
+  def wait(self) -> None:
+    """Waits until the last save is on disk.
 
+    Raises:
+      TrainingError: if it could not be written; said once.
+    """
+    last = self._last
+    if last is None:
+      return
+    try:
+      last.result()  # two threads may wait: the loop, and the one that ends the process
+    except Exception as error:  # orbax and TensorStore have no family of errors of their own
+      steps = list_steps(self._workdir)
+      rest = f"The checkpoint of step {steps[-1]} is as it was" if steps else "There is no checkpoint yet"
+      raise TrainingError(f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. {rest}") from error
+    finally:
+      self._last = None
 
-def write_run_files(workdir: Path, files: RunFiles) -> None:
-  """Writes experiment.json and tokenizer.json; the folder is made where it is missing."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / "tokenizer.json", files.tokenizer.to_json())
-  settings = {
-    "format": FORMAT,
-    "name": files.name,
-    "experiment": settings_lib.to_json(files.experiment),
-    "data": files.data,
-    "weights": files.weights,
-  }
-  settings["tokenizer_sha256"] = files.tokenizer.digest
-  write_json(workdir / "experiment.json", settings)
+  def close(self) -> None:
+    """Ends the thread, after the save under way."""
+    self._thread.shutdown()
+    self._arrays.close()
 
-
-def read_run_files(workdir: Path) -> RunFiles:
-  """Reads experiment.json and tokenizer.json.
-
-  Raises:
-    UserError: if the folder is no run folder, is of a later format, or its files do not go together.
-  """
-  if not (workdir / "experiment.json").is_file():
-    raise UserError(f"{workdir} is not a run folder: it has no experiment.json. Runs are made by python -m jgpt.run.")
-  settings = read_json(workdir / "experiment.json")
-  if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-    got = settings.get("format") if isinstance(settings, dict) else None
-    raise UserError(f"{workdir / 'experiment.json'} has format {got!r}; this jgpt reads format {FORMAT}.")
-  tokenizer = tokenizer_lib.from_json(read_json(workdir / "tokenizer.json"))
-  if settings.get("tokenizer_sha256") != tokenizer.digest:
-    raise UserError(f"{workdir / 'tokenizer.json'} is not the tokenizer that this run was trained with.")
-  experiment = settings_lib.from_json(settings.get("experiment"))
-  if experiment.model.vocab_size is None or experiment.model.vocab_size < tokenizer.vocab_size:
-    raise UserError(f"{workdir / 'experiment.json'} has too small a model.vocab_size for its tokenizer.")
-  data, weights = settings.get("data"), settings.get("weights")
-  if not _is_found(data):
-    raise UserError(f"{workdir / 'experiment.json'} does not say which data it was trained on.")
-  if weights is not None and not _is_found(weights):
-    raise UserError(f"{workdir / 'experiment.json'} does not say which weights it began from.")
-  return RunFiles(str(settings.get("name")), experiment, tokenizer, data, weights)
-
-
-def _is_found(value: Any) -> bool:
-  """Whether a value says where something was found, with its digest."""
-  return isinstance(value, dict) and all(isinstance(v, str) for v in value.values()) and "sha256" in value
-
-
-def append_env(workdir: Path, entry: dict[str, Any]) -> None:
-  """Adds one start of the run to env.json."""
-  path = workdir / "env.json"
-  starts = []
-  with contextlib.suppress(UserError):  # absent, or damaged: it is a log, and begins anew
-    starts = read_json(path)
-  write_json(path, [*starts, entry] if isinstance(starts, list) else [entry])
-
-
-def read_json(path: Path) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    UserError: naming the file, if it is absent or not JSON.
-  """
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{path} does not exist.") from None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not readable as JSON: {error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes JSON under a temporary name, then renames."""
-  write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-  """Writes UTF-8 text under a temporary name, then renames: a reader sees the old file or the new one."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
-# --- Arrays ---
+  def _save(
+    self,
+    step: int,
+    items: dict[str, Any],
+    leaves: dict[str, Any],
+    heldout_loss: float | None,
+    copied: threading.Event,
+  ) -> None:
+    """What the thread does for one step."""
+    folder = self.folder / str(step)
+    described = {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in name_leaves(items).items()}
+    try:
+      args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
+      self._arrays.save(folder, args=args)  # returns when the arrays are copied
+    finally:
+      copied.set()
+    for name, (sums, _) in leaves.items():
+      described[name]["digest"] = format_digest(sums)
+    self._arrays.wait_until_finished()
+    for name, content in self._copies.items():
+      write_file(folder / name, content)
+    data = {**self._data, "sequences": step * self._batch_size}
+    manifest.write_manifest(folder, Manifest(step, data, heldout_loss, described, {}))
+    self.saved_step = step
+    manifest.retain(self._workdir, *self._keep)
 
 
 @contextlib.contextmanager
-def open_checkpoints(workdir: Path) -> Iterator[Manager]:
-  """Opens a run's checkpoints for writing; leaving waits until the last save is on disk."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP_LATEST, create=True)
-  manager = Manager((workdir / "checkpoints").resolve(), options=options)
+def open_checkpoints(workdir: Path, *, keep_latest: int = 2, keep_best: int = 0) -> Iterator[Manager]:
+  """Opens a run's checkpoints for writing and clears away what killed writers left; the run folder's files must be there.
+
+  Leaving waits until the last save is on disk.
+
+  Args:
+    workdir: a run folder, held by this process alone (`locks.py`).
+    keep_latest: see `manifest.retain`.
+    keep_best: see `manifest.retain`.
+  """
+  manager = Manager(workdir, keep_latest, keep_best)
+  manifest.sweep(workdir)
   try:
     yield manager
-    manager.wait_until_finished()
+    manager.wait()
   finally:
     manager.close()
 
 
-def save(manager: Manager, state: TrainState) -> None:
-  """Saves a state under its step, unless that step is saved already; the state may be donated right after."""
-  step = int(state.step)
-  if step in manager.all_steps():
-    return
-  train_state = {"step": state.step, "opt_state": state.opt_state}
-  args = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train_state=ocp.args.StandardSave(train_state))
-  if not manager.save(step, args=args):
-    raise RuntimeError(f"orbax did not save step {step}")
+def compile_save(shapes: TrainState) -> Callable[[], Any]:
+  """Traces what `save` runs on the devices; calling what it returns compiles it."""
+  return survey_jit.lower(_items(shapes)).compile
 
 
-def latest_step(workdir: Path) -> int | None:
-  """The newest saved step of a run folder, or None. Opens no arrays."""
-  steps = list_steps(workdir)
-  return steps[-1] if steps else None
-
-
-def list_steps(workdir: Path) -> list[int]:
-  """The saved steps of a run folder, ascending; orbax gives a step's folder its number when it is complete."""
-  folder = workdir / "checkpoints"
-  return (
-    sorted(int(p.name) for p in folder.iterdir() if re.fullmatch("[0-9]+", p.name) and p.is_dir())
-    if folder.is_dir()
-    else []
-  )
-
-
-def find_step(workdir: Path, step: int | None) -> int:
-  """Returns a saved step, the newest for None; raises `UserError` where there is none, or not that one."""
-  steps = list_steps(workdir)
-  if not steps:
-    raise UserError(f"{workdir} has no checkpoint yet.")
-  if step is not None and step not in steps:
-    raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-  return steps[-1] if step is None else step
-
-
-def restore(manager: Manager, step: int, shapes: TrainState) -> TrainState:
-  """Restores a state.
+def save(manager: Manager, state: TrainState, heldout_loss: float | None = None) -> None:
+  """Saves a state under its step, unless that step is saved already; the state may be donated right after.
 
   Args:
     manager: from `open_checkpoints`.
-    step: a saved step.
+    state: blocks stacked.
+    heldout_loss: nats per token at this step, where it was evaluated.
+
+  Raises:
+    TrainingError: if an entry is not finite (a checkpoint never holds such a state), or if the save before this one could
+      not be written.
+  """
+  step = int(state.step)
+  manager.wait()
+  if step in list_steps(manager.folder.parent):
+    return
+  items = _items(state)
+  leaves = survey_jit(items)
+  bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
+  if bad:
+    steps = list_steps(manager.folder.parent)
+    last = f"The last checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint yet"
+    raise TrainingError(
+      f"after step {step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are not): that is not saved. {last}. "
+      "Try a lower optimizer.peak_lr"
+    )
+  manager.begin(step, items, leaves, heldout_loss)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """A state as a checkpoint divides it."""
+  return {"params": state.params, "train_state": {"step": state.step, "opt_state": state.opt_state}}
+
+
+# --- Reading ---
+
+
+def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | None, dict[int, str]]:
+  """Finds the newest step whose files are as they were written.
+
+  Args:
+    workdir: a run folder.
+    trusted: a step that was found sound before.
+
+  Returns:
+    The step, None where the folder has no checkpoint; and what is wrong with each newer one.
+
+  Raises:
+    UserError: if there are checkpoints and all are damaged.
+  """
+  damaged: dict[int, str] = {}
+  for step in reversed(list_steps(workdir)):
+    damage = None if step == trusted else find_damage(manifest.checkpoints_dir(workdir) / str(step))
+    if damage is None:
+      return step, damaged
+    damaged[step] = damage
+  if damaged:
+    first = next(iter(damaged.values()))
+    raise UserError(
+      f"every checkpoint of {workdir} is damaged ({', '.join(map(str, damaged))}): {first}. Nothing was changed; "
+      "put a backup in its place, or start over with --fresh"
+    )
+  return None, {}
+
+
+def restore(folder: Path, shapes: TrainState) -> TrainState:
+  """Restores a state, and checks each leaf's digest.
+
+  Args:
+    folder: a step's, whose files were compared with its manifest.
     shapes: the state's shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s).
 
   Raises:
     UserError: if the files are damaged or hold something else.
   """
-  _refuse_other_params(manager.directory / str(step), shapes.params)
-  targets = {"params": shapes.params, "train_state": {"step": shapes.step, "opt_state": shapes.opt_state}}
-  args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
-  with _explained(manager.directory / str(step)):
-    items = manager.restore(step, args=args)
+  items = _restore(folder, _items(shapes))
   return TrainState(step=items["train_state"]["step"], params=items["params"], opt_state=items["train_state"]["opt_state"])
 
 
@@ -237,52 +235,123 @@ class Run:
 
 
 def load_run(workdir: str | Path, step: int | None = None) -> Run:
-  """Reads a run's parameters, from the folder alone.
+  """Reads a run's parameters and settings from one of its checkpoints, verified; changes nothing in the folder.
 
   Args:
-    workdir: a run folder.
-    step: which checkpoint; None takes the newest.
+    workdir: a run folder; a run may be going on in it.
+    step: which checkpoint; None takes the newest that is not damaged, and says so on standard error where one is.
 
   Raises:
-    UserError: if it is no run folder, or has no such checkpoint.
+    UserError: if it is no run folder, has no such checkpoint, or what is asked for is damaged.
   """
   workdir = Path(workdir)
-  files = read_run_files(workdir)
-  step = find_step(workdir, step)
+  if not (workdir / "checkpoints").is_dir():
+    read_run_files(workdir)  # says what is missing
+  if step is not None:
+    return _load_step(workdir, find_step(workdir, step))
+  while True:  # a step that goes away meanwhile has been followed by a newer one
+    find_step(workdir, None)
+    for newest in reversed(list_steps(workdir)):
+      try:
+        return _load_step(workdir, newest)
+      except UserError as error:
+        if newest not in list_steps(workdir):
+          break
+        if newest == list_steps(workdir)[0]:
+          raise UserError(f"every checkpoint of {workdir} is damaged; of the oldest: {error}") from error
+        say(f"WARNING: step {newest} is damaged, the one before it is taken: {error}")
+
+
+def _load_step(workdir: Path, step: int) -> Run:
+  folder = manifest.checkpoints_dir(workdir) / str(step)
+  if damage := find_damage(folder, ["params"]):
+    raise UserError(damage)
+  files = read_run_files(folder)
   place = jax.sharding.SingleDeviceSharding(runtime.devices()[0])
   shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-  path = (workdir / "checkpoints" / str(step)).resolve()
-  _refuse_other_params(path, target)
-  with _explained(path), ocp.StandardCheckpointer() as reader:
-    params = reader.restore(path / "params", target)
+  params = _restore(folder, {"params": target})["params"]
   return Run(params, files.tokenizer, files.experiment, step, workdir)
 
 
-def _refuse_other_params(path: Path, target: dict) -> None:
-  """Raises `UserError` where the parameters on disk are not the target's in name, shape and dtype; reads no array.
+def _restore(folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
+  """Reads items of a step and compares each leaf's digest with the manifest's.
 
-  Orbax would cast another dtype silently, and would leave reads behind when a shape differs.
+  Args:
+    folder: the step's; its files were compared with the manifest.
+    targets: item -> shapes, dtypes and shardings.
+
+  Raises:
+    UserError: naming the leaf, if it is another or has another digest.
   """
+  leaves = manifest.read_manifest(folder).leaves
+  wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in name_leaves(targets).items()}
+  there = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items() if name.split("/")[0] in targets}
+  _refuse_difference(folder, there, wanted)
+  _refuse_too_large(folder, targets)
+  for item in targets:
+    require_real(folder / item)
 
-  def describe(tree: Any) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+  def read() -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+      return dict(reader.restore(folder.resolve(), args=ocp.args.Composite(**args)).items())
 
-  with _explained(path):
-    there = describe(ocp.StandardCheckpointHandler().metadata(path / "params").tree)
-  wanted = describe(target)
+  with _explained(folder):
+    # Orbax would cast another dtype silently, and would leave reads behind when a shape differs.
+    for item, target in targets.items():
+      saved = ocp.StandardCheckpointHandler().metadata((folder / item).resolve()).tree
+      _refuse_difference(
+        folder, *({n: f"{x.dtype}{list(x.shape)}" for n, x in name_leaves(t).items()} for t in (saved, target))
+      )
+    items = _in_thread(read)
+  found = {name: format_digest(sums) for name, (sums, _) in survey_jit(items).items()}
+  for name, digest in found.items():
+    if digest != leaves[name]["digest"]:
+      raise UserError(
+        f"{folder}: {name} is not what was saved: its digest is {digest} instead of {leaves[name]['digest'][:16]!r}"
+      )
+  return items
+
+
+def _refuse_difference(folder: Path, there: dict[str, str], wanted: dict[str, str]) -> None:
+  """Raises `UserError`, naming the first leaf, where what is there is not what the settings ask for."""
   for name in sorted(there.keys() | wanted.keys()):
     if there.get(name) != wanted.get(name):
       got, need = there.get(name, "nothing"), wanted.get(name, "nothing")
-      raise UserError(f"cannot read the checkpoint {path}: {name} is {got} there, and {need} by the run's experiment.json.")
+      raise UserError(
+        f"cannot read the checkpoint {folder}: {name} is {got[:200]} there, and {need} by the run's experiment.json."
+      )
+
+
+def _refuse_too_large(folder: Path, targets: dict[str, Any]) -> None:
+  """Raises `UserError` where this process would have to hold more than its machine's memory: small files can claim to."""
+  leaves = jax.tree.leaves(targets)
+  need = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices) for x in leaves
+  )
+  if hasattr(os, "sysconf") and need > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+    raise UserError(
+      f"{folder} needs {need / 1e9:,.1f} GB of memory by its experiment.json; this machine has {there / 1e9:,.1f} GB."
+    )
+
+
+def _in_thread(function: Callable[[], Any]) -> Any:
+  """Calls a function in a thread of its own: orbax's event loop would take the main thread's signals."""
+  with ThreadPoolExecutor(1) as pool:
+    return pool.submit(function).result()
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(folder: Path) -> Iterator[None]:
   """Turns orbax's errors about damaged or foreign files into one line that names the folder."""
   try:
     yield
-  except (ValueError, KeyError, TypeError, OSError) as error:
-    lines = str(error).splitlines() or [type(error).__name__]
-    raise UserError(f"cannot read the checkpoint {path}: {lines[0][:200]}") from error
+  except UserError:
+    raise
+  except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    raise UserError(f"cannot read the checkpoint {folder}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:300]

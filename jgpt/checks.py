@@ -15,7 +15,19 @@ from typing import Any
 
 
 class UserError(ValueError):
-  """An error that a user can mend. Its text says what, got, need and how; commands print it without a stack trace."""
+  """An error that a user can mend. Its text says what, got, need and how; commands print it without a stack trace.
+
+  Attributes:
+    status: the exit status of a command that ends with it.
+  """
+
+  status = 2
+
+
+class TrainingError(UserError):
+  """Training that cannot go on. What it had reached is saved."""
+
+  status = 1
 
 
 def check_types(config: Any, section: str) -> None:
@@ -25,19 +37,25 @@ def check_types(config: Any, section: str) -> None:
     allowed = alternatives(hint)
     if words := choices(hint):
       if value not in words:
-        raise UserError(f"{section}.{name}={value!r} must be {describe_type(hint)}.{near_matches(str(value), words)}")
+        near = near_matches(value, words) if isinstance(value, str) else ""
+        raise UserError(f"{section}.{name}={show(value)} must be {describe_type(hint)}.{near}")
       continue
     if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
       value = float(value)
       object.__setattr__(config, name, value)
-    if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(type(v) is str for v in value):
+    if tuple[str, ...] in allowed and isinstance(value, list | tuple) and all(map(_is_word, value)):
       object.__setattr__(config, name, tuple(value))
     elif type(value) not in allowed:
-      raise UserError(f"{section}.{name}={value!r} must be {describe_type(hint)}.")
+      raise UserError(f"{section}.{name}={show(value)} must be {describe_type(hint)}.")
     elif type(value) is float and not math.isfinite(value):
       raise UserError(f"{section}.{name}={value!r} must be a finite number.")
     elif type(value) is int and value >= 2**31:
-      raise UserError(f"{section}.{name}={value} must be below 2**31.")
+      raise UserError(f"{section}.{name}={show(value)} must be below 2**31.")
+
+
+def _is_word(value: Any) -> bool:
+  """Whether a value is text that an error can name."""
+  return type(value) is str and len(value) <= 80
 
 
 def check_range(config: Any, section: str, *, least: int, names: str) -> None:
@@ -45,7 +63,7 @@ def check_range(config: Any, section: str, *, least: int, names: str) -> None:
   for name in names.split():
     value = getattr(config, name)
     if value is not None and value < least:
-      raise UserError(f"{section}.{name}={value} must be at least {least}.")
+      raise UserError(f"{section}.{name}={show(value)} must be at least {least}.")
 
 
 def alternatives(hint: Any) -> tuple:
@@ -74,7 +92,16 @@ def nearest_divisors(n: int, wanted: int) -> str:
   return " or ".join(str(d) for d in divisors[:2])
 
 
+def show(value: Any) -> str:
+  """A value out of somebody's file or command as an error names it: printable, on one line, at most 80 characters."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # nested too deep; a whole number of more digits than Python prints
+    return f"a {type(value).__name__} that cannot be shown"
+  return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def near_matches(word: str, known: typing.Iterable[str]) -> str:
   """Words the user may have meant, as the end of an error: " Did you mean a or b?", or "" where none is near."""
-  matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+  matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5)
   return f" Did you mean {' or '.join(matches)}?" if matches else ""

@@ -24,6 +24,7 @@ VERBS = {
   "run": "train an experiment, or go on with a run",
   "sample": "draw texts from a run",
   "bench": "measure how fast this machine trains",
+  "doctor": "say what is here, what is wrong, and what to do about it",
   "prepare": "make token files from text of any size, to train on",
   "export": "write a run's weights for Hugging Face's Transformers or for llm.c",
   "evaluate": "measure a run's loss over the whole of its held-out text",
@@ -32,7 +33,7 @@ VERBS = {
 
 
 def guard(main: Callable[[], int]) -> int:
-  """Calls a command's `main` and returns its exit status: 2 for a user's error, without a stack trace.
+  """Calls a command's `main` and returns its exit status: 2 for a user's error, 1 where training broke off, no stack trace.
 
   Ctrl-C ends the process at once with status 130, whatever is being imported or compiled; while training, `train` takes the
   first one and saves. Characters that the output's encoding lacks are replaced.
@@ -86,7 +87,7 @@ def _call(main: Callable[[], int]) -> int:
     return status
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return error.status
   except KeyboardInterrupt:
     print("\ninterrupted", file=sys.stderr)
     return 130

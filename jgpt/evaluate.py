@@ -100,7 +100,7 @@ def count_bytes(corpus: Corpus, tokenizer: Tokenizer) -> int:
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
-  from jgpt import checkpoint, runtime
+  from jgpt import checkpoint, run_folder, runtime
   from jgpt.data import find_data
   from jgpt.shards import TokenFiles
 
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     print(note, file=sys.stderr)
   run = checkpoint.load_run(args.run, args.step)
   settings = run.experiment.data
-  sha256 = checkpoint.read_run_files(run.workdir).data["sha256"]
+  sha256 = run_folder.read_run_files(run.workdir).data["sha256"]
   data = find_data(settings, run.experiment.train.seed, sha256=sha256, tokenizer=run.tokenizer)
   corpus = data.train if args.part == "train" else data.heldout
   if not len(corpus.tokens):

@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
   _check_out(out, args.format)
   if args.format == "llmc-state" and args.dtype != "float32":
     raise UserError("--format llmc-state is float32 by its format. Leave --dtype out")
-  from jgpt import checkpoint, hugging_face, llmc, runtime
+  from jgpt import checkpoint, hugging_face, llmc, run_folder, runtime
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  files = checkpoint.read_run_files(Path(args.run))
+  files = run_folder.read_run_files(Path(args.run))
   refuse = hugging_face.refuse if args.format == "hf" else llmc.refuse
   refuse(files.experiment.model)  # before any array is read
   data = _find_data(files) if args.format == "llmc-state" else None

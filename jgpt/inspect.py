@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError("--step goes with --text; --trace begins at the run's initial weights")
   if args.trace_steps < 1:
     raise UserError(f"--trace-steps={args.trace_steps} must be at least 1")
-  from jgpt import checkpoint, runtime
+  from jgpt import checkpoint, run_folder, runtime
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  files = checkpoint.read_run_files(Path(args.run))
+  files = run_folder.read_run_files(Path(args.run))
   entry = None if args.trace is None else find_entry(args.trace, files.experiment.model)
   if args.text is not None:
+    files.tokenizer.encode(args.text)  # unknown characters are named before an array is read
     _print_predictions(checkpoint.load_run(args.run, args.step), args.text)
   if entry is not None:
     print(end="" if args.text is None else "\n")

@@ -1,7 +1,8 @@
 """What a run says: one line of progress at a time, and one row per update in a file.
 
-Responsible for the writers and for figures drawn as text. A writer is an object with `write(chunk)` and `close()`; `train`
-calls it with what one compiled call returned. Not responsible for when that happens (`train.py`).
+Responsible for the writers, for what is handed to them and when it is on the disk, and for figures drawn as text. A writer
+is an object with `write(chunk)` and `close()`; it is called with what one compiled call returned. Not responsible for when
+that happens (`train.py`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from jgpt.config import TrainConfig
+from jgpt.health import Health
+from jgpt.run_folder import open_plain, write_file
+from jgpt.signals import Stop, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,33 +57,38 @@ class Writer(Protocol):
 class JsonlWriter:
   """Writes one JSON object per update: {"step": 1, "train/loss": 3.29, ...}, floats so that float32 reads back equal.
 
-  Where the held-out part was evaluated after an update its row has "heldout/loss" too; before the first update that is all
-  of row 0.
+  Where the held-out part was evaluated, a row of its own follows: {"step": 100, "heldout/loss": 2.41}.
   """
 
   def __init__(self, path: Path, step: int):
-    """Opens the file; rows after `step` (a run resumed from there writes them again) and a torn last line are dropped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in read_jsonl(path) if row["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-      file.writelines(json.dumps(row) + "\n" for row in kept)
-    temporary.replace(path)  # a run killed before its first write keeps its rows
+    """Opens the file, in a folder that exists.
+
+    Rows after `step`, which a run resumed from there writes again, and a torn last line are dropped.
+    """
+    self.kept = [row for row in read_jsonl(path) if row["step"] <= step]
+    # Written anew: a run killed before its first write keeps its rows.
+    write_file(path, "".join(json.dumps(row) + "\n" for row in self.kept).encode())
     self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
 
   def write(self, chunk: Chunk) -> None:
     """Appends the chunk's rows."""
     count = len(next(iter(chunk.metrics.values()), ()))
+    # str of a NumPy float32 is the shortest text that reads back as the same float32.
+    columns = {
+      name: values.tolist() if values.dtype.kind in "iu" else [float(str(value)) for value in values]
+      for name, values in chunk.metrics.items()
+    }
     rows = [
-      # str of a NumPy float32 is the shortest text that reads back as the same float32.
-      {"step": chunk.step - count + 1 + i, **{name: float(str(values[i])) for name, values in chunk.metrics.items()}}
-      for i in range(count)
+      {"step": chunk.step - count + 1 + i, **{name: values[i] for name, values in columns.items()}} for i in range(count)
     ]
     if chunk.heldout_loss is not None:
-      rows = rows or [{"step": chunk.step}]
-      rows[-1]["heldout/loss"] = chunk.heldout_loss
+      rows.append({"step": chunk.step, "heldout/loss": chunk.heldout_loss})
     self._file.writelines(json.dumps(row) + "\n" for row in rows)
     self._file.flush()
+
+  def sync(self) -> None:
+    """Returns when what was written is on the disk: a checkpoint must not be there without the rows that led to it."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the file."""
@@ -84,14 +96,18 @@ class JsonlWriter:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-  """Reads metrics.jsonl up to the first line that is torn; an absent file is empty."""
+  """Reads metrics.jsonl up to the first line that is torn; an absent file is empty.
+
+  Raises:
+    UserError: if something else than a plain file has the name.
+  """
   rows = []
-  if path.exists():
-    with open(path, encoding="utf-8", errors="replace") as file:
+  if os.path.lexists(path):
+    with open_plain(path) as file:
       for line in file:
         try:
           row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
           break
         if not isinstance(row, dict) or type(row.get("step")) is not int:
           break
@@ -300,3 +316,78 @@ class Clock:
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
     return seconds
+
+
+class Log:
+  """What compiled calls returned: handed to the writers, watched, and kept.
+
+  Attributes:
+    losses: training loss of each update of this start, nats per token.
+    evaluations: (step, nats per token, tokens) of each evaluation of this start.
+    evaluated: steps of the evaluations that are on record, earlier starts' too.
+    health: counts updates that were skipped.
+  """
+
+  def __init__(self, writers: list[Writer], rows: Sequence[dict], max_consecutive_skips: int):
+    """Begins; `rows` are those of earlier starts."""
+    self._writers, self._clock = writers, Clock()
+    self._seconds_per_step = 0.0
+    self.losses: list[np.float32] = []
+    self.evaluations: list[tuple[int, float, int]] = []
+    self.evaluated = {row["step"] for row in rows if "heldout/loss" in row}
+    self.health = Health(rows, max_consecutive_skips)
+
+  def whole_evaluation(self, train: TrainConfig) -> tuple[float, int] | None:
+    """The loss after the last update and its tokens, if it was computed over the whole held-out part."""
+    if train.eval_batches is None and self.evaluations and self.evaluations[-1][0] == train.steps:
+      return self.evaluations[-1][1:]
+    return None
+
+  def find_heldout_loss(self, step: int) -> float | None:
+    """The held-out loss at a step of this start, where that was evaluated."""
+    return next((loss for at, loss, _ in self.evaluations if at == step), None)
+
+  def count_steps(self, seconds: float) -> int:
+    """Updates that take about so long, as the last ones did; at least one."""
+    return max(1, int(min(seconds / max(self._seconds_per_step, 1e-9), 2**31)))
+
+  def write(
+    self,
+    step: int,
+    num: int,
+    metrics: dict,
+    evaluation: tuple[Any, Any] | None,
+    texts: Callable[[], list[str]] | None,
+    stop: Stop,
+  ) -> None:
+    """Waits for the call that ended at `step` with its last `num` updates, and for what was begun after it.
+
+    An evaluation that is not done when `stop` becomes true is left out, and so are texts: whoever goes on makes it again.
+    """
+    metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}
+    self.losses.extend(metrics.get("train/loss", ()))
+    heldout_loss = None
+    while evaluation is not None and not evaluation[0].is_ready() and not stop:
+      time.sleep(0.002)
+    if evaluation is not None and evaluation[0].is_ready():
+      heldout_loss = float(evaluation[0])
+      self.evaluations.append((step, heldout_loss, int(evaluation[1])))
+    seconds = self._clock.lap()
+    self._seconds_per_step = seconds / num if num else self._seconds_per_step
+    chunk = Chunk(step, metrics, seconds, heldout_loss, tuple(texts()) if texts and not stop else ())
+    for line in self.health.observe(step, metrics) if num else ():
+      say(line)
+    self._each(lambda writer: writer.write(chunk), step)
+
+  def sync(self) -> None:
+    """Returns when what was written to files is on the disk."""
+    self._each(lambda writer: writer.sync() if isinstance(writer, JsonlWriter) else None)
+
+  def _each(self, call: Callable[[Writer], None], step: int | None = None) -> None:
+    for writer in list(self._writers):
+      try:
+        call(writer)
+      except OSError as error:  # a full disk, a reader that left: the training is worth more than its log
+        self._writers.remove(writer)
+        at = "" if step is None else f" at step {step}"
+        say(f"{type(writer).__name__} stopped{at} ({error.strerror or error}); training goes on")

@@ -4,11 +4,16 @@ Responsible for turning `OptimizerConfig` into an `optax.GradientTransformation`
 applying it (`step.py`).
 """
 
+from functools import partial
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from jgpt.config import ModelConfig, OptimizerConfig
 from jgpt.params import param_at
+from jgpt.spikes import LossStats, observe
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -51,11 +56,12 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
   return optax.join_schedules([optax.linear_schedule(first, peak, config.warmup_steps), after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
   """Makes AdamW as the chain clip, adam, decay, lr; its state is a dict with these names.
 
   update = -lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay only for `decay_kinds`. Clipping divides by the
-  exact norm (torch adds 1e-6 to it).
+  exact norm (torch adds 1e-6 to it). With `skip_spikes` the chain begins with spikes, whose state is the `LossStats` of the
+  losses so far; `update` then takes the loss as `value`.
 
   Args:
     config: `decay_steps` resolved.
@@ -68,8 +74,25 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
     return jax.tree_util.tree_map_with_path(lambda path, _: param_at(path, model).kind in config.decay_kinds, params)
 
   return optax.named_chain(
+    *([] if config.skip_spikes is None else [("spikes", watch_losses())]),
     ("clip", optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)),
     ("adam", optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
     ("decay", optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity()),
     ("lr", optax.scale_by_learning_rate(make_schedule(config))),
   )
+
+
+def watch_losses() -> optax.GradientTransformationExtraArgs:
+  """Changes no gradient; its state is the `LossStats` of the losses that `update` got as `value`.
+
+  A loss that is not finite, or whose square is not, is none that the statistics know of.
+  """
+
+  def init(params: dict) -> LossStats:
+    return LossStats(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
+
+  def update(updates: dict, state: LossStats, params: dict | None = None, *, value: jax.Array, **_: Any) -> tuple:
+    observed = observe(state, value)
+    return updates, jax.tree.map(partial(jnp.where, jnp.isfinite(observed.variance)), observed, state)
+
+  return optax.GradientTransformationExtraArgs(init, update)

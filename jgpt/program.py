@@ -84,7 +84,7 @@ def compile_program(
     shardings = jax.tree.map(lambda x: x.sharding, placed)
     jit = partial(jax.jit, out_shardings=shardings, compiler_options=tricks.init_options)
     if saved_step is not None:
-      return jit(layout).lower(stacked), lambda: checkpoint.restore(manager, saved_step, stacked)
+      return jit(layout).lower(stacked), lambda: checkpoint.restore(manager.folder / str(saved_step), stacked)
     given = params
     if given is None and experiment.train.init_from is not None:  # to draw others would be another run
       raise UserError(f"the weights of train.init_from={experiment.train.init_from} are not at hand, nor is a checkpoint.")
@@ -101,7 +101,10 @@ def compile_program(
     run_steps = None
     if num_steps > 0:
       run_steps = pool.submit(_lower_steps(experiment, feed.corpus_at(saved_step or 0), placed, mesh).compile)
+    surveyed = pool.submit(checkpoint.compile_save(stacked)) if manager is not None else None
     _compile_ahead(experiment, data, placed.params, heldout)
+    if surveyed is not None:
+      surveyed.result()
     return Program(state.result(), run_steps.result() if run_steps else None, feed, heldout)
 
 
@@ -113,7 +116,7 @@ def _lower_steps(experiment: Experiment, corpus: Corpus, state: TrainState, mesh
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding), batch)
 
   tricks = choose_tricks(experiment, mesh.devices.flat[0].platform)
-  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place, tricks.grads_fn)
+  train_steps = make_train_steps(experiment, MAX_STEPS_PER_CALL, place, tricks.grads_fn, tricks.keep)
   program = jax.jit(
     lambda corpus, state, num_steps: train_steps(state, corpus, num_steps),
     donate_argnums=1,

@@ -15,16 +15,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jgpt import catalog, command, config, settings
+from jgpt import catalog, command, config, locks, settings, signals
 from jgpt.checks import UserError
 from jgpt.config import Experiment
-from jgpt.params import count_params, walk
+from jgpt.params import count_params
 from jgpt.sources import expected_vocab_size
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.signals import Stop
   from jgpt.train import Plan, Result
-
-EXIT_BY_SIGNAL = 128  # a process ended by signal n has status 128 + n, by the shell's convention
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +49,15 @@ def main(argv: list[str] | None = None) -> int:
   if args.print_config:
     print(format_config(name, experiment))
     return 0
-  return _train(args, name, base, experiment)
+  with signals.exit_on_signals() as stop:
+    with stop.leaving("stopped before training; nothing is lost, the same command begins again or goes on"):
+      from jgpt import runtime
+
+      if note := runtime.set_up():
+        print(note, file=sys.stderr)
+      workdir = Path(os.path.expanduser(args.workdir)) if args.workdir else default_workdir(name, base, experiment)
+      plan = _plan(args, name, experiment, workdir)
+    return _train(args, base, experiment, plan, stop)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)")
   parser.add_argument("--workdir", metavar="DIR", help="run folder; without it runs/NAME, changed settings in the name")
   parser.add_argument("--fresh", action="store_true", help="set the run folder aside and start over")
+  parser.add_argument("--resume", action="store_true", help="go on with the run in the folder; an error where none is")
   parser.add_argument("--log-every", type=int, metavar="N", help="updates between two lines of progress (train.log_every)")
   return parser
 
@@ -125,17 +133,17 @@ def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path
   if plain != label:  # what was replaced or cut must still tell two runs apart
     plain += f"-{_digest(label)}"
   folder = Path("runs") / plain
-  if (folder / "experiment.json").exists() and not _holds(folder, experiment):
+  if os.path.lexists(folder / "experiment.json") and not _holds(folder, experiment):
     folder = Path("runs") / f"{plain}-{_digest({n: now[n] for n in starts_anew})}"
   return folder
 
 
 def _holds(folder: Path, experiment: Experiment) -> bool:
   """Whether a run folder holds this experiment."""
-  from jgpt import checkpoint, train
+  from jgpt import run_folder, train
 
   try:
-    recorded = checkpoint.read_run_files(folder)
+    recorded = run_folder.read_run_files(folder)
     there, here = recorded.experiment.train, experiment.train
     if (there.epochs != here.epochs) if here.steps is None else (there.steps != here.steps):
       return False
@@ -157,8 +165,10 @@ def set_aside(folder: Path) -> Path | None:
   here, folder = Path.cwd(), folder.resolve()
   if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
     return None
-  if not (folder / "experiment.json").is_file():
+  if not os.path.lexists(folder / "experiment.json"):
     raise UserError(f"{folder} is not a run folder, so --fresh leaves it alone. Choose another --workdir")
+  if locks.is_held(folder):
+    raise UserError(f"{folder} is being written by another process ({locks.describe_holder(folder)}). Wait until it ends")
   if here.is_relative_to(folder):
     raise UserError(f"--fresh cannot rename {folder}, the folder you are in. Go one up and name it with --workdir")
   number = 1
@@ -181,12 +191,12 @@ def report_download(done: int, total: int) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Experiment) -> int:
-  from jgpt import checkpoint, metrics, reading, runtime, train
+def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: Path) -> Plan:
+  """Plans the run that the arguments ask for, in its folder."""
+  from jgpt import manifest, train
 
-  if note := runtime.set_up():
-    print(note, file=sys.stderr)
-  workdir = Path(os.path.expanduser(args.workdir)) if args.workdir else default_workdir(name, base, experiment)
+  if args.fresh and args.resume:
+    raise UserError("--fresh and --resume exclude each other: the one starts over, the other goes on")
   if args.fresh:
     source = experiment.train.init_from
     if source is not None and Path(os.path.expanduser(source)).resolve().is_relative_to(workdir.resolve()):
@@ -194,8 +204,16 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
     train.plan(experiment, report=report_download)  # what is wrong with the settings is said before anything is moved
     if old := set_aside(workdir):
       print(f"the old run is kept in {old}")
-  plan = train.plan(experiment, workdir=workdir, name=name, report=report_download)
-  for label, text in describe(plan):
+  if args.resume:
+    manifest.find_step(workdir, None)
+  return train.plan(experiment, workdir=workdir, name=name, report=report_download)
+
+
+def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop) -> int:
+  """Trains, says what was learned and how to go on; returns the exit status."""
+  from jgpt import metrics, reading, run_folder, summary, train
+
+  for label, text in summary.describe(plan):
     print(f"{label:<12}{text}")
   print(flush=True)
   steps = plan.experiment.train.steps
@@ -214,21 +232,24 @@ def _train(args: argparse.Namespace, name: str, base: Experiment, experiment: Ex
       epoch_steps=plan.epoch_steps,
     )
     writers, sample_at = [console], console.is_line if console.wants_samples and plan.data.documents else None
+  sys.stdout.flush()
   began = time.perf_counter()
-  result = train.train(plan, writers=writers, sample_at=sample_at)
+  result = train.train(plan, writers=writers, sample_at=sample_at, stop=stop)
+  step = int(result.state.step)
+  saved = train.describe_stop(plan, step)
   if result.signal:
-    step = int(result.state.step)
-    print(f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there")
-    return EXIT_BY_SIGNAL + result.signal
-  texts = train.sample_texts(plan, result.state.params, int(result.state.step))
-  checkpoint.write_text(workdir / "samples" / f"step_{int(result.state.step)}.txt", "".join(f"{t}\n" for t in texts))
-  print_result(plan, result, texts, time.perf_counter() - began)
-  expected = base.expected if comparable(base, experiment) else ()
-  if words := reading.compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
-    print(f"{words}\n")
-  print_next(plan, texts, command_line(args.experiment, base, experiment))
-  if plan.start_step < steps:
-    check_compiler(plan)
+    stop.leave(saved)
+  with stop.leaving(saved):
+    texts = train.sample_texts(plan, result.state.params, step)
+    samples = run_folder.make_subfolder(plan.workdir, "samples")
+    run_folder.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
+    print_result(plan, result, texts, time.perf_counter() - began)
+    expected = base.expected if comparable(base, experiment) else ()
+    if words := reading.compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
+      print(f"{words}\n")
+    print_next(plan, texts, command_line(args.experiment, base, experiment))
+    if plan.start_step < steps:
+      check_compiler(plan)
   return 0
 
 
@@ -252,87 +273,6 @@ def comparable(base: Experiment, experiment: Experiment) -> bool:
   length = ("train.steps", "train.epochs")
   decisive = [n for n in now if not settings.is_circumstance(n) or n in length]
   return all(now[n] == before[n] for n in decisive if n not in ("train.seed", "data.source"))
-
-
-def describe(plan: Plan) -> list[tuple[str, str]]:
-  """What a run is, as labelled lines; the first look at a device."""
-  import jax
-
-  from jgpt import metrics, runtime, sharding
-
-  experiment, data = plan.experiment, plan.data
-  devices = runtime.devices()
-  mesh = sharding.make_mesh(experiment, devices)
-  used, there = mesh.devices.size, len(devices)
-  device = devices[0]
-  kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-  of = f" of {there} devices (mesh.data={used}):" if there > 1 else ""
-  lines = [
-    ("experiment", plan.name or "(from Python)"),
-    ("device", f"{f'{used}{of} ' if of else ''}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
-    ("data", f"{data.text.location} ({data.text.kind}, SHA-256 {data.text.sha256[:12]})"),
-  ]
-  if data.text.note:
-    lines.append(("", data.text.note))
-  lines += [("", line) for line in data.summary]
-  return [
-    *lines,
-    ("vocabulary", describe_vocabulary(plan)),
-    ("model", f"{count_params(experiment.model):,} parameters"),
-    *describe_initial(plan),
-    ("optimizer", describe_groups(experiment)),
-    ("training", describe_length(plan)),
-    ("baseline", f"uniform guessing: {metrics.uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
-    ("run folder", str(plan.workdir or "none: nothing is kept")),
-  ]
-
-
-def describe_initial(plan: Plan) -> list[tuple[str, str]]:
-  """Where the weights that the run begins from were found; nothing where they are drawn."""
-  if plan.weights is None:
-    return []
-  began = "" if plan.initial else "began from "
-  lines = [("weights", f"{began}{plan.weights['location']} (SHA-256 {plan.weights['sha256'][:12]})")]
-  return [*lines, ("", plan.initial.note)] if plan.initial and plan.initial.note else lines
-
-
-def describe_vocabulary(plan: Plan) -> str:
-  """The tokenizer's ids, and how many the model has where those are more."""
-  there, has = plan.data.tokenizer.describe(), plan.experiment.model.vocab_size
-  return there if has == plan.data.tokenizer.vocab_size else f"{there}; the model has {has:,}"
-
-
-def describe_groups(experiment: Experiment) -> str:
-  """Which parameters decay, with their numbers: what torch calls param_groups."""
-  optimizer, model = experiment.optimizer, experiment.model
-  if not optimizer.weight_decay:
-    return "AdamW without decay"
-
-  def group(kinds: list[str]) -> str:
-    found = [(param.size * layers, layers) for _, param, layers in walk(model) if param.kind in kinds]
-    numbers, arrays = sum(size for size, _ in found), sum(layers for _, layers in found)
-    return f"{numbers:,} numbers in {arrays} arrays ({', '.join(kinds)})"
-
-  there = [kind for kind in config.PARAM_KINDS if count_params(model, (kind,))]
-  decays = [kind for kind in there if kind in optimizer.decay_kinds]
-  rest = [kind for kind in there if kind not in decays]
-  line = f"AdamW, decay {optimizer.weight_decay:g} on {group(decays)}" if decays else "AdamW, decay on nothing"
-  return f"{line}; none on {group(rest)}" if rest else line
-
-
-def describe_length(plan: Plan) -> str:
-  """How many updates of what."""
-  experiment, data = plan.experiment, plan.data
-  batch, steps = experiment.data.batch_size, experiment.train.steps
-  if not data.documents:
-    T, num_tokens = experiment.data.seq_len, len(data.train.tokens)
-    passes = steps / plan.epoch_steps if plan.epoch_steps else steps * batch * T / num_tokens
-    return f"{steps:,} steps of {batch} × {T} tokens: {passes:.2g} times the training part"
-  tokens = data.train.lengths.mean() * batch
-  taken = min(steps, experiment.data.num_batches or steps) * batch
-  passes = taken / len(data.documents)
-  share = f"{passes:.1%} of the training documents" if passes < 1 else f"{passes:.1f} times the training documents"
-  return f"{steps:,} steps of {batch} document{'s' * (batch > 1)} ({tokens:.1f} tokens on average): {share}"
 
 
 def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:

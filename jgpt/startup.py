@@ -138,10 +138,11 @@ def main(argv: list[str]) -> int:
   """
   began, report, *args = argv
   recorder = Recorder(float(began), "import")
-  run, train, checkpoint = (importlib.import_module(f"jgpt.{name}") for name in ("run", "train", "checkpoint"))
+  names = ("run", "train", "summary", "checkpoint")
+  run, train, summary, checkpoint = (importlib.import_module(f"jgpt.{name}") for name in names)
   recorder.switch("other")
   recorder.wrap(train, "plan", "plan")
-  recorder.wrap(run, "describe", "plan")
+  recorder.wrap(summary, "describe", "plan")
   recorder.wrap(train, "train", "train")
   recorder.wrap(train, "compile_program", "compile")
   recorder.wrap(train, "save", "save")

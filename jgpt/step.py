@@ -20,11 +20,14 @@ from jgpt.config import Experiment, ModelConfig
 from jgpt.keys import DROPOUT, derive_key
 from jgpt.model import apply, init_params
 from jgpt.optim import make_optimizer, make_schedule
+from jgpt.spikes import z_score
 
 NUM_GROUPS = 4  # of documents in a batch, where padding is skipped
 
 # (params, batch, config, key, micro_batch_size) -> (loss, gradients): `loss_and_grads` and what computes the same.
 GradsFn = Callable[[dict, Batch, ModelConfig, jax.Array | None, int | None], tuple[jax.Array, dict]]
+# (ok, new, old) -> new where the bool scalar `ok` holds, else old: `keep_unless` and what computes the same.
+Keep = Callable[[jax.Array, Any, Any], Any]
 
 
 @struct.dataclass
@@ -32,9 +35,9 @@ class TrainState:
   """Everything an update reads and replaces.
 
   Attributes:
-    step: int32 scalar, updates applied so far. Batch n and rate n make the update n -> n + 1.
+    step: int32 scalar, updates so far, applied or skipped. Batch n and rate n make the update n -> n + 1.
     params: as `init_params` returns them.
-    opt_state: of the optax chain, a dict with the names clip, adam, decay and lr.
+    opt_state: of the optax chain, a dict with the names clip, adam, decay and lr, and spikes where those are skipped.
   """
 
   step: jax.Array
@@ -160,6 +163,11 @@ def dropout_key(seed: int, step: jax.Array, config: ModelConfig) -> jax.Array | 
   return derive_key(seed, DROPOUT, step) if config.dropout else None
 
 
+def keep_unless(ok: jax.Array, new: Any, old: Any) -> Any:
+  """The new tree where `ok`, a bool scalar, holds, and else the old one: bit by bit, without a branch."""
+  return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+
 def train_step(
   state: TrainState,
   batch: Batch,
@@ -169,9 +177,14 @@ def train_step(
   schedule: optax.Schedule,
   seed: int = 0,
   micro_batch_size: int | None = None,
+  skip_spikes: float | None = None,
   grads_fn: GradsFn = loss_and_grads,
+  keep: Keep = keep_unless,
 ) -> tuple[TrainState, dict]:
-  """Applies one update. The only step there is: many steps in one call is a loop over it inside jit.
+  """Applies one update, or skips it. The only step there is: many steps in one call is a loop over it inside jit.
+
+  An update whose loss or gradient is not finite, or whose loss is a spike, is skipped: parameters, moments and their count
+  are bit by bit what they were; the step, the rate and what is known of the losses go on.
 
   Args:
     state: replaced; donate it when this is jitted.
@@ -181,17 +194,26 @@ def train_step(
     schedule: the rate it uses, to report.
     seed: of what is dropped out, which is a function of it and the step.
     micro_batch_size: see `loss_and_grads`.
+    skip_spikes: the z-score of the loss above which the update is skipped; None skips none for that.
     grads_fn: `loss_and_grads`, or what computes the same.
+    keep: `keep_unless`, or what computes the same.
 
   Returns:
     The next state, and metrics, scalars: "train/loss" (nats per token, before the update), "train/grad_norm" (before
-    clipping), "train/lr".
+    clipping), "train/lr", and "train/skipped" (int32, 0 or 1).
   """
   key = dropout_key(seed, state.step, config)
   loss, grads = grads_fn(state.params, batch, config, key, micro_batch_size)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  grad_norm = optax.tree.norm(grads)
+  ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  if skip_spikes is not None:
+    ok &= z_score(state.opt_state["spikes"], loss) <= skip_spikes
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
   params = optax.apply_updates(state.params, updates)
-  metrics = {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads), "train/lr": schedule(state.step)}
+  # Parameters before moments: what a new parameter is computed from is then overwritten after it, and needs no copy.
+  params, opt_state["adam"] = keep(ok, (params, opt_state["adam"]), (state.params, state.opt_state["adam"]))
+  metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": schedule(state.step)}
+  metrics["train/skipped"] = jnp.int32(~ok)
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
@@ -235,7 +257,7 @@ def train_steps(
 
 
 def make_train_step(
-  experiment: Experiment, grads_fn: GradsFn = loss_and_grads
+  experiment: Experiment, grads_fn: GradsFn = loss_and_grads, keep: Keep = keep_unless
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
   """Binds `train_step` to a resolved experiment's settings."""
   return partial(
@@ -245,7 +267,9 @@ def make_train_step(
     schedule=make_schedule(experiment.optimizer),
     seed=experiment.train.seed,
     micro_batch_size=experiment.train.micro_batch_size,
+    skip_spikes=experiment.optimizer.skip_spikes,
     grads_fn=grads_fn,
+    keep=keep,
   )
 
 
@@ -254,6 +278,7 @@ def make_train_steps(
   capacity: int,
   place: Callable[[Batch], Batch] = lambda batch: batch,
   grads_fn: GradsFn = loss_and_grads,
+  keep: Keep = keep_unless,
 ) -> Callable[[TrainState, Corpus, jax.Array], tuple[TrainState, dict]]:
   """Binds `train_steps` to a resolved experiment's settings.
 
@@ -262,11 +287,12 @@ def make_train_steps(
     capacity: the most steps one call may take.
     place: applied to each batch, for example a sharding constraint.
     grads_fn: see `train_step`.
+    keep: see `train_step`.
   """
   batch_fn = make_batch_fn(experiment.data, experiment.train.seed)
   return partial(
     train_steps,
-    step_fn=make_train_step(experiment, grads_fn),
+    step_fn=make_train_step(experiment, grads_fn, keep),
     batch_fn=lambda corpus, step: place(batch_fn(corpus, step)),
     capacity=capacity,
   )

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jgpt import generate, program
+from jgpt import checkpoint, generate, program, train
 from jgpt.batches import make_batch_fn
 from jgpt.config import SampleConfig
 from jgpt.keys import INIT, SAMPLE, derive_key
@@ -86,6 +86,45 @@ class StepTimer:
     """Keeps what a large state that was lent became: the next round goes on from there."""
     if not self._copies:
       self._state = state
+
+
+class SaveTimer:
+  """Times steps with and without a checkpoint being written meanwhile."""
+
+  def __init__(self, steps: StepTimer, manager: checkpoint.Manager):
+    """Begins with a save, which compiles what saves need.
+
+    Args:
+      steps: whose state is saved.
+      manager: from `checkpoint.open_checkpoints`.
+    """
+    self._steps, self._manager = steps, manager
+    self(1)
+
+  def __call__(self, num: int) -> tuple[float, float, float]:
+    """Applies `num` updates, one a call, and as many after a save.
+
+    Returns:
+      Seconds of the ones; seconds of the others, from before the save until it is on disk; and of these, how long the
+      loop stood still while the arrays were copied.
+    """
+    state = self._run(self._steps.lend_state(), num)
+    began = time.perf_counter()
+    state = self._run(state, num)
+    plain = time.perf_counter() - began
+    began = time.perf_counter()
+    train.save(self._manager, state)
+    stood = time.perf_counter() - began
+    state = self._run(state, num)
+    self._manager.wait()
+    saving = time.perf_counter() - began
+    self._steps.take_back(state)
+    return plain, saving, stood
+
+  def _run(self, state: TrainState, num: int) -> TrainState:
+    for _ in range(num):
+      state = self._steps.run(state, 1)
+    return state
 
 
 def find_memory(compiled: Any) -> int | None:

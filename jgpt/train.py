@@ -10,27 +10,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
 
 import jgpt
-from jgpt import checkpoint, runtime, sharding
+from jgpt import checkpoint, locks, manifest, runtime, sharding
 from jgpt.batches import Corpus, count_epoch_steps
-from jgpt.checks import UserError
+from jgpt.cadence import SECONDS_PER_CALL, is_save_due, next_stop
+from jgpt.checks import TrainingError, UserError
 from jgpt.config import Experiment
 from jgpt.data import Data, check_path, find_data
 from jgpt.generate import begin_texts
+from jgpt.health import explain
 from jgpt.keys import SAMPLE, derive_key
-from jgpt.metrics import Chunk, Clock, JsonlWriter, Writer, read_jsonl
+from jgpt.metrics import JsonlWriter, Log, Writer, read_jsonl
 from jgpt.model import stack_blocks
-from jgpt.program import MAX_STEPS_PER_CALL, Program, begin_evaluation, compile_program
+from jgpt.program import Program, begin_evaluation, compile_program
+from jgpt.run_folder import RunFiles, append_env, read_run_files, write_run_files
 from jgpt.settings import change, differences, is_circumstance, resolve, settings
-from jgpt.signals import say, stop_signals
+from jgpt.signals import Stop, say, stop_signals
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
 from jgpt.weights import (
@@ -52,7 +58,7 @@ class Plan:
     experiment: resolved.
     data: loaded.
     workdir: the run folder, or None to leave nothing on disk.
-    start_step: updates that the folder's newest checkpoint holds; 0 without any.
+    start_step: updates that the folder's newest sound checkpoint holds; 0 without any.
     epoch_steps: updates in an epoch, where the run is counted in epochs.
     initial: the parameters to begin from; None draws them, or restores a checkpoint.
     weights: where the weights that it begins from, or began from, were found: location, sha256; None where they are drawn.
@@ -118,13 +124,16 @@ def plan(
   """
   workdir = Path(workdir) if workdir is not None else None
   recorded = None
-  if workdir is not None and (workdir / "experiment.json").exists():
-    recorded = checkpoint.read_run_files(workdir)
+  if workdir is not None and os.path.lexists(workdir / "experiment.json"):
+    recorded = read_run_files(workdir)
     experiment = inherit(experiment, recorded)
     refuse_differences(experiment, recorded, workdir)
-  elif workdir is not None and checkpoint.list_steps(workdir):
-    raise UserError(f"{workdir} has checkpoints but no experiment.json to say what they are. Choose another --workdir")
-  saved_step = checkpoint.latest_step(workdir) if workdir is not None else None
+  elif workdir is not None and (steps := manifest.list_steps(workdir)):
+    raise UserError(
+      f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in checkpoints/{steps[-1]}, or "
+      "choose another --workdir"
+    )
+  saved_step = checkpoint.find_sound_step(workdir)[0] if workdir is not None else None
   weights = None
   if experiment.train.init_from is not None and saved_step is None:
     check_path(experiment.data)  # before a download of gigabytes begins
@@ -167,7 +176,7 @@ def refuse_schedule_that_ended(experiment: Experiment, saved_step: int, workdir:
     )
 
 
-def inherit(experiment: Experiment, recorded: checkpoint.RunFiles) -> Experiment:
+def inherit(experiment: Experiment, recorded: RunFiles) -> Experiment:
   """Fills in what was left open from what a run recorded: the schedule's length does not follow `train.steps`."""
   optimizer = recorded.experiment.optimizer
   kept = {
@@ -177,7 +186,7 @@ def inherit(experiment: Experiment, recorded: checkpoint.RunFiles) -> Experiment
   return resolve(change(experiment, kept), recorded.tokenizer.vocab_size)
 
 
-def refuse_differences(experiment: Experiment, recorded: checkpoint.RunFiles, workdir: Path) -> None:
+def refuse_differences(experiment: Experiment, recorded: RunFiles, workdir: Path) -> None:
   """Raises `UserError`, naming each field, if a folder holds a run of another identity."""
   differing = differences(recorded.experiment, experiment)
   if differing:
@@ -187,7 +196,13 @@ def refuse_differences(experiment: Experiment, recorded: checkpoint.RunFiles, wo
     )
 
 
-def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[int], bool] | None = None) -> Result:
+def train(
+  plan: Plan,
+  *,
+  writers: Sequence[Writer] = (),
+  sample_at: Callable[[int], bool] | None = None,
+  stop: Stop | None = None,
+) -> Result:
   """Trains to `train.steps` updates, or until SIGINT or SIGTERM; then evaluates on the whole held-out part.
 
   Args:
@@ -195,39 +210,47 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
     writers: get the metrics of each compiled call; closed at the end. The run folder's metrics.jsonl is written besides.
     sample_at: says after which updates texts are drawn for the writers, besides `train.sample_every`; that changes no
       bit of the training.
+    stop: what signals mean; None collects the first, which ends the training, and lets the second interrupt Python.
 
   Raises:
-    UserError: if the devices do not fit the settings, or the run folder cannot be read.
+    UserError: if the devices do not fit the settings, another process writes to the run folder, or it cannot be read.
+    TrainingError: if updates were skipped `train.max_consecutive_skips` times in a row, or the parameters are not finite.
   """
   experiment, workdir = plan.experiment, plan.workdir
   mesh = sharding.make_mesh(experiment, runtime.devices())
-  saved_step = checkpoint.latest_step(workdir) if workdir is not None else None
-  plan = dataclasses.replace(plan, start_step=saved_step or 0)  # the folder may have moved on since the plan was made
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(stop_signals())
-    manager = None
+    stop = stack.enter_context(stop_signals()) if stop is None else stop
+    saved_step, manager, rows = None, None, ()
     if workdir is not None:
-      _record_start(plan, mesh)
-      manager = stack.enter_context(checkpoint.open_checkpoints(workdir))
-      writers = [JsonlWriter(workdir / "metrics.jsonl", plan.start_step), *writers]
+      saved_step = _claim_folder(plan, mesh, stack)
+      train = experiment.train
+      manager = stack.enter_context(
+        checkpoint.open_checkpoints(workdir, keep_latest=train.keep_latest, keep_best=train.keep_best)
+      )
+      log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
+      rows, writers = log_file.kept, [log_file, *writers]
+    plan = dataclasses.replace(plan, start_step=saved_step or 0)  # the folder may have moved on since the plan was made
     for writer in writers:
       stack.callback(_close, writer)
-    program = compile_program(
-      experiment,
-      plan.data,
-      plan.initial.params if plan.initial else None,
-      manager=manager,
-      saved_step=saved_step,
-      num_steps=experiment.train.steps - plan.start_step,
-    )
-    log = _Log(list(writers))  # its clock starts here: compiling is no step's time
+    with stop.leaving(describe_stop(plan, plan.start_step)):
+      program = compile_program(
+        experiment,
+        plan.data,
+        plan.initial.params if plan.initial else None,
+        manager=manager,
+        saved_step=saved_step,
+        num_steps=experiment.train.steps - plan.start_step,
+      )
+    log = Log(list(writers), rows, experiment.train.max_consecutive_skips)  # its clock starts here: compiling is no step's
     state = _loop(plan, program, manager, log, stop, sample_at)
     if manager is not None:
-      save(manager, state)  # goes on in the background during the evaluation
+      save(manager, state, log.find_heldout_loss(int(state.step)))  # goes on in the background during the evaluation
     heldout_loss, heldout_tokens = None, 0
     if not stop:
-      done = log.whole_evaluation(plan)
-      heldout_loss, heldout_tokens = done or evaluate_heldout(state.params, program.heldout, experiment)
+      finish = manager.wait if manager else lambda: None
+      with stop.leaving(describe_stop(plan, int(state.step)), finish):
+        done = log.whole_evaluation(experiment.train)
+        heldout_loss, heldout_tokens = done or evaluate_heldout(state.params, program.heldout, experiment)
   losses, heldout_losses = log.losses, [(step, loss) for step, loss, _ in log.evaluations]
   if workdir is not None:  # those of earlier starts too
     rows = read_jsonl(workdir / "metrics.jsonl")
@@ -241,60 +264,31 @@ def train(plan: Plan, *, writers: Sequence[Writer] = (), sample_at: Callable[[in
     heldout_tokens=heldout_tokens,
     tokenizer=plan.data.tokenizer,
     experiment=experiment,
-    signal=stop[0] if stop else None,
+    signal=stop.signal,
   )
 
 
-def save(manager: checkpoint.Manager, state: TrainState) -> None:
+def describe_stop(plan: Plan, step: int) -> str:
+  """What a run leaves that is stopped after a step, with nothing unsaved."""
+  if plan.workdir is None:
+    return f"stopped after step {step:,}; nothing is kept"
+  if not step:
+    return f"stopped before the first step; the same command begins again in {plan.workdir}"
+  return f"stopped after step {step:,}, which is saved in {plan.workdir}; the same command goes on from there"
+
+
+def save(manager: checkpoint.Manager, state: TrainState, heldout_loss: float | None = None) -> None:
   """Saves a state under its step; on disk blocks are always stacked."""
-  checkpoint.save(manager, jax.jit(stack_blocks)(state) if isinstance(state.params["blocks"], list) else state)
-
-
-class _Log:
-  """Hands what compiled calls return to the writers, and keeps the losses of this start."""
-
-  def __init__(self, writers: list[Writer]):
-    self._writers, self._clock = writers, Clock()
-    self.losses: list[np.float32] = []
-    self.evaluations: list[tuple[int, float, int]] = []
-
-  def whole_evaluation(self, plan: Plan) -> tuple[float, int] | None:
-    """The loss after the last update and its tokens, if it was computed over the whole held-out part."""
-    train = plan.experiment.train
-    if train.eval_batches is None and self.evaluations and self.evaluations[-1][0] == train.steps:
-      return self.evaluations[-1][1:]
-    return None
-
-  def write(
-    self,
-    step: int,
-    num: int,
-    metrics: dict,
-    evaluation: tuple[jax.Array, jax.Array] | None,
-    texts: Callable[[], list[str]] | None,
-  ) -> None:
-    """Waits for the call that ended at `step` with its last `num` updates, and for what was begun after it."""
-    metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}
-    self.losses.extend(metrics.get("train/loss", ()))
-    heldout_loss = None
-    if evaluation is not None:
-      heldout_loss = float(evaluation[0])
-      self.evaluations.append((step, heldout_loss, int(evaluation[1])))
-    chunk = Chunk(step, metrics, self._clock.lap(), heldout_loss, tuple(texts()) if texts else ())
-    for writer in list(self._writers):
-      try:
-        writer.write(chunk)
-      except OSError as error:  # a full disk, a reader that left: the training is worth more than its log
-        self._writers.remove(writer)
-        say(f"{type(writer).__name__} stopped at step {step} ({error.strerror or error}); training goes on")
+  stacked = jax.jit(stack_blocks)(state) if isinstance(state.params["blocks"], list) else state
+  checkpoint.save(manager, stacked, heldout_loss)
 
 
 def _loop(
   plan: Plan,
   program: Program,
   manager: checkpoint.Manager | None,
-  log: _Log,
-  stop: list[int],
+  log: Log,
+  stop: Stop,
   sample_at: Callable[[int], bool] | None,
 ) -> TrainState:
   """Runs the compiled calls; returns the last state."""
@@ -309,46 +303,43 @@ def _loop(
     due = train.sample_every and step % train.sample_every == 0 and step < train.steps  # at the end the caller samples
     return begin_samples(plan, state.params, step) if due or (sample_at and sample_at(step)) else None
 
-  pending = None
-  if step == 0 and train.steps and (first := evaluation(0)):
-    pending = 0, 0, {}, first, None
-  while step < train.steps and not stop:
-    num = next_stop(step, plan, program.feed.block_steps) - step
+  pending, last_save = None, time.monotonic()
+  if train.steps and step not in log.evaluated and (first := evaluation(step)):  # a stop may have come before it was done
+    pending = step, 0, {}, first, None
+  while step < train.steps and not stop and not log.health.exhausted:
+    num = min(next_stop(step, train, plan.epoch_steps, program.feed.block_steps) - step, log.count_steps(SECONDS_PER_CALL))
     state, metrics = program.run_steps(program.feed.corpus_at(step), state, np.int32(num))
     step += num
     due = step, num, metrics, evaluation(step), texts(step)
     if pending:  # the previous call's: the device is busy with this one meanwhile
-      log.write(*pending)
+      log.write(*pending, stop)
     pending = due
-    if manager is not None and train.save_every and step % train.save_every == 0:
-      save(manager, state)
+    if manager is not None and is_save_due(step, train, time.monotonic() - last_save):
+      log.write(*pending, stop)  # first the rows up to here, then the checkpoint
+      log.sync()
+      save(manager, state, log.find_heldout_loss(step))
+      pending, last_save = None, time.monotonic()
   if pending:
-    log.write(*pending)
+    log.write(*pending, stop)
+  log.sync()
+  if log.health.exhausted:
+    _stop_training(plan, program, manager, state, log)
   return state
 
 
-def next_stop(step: int, plan: Plan, block_steps: int | None = None) -> int:
-  """The step at which the host looks next: after the first update, where something is due, or at the end.
-
-  Args:
-    step: updates that are done.
-    plan: of the run.
-    block_steps: the corpus is on the devices up to the next multiple of this only; None for all of it.
-  """
-  train = plan.experiment.train
-  if step == 0:
-    return min(1, train.steps)
-  stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, plan.epoch_steps)]
-  stops += [(step // p + 1) * p for p in (train.save_every, train.eval_every, train.sample_every, block_steps) if p]
-  return min(stops)
-
-
-def next_line(step: int, log_every: int, epoch_steps: int | None) -> int:
-  """The first step after `step` at which a line of progress is due; in epochs the steps of each are counted anew."""
-  if epoch_steps is None:
-    return (step // log_every + 1) * log_every
-  begin = step // epoch_steps * epoch_steps
-  return min(begin + epoch_steps, begin + ((step - begin) // log_every + 1) * log_every)
+def _stop_training(
+  plan: Plan, program: Program, manager: checkpoint.Manager | None, state: TrainState, log: Log
+) -> NoReturn:
+  """Saves a state whose last updates were all skipped, and says why they were; it is that of the last good update."""
+  first = log.health.exhausted
+  kept = "Nothing was kept"
+  if manager is not None:
+    save(manager, state)
+    manager.wait()
+    kept = f"The parameters before step {first} are saved as checkpoint {int(state.step)} in {plan.workdir}"
+  words = explain(plan.experiment, state, program.feed.corpus_at(first - 1), first)
+  lower = plan.experiment.optimizer.peak_lr / 10
+  raise TrainingError(f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}")
 
 
 def sample_texts(plan: Plan, params: dict, step: int) -> list[str]:
@@ -370,13 +361,25 @@ def evaluate_heldout(params: dict, heldout: Corpus, experiment: Experiment) -> t
   return float(loss), int(tokens)
 
 
+def _claim_folder(plan: Plan, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack) -> int | None:
+  """Makes a run folder this process's alone until the stack closes; returns the step to restore, if any."""
+  workdir = plan.workdir
+  workdir.mkdir(parents=True, exist_ok=True)
+  stack.enter_context(locks.hold(workdir))
+  saved_step, damaged = checkpoint.find_sound_step(workdir, trusted=plan.start_step)
+  for step, damage in damaged.items():
+    aside = manifest.set_aside(workdir, step)
+    say(f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step {saved_step}: {damage}")
+  _record_start(dataclasses.replace(plan, start_step=saved_step or 0), mesh)
+  return saved_step
+
+
 def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
   """Writes the run folder's settings where it is new, and what may differ between starts."""
   text = plan.data.text
-  if not (plan.workdir / "experiment.json").exists():
+  if not os.path.lexists(plan.workdir / "experiment.json"):
     data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-    files = checkpoint.RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights)
-    checkpoint.write_run_files(plan.workdir, files)
+    write_run_files(plan.workdir, RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights))
   devices = mesh.devices.flatten()
   entry = {
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -387,7 +390,7 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
     "devices": [f"{d.platform} {d.device_kind}" for d in devices],
     "settings": {name: value for name, value in settings(plan.experiment).items() if is_circumstance(name)},
   }
-  checkpoint.append_env(plan.workdir, entry)
+  append_env(plan.workdir, entry)
 
 
 def _close(writer: Writer) -> None:

@@ -8,14 +8,16 @@ readable definition, and the equivalence tests run with and without. Not respons
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jgpt.attention import attend_in_blocks
 from jgpt.config import Experiment, ModelConfig
 from jgpt.model import stack_blocks, unstack_blocks
 from jgpt.params import count_params
-from jgpt.step import NUM_GROUPS, GradsFn, loss_and_grads, loss_fn, skip_padding
+from jgpt.step import NUM_GROUPS, GradsFn, Keep, keep_unless, loss_and_grads, loss_fn, skip_padding
 
 SMALL_MODEL_PARAMS = 100_000
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"  # the option that names XLA's YNNPACK fusions; "" is none
@@ -29,6 +31,7 @@ class Tricks:
     layout: `stack_blocks` or `unstack_blocks`: how layers lie in memory.
     loss_fn: of the training step: `step.loss_fn`, or what computes the same.
     grads_fn: its value and gradient: `step.loss_and_grads`, or what computes the same.
+    keep: how an update is skipped: `step.keep_unless`, or what computes the same.
     step_options: the compiler's, for the training step.
     init_options: the compiler's, for a program that runs once.
   """
@@ -36,6 +39,7 @@ class Tricks:
   layout: Callable = stack_blocks
   loss_fn: Callable = loss_fn
   grads_fn: GradsFn = loss_and_grads
+  keep: Keep = keep_unless
   step_options: dict = dataclasses.field(default_factory=dict)
   init_options: dict = dataclasses.field(default_factory=dict)
 
@@ -49,6 +53,7 @@ def choose_tricks(experiment: Experiment, platform: str) -> Tricks:
   if experiment.mesh.tricks and platform == "cpu":
     tricks = Tricks(
       layout=choose_layout(experiment.model),
+      keep=choose_keep(experiment.model),
       step_options=choose_options(experiment.model),
       init_options=QUICK_OPTIONS,
       **choose_loss(experiment),
@@ -126,3 +131,25 @@ def has_padding(experiment: Experiment) -> bool:
     and not experiment.model.dropout  # what is dropped out depends on where a document stands
     and experiment.mesh.data == 1  # sorted, a divided batch would move between devices
   )
+
+
+# --- The update ---
+
+
+def choose_keep(config: ModelConfig) -> Keep:
+  """Keeps a small model's leaves one after the other."""
+  return keep_unless if count_params(config) > SMALL_MODEL_PARAMS else keep_one_by_one
+
+
+def keep_one_by_one(ok: jax.Array, new: Any, old: Any) -> Any:
+  """`keep_unless`, each leaf after the one before.
+
+  XLA on a CPU hands operations to other threads where more than eight are ready, and all leaves are once `ok` is known. A
+  step of `names` took 60 us of processor time, and 36 to 60 us, instead of 35 of both; without skipping 31.
+  """
+  olds, structure = jax.tree.flatten(old)
+  kept = []
+  for n, o in zip(jax.tree.leaves(new), olds, strict=True):
+    kept.append(jnp.where(ok, n, o))
+    ok &= ok | (kept[-1].ravel()[0] > 0)  # what it was, and known only after this leaf: compilers do not see through it
+  return jax.tree.unflatten(structure, kept)

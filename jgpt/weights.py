@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from jgpt import checkpoint, hugging_face, llmc, sources
+from jgpt import checkpoint, hugging_face, llmc, manifest, run_folder, sources
 from jgpt.bpe import make_gpt2_tokenizer
 from jgpt.checks import UserError, near_matches
 from jgpt.config import GPT2_SIZES, DataConfig, Experiment, ModelConfig
@@ -65,10 +65,10 @@ def open_weights(source: str, report: Callable[[int, int], None] = lambda done, 
   if not source.strip():
     raise UserError("train.init_from is empty: it must be a path, or one of " + ", ".join(RELEASED) + ".")
   path = Path(os.path.expanduser(source))  # Path.expanduser raises where there is no such user
-  if (path / "experiment.json").is_file():
-    return _open_run(path, None)
   if path.parent.name == "checkpoints" and (path.parent.parent / "experiment.json").is_file() and path.name.isdecimal():
     return _open_run(path.parent.parent, int(path.name))
+  if (path / "experiment.json").is_file():
+    return _open_run(path, None)
   if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
     path = path.parent  # what is beside it says the number of heads and what ids mean
   if path.is_dir() or path.suffix == ".safetensors":
@@ -173,8 +173,8 @@ def _open_released(name: str, report: Callable[[int, int], None]) -> Weights:
 
 def _open_run(path: Path, step: int | None) -> Weights:
   """Another run's parameters without its optimizer, of a step or the newest."""
-  files = checkpoint.read_run_files(path)
-  config, step = files.experiment.model, checkpoint.find_step(path, step)
+  files = run_folder.read_run_files(path)
+  config, step = files.experiment.model, manifest.find_step(path, step)
 
   @functools.cache
   def tensors() -> dict:

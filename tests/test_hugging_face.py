@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from reference.llmc_files import bfloat16_to_float32, round_to_bfloat16
 from small_runs import VERSE
 
-from jgpt import checkpoint, command, export, hugging_face, interop, run, train, weights
+from jgpt import checkpoint, command, export, hugging_face, interop, run, run_folder, train, weights
 from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
@@ -714,8 +714,8 @@ def two_steps(tmp_path_factory):
   plan = train.plan(small(folder / "verse.txt", train__steps=4))
   text, tokenizer = plan.data.text, plan.data.tokenizer
   data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-  files = checkpoint.RunFiles("small", plan.experiment, tokenizer, data, None)
-  checkpoint.write_run_files(folder / "run", files)
+  files = run_folder.RunFiles("small", plan.experiment, tokenizer, data, None)
+  run_folder.write_run_files(folder / "run", files)
   with checkpoint.open_checkpoints(folder / "run") as manager:
     for step in (2, 4):
       params = jax.tree.map(jax.numpy.asarray, draw_params(plan.experiment.model, seed=step))
@@ -759,7 +759,7 @@ def test_a_run_opens_in_transformers_and_continues_a_prompt_as_here(two_steps, t
 def test_a_run_begins_with_the_bits_of_the_export_and_exports_them_again(two_steps, tmp_path, capsys):
   folder = tmp_path / "out"
   assert call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", folder)[0] == 0
-  experiment = checkpoint.read_run_files(two_steps).experiment
+  experiment = run_folder.read_run_files(two_steps).experiment
   changes = {"train.init_from": str(folder), "train.steps": 0, "train.save_every": None, "optimizer.decay_steps": None}
   plan = train.plan(change(experiment, changes), workdir=tmp_path / "run")
   train.train(plan)
@@ -819,10 +819,10 @@ def test_a_run_that_the_format_cannot_hold_is_refused_before_any_array_is_read(t
   (tmp_path / "words.txt").write_text("emma\nava\nio\n" * 9)
   experiment = change(load_experiment("names"), {"data.path": str(tmp_path / "words.txt"), "train.steps": 0})
   plan = train.plan(experiment, workdir=tmp_path / "run")
-  files = checkpoint.RunFiles(
+  files = run_folder.RunFiles(
     "names", plan.experiment, plan.data.tokenizer, {"kind": "", "location": "", "sha256": ""}, None
   )
-  checkpoint.write_run_files(tmp_path / "run", files)
+  run_folder.write_run_files(tmp_path / "run", files)
   monkeypatch.setattr(checkpoint, "load_run", None)
   status, _, err = call(capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out")
   assert status == 2 and "model.norm=rms (it has layer)" in err and err.count("\n") == 1
@@ -836,10 +836,10 @@ def test_neither_transformers_nor_torch_is_needed(two_steps, tmp_path):
 import pathlib, sys
 missing = dict.fromkeys(["torch", "transformers", "huggingface_hub"])
 sys.modules.update(missing)
-from jgpt import checkpoint, export, train
+from jgpt import checkpoint, export, run_folder, train
 from jgpt.settings import change
 assert export.main(["--run", {str(two_steps)!r}, "--format", "hf", "--out", {str(out)!r}]) == 0
-experiment = checkpoint.read_run_files(pathlib.Path({str(two_steps)!r})).experiment
+experiment = run_folder.read_run_files(pathlib.Path({str(two_steps)!r})).experiment
 assert train.plan(change(experiment, {{"train.init_from": {str(out)!r}}})).initial.location == {str(out)!r}
 assert not any(sys.modules.get(name) for name in missing)
 """

@@ -15,7 +15,22 @@ from reference import llmc_files, numpy_gpt
 from small_runs import VERSE, WORDS
 from switches import draw_params, to_oracle
 
-from jgpt import checkpoint, command, evaluate, export, hugging_face, inspect, llmc, program, run, sample, train
+from jgpt import (
+  checkpoint,
+  command,
+  evaluate,
+  export,
+  hugging_face,
+  inspect,
+  llmc,
+  manifest,
+  program,
+  run,
+  run_folder,
+  sample,
+  summary,
+  train,
+)
 from jgpt import weights as weights_lib
 from jgpt.bpe import BpeTokenizer
 from jgpt.catalog import load_experiment
@@ -53,7 +68,7 @@ def draw(config):
 def save_run(workdir, experiment, tokenizer, params, step=0):
   """Writes a run folder with these parameters, and with an optimizer that has moments."""
   data = {"kind": "path", "location": "there", "sha256": "0" * 64}
-  checkpoint.write_run_files(workdir, checkpoint.RunFiles("other", experiment, tokenizer, data))
+  run_folder.write_run_files(workdir, run_folder.RunFiles("other", experiment, tokenizer, data))
   state = begin_state(params, make_optimizer(experiment.optimizer, experiment.model))
   state = jax.tree.map(lambda x: np.full(x.shape, step, x.dtype), state).replace(params=params)
   with checkpoint.open_checkpoints(workdir) as manager:
@@ -222,7 +237,7 @@ def test_an_interrupted_run_goes_on_without_the_weights(base, source, tmp_path):
   writer = types.SimpleNamespace(write=interrupt, close=lambda: None)
   assert start(experiment, tmp_path / "run", writers=[writer]).signal == signal.SIGINT
   os.unlink(source[0])
-  assert 1 <= checkpoint.latest_step(tmp_path / "run") < 4
+  assert 1 <= manifest.find_step(tmp_path / "run", None) < 4
   resumed = start(experiment, tmp_path / "run")
   assert resumed.losses.tobytes() == straight.losses.tobytes() and equal_bits(resumed.state, straight.state)
 
@@ -267,10 +282,10 @@ def test_what_a_run_recorded_about_its_weights_is_checked(base, source, tmp_path
   for damaged in ({"location": "x"}, {"location": 3, "sha256": "0"}, "x", []):
     path.write_text(json.dumps(value | {"weights": damaged}))
     with pytest.raises(UserError, match="which weights it began from"):
-      checkpoint.read_run_files(tmp_path)
+      run_folder.read_run_files(tmp_path)
   del value["weights"], value["experiment"]["train"]["init_from"]
   path.write_text(json.dumps(value))
-  files = checkpoint.read_run_files(tmp_path)
+  files = run_folder.read_run_files(tmp_path)
   assert files.weights is None and settings(files.experiment) == settings(experiment)
 
 
@@ -287,7 +302,7 @@ def test_kept_weights_can_be_trained_on(base, source, tmp_path):
   grown = start(experiment, tmp_path / "grown")
   assert len(grown.losses) == 4 and grown.losses.tobytes() == straight.losses.tobytes()
   assert equal_bits(grown.state, straight.state)
-  assert checkpoint.list_steps(tmp_path / "grown") == [0, 4]
+  assert manifest.list_steps(tmp_path / "grown") == [0, 4]
 
 
 @pytest.mark.usefixtures("quick")
@@ -563,8 +578,8 @@ def test_what_is_no_weights_is_refused_in_one_line(name, words, base, tmp_path, 
   (tmp_path / "notes.txt").write_text("weights")
   (tmp_path / "model.pt").write_bytes(b"PK\x03\x04" + bytes(99))
   (tmp_path / "model.pkl").write_bytes(b"\x80\x04\x95.")
-  files = checkpoint.RunFiles("other", resolve(base, 256), ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
-  checkpoint.write_run_files(tmp_path / "begun", files)
+  files = run_folder.RunFiles("other", resolve(base, 256), ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
+  run_folder.write_run_files(tmp_path / "begun", files)
   message = refusal(begin(base, name))
   for word in words:
     assert word in message
@@ -707,6 +722,6 @@ def test_a_run_says_where_it_began_also_when_it_goes_on(base, source, tmp_path):
   train.train(first)
   again = train.plan(experiment, workdir=tmp_path / "run")
   assert again.initial is None and again.weights == first.weights
-  (line,) = run.describe_initial(again)
+  (line,) = summary.describe_initial(again)
   assert line == ("weights", f"began from {source[0]} (SHA-256 {first.initial.sha256[:12]})")
-  assert run.describe_initial(first)[1] == ("", "no tokenizer comes with them: the experiment's is taken")
+  assert summary.describe_initial(first)[1] == ("", "no tokenizer comes with them: the experiment's is taken")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from reference import llmc_files, numpy_gpt
 from switches import SYSTEMS, draw_params, make_experiment, make_model, to_oracle
 
-from jgpt import checkpoint, command, export, llmc, weights
+from jgpt import checkpoint, command, export, llmc, run_folder, weights
 from jgpt.batches import make_batch_fn
 from jgpt.checks import UserError
 from jgpt.config import OptimizerConfig
@@ -502,7 +502,7 @@ def saved(text, tmp_path_factory):
   workdir, config = tmp_path_factory.mktemp("runs") / "saved", dataclasses.replace(SMALL, vocab_size=256)
   experiment = change(make_experiment(config, OPTIMIZER, seed=5), {"data.path": str(text)})
   data = {"kind": "path", "location": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
-  checkpoint.write_run_files(workdir, checkpoint.RunFiles("saved", experiment, ByteTokenizer(), data))
+  run_folder.write_run_files(workdir, run_folder.RunFiles("saved", experiment, ByteTokenizer(), data))
   params = draw(config)
   state = begin_state(jax.tree.map(jax.numpy.asarray, params), make_optimizer(experiment.optimizer, config))
   with checkpoint.open_checkpoints(workdir) as manager:
@@ -572,8 +572,8 @@ def test_what_the_command_cannot_do_leaves_nothing_behind(args, words, saved, tm
 @pytest.mark.parametrize("name", ["llmc", "llmc-state"])
 def test_a_run_of_another_model_is_refused_before_its_arrays_are_read(name, tmp_path, capsys):
   experiment = make_experiment(dataclasses.replace(SMALL, norm="rms", vocab_size=256), OPTIMIZER)
-  files = checkpoint.RunFiles("other", experiment, ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
-  checkpoint.write_run_files(tmp_path / "run", files)
+  files = run_folder.RunFiles("other", experiment, ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
+  run_folder.write_run_files(tmp_path / "run", files)
   status, _, err = call(capsys, "--run", tmp_path / "run", "--format", name, "--out", tmp_path / "m.bin")
   assert status == 2 and err.count("\n") == 1 and "model.norm=rms" in err
   assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -583,8 +583,8 @@ def test_documents_have_no_debug_state(tmp_path, capsys):
   config = dataclasses.replace(SMALL, vocab_size=3)
   experiment = change(make_experiment(config, OPTIMIZER), {"data.tokenizer": "characters"})
   experiment = change(experiment, {"data.batching": "documents"})
-  files = checkpoint.RunFiles("names", experiment, CharTokenizer("ab", bos=True), {"kind": "path", "sha256": "0" * 64})
-  checkpoint.write_run_files(tmp_path / "run", files)
+  files = run_folder.RunFiles("names", experiment, CharTokenizer("ab", bos=True), {"kind": "path", "sha256": "0" * 64})
+  run_folder.write_run_files(tmp_path / "run", files)
   status, _, err = call(capsys, "--run", tmp_path / "run", "--format", "llmc-state", "--out", tmp_path / "m.bin")
   assert status == 2 and err.count("\n") == 1 and "data.batching=documents" in err
   assert [p.name for p in tmp_path.iterdir()] == ["run"]

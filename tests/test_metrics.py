@@ -17,6 +17,7 @@ def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):
   """A chunk that ends at `step`; norms and rates are told apart from losses and from each other."""
   losses = np.asarray(losses, np.float32)
   metrics = {"train/loss": losses, "train/grad_norm": losses + 10, "train/lr": losses / 1000}
+  metrics["train/skipped"] = np.zeros(len(losses), np.int32)
   return Chunk(step, metrics, seconds, heldout_loss, texts)
 
 
@@ -25,7 +26,7 @@ def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):
 
 def test_rows_are_numbered_by_update_and_hold_every_metric(tmp_path):
   """The first update is step 1; a chunk ends at its step."""
-  path = tmp_path / "folder" / "metrics.jsonl"
+  path = tmp_path / "metrics.jsonl"
   writer = JsonlWriter(path, 0)
   writer.write(make_chunk(1, [3.25]))
   writer.write(make_chunk(3, [2.5, 2.25]))
@@ -36,11 +37,13 @@ def test_rows_are_numbered_by_update_and_hold_every_metric(tmp_path):
     "train/loss": 2.5,
     "train/grad_norm": 12.5,
     "train/lr": float(str(np.float32(0.0025))),
+    "train/skipped": 0,
   }
+  assert '"train/skipped": 0}' in path.read_text()  # a whole number is written as one
 
 
-def test_evaluations_stand_in_the_row_of_their_update(tmp_path):
-  """And in a row of their own before the first; a run that goes on drops those it will make again."""
+def test_evaluations_stand_in_rows_of_their_own(tmp_path):
+  """After the row of their update; a run that goes on drops those it will make again."""
   path = tmp_path / "metrics.jsonl"
   writer = JsonlWriter(path, 0)
   writer.write(Chunk(0, {}, 0.1, 3.5))
@@ -48,7 +51,8 @@ def test_evaluations_stand_in_the_row_of_their_update(tmp_path):
   writer.close()
   rows = read_jsonl(path)
   assert rows[0] == {"step": 0, "heldout/loss": 3.5}
-  assert [row.get("heldout/loss") for row in rows] == [3.5, None, 2.75]
+  assert [row.get("heldout/loss") for row in rows] == [3.5, None, None, 2.75]
+  assert rows[3] == {"step": 2, "heldout/loss": 2.75}
   JsonlWriter(path, 1).close()
   assert [row["step"] for row in read_jsonl(path)] == [0, 1]
 

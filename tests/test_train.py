@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jgpt import checkpoint, program, sharding, train
+from jgpt import checkpoint, manifest, program, run_folder, sharding, train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
 from jgpt.download import DownloadError
@@ -153,7 +153,7 @@ def test_another_identity_in_a_folder_is_refused_naming_the_fields(experiment, t
     UserError, match=r"optimizer.peak_lr is 0.01 there and 0.02 here, train.seed is 0 there and 3 here\. .*--fresh"
   ):
     run(change(experiment, {"optimizer.peak_lr": 0.02, "train.seed": 3}), tmp_path)
-  assert settings(checkpoint.read_run_files(tmp_path).experiment)["optimizer.peak_lr"] == 0.01
+  assert settings(run_folder.read_run_files(tmp_path).experiment)["optimizer.peak_lr"] == 0.01
 
 
 def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_path, monkeypatch):
@@ -193,8 +193,36 @@ def test_a_signal_saves_the_last_completed_step(experiment, tmp_path, number):
   stopped = run(experiment, tmp_path, writers=[Interrupter()])
   assert signal.getsignal(number) is handler
   assert stopped.signal == number and stopped.heldout_loss is None
-  assert 20 <= int(stopped.state.step) < 60 and checkpoint.latest_step(tmp_path) == int(stopped.state.step)
+  assert 20 <= int(stopped.state.step) < 60 and manifest.find_step(tmp_path, None) == int(stopped.state.step)
   assert equal_bits(run(experiment, tmp_path).state, run(experiment).state)
+
+
+def test_checkpoints_by_the_clock_change_no_bit(experiment, tmp_path):
+  """One is due at each look of the host, and each is kept: after the first update, then every 20."""
+  often = change(experiment, {"train.save_every_seconds": 0.0, "train.keep_latest": 100})
+  assert equal_bits(run(often, tmp_path).state, run(experiment).state)
+  assert manifest.list_steps(tmp_path) == [1, 20, 40, 60]
+
+
+def test_calls_are_short_enough_to_hear_a_signal(experiment, tmp_path, monkeypatch):
+  """However many steps are due: what is computed does not depend on it."""
+  monkeypatch.setattr(train, "SECONDS_PER_CALL", 0.0)
+  recorder = Recorder()
+  assert equal_bits(run(experiment, writers=[recorder]).state, run(experiment).state)
+  assert [chunk.step for chunk in recorder.chunks] == [*range(1, 61)]
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_made_when_the_run_goes_on(experiment, tmp_path):
+  """Its row stands where it stands in the run that was not stopped."""
+  evaluated = change(experiment, {"train.eval_every": 20, "train.save_every": 20})
+  run(evaluated, tmp_path / "straight")
+  run(change(evaluated, {"train.steps": 40, "optimizer.decay_steps": 60}), tmp_path / "stopped")
+  log = tmp_path / "stopped" / "metrics.jsonl"
+  lines = log.read_text().splitlines(keepends=True)
+  assert json.loads(lines.pop())["step"] == 40  # the evaluation's
+  log.write_text("".join(lines))
+  run(change(evaluated, {"optimizer.decay_steps": 60}), tmp_path / "stopped")
+  assert log.read_text() == (tmp_path / "straight" / "metrics.jsonl").read_text()
 
 
 def test_training_works_outside_the_main_thread(experiment):
@@ -248,7 +276,7 @@ def test_a_writer_that_fails_does_not_end_the_training(experiment, tmp_path, cap
       raise OSError(28, "No space left on device")
 
   result = run(experiment, tmp_path, writers=[Full()])
-  assert int(result.state.step) == 60 and checkpoint.latest_step(tmp_path) == 60
+  assert int(result.state.step) == 60 and manifest.find_step(tmp_path, None) == 60
   assert "Full stopped at step 1 (No space left on device); training goes on" in capfd.readouterr().err
 
 

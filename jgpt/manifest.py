@@ -1,0 +1,290 @@
+"""Checkpoints as files: which there are, and whether they are whole.
+
+A run's checkpoints/<step>/ holds what makes the run at that step, after `step` updates:
+
+    params/           the parameters by name, as `init_params` returns them, layers stacked: all that sampling needs
+    train_state/      step and the optimizer's state (opt_state/adam/mu/..., nu/...), named as the parameters are
+    experiment.json   the settings, with the place and SHA-256 of the text; a copy of the run folder's
+    tokenizer.json    the tokenizer; a copy
+    manifest.json     what follows
+
+Both folders of arrays are written by orbax: an OCDBT database of zarr arrays. Without jgpt and without orbax, TensorStore
+reads one as `{"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": "file:///.../params/", "path": "blocks.w_up/"}}`:
+parts of a name are joined by dots there, and by "/" everywhere else.
+
+manifest.json:
+
+    format        1, the number of this description; a reader refuses what it does not know
+    step          updates applied; the folder's name
+    data          kind, location and sha256 of the text, and sequences: how many were taken. The batch of a step is a
+                  function of seed and step (`batches.py`), so this is the whole position in the data
+    heldout_loss  nats per token where it was evaluated at this step, else null
+    leaves        name -> dtype, shape and digest (`digest.py`), for each array of both folders
+    files         name -> bytes and sha256, for every other file below the step's folder
+    sha256        of the other fields, as JSON with sorted keys and no spaces
+
+A step exists if and only if it contains its manifest, which is written last: orbax renames its temporary folder to <step>,
+then the JSON files are written, then the manifest under a temporary name, which is renamed. A step is deleted manifest
+first. What a killed process left has no manifest; nothing reads it, and the next writer removes it.
+
+Responsible for that order, for finding damage and for deleting; nothing here follows a link or opens a name that a manifest
+gives. Not responsible for arrays (`checkpoint.py`). Imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jgpt.checks import UserError
+from jgpt.run_folder import read_json, require_real, write_json
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+ITEMS = ("params", "train_state")
+STEP = re.compile("0|[1-9][0-9]{0,9}")
+PARTIAL = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # orbax's name for what it is writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a checkpoint says of itself.
+
+  Attributes:
+    step: updates applied.
+    data: kind, location and sha256 of the text; sequences taken.
+    heldout_loss: nats per token, where it was evaluated at this step.
+    leaves: name -> dtype, shape, digest.
+    files: name -> bytes, sha256.
+  """
+
+  step: int
+  data: dict[str, Any]
+  heldout_loss: float | None
+  leaves: dict[str, dict[str, Any]]
+  files: dict[str, dict[str, Any]]
+
+
+def checkpoints_dir(workdir: Path) -> Path:
+  """The folder of a run's checkpoints; raises `UserError` if it is a symbolic link."""
+  folder = workdir / "checkpoints"
+  require_real(folder)
+  return folder
+
+
+def list_steps(workdir: Path) -> list[int]:
+  """The steps that a run folder has checkpoints of, ascending; raises `UserError` if `checkpoints` is a link."""
+  folder = checkpoints_dir(workdir)
+  if not folder.is_dir():
+    return []
+  names = [entry.name for entry in os.scandir(folder) if STEP.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+  return sorted(int(name) for name in names if os.path.lexists(folder / name / MANIFEST_FILE))
+
+
+def find_step(workdir: Path, step: int | None) -> int:
+  """Returns a saved step, the newest for None; raises `UserError` where there is none, or not that one."""
+  steps = list_steps(workdir)
+  if not steps:
+    raise UserError(f"{workdir} has no checkpoint yet.")
+  if step is not None and step not in steps:
+    raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+  return steps[-1] if step is None else step
+
+
+# --- Writing and deleting ---
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+  """Writes a step's manifest, with its files as they are now; from then on the step exists.
+
+  Args:
+    folder: complete but for the manifest.
+    manifest: its `files` are not looked at.
+  """
+  content = {"format": FORMAT, **dataclasses.asdict(manifest), "files": digest_files(folder)}
+  write_json(folder / MANIFEST_FILE, content | {"sha256": _digest_json(content)})
+
+
+def _digest_json(value: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
+  """The size and SHA-256 of every file below a folder but the manifest, by name; two cores' worth at a time."""
+  files = {name: path for name, path in walk(folder) if name != MANIFEST_FILE}
+  with ThreadPoolExecutor(2) as pool:  # hashing lets other threads run
+    return dict(zip(files, pool.map(_digest_file, files.values()), strict=True))
+
+
+def remove_step(folder: Path) -> None:
+  """Deletes a step, its manifest first; of what is no folder, or a link, the name alone."""
+  if folder.is_symlink() or not folder.is_dir():
+    folder.unlink(missing_ok=True)
+    return
+  (folder / MANIFEST_FILE).unlink(missing_ok=True)
+  shutil.rmtree(folder)
+
+
+def sweep(workdir: Path) -> None:
+  """Deletes what killed writers left: steps without a manifest. To be called by the only writer.
+
+  Raises:
+    UserError: if there are several such and no step that has one: a writer leaves one at most, so they were lost otherwise.
+  """
+  folder = checkpoints_dir(workdir)
+  steps = {str(step) for step in list_steps(workdir)}
+  names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+  partial = [name for name in names if PARTIAL.fullmatch(name) and name not in steps]
+  if not steps and len([name for name in partial if STEP.fullmatch(name)]) > 1:
+    raise UserError(
+      f"none of the checkpoints in {folder} has its {MANIFEST_FILE}. Put them back, or start over with --fresh"
+    )
+  for name in partial:
+    remove_step(folder / name)
+
+
+def set_aside(workdir: Path, step: int) -> Path:
+  """Renames a damaged step so that it exists no more and is still there for a person; returns its new name."""
+  folder = checkpoints_dir(workdir) / str(step)
+  number = 1
+  while os.path.lexists(aside := folder.with_name(f"{step}.damaged{f'-{number}' if number > 1 else ''}")):
+    number += 1
+  folder.rename(aside)
+  return aside
+
+
+def retain(workdir: Path, keep_latest: int, keep_best: int) -> None:
+  """Deletes all steps but the newest and those of the lowest held-out loss.
+
+  Args:
+    workdir: a run folder.
+    keep_latest: at least 1.
+    keep_best: of the steps that say their held-out loss; of equal ones the newer is better.
+  """
+  steps = list_steps(workdir)
+  kept = set(steps[-keep_latest:])
+  losses = {step: loss for step in steps if (loss := _read_loss(checkpoints_dir(workdir) / str(step))) is not None}
+  kept |= set(sorted(losses, key=lambda step: (losses[step], -step))[:keep_best])
+  for step in steps:
+    if step not in kept:
+      remove_step(checkpoints_dir(workdir) / str(step))
+
+
+def _read_loss(folder: Path) -> float | None:
+  try:
+    loss = read_manifest(folder).heldout_loss
+  except UserError:  # damaged: no reason to keep it, nor to stop a save
+    return None
+  return loss if loss is not None and math.isfinite(loss) else None
+
+
+# --- Reading ---
+
+
+def read_manifest(folder: Path) -> Manifest:
+  """Reads a step's manifest.
+
+  Raises:
+    UserError: naming the file, if it is absent, of another format or not a manifest of this step.
+  """
+  path = folder / MANIFEST_FILE
+  value = read_json(path)
+  if not isinstance(value, dict) or value.get("format") != FORMAT:
+    got = value.get("format") if isinstance(value, dict) else None
+    raise UserError(f"{path} has format {str(got)[:20]}; this jgpt reads format {FORMAT}.")
+  if value.get("sha256") != _digest_json({name: field for name, field in value.items() if name != "sha256"}):
+    raise UserError(f"{path} has changed: its SHA-256 is not the one it says.")
+  fields = {field.name: value.get(field.name) for field in dataclasses.fields(Manifest)}
+  sound = (
+    type(fields["step"]) is int
+    and type(fields["heldout_loss"]) in (float, type(None))
+    and isinstance(fields["data"], dict)
+    and all(_is_table(fields[name], keys) for name, keys in _TABLES.items())
+  )
+  if not sound:
+    raise UserError(f"{path} is not a manifest: a field is missing or of the wrong type.")
+  if re.fullmatch("[0-9]+", folder.name) and str(fields["step"]) != folder.name:
+    raise UserError(f"{path} is the manifest of step {str(fields['step'])[:20]}.")
+  return Manifest(**fields)
+
+
+_TABLES = {"leaves": {"dtype": str, "shape": list, "digest": str}, "files": {"bytes": int, "sha256": str}}
+
+
+def _is_table(value: Any, keys: dict[str, type]) -> bool:
+  """Whether a value is an object of objects with such fields."""
+  return isinstance(value, dict) and all(
+    isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in keys.items()) for row in value.values()
+  )
+
+
+def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
+  """Compares a step's files with its manifest.
+
+  Args:
+    folder: the step's.
+    items: folders of arrays to look into; the others are left unread.
+
+  Returns:
+    What is wrong with which file, in words; None where nothing is.
+  """
+  try:
+    manifest = read_manifest(folder)
+    there = {name: path for name, path in walk(folder, items) if name != MANIFEST_FILE}
+  except UserError as error:
+    return str(error)
+  except OSError as error:
+    return f"{error.filename}: {error.strerror}"
+  wanted = {name: file for name, file in manifest.files.items() if name.split("/")[0] not in set(ITEMS) - set(items)}
+  for name in sorted(wanted.keys() | there.keys()):
+    if name not in there:
+      return f"{folder / MANIFEST_FILE} lists a file that is not there: {name[:200]!r}"
+    if name not in wanted:
+      return f"{there[name]} is not in the manifest"
+  try:
+    for name in wanted:  # first what costs nothing
+      if (size := there[name].stat().st_size) != wanted[name]["bytes"]:
+        return f"{there[name]} has {size:,} bytes instead of {wanted[name]['bytes']:,}"
+    with ThreadPoolExecutor(2) as pool:
+      for name, found in zip(wanted, pool.map(_digest_file, [there[name] for name in wanted]), strict=True):
+        if found["sha256"] != wanted[name]["sha256"]:
+          return f"{there[name]} has changed: its SHA-256 is not the manifest's"
+  except OSError as error:
+    return f"{error.filename}: {error.strerror}"
+  return None
+
+
+def walk(folder: Path, items: Sequence[str] = ITEMS) -> Iterator[tuple[str, Path]]:
+  """Yields the plain files below a step's folder, as name and path; of the folders of arrays those in `items` only.
+
+  Raises:
+    UserError: at anything that is neither a plain file nor a folder, such as a link.
+  """
+  for parent, folders, files in os.walk(folder, onerror=_raise):
+    inside = Path(parent).relative_to(folder)
+    if inside == Path():
+      folders[:] = [name for name in folders if name not in set(ITEMS) - set(items)]
+    for name in [*folders, *files]:
+      path = Path(parent) / name
+      if path.is_symlink() or not (path.is_dir() or path.is_file()):
+        raise UserError(f"{path} is neither a plain file nor a folder, and a checkpoint holds nothing else.")
+    yield from (((inside / name).as_posix(), Path(parent) / name) for name in sorted(files))
+
+
+def _raise(error: OSError) -> None:
+  raise error
+
+
+def _digest_file(path: Path) -> dict[str, Any]:
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": file.tell(), "sha256": digest}

@@ -1,0 +1,85 @@
+"""A run folder of today's format, kept as it was written: later versions must read it, and so must a stranger.
+
+`fixtures/run_format_1` is a run of `names` on ten words, with layers of width 8, stopped after 3 of 6 updates.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+from test_digest import digest_by_hand
+
+from jgpt import checkpoint, manifest, train
+from jgpt.generate import generate_texts
+from jgpt.keys import SAMPLE, derive_key
+from jgpt.metrics import read_jsonl
+from jgpt.run_folder import read_run_files
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FORMAT_1 = FIXTURES / "run_format_1"
+STEP = FORMAT_1 / "checkpoints" / "3"
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+  """A copy, in a current folder that has its text."""
+  shutil.copytree(FORMAT_1, tmp_path / "run")
+  shutil.copy(FIXTURES / "run_format_1_words.txt", tmp_path / "words.txt")
+  monkeypatch.chdir(tmp_path)
+  return Path("run")
+
+
+def read_leaf(name: str) -> np.ndarray:
+  """Reads an array as `manifest.py` tells a stranger to."""
+  item, _, leaf = name.partition("/")
+  kvstore = {"driver": "ocdbt", "base": f"file://{STEP / item}/", "path": f"{leaf.replace('/', '.')}/"}
+  return np.asarray(tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result().read().result())
+
+
+def test_a_stranger_reads_every_array_and_finds_its_digest():
+  """With TensorStore, JSON and the formula: nothing of jgpt, nothing of orbax."""
+  told = json.loads((STEP / "manifest.json").read_text())
+  assert len(told["leaves"]) == 24 and told["format"] == 1 and told["step"] == 3
+  for name, leaf in told["leaves"].items():
+    array = read_leaf(name)
+    assert (str(array.dtype), list(array.shape), digest_by_hand(array)) == tuple(
+      leaf[k] for k in ("dtype", "shape", "digest")
+    )
+  for name, file in told["files"].items():
+    content = (STEP / name).read_bytes()
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
+  rest = {name: value for name, value in told.items() if name != "sha256"}
+  assert hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest() == told["sha256"]
+
+
+def test_it_is_read_whole_and_sampled(run_folder):
+  run = checkpoint.load_run(run_folder)
+  assert run.step == 3 and run.experiment.model.d_model == 8 and run.tokenizer.vocab_size == 17
+  for name in ("tok_embed", "pos_embed", "unembed"):
+    np.testing.assert_array_equal(np.asarray(run.params[name]), read_leaf(f"params/{name}"))
+  texts = generate_texts(run.params, run.tokenizer, derive_key(0, SAMPLE, 3), run.experiment.model, run.experiment.sample)
+  assert len(texts) == 3
+
+
+def test_it_is_whole_and_says_what_it_is(run_folder):
+  files = read_run_files(run_folder)
+  assert files.name == "names" and files.data["kind"] == "path" and files.experiment.train.steps == 6
+  assert manifest.list_steps(run_folder) == [3] and manifest.find_damage(run_folder / "checkpoints" / "3") is None
+  told = manifest.read_manifest(run_folder / "checkpoints" / "3")
+  assert told.data["sequences"] == 3 and told.heldout_loss == pytest.approx(2.8685, abs=1e-4)
+
+
+def test_training_goes_on(run_folder, quick):
+  """Its own log has the rows of the run that was not stopped, which a run that goes on writes again."""
+  losses = [row["train/loss"] for row in read_jsonl(FORMAT_1 / "metrics.jsonl") if "train/loss" in row]
+  plan = train.plan(read_run_files(run_folder).experiment, workdir=run_folder, name="names")
+  assert plan.start_step == 3
+  result = train.train(plan)
+  assert int(result.state.step) == 6 and manifest.list_steps(run_folder) == [3, 6]
+  np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
