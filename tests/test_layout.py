@@ -14,37 +14,41 @@ from jgpt.params import param_table
 from jgpt.settings import resolve
 
 ROOT = Path(__file__).parent.parent
-MODULES = {p.stem: p for p in (ROOT / "jgpt").glob("*.py") if p.stem != "__init__"}
+FILES = [p for p in (ROOT / "jgpt").rglob("*.py") if p.stem != "__init__"]
+MODULES = {".".join(p.relative_to(ROOT / "jgpt").with_suffix("").parts): p for p in FILES}
 
 # A module may import from the rows above its own, never from its own row or below.
 ORDER = [
   ["checks"],
   ["config"],
   ["params", "settings", "catalog", "reading", "shards", "documents", "measured", "rounds", "torch_worker"],
+  ["locks", "signals", "digest", "spikes", "diagnosis.findings", "diagnosis.probe"],
   ["keys", "bpe", "limits", "peers"],
   ["tokenizer"],
-  ["encoding", "tokenizer_files"],
-  ["paths"],
+  ["encoding", "tokenizer_files", "run_folder"],
+  ["paths", "manifest"],
   ["sources"],
   ["download", "runtime", "preparation"],
   ["batches", "attention", "optim", "microgpt", "interop", "released"],
   ["data", "model", "sharding"],
   ["step", "generate", "feed"],
   ["tricks"],
-  ["hugging_face", "llmc"],
-  ["checkpoint", "metrics", "signals", "predictions"],
+  ["hugging_face", "llmc", "health"],
+  ["checkpoint", "metrics", "predictions"],
   ["program", "weights", "canary"],
-  ["updates", "train"],
-  ["command", "timing"],
-  ["startup"],
-  ["cases"],
-  ["run", "sample", "evaluate", "inspect", "bench", "export", "prepare"],
+  ["updates", "cadence", "diagnosis.storage"],
+  ["train"],
+  ["command", "timing", "summary", "diagnosis.continuation"],
+  ["startup", "diagnosis.packages"],
+  ["cases", "diagnosis.machine"],
+  ["diagnosis.soundness"],
+  ["run", "sample", "evaluate", "inspect", "bench", "export", "prepare", "doctor"],
 ]
 # Imported inside a function, against the order: what is found by a download is handed down to `sources`.
 EXCEPTIONS = {("sources", "download")}
 PURE = [
   *("checks", "config", "settings", "params", "tokenizer", "bpe", "batches", "model", "attention", "optim", "step"),
-  *("sharding", "generate", "keys", "reading", "tokenizer_files", "limits", "measured"),
+  *("sharding", "generate", "keys", "reading", "tokenizer_files", "limits", "measured", "digest", "spikes", "cadence"),
 ]
 
 
@@ -52,13 +56,11 @@ def imports(path: Path) -> set[str]:
   """The jgpt modules that a file imports."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-    if isinstance(node, ast.ImportFrom) and node.module == "jgpt":
-      found |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jgpt."):
-      found.add(node.module.split(".")[1])
+    if isinstance(node, ast.ImportFrom) and re.match(r"jgpt\b", node.module or ""):
+      found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     elif isinstance(node, ast.Import):
-      found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jgpt.")}
-  return found & MODULES.keys()
+      found |= {alias.name for alias in node.names}
+  return {name.removeprefix("jgpt.") for name in found} & MODULES.keys()
 
 
 def test_every_module_has_a_row_in_the_order():
