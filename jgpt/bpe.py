@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from jgpt.checks import UserError
+from jgpt.checks import UserError, show
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's rule for cutting text into words, inside which bytes are merged; `tokenizers` has it built in as "ByteLevel".
@@ -189,7 +189,7 @@ def bpe_from_json(value: dict[str, Any]) -> BpeTokenizer:
   for name in [*written, *value]:
     if name not in value or name not in written or value[name] != written[name]:
       raise UserError(
-        f"{name!r} in the JSON of a BPE tokenizer must be as jgpt writes it: byte-level BPE by GPT-2's rules."
+        f"{show(name)} in the JSON of a BPE tokenizer must be as jgpt writes it: byte-level BPE by GPT-2's rules."
       )
   return tokenizer
 
@@ -241,7 +241,7 @@ def make_gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BpeTokenizer:
   try:
     vocab, merges = json.loads(encoder_json), vocab_bpe.decode().rstrip("\n").partition("\n")[2]
   except (ValueError, RecursionError) as error:
-    raise UserError(f"encoder.json or vocab.bpe is damaged: {error}") from None
+    raise UserError(f"encoder.json or vocab.bpe is damaged: {error}.") from None
   tokenizer = BpeTokenizer(merges, end_of_text=True)
   if vocab != tokenizer.to_json()["model"]["vocab"]:
     raise UserError("encoder.json does not hold the ids that the merges of vocab.bpe make.")

@@ -7,6 +7,7 @@ experiment is (`config.py`). Imports no jax.
 from __future__ import annotations
 
 import importlib.util
+import os
 import traceback
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def load_experiment_file(name: str) -> tuple[Experiment, str]:
       f"there is no experiment {name!r}.{near_matches(name, list_experiments())} They are: "
       f"{', '.join(list_experiments())}; or give the path of a file ending in .py."
     )
-  if not path.is_file():
+  if not os.path.isfile(path):  # False, too, for a name that no file can have
     raise UserError(f"the experiment file {path} does not exist.")
   spec = importlib.util.spec_from_file_location(f"jgpt_experiment_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)

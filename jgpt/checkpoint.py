@@ -24,9 +24,10 @@ from jgpt import manifest, runtime
 from jgpt.checks import TrainingError, UserError
 from jgpt.config import Experiment
 from jgpt.digest import format_digest, name_leaves, survey
+from jgpt.files import sync_folder, write_file
 from jgpt.manifest import Manifest, find_damage, find_step, list_steps
 from jgpt.model import init_params
-from jgpt.run_folder import make_subfolder, read_file, read_json, read_run_files, require_real, write_file
+from jgpt.run_folder import make_subfolder, read_file, read_json, read_run_files, refuse_link
 from jgpt.signals import say
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
@@ -49,14 +50,14 @@ class Manager:
     self._copies = {name: read_file(workdir / name) for name in COPIES}
     recorded = read_json(workdir / "experiment.json")
     self._data, self._batch_size = recorded["data"], recorded["experiment"]["data"]["batch_size"]
-    self._arrays = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    # Where orbax makes folders meanwhile and cannot, it waits for them for ever.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    self._arrays = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="jgpt-save")
     self._last: Future | None = None
-    self.saved_step: int | None = None
 
   def begin(self, step: int, items: dict[str, Any], leaves: dict[str, Any], heldout_loss: float | None) -> None:
-    """Saves arrays under a step; returns when they may be donated, and raises as `wait` does for the save before."""
-    self.wait()
+    """Saves arrays under a step, after the save before; returns when they may be donated."""
     copied = threading.Event()
     self._last = self._thread.submit(self._save, step, items, leaves, heldout_loss, copied)
     copied.wait()
@@ -65,19 +66,16 @@ class Manager:
     """Waits until the last save is on disk.
 
     Raises:
-      TrainingError: if it could not be written; said once.
+      TrainingError: if it could not be written.
     """
-    last = self._last
-    if last is None:
+    if self._last is None:
       return
     try:
-      last.result()  # two threads may wait: the loop, and the one that ends the process
+      self._last.result()  # two threads may wait: the loop, and the one that ends the process
     except Exception as error:  # orbax and TensorStore have no family of errors of their own
-      steps = list_steps(self._workdir)
-      rest = f"The checkpoint of step {steps[-1]} is as it was" if steps else "There is no checkpoint yet"
-      raise TrainingError(f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. {rest}") from error
-    finally:
-      self._last = None
+      raise TrainingError(
+        f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. {_describe_last(self._workdir)}"
+      ) from error
 
   def close(self) -> None:
     """Ends the thread, after the save under way."""
@@ -107,8 +105,11 @@ class Manager:
       write_file(folder / name, content)
     data = {**self._data, "sequences": step * self._batch_size}
     manifest.write_manifest(folder, Manifest(step, data, heldout_loss, described, {}))
-    self.saved_step = step
-    manifest.retain(self._workdir, *self._keep)
+    sync_folder(self.folder)
+    try:
+      manifest.retain(self._workdir, *self._keep)
+    except OSError as error:  # somebody reads there, on a system that then deletes nothing; this checkpoint is whole
+      say(f"WARNING: an old checkpoint could not be deleted: {error.filename}: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -122,11 +123,19 @@ def open_checkpoints(workdir: Path, *, keep_latest: int = 2, keep_best: int = 0)
     keep_latest: see `manifest.retain`.
     keep_best: see `manifest.retain`.
   """
+  for kept in manifest.sweep(workdir):
+    say(f"WARNING: no checkpoint is complete; one without its manifest is kept as {kept}, and training begins anew")
   manager = Manager(workdir, keep_latest, keep_best)
-  manifest.sweep(workdir)
   try:
     yield manager
     manager.wait()
+  except BaseException as error:
+    try:
+      manager.wait()
+    except TrainingError as failed:
+      if str(failed) != str(error):
+        say(f"error: {failed}")
+    raise
   finally:
     manager.close()
 
@@ -149,20 +158,35 @@ def save(manager: Manager, state: TrainState, heldout_loss: float | None = None)
       not be written.
   """
   step = int(state.step)
-  manager.wait()
+  try:
+    manager.wait()
+  except TrainingError:  # this one may be lucky; what is raised is what went wrong before
+    _begin(manager, step, state, heldout_loss)
+    with contextlib.suppress(TrainingError):
+      manager.wait()
+    raise
+  _begin(manager, step, state, heldout_loss)
+
+
+def _begin(manager: Manager, step: int, state: TrainState, heldout_loss: float | None) -> None:
+  """Begins to save a state, unless its step is saved already or an entry is not finite."""
   if step in list_steps(manager.folder.parent):
     return
   items = _items(state)
   leaves = survey_jit(items)
   bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
   if bad:
-    steps = list_steps(manager.folder.parent)
-    last = f"The last checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint yet"
     raise TrainingError(
-      f"after step {step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are not): that is not saved. {last}. "
+      f"after step {step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are not): that is not saved. "
+      f"{_describe_last(manager.folder.parent)}. "
       "Try a lower optimizer.peak_lr"
     )
   manager.begin(step, items, leaves, heldout_loss)
+
+
+def _describe_last(workdir: Path) -> str:
+  steps = list_steps(workdir)
+  return f"The last checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint yet"
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -247,17 +271,19 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
   workdir = Path(workdir)
   if not (workdir / "checkpoints").is_dir():
     read_run_files(workdir)  # says what is missing
+  runtime.devices()  # says where there is none
   if step is not None:
     return _load_step(workdir, find_step(workdir, step))
-  while True:  # a step that goes away meanwhile has been followed by a newer one
+  while True:
     find_step(workdir, None)
-    for newest in reversed(list_steps(workdir)):
+    steps = list_steps(workdir)
+    for newest in reversed(steps):
       try:
         return _load_step(workdir, newest)
       except UserError as error:
         if newest not in list_steps(workdir):
-          break
-        if newest == list_steps(workdir)[0]:
+          break  # deleted meanwhile, so there is a newer one
+        if newest == steps[0]:
           raise UserError(f"every checkpoint of {workdir} is damaged; of the oldest: {error}") from error
         say(f"WARNING: step {newest} is damaged, the one before it is taken: {error}")
 
@@ -290,7 +316,7 @@ def _restore(folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
   _refuse_difference(folder, there, wanted)
   _refuse_too_large(folder, targets)
   for item in targets:
-    require_real(folder / item)
+    refuse_link(folder / item)
 
   def read() -> dict[str, Any]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
@@ -301,6 +327,7 @@ def _restore(folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
     # Orbax would cast another dtype silently, and would leave reads behind when a shape differs.
     for item, target in targets.items():
       saved = ocp.StandardCheckpointHandler().metadata((folder / item).resolve()).tree
+      _refuse_large_chunks(folder, saved)
       _refuse_difference(
         folder, *({n: f"{x.dtype}{list(x.shape)}" for n, x in name_leaves(t).items()} for t in (saved, target))
       )
@@ -324,12 +351,24 @@ def _refuse_difference(folder: Path, there: dict[str, str], wanted: dict[str, st
       )
 
 
+def _refuse_large_chunks(folder: Path, saved: Any) -> None:
+  """Raises `UserError` where a part of an array would unpack to more than the whole."""
+  for name, leaf in name_leaves(saved).items():
+    chunk = getattr(leaf.storage, "chunk_shape", None) or ()
+    if math.prod(chunk) > max(1, math.prod(leaf.shape)):
+      raise UserError(f"{folder}: {name} has parts of shape {list(chunk)}, and is of shape {list(leaf.shape)}.")
+
+
 def _refuse_too_large(folder: Path, targets: dict[str, Any]) -> None:
   """Raises `UserError` where this process would have to hold more than its machine's memory: small files can claim to."""
-  leaves = jax.tree.leaves(targets)
-  need = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices) for x in leaves
-  )
+
+  def count_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """On the host: an accelerator's replicas have memory of their own."""
+    devices = x.sharding.addressable_devices
+    replicas = len(devices) if next(iter(devices)).platform == "cpu" else 1
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * replicas
+
+  need = sum(count_bytes(x) for x in jax.tree.leaves(targets))
   if hasattr(os, "sysconf") and need > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
     raise UserError(
       f"{folder} needs {need / 1e9:,.1f} GB of memory by its experiment.json; this machine has {there / 1e9:,.1f} GB."
@@ -349,7 +388,7 @@ def _explained(folder: Path) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+  except Exception as error:  # whatever orbax makes of files that somebody changed
     raise UserError(f"cannot read the checkpoint {folder}: {_first_line(error)}") from error
 
 

@@ -11,6 +11,7 @@ import errno
 import gc
 import importlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from jgpt.checks import UserError
 
+LESS_MEMORY = "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
 VERBS = {
   "run": "train an experiment, or go on with a run",
   "sample": "draw texts from a run",
@@ -91,6 +93,11 @@ def _call(main: Callable[[], int]) -> int:
   except KeyboardInterrupt:
     print("\ninterrupted", file=sys.stderr)
     return 130
+  except (MemoryError, RuntimeError) as error:
+    if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+      raise
+    print(f"error: there is not enough memory: {' '.join(str(error).split())[:200]}. {LESS_MEMORY}", file=sys.stderr)
+    return 1
   except OSError as error:
     if error.filename is not None:
       print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -10,17 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from jgpt.checks import UserError, check_range, check_types, nearest_divisors
 
 PARAM_KINDS = ("embedding", "matrix", "head", "gain", "bias")
+FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.2e-38  # beyond the one a number is infinite on a device, below the other 0
+MAX_SAMPLED_TOKENS = 10**8
 DROPOUT_PLACES = ("embedding", "attention", "attention_out", "activation", "mlp_out")
 # GPT-2's four sizes by their numbers of layers, as llm.c calls them; `model.size` sets these all.
 GPT2_SIZES = {
   f"d{num_layers}": {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": 4 * d_model}
   for num_layers, num_heads, d_model in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
 }
+
+
+def check_float32(config: Any, section: str, *, names: str) -> None:
+  """Raises if one of the fields named (in one text, by spaces) is larger than a float32 can be."""
+  if large := [name for name in names.split() if (getattr(config, name) or 0) > FLOAT32_MAX]:
+    raise UserError(f"{section}.{large[0]}={getattr(config, large[0])} must be at most {FLOAT32_MAX}, as a float32.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,7 @@ class ModelConfig:
     check_types(self, "model")
     check_range(self, "model", least=1, names="vocab_size vocab_multiple max_seq_len num_layers num_heads d_model d_ff")
     check_range(self, "model", least=0, names="init_std dropout")
+    check_float32(self, "model", names="init_std")
     if self.d_model % self.num_heads:
       heads = nearest_divisors(self.d_model, self.num_heads)
       raise UserError(
@@ -212,12 +221,13 @@ class OptimizerConfig:
     check_types(self, "optimizer")
     check_range(self, "optimizer", least=1, names="decay_steps cooldown_steps skip_spikes")
     check_range(self, "optimizer", least=0, names="peak_lr warmup_steps end_lr eps weight_decay clip_norm")
-    if self.eps == 0:
-      raise UserError("optimizer.eps=0 would divide 0 by 0 where a gradient is 0; for example 1e-8.")
+    check_float32(self, "optimizer", names="peak_lr end_lr eps weight_decay clip_norm skip_spikes")
+    if self.eps < FLOAT32_TINY:  # 0 on a device
+      raise UserError(f"optimizer.eps={self.eps:g} would divide 0 by 0 where a gradient is 0. Try --set optimizer.eps=1e-8")
     if self.clip_norm == 0:
       raise UserError("optimizer.clip_norm=0 would scale every gradient to nothing; none turns clipping off.")
     for name in ("b1", "b2"):
-      if not 0 <= getattr(self, name) < 1:
+      if not 0 <= getattr(self, name) <= 1 - 2**-24:  # what is nearer to 1 is 1 in float32
         raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1, for example 0.9.")
     for kind in self.decay_kinds:
       if kind not in PARAM_KINDS:
@@ -303,6 +313,9 @@ class SampleConfig:
     check_range(self, "sample", least=1, names="num max_tokens")
     if self.num > 1_000_000:
       raise UserError(f"sample.num={self.num} must be at most 1,000,000: all are drawn at once.")
+    if self.num * (self.max_tokens or 1) > MAX_SAMPLED_TOKENS:
+      sizes, most = f"sample.num={self.num} times sample.max_tokens={self.max_tokens}", MAX_SAMPLED_TOKENS // self.num
+      raise UserError(f"{sizes} must be at most {MAX_SAMPLED_TOKENS}. Try --set sample.max_tokens={most}")
     if self.temperature > 1e6:
       raise UserError(f"sample.temperature={self.temperature} must be at most 1e6.")
     if not 0 <= self.top_p <= 1:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from jgpt import paths, shards, sources
 from jgpt.batches import Corpus, Documents, Stream, count_epoch_steps
-from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
+from jgpt.bpe import BpeTokenizer, import_tokenizers, make_gpt2_tokenizer, train_bpe_tokenizer
 from jgpt.checks import UserError
 from jgpt.config import DataConfig
 from jgpt.documents import split_paragraphs
@@ -23,6 +24,9 @@ from jgpt.sources import Text
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
 
 PARTS = {"heldout": "held out", "test": "a test file"}
+MAX_WORD = 1 << 17  # learning merges takes the square of a word's length: 2 s for this one
+_LONG_WORD = re.compile(rf"[^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|[^\s\w]{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")
+MAX_BATCH_TOKENS = 1 << 30  # devices count positions, and those a batch further, by 32 bits
 RESIDENT_TOKENS = 1 << 26  # 256 MB on a device; more are read from their files, a block of steps at a time
 
 
@@ -178,7 +182,7 @@ def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, t
   """The held-out part is the last share of characters, or the first `heldout_tokens` tokens."""
   num_train = int((1 - config.heldout_fraction) * len(text.text))
   train_text, heldout_text = text.text[:num_train], text.text[num_train:]
-  made = tokenizer or make_tokenizer(config, text.text, train_text)
+  made = tokenizer or _make_tokenizer_of(text, train_text, config)
   with _explain_unknown(tokenizer, text.location):
     train, heldout = (_encode(part, made, config) for part in (train_text, heldout_text))
   if config.heldout_tokens is not None:
@@ -187,6 +191,24 @@ def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, t
   streams = Stream(train), Stream(heldout)
   summary = [f"{len(text.text):,} characters", _describe_parts(*streams, config)]
   return Data(text, label, made, *streams, documents=[], summary=summary)
+
+
+def _make_tokenizer_of(text: Text, train_text: str, config: DataConfig) -> Tokenizer:
+  """As `make_tokenizer`; what is wrong is said of the text that it is wrong with."""
+  if config.tokenizer != "bpe":
+    return make_tokenizer(config, text.text, train_text)
+  import_tokenizers()  # that it is not installed is no fault of the text
+  if not train_text:
+    raise _too_short("training", 0, config.seq_len + 1, text.location, config, "")
+  if word := _LONG_WORD.search(train_text):
+    raise UserError(
+      f"{text.location} has a word of more than {MAX_WORD:,} characters, {word.group()[:20]!r}..., in which pairs would be "
+      "merged for hours. Try --set data.tokenizer=characters or --set data.tokenizer=bytes"
+    )
+  try:
+    return make_tokenizer(config, text.text, train_text)
+  except UserError as error:
+    raise UserError(f"{text.location}: {error}") from None
 
 
 def make_tokenizer(config: DataConfig, text: str, train_text: str) -> Tokenizer:
@@ -221,6 +243,11 @@ def _check_lengths(num_train: int, num_heldout: int, location: str, config: Data
     config: `seq_len` and `batch_size` say what is needed.
     is_own: whether the held-out part has files of its own, and is not cut from the stream.
   """
+  if config.batch_size * config.seq_len > MAX_BATCH_TOKENS:
+    raise UserError(
+      f"data.batch_size={config.batch_size} times data.seq_len={config.seq_len} must be at most {MAX_BATCH_TOKENS:,}. "
+      f"Try --set data.batch_size={max(1, MAX_BATCH_TOKENS // config.seq_len)}"
+    )
   is_sequential, limit = config.batching == "sequential", config.heldout_tokens
   need = config.seq_len * config.batch_size + 1 if is_sequential else config.seq_len + 1
   if num_train < need:
@@ -241,7 +268,7 @@ def _check_lengths(num_train: int, num_heldout: int, location: str, config: Data
   if num_heldout >= 2**31 - config.seq_len * config.batch_size:
     raise UserError(
       f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count, and an evaluation reads "
-      "them all. Try --set data.heldout_tokens=1000000"
+      "them all. Try --set data.heldout_fraction=0 --set data.heldout_tokens=1000000"
     )
 
 

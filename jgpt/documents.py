@@ -227,7 +227,8 @@ def _parse_line(line: str, block: Block, number: int, field: str) -> str:
     got = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
     if isinstance(value, dict) and field in value:
       got = f"a JSON {type(value[field]).__name__} in it"
-    raise UserError(f"{where} needs a text in the field {field!r} and has {got[:200]}. Try --field NAME")
+    got = "".join(c if c.isprintable() else "?" for c in got[:200])
+    raise UserError(f"{where} needs a text in the field {field!r} and has {got}. Try --field NAME")
   try:
     value[field].encode()
   except UnicodeEncodeError as error:

@@ -161,7 +161,7 @@ def begin_texts(
   new = generate(*args, **settings)
 
   def texts() -> list[str]:
-    rows = np.asarray(new)[:, :max_tokens].tolist()
+    rows = np.asarray(jax.block_until_ready(new))[:, :max_tokens].tolist()  # where memory ends, that raises; reading aborts
     return [sample.prompt + tokenizer.decode(_until(ids, tokenizer.stop_id)) for ids in rows]
 
   return texts

@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 
 from jgpt.bpe import make_gpt2_tokenizer
-from jgpt.checks import UserError
+from jgpt.checks import UserError, show
 from jgpt.config import ModelConfig
-from jgpt.interop import GPT2, NAMES, Weights, gpt2_shapes, make_gpt2_config, refuse_other_models, to_gpt2
+from jgpt.files import read_json, read_small
+from jgpt.interop import GPT2, NAMES, Weights, find_shapes, refuse_other_models, to_gpt2
 from jgpt.model import NORM_EPS
 from jgpt.tokenizer import Tokenizer
 from jgpt.tokenizer_files import hugging_face_files, read_hugging_face_tokenizer
@@ -35,6 +36,7 @@ _PREFIX = "transformer."  # that of a model with a head; the weights that OpenAI
 _MASKS = re.compile(r"h\.[0-9]+\.attn\.(masked_)?bias")  # causal masks, which older files hold beside the weights
 _PART = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)  # a file's name, without a folder
 _NO_PICKLE = "jgpt reads no pickles, which can run code. Transformers' model.save_pretrained(folder) writes safetensors"
+_WEIGHTS_ONLY = "To read the weights only, copy model.safetensors into a folder of its own, and name that file"
 # What a config.json must say, or not mention: other values are other networks.
 _FIXED = {
   "layer_norm_epsilon": NORM_EPS,
@@ -166,10 +168,10 @@ def open_weights(path: Path) -> Weights:
   told = _read_config(path / "config.json") if is_folder else {}
   for name, value in sizes.items():
     if told.get(name, value) != value:
-      raise UserError(f"{path / 'config.json'} says {name}={told[name]}, and the tensors have {value}.")
+      raise UserError(f"{path / 'config.json'} says {name}={show(told[name])}, and the tensors have {value}.")
   tied = _is_tied(path, tensors, told)
   sizes["tied_head"] = tied
-  shapes = gpt2_shapes(make_gpt2_config(**sizes))
+  shapes = find_shapes(path, sizes)
   hugging_face = dict(NAMES)
   known = {"lm_head.weight"} if tied else set()
   for name, shape in shapes.items():
@@ -204,12 +206,20 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
   """
   path, older = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
   if not path.exists() and not path.is_symlink():  # a link to nothing is damage
-    return make_gpt2_tokenizer(*(file.read_bytes() for file in older)) if all(file.is_file() for file in older) else None
+    return _read_older_tokenizer(*older) if all(file.is_file() for file in older) else None
   try:
-    return read_hugging_face_tokenizer(_read_json(path))
+    return read_hugging_face_tokenizer(read_json(path))
   except UserError as error:
-    advice = "To read the weights only, copy model.safetensors into a folder of its own, and name that file"
-    raise UserError(f"{path}: {error} {advice}") from None
+    where = "" if str(error).startswith(str(path)) else f"{path}: "
+    raise UserError(f"{where}{error} {_WEIGHTS_ONLY}") from None
+
+
+def _read_older_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
+  """The tokenizer of GPT-2's two files."""
+  try:
+    return make_gpt2_tokenizer(read_small(vocab), read_small(merges))
+  except UserError as error:
+    raise UserError(f"{vocab} and {merges.name}: {error} {_WEIGHTS_ONLY}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +239,7 @@ def _list_parts(folder: Path) -> list[Path]:
   if not index.is_file():
     there = _shown(*sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise UserError(f"{folder} has no model.safetensors; it has {there}. {_NO_PICKLE}")
-  value = _read_json(index)
+  value = read_json(index)
   names = value.get("weight_map") if isinstance(value, dict) else None
   if not isinstance(names, dict) or not all(isinstance(n, str) and _PART.fullmatch(n) for n in names.values()):
     raise UserError(f'{index} must have a "weight_map" from tensors to the names of files beside it.')
@@ -332,7 +342,7 @@ def _is_tied(path: Path, tensors: dict[str, _Tensor], told: dict[str, Any]) -> b
 
 def _read_config(path: Path) -> dict[str, Any]:
   """What config.json says about the model, as settings of `ModelConfig`."""
-  value = _read_json(path)
+  value = read_json(path)
   if not isinstance(value, dict) or value.get("model_type") != "gpt2":
     got = value.get("model_type") if isinstance(value, dict) else None
     raise UserError(f"{path} must have model_type gpt2, and has {_shown(got)}: jgpt reads GPT-2's weights.")
@@ -347,7 +357,7 @@ def _read_config(path: Path) -> dict[str, Any]:
       raise UserError(f"{path} must have {name}, a whole number, and has {_shown(value.get(name))}.")
     model[ours] = value[name]
   if model["d_model"] % model["num_heads"]:
-    raise UserError(f"{path}: n_head={model['num_heads']} does not divide n_embd={model['d_model']}.")
+    raise UserError(f"{path}: n_head={show(model['num_heads'])} does not divide n_embd={show(model['d_model'])}.")
   activation = value.get("activation_function", "gelu_new")
   if not isinstance(activation, str) or activation not in _READ_ACTIVATIONS:
     raise UserError(f"{path} has activation_function={_shown(activation)}; jgpt has {', '.join(_READ_ACTIVATIONS)}.")
@@ -369,20 +379,9 @@ def _read_tensor(tensor: _Tensor) -> np.ndarray:
     raise UserError(_explain(tensor.path, error)) from None
 
 
-def _read_json(path: Path) -> Any:
-  try:
-    return json.loads(path.read_bytes())
-  except FileNotFoundError:
-    raise UserError(f"{path} does not exist.") from None
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not readable as JSON: {str(error)[:200]}.") from None
-
-
 def _shown(*values: Any) -> str:
   """Values out of somebody's file for an error: each printable, on one line, and cut."""
-  return ", ".join(repr(value)[:80] for value in values)
+  return ", ".join(map(show, values))
 
 
 def _import_safetensors() -> types.ModuleType:

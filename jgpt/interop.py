@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,14 @@ def make_gpt2_config(**sizes: Any) -> ModelConfig:
   """Makes the model that a file of GPT-2's weights describes; a switch that is not given is GPT-2's own."""
   own = GPT2 | {"activation": "gelu_tanh", "tied_head": True, "num_heads": 1, "biases": "all"}
   return ModelConfig(**own | sizes, init_std=0.02, scale_residual_init=True)
+
+
+def find_shapes(location: Path, sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The `gpt2_shapes` of sizes that a file says; raises `UserError` naming it where no model has them."""
+  try:
+    return gpt2_shapes(make_gpt2_config(**sizes))
+  except UserError as error:
+    raise UserError(f"{location} has sizes that no model has: {str(error).partition(' Try ')[0]}") from None
 
 
 def _flat(param: Param) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jgpt.checks import UserError
 from jgpt.config import ModelConfig
-from jgpt.interop import GPT2, Weights, gpt2_shapes, make_gpt2_config, refuse_other_models, to_gpt2
+from jgpt.interop import GPT2, Weights, find_shapes, refuse_other_models, to_gpt2
 
 WEIGHTS_MAGIC, STATE_MAGIC = 20240326, 20240327
 STATE_VERSION = 2
@@ -137,7 +137,7 @@ def open_weights(path: Path) -> Weights:
   if min(numbers) < 1 or sizes["d_model"] % sizes["num_heads"] or padded < sizes["vocab_size"] or d_ff >= 2**31:
     raise UserError(f"{path} has sizes that no model has: {sizes}, padded_vocab_size={padded}.")
   sizes["d_ff"] = d_ff
-  shapes = gpt2_shapes(make_gpt2_config(**sizes))
+  shapes = find_shapes(path, sizes)
   stored = {name: _stored_shape(name, shape, padded) for name, shape in shapes.items()}
   dtype = _DTYPES[version]
   need = 4 * HEADER_INTS + dtype.itemsize * sum(map(math.prod, stored.values()))

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from jgpt.checks import UserError
+from jgpt.checks import UserError, show
 
 LOCK_FILE = ".lock"
+ATTEMPTS = 100
 
 
 @contextlib.contextmanager
@@ -57,15 +58,15 @@ def describe_holder(folder: Path) -> str:
   """The process that a lock file names, or "" where it names none."""
   try:
     with _open(folder / LOCK_FILE, os.O_RDONLY) as file:
-      holder = json.loads(file.read(1000))
-    return f"process {int(holder['pid'])} on {str(holder['host'])[:100]}"
-  except (OSError, ValueError, KeyError, TypeError):
+      holder = json.loads(file.read(500))
+    return f"process {show(holder['pid'])} on {show(holder['host'])}"
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return ""
 
 
 def _acquire(path: Path) -> IO[str] | None:
   """Opens and locks a file, creating it; None where another process has the lock."""
-  while True:
+  for _ in range(ATTEMPTS):
     try:
       file = _open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
@@ -77,6 +78,7 @@ def _acquire(path: Path) -> IO[str] | None:
       if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
         return file
     file.close()  # its holder ended and removed it between the two
+  raise UserError(f"cannot lock {path}: it is another file each time. Choose another folder")
 
 
 def _open(path: Path, flags: int) -> IO[str]:

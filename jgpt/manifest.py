@@ -15,7 +15,7 @@ parts of a name are joined by dots there, and by "/" everywhere else.
 manifest.json:
 
     format        1, the number of this description; a reader refuses what it does not know
-    step          updates applied; the folder's name
+    step          updates so far, applied or skipped; the folder's name
     data          kind, location and sha256 of the text, and sequences: how many were taken. The batch of a step is a
                   function of seed and step (`batches.py`), so this is the whole position in the data
     heldout_loss  nats per token where it was evaluated at this step, else null
@@ -25,7 +25,7 @@ manifest.json:
 
 A step exists if and only if it contains its manifest, which is written last: orbax renames its temporary folder to <step>,
 then the JSON files are written, then the manifest under a temporary name, which is renamed. A step is deleted manifest
-first. What a killed process left has no manifest; nothing reads it, and the next writer removes it.
+first. What a killed process left has no manifest; nothing reads it, and the next writer clears it away.
 
 Responsible for that order, for finding damage and for deleting; nothing here follows a link or opens a name that a manifest
 gives. Not responsible for arrays (`checkpoint.py`). Imports no jax.
@@ -34,6 +34,7 @@ gives. Not responsible for arrays (`checkpoint.py`). Imports no jax.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -45,12 +46,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jgpt.checks import UserError
-from jgpt.run_folder import read_json, require_real, write_json
+from jgpt.checks import UserError, show
+from jgpt.files import write_json
+from jgpt.run_folder import read_json, refuse_link
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 ITEMS = ("params", "train_state")
+UNREADABLE = -math.inf
 STEP = re.compile("0|[1-9][0-9]{0,9}")
 PARTIAL = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # orbax's name for what it is writing
 
@@ -60,7 +63,7 @@ class Manifest:
   """What a checkpoint says of itself.
 
   Attributes:
-    step: updates applied.
+    step: updates so far, applied or skipped.
     data: kind, location and sha256 of the text; sequences taken.
     heldout_loss: nats per token, where it was evaluated at this step.
     leaves: name -> dtype, shape, digest.
@@ -77,7 +80,7 @@ class Manifest:
 def checkpoints_dir(workdir: Path) -> Path:
   """The folder of a run's checkpoints; raises `UserError` if it is a symbolic link."""
   folder = workdir / "checkpoints"
-  require_real(folder)
+  refuse_link(folder)
   return folder
 
 
@@ -86,8 +89,13 @@ def list_steps(workdir: Path) -> list[int]:
   folder = checkpoints_dir(workdir)
   if not folder.is_dir():
     return []
-  names = [entry.name for entry in os.scandir(folder) if STEP.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
-  return sorted(int(name) for name in names if os.path.lexists(folder / name / MANIFEST_FILE))
+  names: list[str] = []
+  while True:
+    before = names
+    names = [e.name for e in os.scandir(folder) if STEP.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    steps = sorted(int(name) for name in names if os.path.lexists(folder / name / MANIFEST_FILE))
+    if steps or names == before:  # else those that were there went away while they were looked at: a newer one came before
+      return steps
 
 
 def find_step(workdir: Path, step: int | None) -> int:
@@ -120,7 +128,7 @@ def _digest_json(value: dict[str, Any]) -> str:
 
 def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
   """The size and SHA-256 of every file below a folder but the manifest, by name; two cores' worth at a time."""
-  files = {name: path for name, path in walk(folder) if name != MANIFEST_FILE}
+  files = {name: path for name, path in walk(folder) if name != MANIFEST_FILE and not is_hidden(name)}
   with ThreadPoolExecutor(2) as pool:  # hashing lets other threads run
     return dict(zip(files, pool.map(_digest_file, files.values()), strict=True))
 
@@ -134,22 +142,28 @@ def remove_step(folder: Path) -> None:
   shutil.rmtree(folder)
 
 
-def sweep(workdir: Path) -> None:
-  """Deletes what killed writers left: steps without a manifest. To be called by the only writer.
+def sweep(workdir: Path) -> list[Path]:
+  """Clears away what killed writers left: steps without a manifest. To be called by the only writer.
+
+  Returns:
+    Where a step without a manifest is kept, because no step has one: it may be all that is left of a run.
 
   Raises:
-    UserError: if there are several such and no step that has one: a writer leaves one at most, so they were lost otherwise.
+    UserError: if there are several such: a writer leaves one at most, so their manifests were lost otherwise.
   """
   folder = checkpoints_dir(workdir)
-  steps = {str(step) for step in list_steps(workdir)}
+  steps = list_steps(workdir)
   names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
-  partial = [name for name in names if PARTIAL.fullmatch(name) and name not in steps]
-  if not steps and len([name for name in partial if STEP.fullmatch(name)]) > 1:
+  partial = [name for name in names if PARTIAL.fullmatch(name) and name not in map(str, steps)]
+  complete = [name for name in partial if STEP.fullmatch(name)]
+  if not steps and len(complete) > 1:
     raise UserError(
       f"none of the checkpoints in {folder} has its {MANIFEST_FILE}. Put them back, or start over with --fresh"
     )
   for name in partial:
-    remove_step(folder / name)
+    if steps or name not in complete:
+      remove_step(folder / name)
+  return [] if steps else [set_aside(workdir, int(name)) for name in complete]
 
 
 def set_aside(workdir: Path, step: int) -> Path:
@@ -171,19 +185,21 @@ def retain(workdir: Path, keep_latest: int, keep_best: int) -> None:
     keep_best: of the steps that say their held-out loss; of equal ones the newer is better.
   """
   steps = list_steps(workdir)
-  kept = set(steps[-keep_latest:])
-  losses = {step: loss for step in steps if (loss := _read_loss(checkpoints_dir(workdir) / str(step))) is not None}
-  kept |= set(sorted(losses, key=lambda step: (losses[step], -step))[:keep_best])
+  losses = {step: _read_loss(checkpoints_dir(workdir) / str(step)) for step in steps}
+  kept = set(steps[-keep_latest:]) | {step for step in steps if losses[step] == UNREADABLE}
+  known = [step for step in steps if losses[step] not in (None, UNREADABLE)]
+  kept |= set(sorted(known, key=lambda step: (losses[step], -step))[:keep_best])
   for step in steps:
     if step not in kept:
       remove_step(checkpoints_dir(workdir) / str(step))
 
 
 def _read_loss(folder: Path) -> float | None:
+  """A step's held-out loss; None where it says none, `UNREADABLE` where nobody knows: it may be the best."""
   try:
     loss = read_manifest(folder).heldout_loss
-  except UserError:  # damaged: no reason to keep it, nor to stop a save
-    return None
+  except UserError:
+    return UNREADABLE
   return loss if loss is not None and math.isfinite(loss) else None
 
 
@@ -200,8 +216,12 @@ def read_manifest(folder: Path) -> Manifest:
   value = read_json(path)
   if not isinstance(value, dict) or value.get("format") != FORMAT:
     got = value.get("format") if isinstance(value, dict) else None
-    raise UserError(f"{path} has format {str(got)[:20]}; this jgpt reads format {FORMAT}.")
-  if value.get("sha256") != _digest_json({name: field for name, field in value.items() if name != "sha256"}):
+    raise UserError(f"{path} has format {show(got)}; this jgpt reads format {FORMAT}.")
+  try:
+    digest = _digest_json({name: field for name, field in value.items() if name != "sha256"})
+  except (ValueError, RecursionError):  # a surrogate without its other half; lists in lists in lists
+    digest = None
+  if digest is None or value.get("sha256") != digest:
     raise UserError(f"{path} has changed: its SHA-256 is not the one it says.")
   fields = {field.name: value.get(field.name) for field in dataclasses.fields(Manifest)}
   sound = (
@@ -213,7 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
   if not sound:
     raise UserError(f"{path} is not a manifest: a field is missing or of the wrong type.")
   if re.fullmatch("[0-9]+", folder.name) and str(fields["step"]) != folder.name:
-    raise UserError(f"{path} is the manifest of step {str(fields['step'])[:20]}.")
+    raise UserError(f"{path} is the manifest of step {show(fields['step'])}.")
   return Manifest(**fields)
 
 
@@ -235,20 +255,23 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
     items: folders of arrays to look into; the others are left unread.
 
   Returns:
-    What is wrong with which file, in words; None where nothing is.
+    What is wrong with which file, in words; None where nothing is. Files that begin with a dot do not count.
+
+  Raises:
+    OSError: if a file cannot be read for a reason that is not its own.
   """
   try:
     manifest = read_manifest(folder)
     there = {name: path for name, path in walk(folder, items) if name != MANIFEST_FILE}
   except UserError as error:
     return str(error)
-  except OSError as error:
+  except (FileNotFoundError, NotADirectoryError) as error:
     return f"{error.filename}: {error.strerror}"
   wanted = {name: file for name, file in manifest.files.items() if name.split("/")[0] not in set(ITEMS) - set(items)}
   for name in sorted(wanted.keys() | there.keys()):
     if name not in there:
       return f"{folder / MANIFEST_FILE} lists a file that is not there: {name[:200]!r}"
-    if name not in wanted:
+    if name not in wanted and not is_hidden(name):
       return f"{there[name]} is not in the manifest"
   try:
     for name in wanted:  # first what costs nothing
@@ -259,8 +282,15 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
         if found["sha256"] != wanted[name]["sha256"]:
           return f"{there[name]} has changed: its SHA-256 is not the manifest's"
   except OSError as error:
+    if error.errno not in (errno.ENOENT, errno.EIO):
+      raise  # too many open files, no permission: that is no damage
     return f"{error.filename}: {error.strerror}"
   return None
+
+
+def is_hidden(name: str) -> bool:
+  """Whether a file, or a folder that it is in, begins with a dot: what file managers leave is not ours, and no damage."""
+  return any(part.startswith(".") for part in name.split("/"))
 
 
 def walk(folder: Path, items: Sequence[str] = ITEMS) -> Iterator[tuple[str, Path]]:

@@ -7,22 +7,23 @@ that happens (`train.py`).
 
 from __future__ import annotations
 
+import array
+import collections
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from jgpt.config import TrainConfig
-from jgpt.health import Health
-from jgpt.run_folder import open_plain, write_file
-from jgpt.signals import Stop, say
+from jgpt.run_folder import open_file
+
+LAST_ROWS = 2000  # of earlier starts, that a run which goes on looks at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,23 @@ class JsonlWriter:
   def __init__(self, path: Path, step: int):
     """Opens the file, in a folder that exists.
 
-    Rows after `step`, which a run resumed from there writes again, and a torn last line are dropped.
+    Rows after `step`, which a run resumed from there writes again, and a torn last line are cut off. Of the rows before,
+    `kept` has the last 2,000 and all of evaluations and skipped updates.
     """
-    self.kept = [row for row in read_jsonl(path) if row["step"] <= step]
-    # Written anew: a run killed before its first write keeps its rows.
-    write_file(path, "".join(json.dumps(row) + "\n" for row in self.kept).encode())
+    last: collections.deque[dict] = collections.deque(maxlen=LAST_ROWS)
+    self.kept: list[dict] = []
+    end = 0
+    for line, row in _read_lines(path):
+      if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+        break
+      end += len(line)
+      if row is not None:
+        if len(last) == LAST_ROWS and (last[0].get("train/skipped") or "heldout/loss" in last[0]):
+          self.kept.append(last[0])
+        last.append(row)
+    self.kept += last
+    if os.path.lexists(path) and end != path.stat().st_size:
+      os.truncate(path, end)
     self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
 
   def write(self, chunk: Chunk) -> None:
@@ -96,23 +109,36 @@ class JsonlWriter:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-  """Reads metrics.jsonl up to the first line that is torn; an absent file is empty.
+  """Reads the rows of metrics.jsonl; lines that are torn are left out, and an absent file is empty.
 
   Raises:
     UserError: if something else than a plain file has the name.
   """
-  rows = []
-  if os.path.lexists(path):
-    with open_plain(path) as file:
-      for line in file:
-        try:
-          row = json.loads(line)
-        except (ValueError, RecursionError):
-          break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-          break
-        rows.append(row)
-  return rows
+  return [row for _, row in _read_lines(path) if row is not None]
+
+
+def read_losses(path: Path) -> tuple[np.ndarray, list[tuple[int, float]]]:
+  """Reads what metrics.jsonl says of losses, in little memory: float32 [updates], and (step, held-out loss) pairs."""
+  losses, heldout_losses = array.array("f"), []
+  for _, row in _read_lines(path):
+    if row is not None and "train/loss" in row:
+      losses.append(row["train/loss"])
+    if row is not None and "heldout/loss" in row:
+      heldout_losses.append((row["step"], row["heldout/loss"]))
+  return np.array(losses, np.float32), heldout_losses
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict | None]]:
+  """Yields each line and its row; None for what is none."""
+  if not os.path.lexists(path):
+    return
+  with open_file(path) as file:
+    for line in file:
+      try:
+        row = json.loads(line)
+      except (ValueError, RecursionError):
+        row = None
+      yield line, row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 class ConsoleWriter:
@@ -316,78 +342,3 @@ class Clock:
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
     return seconds
-
-
-class Log:
-  """What compiled calls returned: handed to the writers, watched, and kept.
-
-  Attributes:
-    losses: training loss of each update of this start, nats per token.
-    evaluations: (step, nats per token, tokens) of each evaluation of this start.
-    evaluated: steps of the evaluations that are on record, earlier starts' too.
-    health: counts updates that were skipped.
-  """
-
-  def __init__(self, writers: list[Writer], rows: Sequence[dict], max_consecutive_skips: int):
-    """Begins; `rows` are those of earlier starts."""
-    self._writers, self._clock = writers, Clock()
-    self._seconds_per_step = 0.0
-    self.losses: list[np.float32] = []
-    self.evaluations: list[tuple[int, float, int]] = []
-    self.evaluated = {row["step"] for row in rows if "heldout/loss" in row}
-    self.health = Health(rows, max_consecutive_skips)
-
-  def whole_evaluation(self, train: TrainConfig) -> tuple[float, int] | None:
-    """The loss after the last update and its tokens, if it was computed over the whole held-out part."""
-    if train.eval_batches is None and self.evaluations and self.evaluations[-1][0] == train.steps:
-      return self.evaluations[-1][1:]
-    return None
-
-  def find_heldout_loss(self, step: int) -> float | None:
-    """The held-out loss at a step of this start, where that was evaluated."""
-    return next((loss for at, loss, _ in self.evaluations if at == step), None)
-
-  def count_steps(self, seconds: float) -> int:
-    """Updates that take about so long, as the last ones did; at least one."""
-    return max(1, int(min(seconds / max(self._seconds_per_step, 1e-9), 2**31)))
-
-  def write(
-    self,
-    step: int,
-    num: int,
-    metrics: dict,
-    evaluation: tuple[Any, Any] | None,
-    texts: Callable[[], list[str]] | None,
-    stop: Stop,
-  ) -> None:
-    """Waits for the call that ended at `step` with its last `num` updates, and for what was begun after it.
-
-    An evaluation that is not done when `stop` becomes true is left out, and so are texts: whoever goes on makes it again.
-    """
-    metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}
-    self.losses.extend(metrics.get("train/loss", ()))
-    heldout_loss = None
-    while evaluation is not None and not evaluation[0].is_ready() and not stop:
-      time.sleep(0.002)
-    if evaluation is not None and evaluation[0].is_ready():
-      heldout_loss = float(evaluation[0])
-      self.evaluations.append((step, heldout_loss, int(evaluation[1])))
-    seconds = self._clock.lap()
-    self._seconds_per_step = seconds / num if num else self._seconds_per_step
-    chunk = Chunk(step, metrics, seconds, heldout_loss, tuple(texts()) if texts and not stop else ())
-    for line in self.health.observe(step, metrics) if num else ():
-      say(line)
-    self._each(lambda writer: writer.write(chunk), step)
-
-  def sync(self) -> None:
-    """Returns when what was written to files is on the disk."""
-    self._each(lambda writer: writer.sync() if isinstance(writer, JsonlWriter) else None)
-
-  def _each(self, call: Callable[[Writer], None], step: int | None = None) -> None:
-    for writer in list(self._writers):
-      try:
-        call(writer)
-      except OSError as error:  # a full disk, a reader that left: the training is worth more than its log
-        self._writers.remove(writer)
-        at = "" if step is None else f" at step {step}"
-        say(f"{type(writer).__name__} stopped{at} ({error.strerror or error}); training goes on")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jgpt.checks import UserError
+from jgpt.checks import UserError, show
 from jgpt.config import DataConfig
+from jgpt.files import read_json
 from jgpt.tokenizer import Tokenizer, from_json, kind_of
 from jgpt.tokenizer_files import read_hugging_face_tokenizer
 
@@ -99,19 +100,28 @@ def _prepared_files(folder: Path) -> list[Path]:
   """The files that the manifest of a folder names, sorted; [] where `prepare` did not write the folder.
 
   Raises:
-    UserError: if the manifest says that the folder is not finished.
+    UserError: if the manifest says that the folder is not finished, or names files that are not in it.
   """
   try:
-    value = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):  # not written by `prepare`
+    value = read_json(folder / MANIFEST_FILE)
+  except UserError:  # not written by `prepare`
     return []
   match value:
     case {"finished": False}:
       raise UserError(f"{folder} is not finished: its {MANIFEST_FILE} says so. Run the same python -m jgpt.prepare again.")
     case {"finished": True, "files": [*files]}:
-      names = [file.get("name") for file in files if isinstance(file, dict)]
-      return sorted(folder / name for name in names if isinstance(name, str) and Path(name).name == name)
+      names = [file.get("name") if isinstance(file, dict) else None for file in files]
+      if not all(map(is_plain_name, names)):
+        bad = next(name for name in names if not is_plain_name(name))
+        raise UserError(f"{folder / MANIFEST_FILE} is damaged: {show(bad)} is not the name of a file beside it.")
+      return sorted(folder / name for name in names)
   return []
+
+
+def is_plain_name(name: Any) -> bool:
+  """Whether a value out of somebody's file is a printable file name that leads to no other folder."""
+  is_name = isinstance(name, str) and name.isprintable() and 0 < len(name) < 256
+  return is_name and name != ".." and Path(name).name == name
 
 
 def _glob_for(path: str, folder: Path, files: Sequence[Path]) -> str:
@@ -203,17 +213,13 @@ def require_kind(tokenizer: Tokenizer, config: DataConfig, location: str) -> Non
 
 def read_tokenizer(path: Path) -> Tokenizer:
   """Reads a `tokenizer.json`, jgpt's or Hugging Face's of such a tokenizer; raises `UserError` naming the file."""
+  value = read_json(path)
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
     try:
       return from_json(value)
     except UserError:
       if not isinstance(value, dict) or "model" not in value:
         raise
       return read_hugging_face_tokenizer(value)
-  except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}.") from None
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not readable as JSON: {error}") from None

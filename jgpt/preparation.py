@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from jgpt import documents, sources
+from jgpt import documents, locks, sources
 from jgpt.bpe import make_gpt2_tokenizer
 from jgpt.checks import UserError
 from jgpt.documents import Block, Position, parse_block, read_blocks
 from jgpt.encoding import DocumentEncoder
-from jgpt.paths import MANIFEST_FILE, TOKENIZER_FILE, list_files, part_of_name, read_tokenizer
+from jgpt.files import read_json, write_json
+from jgpt.paths import (
+  MANIFEST_FILE,
+  TOKENIZER_FILE,
+  is_plain_name,
+  list_files,
+  part_of_name,
+  read_tokenizer,
+)
 from jgpt.shards import HEADER_BYTES, digest_file, id_bytes, write_tokens
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
@@ -152,7 +159,7 @@ def prepare(wanted: Preparation, on_progress: Callable[[int, int], None] = lambd
   new = [folder for folder in (wanted.out, *wanted.out.parents) if not folder.exists()]
   try:
     wanted.out.mkdir(parents=True, exist_ok=True)
-    with _lock(wanted.out):
+    with locks.hold(wanted.out):
       manifest = _begin(wanted)
       try:
         if not manifest["finished"]:
@@ -170,17 +177,25 @@ def prepare(wanted: Preparation, on_progress: Callable[[int, int], None] = lambd
 def read_manifest(out: Path) -> dict[str, Any] | None:
   """Reads `prepare.json`; None where there is none; raises `UserError` where it is damaged."""
   path = out / MANIFEST_FILE
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    Position(**value["next"]["start"])
-    int(value["next"]["skip"])
-    bool(value["finished"])
-    [(str(file["name"]), int(file["tokens"])) for file in value["files"]]
-  except FileNotFoundError:
+  if not os.path.lexists(path):
     return None
-  except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-    raise UserError(f"{path} is damaged ({error}). Delete {out} to start over, or choose another --out") from None
-  return value
+  again = f"Delete {out} to start over, or choose another --out"
+  try:
+    value = read_json(path)
+  except UserError as error:
+    raise UserError(f"{path} is damaged: {str(error).removeprefix(f'{path} ')} {again}") from None
+  match value:
+    case {"finished": bool(), "files": [*files], "next": {"start": dict(start), "skip": skip}}:
+      known = dataclasses.asdict(Position())
+      right = start.keys() <= known.keys() and all(_is_count(start[n], type(known[n])) for n in start) and _is_count(skip)
+      if right and all(isinstance(f, dict) and is_plain_name(f.get("name")) and _is_count(f.get("tokens")) for f in files):
+        return value
+  raise UserError(f'{path} is damaged: "finished", "files" or "next" is not as it was written. {again}')
+
+
+def _is_count(value: Any, kind: type = int) -> bool:
+  """Whether a value is of a type, and if it is a number neither negative nor beyond what files have bytes."""
+  return type(value) is kind and 0 <= value < 2**63
 
 
 def _begin(wanted: Preparation) -> dict[str, Any]:
@@ -197,55 +212,24 @@ def _begin(wanted: Preparation) -> dict[str, Any]:
     start = {"start": dataclasses.asdict(Position()), "skip": 0}
     _remove_beginning(wanted)
     manifest = {**asked, "files": [], "finished": False, "next": start}
-    _write_json(out / MANIFEST_FILE, manifest)
+    write_json(out / MANIFEST_FILE, manifest)
   for file in manifest["files"]:
     path, need = out / file["name"], HEADER_BYTES + file["tokens"] * id_bytes(wanted.tokenizer.vocab_size)
     size = path.stat().st_size if path.is_file() else None
     if size != need:
       raise UserError(f"{path} has {size or 'no'} bytes and was written with {need:,}. Delete {out} to start over")
   if not (out / TOKENIZER_FILE).exists():
-    _write_json(out / TOKENIZER_FILE, wanted.tokenizer.to_json())
+    write_json(out / TOKENIZER_FILE, wanted.tokenizer.to_json())
   return manifest
 
 
 def _remove_beginning(wanted: Preparation, folders: Sequence[Path] = ()) -> None:
   """Removes what was written before a shard was recorded, and then those of the folders that are empty."""
-  for name in (MANIFEST_FILE, TOKENIZER_FILE, wanted.shard_name(0), wanted.shard_name(1)):
+  for name in (MANIFEST_FILE, TOKENIZER_FILE, wanted.shard_name(0), wanted.shard_name(1), locks.LOCK_FILE):
     (wanted.out / name).unlink(missing_ok=True)
   with contextlib.suppress(OSError):
     for folder in folders:
       folder.rmdir()
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-  """Keeps two processes from writing into one folder, where the system can."""
-  try:
-    import fcntl
-  except ImportError:  # Windows
-    yield
-    return
-  folder = os.open(out, os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):  # a file system without locks
-      try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise UserError(f"another process is writing to {out}.") from None
-    yield
-  finally:
-    os.close(folder)
-
-
-def _write_json(path: Path, value: Any) -> None:
-  """Writes JSON under a temporary name, then renames."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-    json.dump(value, file, indent=2, ensure_ascii=False)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 # --- Shards ---
@@ -283,11 +267,11 @@ def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[
           raise UserError(f"{few}. Try a smaller --heldout-tokens, or 0")
       manifest["files"].append({"name": path.name, "tokens": writer.count, "sha256": digest_file(path)})
       manifest["next"] = {"start": dataclasses.asdict(ids.start), "skip": ids.used}
-      _write_json(wanted.out / MANIFEST_FILE, manifest)
+      write_json(wanted.out / MANIFEST_FILE, manifest)
   if not manifest["files"]:
     raise UserError(f"the input holds no text: {wanted.inputs[0]}.")
   manifest["finished"] = True
-  _write_json(wanted.out / MANIFEST_FILE, manifest)
+  write_json(wanted.out / MANIFEST_FILE, manifest)
   on_progress(sum(sizes), sum(file["tokens"] for file in manifest["files"]))
 
 

@@ -23,6 +23,7 @@ from jgpt.feed import Feed, make_feed
 from jgpt.generate import compile_texts
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.microgpt import draw_microgpt_params
+from jgpt.model import unstack_blocks
 from jgpt.optim import make_optimizer
 from jgpt.step import TrainState, begin_state, evaluate, init_state, make_train_steps
 from jgpt.tricks import choose_tricks
@@ -84,7 +85,9 @@ def compile_program(
     shardings = jax.tree.map(lambda x: x.sharding, placed)
     jit = partial(jax.jit, out_shardings=shardings, compiler_options=tricks.init_options)
     if saved_step is not None:
-      return jit(layout).lower(stacked), lambda: checkpoint.restore(manager.folder / str(saved_step), stacked)
+      donated = () if layout is unstack_blocks else 0  # what keeps its shape needs no second copy
+      folder = manager.folder / str(saved_step)
+      return jit(layout, donate_argnums=donated).lower(stacked), lambda: checkpoint.restore(folder, stacked)
     given = params
     if given is None and experiment.train.init_from is not None:  # to draw others would be another run
       raise UserError(f"the weights of train.init_from={experiment.train.init_from} are not at hand, nor is a checkpoint.")

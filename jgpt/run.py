@@ -162,7 +162,7 @@ def set_aside(folder: Path) -> Path | None:
   Raises:
     UserError: if there is something else than a run folder.
   """
-  here, folder = Path.cwd(), folder.resolve()
+  here, folder = Path.cwd(), folder.absolute()
   if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
     return None
   if not os.path.lexists(folder / "experiment.json"):
@@ -211,7 +211,7 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
 
 def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop) -> int:
   """Trains, says what was learned and how to go on; returns the exit status."""
-  from jgpt import metrics, reading, run_folder, summary, train
+  from jgpt import files, metrics, reading, run_folder, summary, train
 
   for label, text in summary.describe(plan):
     print(f"{label:<12}{text}")
@@ -232,17 +232,17 @@ def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, p
       epoch_steps=plan.epoch_steps,
     )
     writers, sample_at = [console], console.is_line if console.wants_samples and plan.data.documents else None
-  sys.stdout.flush()
+  print(end="", flush=True)
   began = time.perf_counter()
   result = train.train(plan, writers=writers, sample_at=sample_at, stop=stop)
   step = int(result.state.step)
-  saved = train.describe_stop(plan, step)
+  saved = signals.describe_stop(step, plan.workdir)
   if result.signal:
     stop.leave(saved)
   with stop.leaving(saved):
     texts = train.sample_texts(plan, result.state.params, step)
     samples = run_folder.make_subfolder(plan.workdir, "samples")
-    run_folder.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
+    files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
     print_result(plan, result, texts, time.perf_counter() - began)
     expected = base.expected if comparable(base, experiment) else ()
     if words := reading.compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
@@ -257,7 +257,7 @@ def check_compiler(plan: Plan) -> None:
   """After the first run on a machine, when nobody waits for anything: whether its compiler computes what is written."""
   from jgpt import canary, runtime
 
-  sys.stdout.flush()  # the check takes seconds
+  print(end="", flush=True)  # the check takes seconds
   try:
     check = canary.check_once(plan.experiment, runtime.devices()[0].platform)
   except (RuntimeError, MemoryError) as error:  # the run is finished and saved whatever becomes of this

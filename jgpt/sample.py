@@ -9,25 +9,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jgpt import command
+from jgpt.checks import UserError
+
+if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.config import Experiment, SampleConfig
+  from jgpt.tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
-  from jgpt import checkpoint, generate, runtime
+  from jgpt import checkpoint, generate, run_folder, runtime
   from jgpt.keys import SAMPLE, derive_key
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
+  try:
+    files = run_folder.read_run_files(Path(args.run))
+  except UserError:
+    files = None  # what is said about that depends on the checkpoints: each has a copy of these files
+  if files is not None:
+    _choose(args, files.experiment, files.tokenizer)  # what cannot be drawn is refused before an array is read
   run = checkpoint.load_run(args.run, args.step)
-  names = ("prompt", "num", "temperature", "top_k", "top_p", "max_tokens")
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  sample = dataclasses.replace(run.experiment.sample, **given)
-  train = run.experiment.train
-  seed = train.seed if args.seed is None else dataclasses.replace(train, seed=args.seed).seed
-  ids = run.tokenizer.prompt(sample.prompt)
+  sample, seed, ids = _choose(args, run.experiment, run.tokenizer)
   _, dropped = generate.fit_prompt(ids, run.experiment.model)
   if dropped:
     print(f"the prompt has {len(ids)} tokens; only its last {len(ids) - dropped} fit the context", file=sys.stderr)
@@ -35,6 +43,15 @@ def main(argv: list[str] | None = None) -> int:
   for text in generate.generate_texts(run.params, run.tokenizer, key, run.experiment.model, sample):
     print(text)
   return 0
+
+
+def _choose(args: argparse.Namespace, experiment: Experiment, tokenizer: Tokenizer) -> tuple[SampleConfig, int, list[int]]:
+  """What is drawn and from which seed, as the arguments or else the run say; and the ids of the prompt."""
+  names = ("prompt", "num", "temperature", "top_k", "top_p", "max_tokens")
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  sample = dataclasses.replace(experiment.sample, **given)
+  train = experiment.train if args.seed is None else dataclasses.replace(experiment.train, seed=args.seed)
+  return sample, train.seed, tokenizer.prompt(sample.prompt)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-from jgpt.checks import UserError, alternatives, choices, describe_type, near_matches
+from jgpt.checks import UserError, alternatives, choices, describe_type, near_matches, show
 from jgpt.config import (
   GPT2_SIZES,
   DataConfig,
@@ -71,13 +71,13 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   by_section: dict[str, dict[str, Any]] = {}
   size = changes.get(SIZE)
   if size is not None and size not in GPT2_SIZES:
-    raise UserError(f"{SIZE}={size!r} must be one of {', '.join(GPT2_SIZES)}.")
+    raise UserError(f"{SIZE}={show(size)} must be one of {', '.join(GPT2_SIZES)}.")
   sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
   for name, value in (sizes | {n: v for n, v in changes.items() if n != SIZE}).items():
     if name not in setting_names():
       last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
       meant = f" Did you mean {' or '.join(last)}?" if last else near_matches(name, [*setting_names(), SIZE])
-      raise UserError(f"there is no setting {name!r}.{meant} All of them: --print-config")
+      raise UserError(f"there is no setting {show(name)}.{meant} All of them: --print-config")
     section, field = name.split(".")
     by_section.setdefault(section, {})[field] = value
   sections = {s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()}
@@ -93,7 +93,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
   name, equals, value = text.partition("=")
   name, value = name.strip(), value.strip()
   if not equals:
-    raise UserError(f"--set {text!r} has no '='. Write it as section.field=value, for example --set train.steps=500")
+    raise UserError(f"--set {show(text)} has no '='. Write it as section.field=value, for example --set train.steps=500")
   if name not in setting_names():
     return name, value  # `change` names the near matches
   section, field = name.split(".")
@@ -113,7 +113,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, kind(value)
   except (ValueError, KeyError):
     pass
-  raise UserError(f"{name}={value!r} must be {describe_type(hint)}.")
+  raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.")
 
 
 def format_value(value: Any) -> str:
@@ -188,10 +188,12 @@ def from_json(value: Any) -> Experiment:
   sections = {}
   for section, fields in value.items():
     if section not in SECTIONS:
-      raise UserError(f"the experiment has an unknown section {section!r}.{near_matches(section, SECTIONS)}")
+      raise UserError(f"the experiment has an unknown section {show(section)}.{near_matches(section, SECTIONS)}")
     known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
-    for name in fields.keys() - known.keys():
-      raise UserError(f"the experiment has an unknown setting {section}.{name}.{near_matches(name, known)}")
+    for name in fields:
+      if name not in known:
+        shown = show(f"{section}.{name}").strip("'\"")
+        raise UserError(f"the experiment has an unknown setting {shown}.{near_matches(name, known)}")
     for name, field in known.items():
       if name not in fields and field.default is dataclasses.MISSING:
         raise UserError(f"the experiment lacks the setting {section}.{name}.")

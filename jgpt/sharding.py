@@ -31,21 +31,21 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
     UserError: if there are fewer devices than asked for, or they do not divide the batch.
   """
   num_data = experiment.mesh.data or len(devices)
+  batch, micro = experiment.data.batch_size, experiment.train.micro_batch_size
+  most = max(n for n in range(1, len(devices) + 1) if (micro or batch) % n == 0)  # micro-batches divide the batch
   if num_data > len(devices):
     raise UserError(
-      f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set mesh.data={len(devices)}"
+      f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set mesh.data={most}"
     )
-  for name, size in (
-    ("data.batch_size", experiment.data.batch_size),
-    ("train.micro_batch_size", experiment.train.micro_batch_size),
-  ):
-    if size and size % num_data:
-      below, above = size // num_data * num_data, -(-size // num_data) * num_data
-      nearest = f"{below} or {above}" if below else f"{above}"
-      raise UserError(
-        f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try --set {name}={above} "
-        "or --set mesh.data=1"
-      )
+  if (micro or batch) % num_data:
+    name, size = ("train.micro_batch_size", micro) if micro else ("data.batch_size", batch)
+    below, above = size // num_data * num_data, -(-size // num_data) * num_data
+    nearest = f"{below} or {above}" if below else f"{above}"
+    batches = f" --set data.batch_size={-(-batch // above) * above}" if micro and batch % above else ""
+    raise UserError(
+      f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try --set {name}={above}{batches} "
+      f"or --set mesh.data={most}"
+    )
   return jax.make_mesh((num_data,), ("data",), devices=devices[:num_data], axis_types=(AxisType.Auto,))
 
 

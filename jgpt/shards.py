@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import pickletools
+import stat
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,8 @@ def read_header(path: Path) -> TokenFile:
     UserError: naming file and field, if the file cannot be read, holds no ids, or is damaged or something else.
   """
   try:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+      raise UserError(f"cannot read {path}: it is no plain file.")
     with open(path, "rb") as file:
       head = file.read(HEADER_BYTES)
       size = os.fstat(file.fileno()).st_size

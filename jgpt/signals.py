@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 REPEAT_SECONDS = 0.5  # a key that is held down, or a signal sent to the whole group, is one signal
 EXIT_BY_SIGNAL = 128  # a process ended by signal n has status 128 + n, by the shell's convention
@@ -28,8 +29,19 @@ ASKED = "\nstopping after the steps under way; once more quits at once"
 
 def say(line: str) -> None:
   """One line on standard error, also from a signal handler; without a standard error, none."""
+  if sys.stderr is None:
+    return  # what has its number now is another file
   with contextlib.suppress(OSError):
     os.write(2, f"{line}\n".encode(errors="replace"))
+
+
+def describe_stop(step: int, workdir: Path | None) -> str:
+  """What a run leaves that is stopped after a step, with nothing unsaved."""
+  if workdir is None:
+    return f"stopped after step {step:,}; nothing is kept"
+  if not step:
+    return f"stopped before the first step; the same command begins again in {workdir}"
+  return f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there"
 
 
 class Stop:
@@ -213,6 +225,8 @@ def _flush() -> None:
 
 def _exit(number: int, line: str) -> None:
   """Ends the process from any thread, whatever the others are doing."""
-  show_cursor = "\x1b[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""
-  say(f"{show_cursor}{line}")
-  os._exit(EXIT_BY_SIGNAL + number)
+  try:
+    show_cursor = "\x1b[?25h" if sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty() else ""
+    say(f"{show_cursor}{line}")
+  finally:
+    os._exit(EXIT_BY_SIGNAL + number)

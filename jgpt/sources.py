@@ -162,6 +162,11 @@ def find_text(config: DataConfig, *, sha256: str | None = None) -> Text:
     UserError: if there is no such text, it is not UTF-8, or none found has the digest.
   """
   if config.path is not None:
+    expanded = os.path.expanduser(config.path)
+    if sha256 is not None and os.path.exists(expanded) and not (os.path.isfile(expanded) or os.path.isdir(expanded)):
+      raise UserError(
+        f"{config.path} is no plain file, and a recorded path is read from nothing else. Try a copy of the text"
+      )
     found = read_path(config.path)
     return require_same(found, sha256, config.path, "Put the old text back, or start over with --fresh")
   source = get_source(config.source)
@@ -245,6 +250,8 @@ def check_path(path: str) -> None:
 
 def _list_texts(path: str) -> list[Path] | None:
   """The files of a folder or glob; None where `path` can only be the name of one file; raises `UserError` for none."""
+  if not path:
+    raise UserError("data.path is empty: it names a file, a folder or a glob. Try --set data.path=none for data.source")
   files = list_files(path, ["*.txt"])
   if files == []:
     raise UserError(f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'")
@@ -357,7 +364,8 @@ def _decode(content: bytes, location: str) -> str:
   try:
     return content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise UserError(f"{location} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}.") from None
+    what = f"byte {error.start} is 0x{content[error.start]:02x}"
+    raise UserError(f"{location} is not UTF-8 text: {what}. Save it as UTF-8, or name another file") from None
 
 
 def digest_bytes(content: bytes) -> str:

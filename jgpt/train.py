@@ -31,12 +31,13 @@ from jgpt.data import Data, check_path, find_data
 from jgpt.generate import begin_texts
 from jgpt.health import explain
 from jgpt.keys import SAMPLE, derive_key
-from jgpt.metrics import JsonlWriter, Log, Writer, read_jsonl
+from jgpt.log import Log
+from jgpt.metrics import JsonlWriter, Writer, read_losses
 from jgpt.model import stack_blocks
 from jgpt.program import Program, begin_evaluation, compile_program
 from jgpt.run_folder import RunFiles, append_env, read_run_files, write_run_files
 from jgpt.settings import change, differences, is_circumstance, resolve, settings
-from jgpt.signals import Stop, say, stop_signals
+from jgpt.signals import Stop, describe_stop, say, stop_signals
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
 from jgpt.weights import (
@@ -145,6 +146,7 @@ def plan(
     sha256=recorded.data["sha256"] if recorded else None,
     tokenizer=recorded.tokenizer if recorded else weights.tokenizer if weights else None,
   )
+  data.tokenizer.prompt(experiment.sample.prompt)  # what it does not know would be noticed after the training
   if weights:
     refuse_other_vocabulary(weights, data.tokenizer)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
@@ -221,6 +223,8 @@ def train(
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     saved_step, manager, rows = None, None, ()
+    for writer in writers:
+      stack.callback(_close, writer)
     if workdir is not None:
       saved_step = _claim_folder(plan, mesh, stack)
       train = experiment.train
@@ -228,11 +232,10 @@ def train(
         checkpoint.open_checkpoints(workdir, keep_latest=train.keep_latest, keep_best=train.keep_best)
       )
       log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
+      stack.callback(_close, log_file)
       rows, writers = log_file.kept, [log_file, *writers]
     plan = dataclasses.replace(plan, start_step=saved_step or 0)  # the folder may have moved on since the plan was made
-    for writer in writers:
-      stack.callback(_close, writer)
-    with stop.leaving(describe_stop(plan, plan.start_step)):
+    with stop.leaving(describe_stop(plan.start_step, workdir)):
       program = compile_program(
         experiment,
         plan.data,
@@ -248,14 +251,12 @@ def train(
     heldout_loss, heldout_tokens = None, 0
     if not stop:
       finish = manager.wait if manager else lambda: None
-      with stop.leaving(describe_stop(plan, int(state.step)), finish):
+      with stop.leaving(describe_stop(int(state.step), workdir), finish):
         done = log.whole_evaluation(experiment.train)
         heldout_loss, heldout_tokens = done or evaluate_heldout(state.params, program.heldout, experiment)
   losses, heldout_losses = log.losses, [(step, loss) for step, loss, _ in log.evaluations]
   if workdir is not None:  # those of earlier starts too
-    rows = read_jsonl(workdir / "metrics.jsonl")
-    losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    heldout_losses = [(row["step"], row["heldout/loss"]) for row in rows if "heldout/loss" in row]
+    losses, heldout_losses = read_losses(workdir / "metrics.jsonl")
   return Result(
     state=state,
     losses=np.asarray(losses, np.float32),
@@ -266,15 +267,6 @@ def train(
     experiment=experiment,
     signal=stop.signal,
   )
-
-
-def describe_stop(plan: Plan, step: int) -> str:
-  """What a run leaves that is stopped after a step, with nothing unsaved."""
-  if plan.workdir is None:
-    return f"stopped after step {step:,}; nothing is kept"
-  if not step:
-    return f"stopped before the first step; the same command begins again in {plan.workdir}"
-  return f"stopped after step {step:,}, which is saved in {plan.workdir}; the same command goes on from there"
 
 
 def save(manager: checkpoint.Manager, state: TrainState, heldout_loss: float | None = None) -> None:
@@ -366,7 +358,16 @@ def _claim_folder(plan: Plan, mesh: jax.sharding.Mesh, stack: contextlib.ExitSta
   workdir = plan.workdir
   workdir.mkdir(parents=True, exist_ok=True)
   stack.enter_context(locks.hold(workdir))
+  if os.path.lexists(workdir / "experiment.json"):  # another run may have begun here since the plan was made
+    recorded = read_run_files(workdir)
+    refuse_differences(plan.experiment, recorded, workdir)
+    if recorded.data["sha256"] != plan.data.text.sha256:
+      raise UserError(f"{workdir} holds a run on another text, {recorded.data.get('location')}. Choose another --workdir")
   saved_step, damaged = checkpoint.find_sound_step(workdir, trusted=plan.start_step)
+  if plan.start_step and saved_step is None:
+    raise UserError(
+      f"the checkpoint of step {plan.start_step} in {workdir} has gone since the run was planned. Plan it again"
+    )
   for step, damage in damaged.items():
     aside = manifest.set_aside(workdir, step)
     say(f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step {saved_step}: {damage}")

@@ -93,6 +93,5 @@ def test_experiment_traces_one_update_that_keeps_every_shape_and_dtype(name):
   batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
   after, metrics = jax.eval_shape(make_train_step(experiment), state, batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  assert {k: (v.shape, v.dtype) for k, v in metrics.items()} == dict.fromkeys(
-    ("train/loss", "train/grad_norm", "train/lr"), ((), jnp.float32)
-  )
+  expected = dict.fromkeys(("train/loss", "train/grad_norm", "train/lr"), ((), jnp.float32))
+  assert {k: (v.shape, v.dtype) for k, v in metrics.items()} == expected | {"train/skipped": ((), jnp.int32)}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jgpt import data as data_lib
 from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
 from jgpt.catalog import load_experiment
-from jgpt.checkpoint import RunFiles, write_run_files
+from jgpt.run_folder import RunFiles, write_run_files
 from jgpt.checks import UserError
 from jgpt.data import find_data, in_heldout, load_data, make_documents
 from jgpt.evaluate import count_bytes

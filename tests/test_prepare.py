@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jgpt import command, documents, preparation, prepare, shards
+from jgpt import command, documents, locks, preparation, prepare, shards
 from jgpt.bpe import END_OF_TEXT, train_bpe_tokenizer
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
@@ -424,7 +424,7 @@ def test_a_beginning_without_a_shard_is_replaced_by_another_wish(folder, monkeyp
   """Killed before the manifest records a shard, which may be complete by then."""
   folder({"a.txt": "0123456789"})
   chars = CharTokenizer("0123456789", bos=False)
-  write, count = preparation._write_json, 0
+  write, count = preparation.write_json, 0
 
   def kill(path, value):
     nonlocal count
@@ -434,7 +434,7 @@ def test_a_beginning_without_a_shard_is_replaced_by_another_wish(folder, monkeyp
     write(path, value)
 
   with monkeypatch.context() as patched, pytest.raises(KilledError):
-    patched.setattr(preparation, "_write_json", kill)
+    patched.setattr(preparation, "write_json", kill)
     make(["a.txt"], tokenizer=chars, heldout_tokens=5)
   folder({"out/mine_val_000000.bin": "x"}) if lost != "manifest" else None
   assert make(["a.txt"], heldout_tokens=0)["finished"]
@@ -475,7 +475,7 @@ def test_interrupted_anywhere_and_started_again_it_makes_the_same_bytes(texts, m
   num_files = len([name for name in whole if name.endswith(".bin")])
   target, name = {
     "after a shard": (preparation, "digest_file"),
-    "before the manifest": (preparation, "_write_json"),
+    "before the manifest": (preparation, "write_json"),
     "while encoding": (preparation, "parse_block"),
   }[place]
   original, starts = getattr(target, name), 0
@@ -608,7 +608,7 @@ def test_two_at_once_do_not_write_into_one_folder(folder):
   pytest.importorskip("fcntl", reason="this system cannot lock a folder")
   folder({"a.txt": PLAY})
   Path("out").mkdir()
-  with preparation._lock(Path("out")), pytest.raises(UserError, match="another process is writing to out"):
+  with locks.hold(Path("out")), pytest.raises(UserError, match="out is being written by another process"):
     make(["a.txt"])
   assert make(["a.txt"])["finished"]
 

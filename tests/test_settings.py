@@ -257,8 +257,8 @@ def experiments(draw):
   def count(most=2**31 - 1):
     return draw(st.integers(1, most))
 
-  def number(least=0.0, most=None, exclude_max=False):
-    return draw(st.floats(least, most, allow_nan=False, allow_infinity=False, exclude_max=exclude_max))
+  def number(least=0.0, most=config.FLOAT32_MAX, exclude_max=False):
+    return draw(st.floats(least, most, exclude_max=exclude_max))
 
   def maybe(value):
     return value if draw(st.booleans()) else None
@@ -316,9 +316,9 @@ def experiments(draw):
       end_lr=number(),
       decay_steps=maybe(count()),
       cooldown_steps=maybe(count()),
-      b1=number(0, 1, exclude_max=True),
-      b2=number(0, 1, exclude_max=True),
-      eps=number(1e-300),
+      b1=number(0, 1 - 2**-24),
+      b2=number(0, 1 - 2**-24),
+      eps=number(config.FLOAT32_TINY),
       weight_decay=number(),
       decay_kinds=tuple(draw(st.lists(st.sampled_from(config.PARAM_KINDS), max_size=3))),
       clip_norm=maybe(number(1e-300)),
@@ -341,7 +341,7 @@ def experiments(draw):
       temperature=number(0, 1e6),
       top_k=maybe(count() - 1),
       top_p=number(0, 1),
-      max_tokens=maybe(count()),
+      max_tokens=maybe(count(100)),
     ),
     mesh=config.MeshConfig(data=mesh, scan_layers=maybe(draw(st.booleans()))),
   )

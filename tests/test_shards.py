@@ -347,9 +347,10 @@ def test_a_finished_folder_is_the_files_of_its_manifest_whatever_else_lies_there
   folder({"s/prepare.json": json.dumps(manifest).encode(), "s/notes.txt": b"x", "s/old_train_000009.bin": b".."})
   folder({"s/s_val_000000.bin": b"..", "s/s_train_000001.bin": b".."})
   assert [file.name for file in paths.find_token_files("s")] == ["s_train_000001.bin", "s_val_000000.bin"]
-  hostile = [{"name": "../x.bin"}, {"name": 7}, {}, "a", {"name": "s_val_000000.bin"}]
-  folder({"s/prepare.json": json.dumps({"finished": True, "files": hostile}).encode()})
-  assert paths.find_token_files("s") == [Path("s/s_val_000000.bin")]
+  for hostile in ({"name": "../x.bin"}, {"name": "/x.bin"}, {"name": ".."}, {"name": "a\0b"}, {"name": 7}, {}, "a"):
+    folder({"s/prepare.json": json.dumps({"finished": True, "files": [names[0], hostile]}).encode()})
+    with pytest.raises(UserError, match=r"^s/prepare\.json is damaged: .* is not the name of a file beside it\.$"):
+      paths.find_token_files("s")
 
 
 @pytest.mark.parametrize("path", ["d", "d/*.bin", "d/train.bin"])

@@ -21,7 +21,7 @@ from jgpt.checks import UserError
 from jgpt.diagnosis.findings import Finding, format_bytes, from_error, note, ok, problem
 from jgpt.paths import list_files
 from jgpt.released import RELEASED
-from jgpt.run_folder import RunFiles, open_plain
+from jgpt.run_folder import RunFiles, open_file
 from jgpt.sources import PinnedText
 
 STATE_BYTES = 12  # of a parameter and its two moments
@@ -69,7 +69,7 @@ def check_metrics(path: Path, newest: int) -> list[Finding]:
   if not os.path.lexists(path):
     return [note("metrics", f"{path} is not there: the losses of {newest:,} steps are lost")] if newest else []
   rows, found, number = _Rows(), [], 0
-  with open_plain(path) as file:
+  with open_file(path) as file:
     while line := file.readline(MAX_LINE):
       number += 1
       try:
