@@ -80,7 +80,8 @@ class Manager:
   def close(self) -> None:
     """Ends the thread, after the save under way."""
     self._thread.shutdown()
-    self._arrays.close()
+    with contextlib.suppress(Exception):  # of the last save, which `wait` raised
+      self._arrays.close()
 
   def _save(
     self,

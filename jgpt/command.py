@@ -45,7 +45,14 @@ def guard(main: Callable[[], int]) -> int:
       stream.reconfigure(errors="replace")
   _collect_seldom()
   with _quit_on_ctrl_c():
-    return _call(main)
+    status = _call(main)
+  atexit.register(_ignore_ctrl_c)  # last in, first out: what is left to do is to end, and nothing to say about it
+  return status
+
+
+def _ignore_ctrl_c() -> None:
+  if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collect_seldom() -> None:

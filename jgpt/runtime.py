@@ -9,9 +9,11 @@ import json
 import logging
 import os
 import stat
+import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -36,15 +38,16 @@ def set_up() -> str:
   refuse_small_memory()
   for name, level in {"absl": logging.CRITICAL, "asyncio": logging.CRITICAL, "jax": logging.ERROR}.items():
     logging.getLogger(name).setLevel(level)  # what goes wrong with a save is raised too, and said in one line
+  _leave_out_closed_loops()
   if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return ""  # the user's own choice
-  folder = sources.cache_dir() / "compiled"
   try:
+    folder = sources.cache_dir() / "compiled"
     sources.make_private(folder.parent)
     sources.make_private(folder)
     info = folder.stat()
-  except OSError:
-    return ""  # a read-only home: compile each time
+  except (OSError, RuntimeError):
+    return ""  # a read-only home, or none: compile each time
   if hasattr(os, "getuid") and (info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o022):
     return f"{folder} can be written by others: compiled programs are not kept there"
   jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -54,6 +57,17 @@ def set_up() -> str:
   warnings.filterwarnings("ignore", message=ignored)
   drop_damaged(folder)
   return ""
+
+
+def _leave_out_closed_loops() -> None:
+  """Has Python keep quiet about TensorStore's threads that report on a save which was given up."""
+  show = sys.unraisablehook
+
+  def show_others(unraisable: Any) -> None:
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+      show(unraisable)
+
+  sys.unraisablehook = show_others
 
 
 def refuse_small_memory() -> None:
