@@ -130,12 +130,13 @@ def open_checkpoints(workdir: Path, *, keep_latest: int = 2, keep_best: int = 0)
   try:
     yield manager
     manager.wait()
-  except BaseException as error:
+  except TrainingError:  # a save's, or after one
+    raise
+  except BaseException:
     try:
       manager.wait()
     except TrainingError as failed:
-      if str(failed) != str(error):
-        say(f"error: {failed}")
+      say(f"error: {failed}")
     raise
   finally:
     manager.close()
