@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jgpt.checks import UserError
+from jgpt.checks import TrainingError, UserError
 
 LESS_MEMORY = "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
 VERBS = {
@@ -96,6 +96,8 @@ def _call(main: Callable[[], int]) -> int:
     return status
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, TrainingError):
+      _leave_threads_behind(error.status)
     return error.status
   except KeyboardInterrupt:
     print("\ninterrupted", file=sys.stderr)
@@ -115,6 +117,21 @@ def _call(main: Callable[[], int]) -> int:
     else:
       raise
     return 1
+
+
+def _leave_threads_behind(status: int) -> None:
+  """Ends the process at once where others' threads are left.
+
+  After a save that failed, orbax's wait for ever for a folder that could not be made, or print what has been said.
+  """
+  if threading.current_thread() is not threading.main_thread() or all(
+    thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()
+  ):
+    return
+  for stream in (sys.stdout, sys.stderr):
+    if stream is not None:
+      stream.flush()
+  os._exit(status)
 
 
 def python_word() -> str:

@@ -51,6 +51,11 @@ class Health:
     losses = np.array([row["train/loss"] for row in rows[-MEMORY:]], np.float64)
     self._stats = z_scores(LossStats(), losses[np.isfinite(losses)])[-1]
 
+  @property
+  def is_skipping(self) -> bool:
+    """Whether the last update was skipped."""
+    return self._since is not None
+
   def observe(self, step: int, metrics: dict[str, np.ndarray]) -> list[str]:
     """Takes consecutive updates into account, one or a thousand; what is healthy takes 0.1 ms.
 

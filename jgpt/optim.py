@@ -76,7 +76,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.Gradien
   return optax.named_chain(
     *([] if config.skip_spikes is None else [("spikes", watch_losses())]),
     ("clip", optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)),
-    ("adam", optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
+    ("adam", scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
     ("decay", optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity()),
     ("lr", optax.scale_by_learning_rate(make_schedule(config))),
   )
@@ -96,3 +96,22 @@ def watch_losses() -> optax.GradientTransformationExtraArgs:
     return updates, jax.tree.map(partial(jnp.where, jnp.isfinite(observed.variance)), observed, state)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam`, where `update` may be given how its new state is kept: `keep(new, old)` -> state.
+
+  Parameters are then computed from what is kept. Kept from outside, XLA on a CPU computes moments once for the state and
+  once more for the parameters: 10% of a step of `names` and 13% of `gpt2_shakespeare`.
+  """
+
+  def update(
+    grads: dict, state: optax.ScaleByAdamState, params: dict | None = None, *, keep: Any = lambda new, old: new, **_: Any
+  ) -> tuple[dict, optax.ScaleByAdamState]:
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+    state = keep(optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), state)
+    mu_hat, nu_hat = (optax.tree.bias_correction(m, b, state.count) for m, b in ((state.mu, b1), (state.nu, b2)))
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat), state
+
+  return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)

@@ -208,10 +208,8 @@ def train_step(
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   if skip_spikes is not None:
     ok &= z_score(state.opt_state["spikes"], loss) <= skip_spikes
-  updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-  params = optax.apply_updates(state.params, updates)
-  # Parameters before moments: what a new parameter is computed from is then overwritten after it, and needs no copy.
-  params, opt_state["adam"] = keep(ok, (params, opt_state["adam"]), (state.params, state.opt_state["adam"]))
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss, keep=partial(keep, ok))
+  params = keep_unless(ok, optax.apply_updates(state.params, updates), state.params)
   metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": schedule(state.step)}
   metrics["train/skipped"] = jnp.int32(~ok)
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

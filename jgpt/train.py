@@ -322,16 +322,17 @@ def _loop(
 def _stop_training(
   plan: Plan, program: Program, manager: checkpoint.Manager | None, state: TrainState, log: Log
 ) -> NoReturn:
-  """Saves a state whose last updates were all skipped, and says why they were; it is that of the last good update."""
-  first = log.health.exhausted
-  kept = "Nothing was kept"
+  """Saves a state after a series of skipped updates, and says why they were skipped."""
+  first, step, kept, advice = log.health.exhausted, int(state.step), "Nothing was kept", ""
   if manager is not None:
     save(manager, state)
     manager.wait()
-    kept = f"The parameters before step {first} are saved as checkpoint {int(state.step)} in {plan.workdir}"
+    last = "of the last good update" if log.health.is_skipping else "of the good updates that followed"
+    kept = f"The parameters {last} are saved as checkpoint {step} in {plan.workdir}"
+    advice = f", in another --workdir with --init-from {plan.workdir}/checkpoints/{step}"
   words = explain(plan.experiment, state, program.feed.corpus_at(first - 1), first)
   lower = plan.experiment.optimizer.peak_lr / 10
-  raise TrainingError(f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}")
+  raise TrainingError(f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}{advice}")
 
 
 def sample_texts(plan: Plan, params: dict, step: int) -> list[str]:

@@ -104,12 +104,12 @@ def no_bias_correction(put):
 
 def epsilon_inside_the_root(put):
   right = optax.scale_by_adam
-  put(optax, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps))
+  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps))
 
 
 def epsilon_squared_inside_the_root(put):  # as small as eps outside where the gradient is 0: the hardest to see
   right = optax.scale_by_adam
-  put(optax, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps**2))
+  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps**2))
 
 
 def rate_of_the_next_step(put):
@@ -127,18 +127,18 @@ def swap_moments(state):
 
 
 def wrap_adam(put, before, after=lambda state: state):
-  right = optax.scale_by_adam
+  right = jgpt.optim.scale_by_adam
 
   def scale_by_adam(**settings):
     adam = right(**settings)
 
-    def update(grads, state, params=None):
-      updates, new_state = adam.update(grads, before(state), params)
+    def update(grads, state, params=None, **rest):
+      updates, new_state = adam.update(grads, before(state), params, **rest)
       return updates, after(new_state)
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
-  put(optax, "scale_by_adam", scale_by_adam)
+  put(jgpt.optim, "scale_by_adam", scale_by_adam)
 
 
 # --- The tests ---

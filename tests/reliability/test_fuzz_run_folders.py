@@ -1,0 +1,159 @@
+"""A stranger's run folder: every file in it against inputs that nobody meant to write, as in `test_fuzz_parsers.py`."""
+
+import contextlib
+import json
+
+import fuzzing
+import pytest
+from fuzzing import Parser, any_bytes, edit_bytes, edit_json
+
+from jgpt import locks, manifest, metrics, run_folder
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
+from jgpt.settings import resolve
+from jgpt.tokenizer import CharTokenizer
+
+QUICK = 100
+
+
+def write_run(folder, tokenizer=None):
+  """experiment.json and tokenizer.json of a run folder; returns their contents."""
+  tokenizer = tokenizer or CharTokenizer("\n abc", True)
+  experiment = resolve(load_experiment("names"), tokenizer.vocab_size)
+  data = {"kind": "path", "location": "x", "sha256": "0" * 64}
+  run_folder.write_run_files(folder, run_folder.RunFiles("names", experiment, tokenizer, data))
+  return {name: (folder / name).read_bytes() for name in ("experiment.json", "tokenizer.json")}
+
+
+def mostly_json(base):
+  return lambda rng: edit_json(rng, base, (base,)) if rng.random() < 0.97 else any_bytes(rng)
+
+
+def run_file(folder, name):
+  """experiment.json or tokenizer.json."""
+  base = write_run(folder)[name]
+
+  def read(content):
+    fuzzing.write(folder / name, content)
+    files = run_folder.read_run_files(folder)
+    assert files.experiment.model.vocab_size >= files.tokenizer.vocab_size
+    assert all(isinstance(v, str) for v in files.data.values())
+    assert files.name.isprintable() and len(files.name) < 500
+    hash(files.experiment)
+
+  return Parser(mostly_json(base), read, str(folder))
+
+
+def environment(folder):
+  """env.json, to which each start adds an entry, whatever is there."""
+  path = folder / "env.json"
+  base = json.dumps([{"time": "2026-01-01", "devices": 8, "settings": {"train.steps": 5}}] * 2).encode()
+
+  def read(content):
+    fuzzing.write(path, content)
+    run_folder.append_env(folder, {"new": 1})
+    there = json.loads(path.read_bytes())
+    assert isinstance(there, list) and there[-1] == {"new": 1}
+    if len(there) == 1:
+      raise UserError("begun anew")
+
+  return Parser(mostly_json(base), read, may_write=str(folder))
+
+
+def manifest_file(folder):
+  """What a step says of itself: nothing in it makes a reader raise, and what is called sound is as it says."""
+  write_run(folder)
+  step = folder / "checkpoints" / "30"
+  for name in ("params/_METADATA", "params/d/0123", "train_state/_METADATA", "experiment.json", "tokenizer.json"):
+    (step / name).parent.mkdir(parents=True, exist_ok=True)
+    (step / name).write_bytes(name.encode())
+  leaf = {"dtype": "float32", "shape": [27, 16], "digest": "0123456789abcdef"}
+  written = manifest.Manifest(
+    30, {"kind": "x", "sha256": "0"}, 2.5, {"params/tok_embed": leaf, "train_state/step": leaf}, {}
+  )
+  manifest.write_manifest(step, written)
+  base = (step / "manifest.json").read_bytes()
+
+  def read(content):
+    fuzzing.write(step / "manifest.json", content)
+    assert manifest.list_steps(folder) == [30]
+    manifest.retain(folder, 1, 1)
+    damage = manifest.find_damage(step)
+    if damage is not None:
+      raise UserError(damage)
+    assert manifest.read_manifest(step).files == manifest.digest_files(step)
+
+  def make(rng):
+    edited = mostly_json(base)(rng)
+    if rng.random() < 0.8:
+      with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        edited = json.dumps(fuzzing.seal_manifest(json.loads(edited))).encode()
+    return edited
+
+  return Parser(make, read, str(folder), block=2 << 20)
+
+
+def metrics_file(folder):
+  """The log: its sound beginning is read, whatever follows."""
+  path = folder / "metrics.jsonl"
+  rows = [
+    {"step": n, "train/loss": 3.0 / n, "train/grad_norm": 1.0, "train/lr": 0.01, "train/skipped": 0} for n in range(1, 6)
+  ]
+  rows.insert(3, {"step": 3, "heldout/loss": 2.5})
+  lines = [json.dumps(row).encode() for row in rows]
+  base = b"".join(line + b"\n" for line in lines)
+
+  def make(rng):
+    if rng.random() < 0.6:
+      edited = [*lines]
+      at = rng.randrange(len(edited))
+      edited[at] = edit_json(rng, edited[at], lines)
+      return b"\n".join(edited) + b"\n"
+    return edit_bytes(rng, base, lines) if rng.random() < 0.95 else any_bytes(rng, [base])
+
+  def read(content):
+    fuzzing.write(path, content)
+    found = metrics.read_jsonl(path)
+    assert all(isinstance(row, dict) and type(row["step"]) is int for row in found)
+    if len(found) < len(rows):
+      raise UserError("shorter")
+
+  return Parser(make, read)
+
+
+def lock_file(folder):
+  """What names the process that writes; nothing in it keeps anybody from saying that there is one."""
+
+  def read(content):
+    fuzzing.write(folder / locks.LOCK_FILE, content)
+    holder = locks.describe_holder(folder)
+    assert holder.isprintable() and len(holder) < 200
+    if not holder:
+      raise UserError("names none")
+
+  return Parser(mostly_json(b'{"pid": 12345, "host": "a-machine.example"}'), read)
+
+
+PARSERS = {
+  "experiment.json": lambda folder: run_file(folder, "experiment.json"),
+  "tokenizer.json of a run": lambda folder: run_file(folder, "tokenizer.json"),
+  "env.json": environment,
+  "manifest.json": manifest_file,
+  "metrics.jsonl": metrics_file,
+  ".lock": lock_file,
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_fuzz_a_few_inputs(name, tmp_path):
+  count = fuzzing.run_campaign(name, PARSERS[name](tmp_path), range(QUICK))
+  assert count.inputs == QUICK and count.valid and count.refusals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARSERS)
+def test_fuzz_10000_inputs(name, tmp_path, record_property):
+  count = fuzzing.run_campaign(name, PARSERS[name](tmp_path), fuzzing.numbers())
+  record_property("fuzzed", str(count))
+  print(count)
+  assert count.inputs == len(fuzzing.numbers()) and count.valid > 0.005 * count.inputs and count.refusals

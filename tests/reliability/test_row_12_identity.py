@@ -1,0 +1,246 @@
+"""Row 12: what a run is may not change when it goes on; where and how it runs may; it may become longer.
+
+`tests/test_train.py` and `tests/test_commands.py` have single cases; here is every setting.
+"""
+
+import json
+
+import children
+import pytest
+import small_runs
+
+from jgpt import train
+from jgpt.catalog import load_experiment
+from jgpt.checks import UserError
+from jgpt.settings import change, is_circumstance, settings
+
+STEPS = 6
+
+
+def experiment(name, **changes):
+  base, chosen = children.EXPERIMENTS[name]
+  chosen = chosen | {"train.steps": STEPS, "train.log_every": 3}
+  return change(load_experiment(base), chosen | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """A short run on documents and one on a stream."""
+  folder = tmp_path_factory.mktemp("identity")
+  children.write_texts(folder)
+  with pytest.MonkeyPatch.context() as patch, small_runs.compiled_quickly():
+    patch.chdir(folder)
+    for name in ("names", "bytes"):
+      train.train(train.plan(experiment(name), workdir=folder / name, name=name))
+  return folder
+
+
+# Another value for each setting of a run's identity, which goes with the others.
+OTHERS = {
+  "model.vocab_size": 300,
+  "model.vocab_multiple": 8,
+  "model.max_seq_len": 21,
+  "model.num_layers": 3,
+  "model.num_heads": 2,
+  "model.d_model": 20,
+  "model.d_ff": 40,
+  "model.norm": "rms",
+  "model.norm_embed": None,
+  "model.norm_final": False,
+  "model.activation": "relu",
+  "model.positions": "sinusoidal",
+  "model.biases": "all",
+  "model.tied_head": False,
+  "model.scale_embed": False,
+  "model.dropout": 0.2,
+  "model.dropout_places": ("embedding",),
+  "model.init_std": 0.03,
+  "model.scale_residual_init": True,
+  "data.source": "tiny_shakespeare",
+  "data.path": "verse2.txt",
+  "data.batching": "epochs",
+  "data.seq_len": 15,
+  "data.batch_size": 8,
+  "data.heldout_fraction": 0.2,
+  "data.num_batches": 3,
+  "optimizer.peak_lr": 0.02,
+  "optimizer.schedule": "linear",
+  "optimizer.warmup_steps": 6,
+  "optimizer.warmup_from_zero": False,
+  "optimizer.end_lr": 1e-5,
+  "optimizer.decay_steps": 7,
+  "optimizer.b1": 0.91,
+  "optimizer.b2": 0.96,
+  "optimizer.eps": 1e-7,
+  "optimizer.weight_decay": 0.2,
+  "optimizer.decay_kinds": ("matrix",),
+  "optimizer.clip_norm": 0.6,
+  "optimizer.skip_spikes": 6.0,
+  "train.seed": 1,
+  "train.init": "microgpt",
+}
+# Such that another value would not go with the other settings of this run, or is no other value of its own.
+NOT_ALONE = {
+  "model.norm_embed": "goes with norm=rms",
+  "data.tokenizer": "refused by the data first, or by its own settings",
+  "data.bpe_vocab_size": "of bpe",
+  "data.mark_paragraphs": "of gpt2",
+  "data.heldout_tokens": "excludes heldout_fraction",
+  "optimizer.cooldown_steps": "of wsd",
+  "train.init_from": "a checkpoint is there, and the weights are not opened",
+  "train.init": "of names",
+}
+
+
+def test_row_12_every_setting_is_tried_here():
+  """A new setting must be decided about: identity or circumstance, and a value for the test below."""
+  identity = {name for name in settings(experiment("bytes")) if not is_circumstance(name)}
+  assert identity - OTHERS.keys() - NOT_ALONE.keys() == set()
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in NOT_ALONE])
+def test_row_12_a_changed_setting_of_the_identity_is_refused_by_name(runs, monkeypatch, name):
+  monkeypatch.chdir(runs)
+  if name == "data.path":
+    (runs / "verse2.txt").write_bytes((runs / "verse.txt").read_bytes())
+  other = experiment("bytes", **{name: OTHERS[name]})
+  before = {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()}
+  with pytest.raises(UserError) as error:
+    train.plan(other, workdir=runs / "bytes")
+  assert f"{name} is " in str(error.value) and "--fresh" in str(error.value) and "\n" not in str(error.value)
+  assert {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()} == before
+
+
+def test_row_12_several_changed_settings_are_all_named(runs, monkeypatch):
+  monkeypatch.chdir(runs)
+  changed = {name: OTHERS[name] for name in ("model.dropout", "optimizer.b1", "train.seed", "data.heldout_fraction")}
+  with pytest.raises(UserError) as error:
+    train.plan(experiment("bytes", **changed), workdir=runs / "bytes")
+  assert all(f"{name} is " in str(error.value) for name in changed)
+  with pytest.raises(UserError, match=r"train\.init is normal there and microgpt here"):
+    train.plan(experiment("names", train__init="microgpt"), workdir=runs / "names")
+
+
+CIRCUMSTANCES = {
+  "train__log_every": 2,
+  "train__eval_every": 3,
+  "train__eval_batches": 1,
+  "train__sample_every": 2,
+  "train__save_every": 2,
+  "train__save_every_seconds": 0.01,
+  "train__keep_latest": 3,
+  "train__keep_best": 2,
+  "train__max_consecutive_skips": 5,
+  "sample__num": 2,
+  "sample__temperature": 1.0,
+  "sample__top_k": 3,
+  "sample__top_p": 0.9,
+  "sample__max_tokens": 4,
+  "sample__prompt": "No",
+  "mesh__data": 2,
+  "mesh__scan_layers": True,
+  "mesh__tricks": False,
+  "train__micro_batch_size": 2,
+  "train__steps": 8,
+}
+
+
+@pytest.mark.slow
+def test_row_12_circumstances_are_free_and_recorded(tmp_path, monkeypatch):
+  """Each start lists its own in env.json; those that only watch leave the bits alone."""
+  monkeypatch.chdir(tmp_path)
+  children.write_texts(tmp_path)
+  free = {name for name in settings(experiment("bytes")) if is_circumstance(name)} - {"train.epochs"}
+  assert {name.replace("__", ".") for name in CIRCUMSTANCES} == free
+  watching = {k: v for k, v in CIRCUMSTANCES.items() if not k.startswith("mesh") and k not in
+              ("train__micro_batch_size", "train__steps")}  # fmt: skip
+  held = {"optimizer__decay_steps": 12}
+  with small_runs.compiled_quickly():
+    train.train(train.plan(experiment("bytes", train__steps=12, **held), workdir=tmp_path / "straight"))
+    train.train(train.plan(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "run"))
+    train.train(train.plan(experiment("bytes", **(watching | held | {"train__steps": 12})), workdir=tmp_path / "run"))
+    children_bits = [children.bits(tmp_path / name) for name in ("straight", "run")]
+    assert children_bits[0].leaves == children_bits[1].leaves
+    train.train(train.plan(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "other"))
+    train.train(train.plan(experiment("bytes", **(CIRCUMSTANCES | held)), workdir=tmp_path / "other"))
+  starts = json.loads((tmp_path / "other" / "env.json").read_text())
+  assert [start["start_step"] for start in starts] == [0, 5]
+  for name, value in CIRCUMSTANCES.items():
+    assert starts[1]["settings"][name.replace("__", ".")] == value
+  assert starts[0]["settings"]["train.log_every"] == 3 and starts[0]["settings"]["mesh.data"] == 1
+  assert all(not start["settings"].keys() & OTHERS.keys() for start in starts)
+
+
+@pytest.mark.parametrize("how", ["one byte", "longer", "shorter", "gone", "a folder"])
+def test_row_12_changed_data_is_refused(runs, tmp_path, monkeypatch, how):
+  """Words in a file, and tokens in a shard."""
+  monkeypatch.chdir(runs)
+  path = runs / "words.txt"
+  content = path.read_bytes()
+  try:
+    match how:
+      case "one byte":
+        path.write_bytes(b"b" + content[1:])
+      case "longer":
+        path.write_bytes(content + b"abc\n")
+      case "shorter":
+        path.write_bytes(content[:-4])
+      case "gone":
+        path.unlink()
+      case "a folder":
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(UserError, match=r"words\.txt"):
+      train.plan(experiment("names"), workdir=runs / "names")
+  finally:
+    if path.is_dir():
+      path.rmdir()
+    path.write_bytes(content)
+  assert train.plan(experiment("names"), workdir=runs / "names").start_step == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [1024, 1500, -2])
+def test_row_12_a_changed_byte_of_a_shard_is_refused(tmp_path, monkeypatch, place):
+  """In the first token, in the middle, and in the last, which no batch has held yet."""
+  monkeypatch.chdir(tmp_path)
+  children.write_texts(tmp_path)
+  path = tmp_path / "shards" / "train.bin"
+  with small_runs.compiled_quickly():
+    train.train(train.plan(experiment("shards", train__steps=2, optimizer__decay_steps=6), workdir=tmp_path / "run"))
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="changed"):
+      train.plan(experiment("shards", optimizer__decay_steps=6), workdir=tmp_path / "run")
+  (tmp_path / "shards" / "more.bin").write_bytes(bytes(content))
+  with pytest.raises(UserError):
+    train.plan(experiment("shards", optimizer__decay_steps=6), workdir=tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_row_12_a_thousand_steps_grown_to_fifteen_hundred(tmp_path):
+  """As commands: the bits of 1,500 steps whose schedule's length was 1,000 from the start. Rates after it are `end_lr`."""
+  children.write_texts(tmp_path)
+  common = {"optimizer__end_lr": 0.001, "train__log_every": 500}
+  children.train(*children.arguments("names", "grown", **common, train__steps=1000), cwd=tmp_path)
+  children.train(*children.arguments("names", "grown", **common, train__steps=1500), cwd=tmp_path)
+  whole = common | {"train__steps": 1500, "optimizer__decay_steps": 1000}
+  children.train(*children.arguments("names", "whole", **whole), cwd=tmp_path)
+  (tmp_path / "grown" / "samples" / "step_1000.txt").unlink()
+  children.assert_same(children.bits(tmp_path / "grown"), children.bits(tmp_path / "whole"))
+  rates = [row["train/lr"] for row in map(json.loads, (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines())]
+  assert rates[1000:] == [rates[1000]] * 500 and rates[1000] == pytest.approx(0.001)
+
+
+@pytest.mark.slow
+def test_row_12_growing_at_a_rate_of_zero_says_what_to_set(tmp_path):
+  """And what it says works."""
+  children.write_texts(tmp_path)
+  children.train(*children.arguments("names", "run", train__steps=20), cwd=tmp_path)
+  before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+  refused = children.run("jgpt.run", *children.arguments("names", "run", train__steps=30), cwd=tmp_path)
+  assert refused.status == 2 and refused.err.count("\n") == 1 and "--set optimizer.decay_steps=30" in refused.err
+  assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+  advised = children.arguments("names", "another", train__steps=30, optimizer__decay_steps=30)
+  assert children.train(*advised, cwd=tmp_path).status == 0

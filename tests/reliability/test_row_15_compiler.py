@@ -1,0 +1,50 @@
+"""Row 15: compiled and operation by operation, with XLA's CPU fusions and without, loss and every gradient are float64's.
+
+As runs compile them, with fusions for all but the smallest, `test_this_compiler_is_sound_at_every_experiments_shapes` in
+tests/test_canary.py compares them. Here are the other ways. All have the experiments' widths and lengths, and two layers.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jgpt import canary
+from jgpt.catalog import list_experiments, load_experiment
+from jgpt.model import init_params, stack_blocks, unstack_blocks
+from jgpt.settings import change, resolve
+from jgpt.sources import expected_vocab_size
+from jgpt.step import loss_and_grads
+from jgpt.tricks import FUSIONS
+
+TOLERANCE = 1e-5  # of a leaf's largest entry
+PIECES = {"model.num_layers": 2, "model.dropout": 0.0, "model.dropout_places": (), "data.batch_size": 1}
+
+
+def small(name):
+  """An experiment with its own widths and length, two layers and one sequence."""
+  experiment = load_experiment(name)
+  layers = min(2, experiment.model.num_layers)
+  experiment = change(experiment, PIECES | {"model.num_layers": layers, "mesh.data": 1, "train.micro_batch_size": None})
+  return resolve(experiment, expected_vocab_size(experiment.data), 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in list_experiments() if name != "microgpt"])
+def test_row_15_eager_and_compiled_without_fusions_are_float64(name):
+  experiment = small(name)
+  model = experiment.model
+  init = jax.jit(partial(init_params, config=model), compiler_options={"xla_backend_optimization_level": 1})
+  params = jax.tree.map(np.asarray, init(jax.random.key(0)))
+  batch = canary._draw_batch(experiment, model)
+  expected = canary._run_in_float64(params, batch, model)
+  run = partial(loss_and_grads, config=model)
+  ways = {
+    "operation by operation": lambda: run(unstack_blocks(params), batch),
+    "without fusions": lambda: jax.jit(run, compiler_options={FUSIONS: ""})(unstack_blocks(params), batch),
+  }
+  for way, compute in ways.items():
+    loss, grads = compute()
+    leaf, difference = canary._find_worst(expected, {"loss": loss, **stack_blocks(grads)})
+    assert difference < TOLERANCE, f"{way}: {leaf} by {difference:.1e}"
