@@ -20,7 +20,6 @@ RUNS = {
   "bytes": (1, {"train__steps": 180, "train__eval_every": 20, "train__eval_batches": 2}),
   "bpe": (2, {"train__steps": 180, "train__eval_every": 30, "train__eval_batches": 2, "train__sample_every": 30}),
   "epochs": (3, {"train__steps": 180, "train__eval_every": 9, "train__eval_batches": 2}),
-  "shards": (4, {"train__steps": 180, "train__eval_every": None}),
 }
 
 

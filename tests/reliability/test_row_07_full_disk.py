@@ -62,7 +62,7 @@ def test_row_07_a_disk_that_is_full_while_saving(texts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["names", "bytes"])
+@pytest.mark.parametrize("name", ["bytes"])
 def test_row_07_files_that_may_not_grow_while_saving(texts, name):
   """The limit is set in the running process, after its first save."""
   args = children.arguments(name, "run", **(RUN | {"train__steps": 400, "train__save_every": 100}))
