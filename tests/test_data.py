@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from jgpt import data as data_lib
 from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
 from jgpt.catalog import load_experiment
-from jgpt.run_folder import RunFiles, write_run_files
 from jgpt.checks import UserError
 from jgpt.data import find_data, in_heldout, load_data, make_documents
 from jgpt.evaluate import count_bytes
 from jgpt.preparation import Preparation, prepare
+from jgpt.run_folder import RunFiles, write_run_files
 from jgpt.settings import change
 from jgpt.sources import Text, expected_vocab_size, find_text, read_text
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer

@@ -1,7 +1,7 @@
 """Row 15: compiled and operation by operation, with XLA's CPU fusions and without, loss and every gradient are float64's.
 
 As runs compile them, with fusions for all but the smallest, `test_this_compiler_is_sound_at_every_experiments_shapes` in
-tests/test_canary.py compares them. Here are the other ways, for one experiment of each kind, with its widths and length and two layers.
+tests/test_canary.py compares them. Here are the other ways, for one experiment of each kind, two layers of it.
 """
 
 from functools import partial
