@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgpt.checks import UserError
 from jgpt.config import ModelConfig, SampleConfig
 from jgpt.model import apply, decode_step, init_cache, prefill, unstack_blocks
 from jgpt.tokenizer import Tokenizer
@@ -130,6 +131,14 @@ def fit_prompt(ids: list[int], config: ModelConfig) -> tuple[list[int], int]:
   """Keeps the last `config.max_seq_len` ids of a prompt; returns them and how many were dropped."""
   kept = ids[-config.max_seq_len :]
   return kept, len(ids) - len(kept)
+
+
+def check_prompt(sample: SampleConfig, tokenizer: Tokenizer) -> None:
+  """Raises `UserError`, saying how to mend it, where a tokenizer has no ids for the prompt."""
+  try:
+    tokenizer.prompt(sample.prompt)
+  except UserError as error:
+    raise UserError(f"sample.prompt: {str(error).rstrip('.')}. Choose another with --set sample.prompt=TEXT") from None
 
 
 def generate_texts(

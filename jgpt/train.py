@@ -28,7 +28,7 @@ from jgpt.cadence import SECONDS_PER_CALL, is_save_due, next_stop
 from jgpt.checks import TrainingError, UserError
 from jgpt.config import Experiment
 from jgpt.data import Data, check_path, find_data
-from jgpt.generate import begin_texts
+from jgpt.generate import begin_texts, check_prompt
 from jgpt.health import explain
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.log import Log
@@ -146,7 +146,6 @@ def plan(
     sha256=recorded.data["sha256"] if recorded else None,
     tokenizer=recorded.tokenizer if recorded else weights.tokenizer if weights else None,
   )
-  data.tokenizer.prompt(experiment.sample.prompt)  # what it does not know would be noticed after the training
   if weights:
     refuse_other_vocabulary(weights, data.tokenizer)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
@@ -157,6 +156,7 @@ def plan(
   if initial and recorded and recorded.weights:
     initial = require_same(initial, recorded.weights["sha256"])
   found = {"location": initial.location, "sha256": initial.sha256} if initial else recorded.weights if recorded else None
+  check_prompt(experiment.sample, data.tokenizer)  # what it does not know would be noticed after the training
   return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, found)
 
 

@@ -44,7 +44,7 @@ from jgpt.tokenizer import ByteTokenizer, CharTokenizer
 MODEL = {"num_layers": 1, "num_heads": 2, "d_model": 8, "d_ff": 32, "max_seq_len": 8, "activation": "gelu_tanh"}
 MODEL |= {"biases": "all", "scale_embed": False, "dropout": 0.0, "dropout_places": ()}
 NANO = {"model.norm": "layer_no_bias", "model.biases": "none"}
-CHARS = {"data.tokenizer": "characters"}
+CHARS = {"data.tokenizer": "characters", "sample.prompt": "a"}
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_bytes_stay_bytes(base, tmp_path):
 def test_another_kind_of_tokenizer_is_refused_and_the_advice_works(base, tmp_path):
   text = write_text(tmp_path, "ab ba " * 30)
   path = save_source(base, tmp_path, CharTokenizer(" ab", bos=False), data__tokenizer="characters")
-  mine = begin(base, path, data__path=text)
+  mine = begin(base, path, data__path=text, sample__prompt="a")
   message = refusal(mine)
   assert str(path) in message and "data.tokenizer=bytes" in message
   assert train.plan(follow(mine, message)).data.tokenizer.chars == " ab"

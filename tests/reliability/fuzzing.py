@@ -279,6 +279,8 @@ def _hook(event: str, args: tuple) -> None:
     return
   if event == "open":
     path, mode, flags = args
+    if isinstance(path, int):
+      return  # it was opened by name before
     writes = (
       any(c in mode for c in "wax+") if isinstance(mode, str) else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     )
