@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,9 +119,12 @@ def append_env(workdir: Path, entry: dict[str, Any]) -> None:
   path = workdir / "env.json"
   try:
     starts = read_json(path)
-    files.write_json(path, [*starts, entry] if isinstance(starts, list) else [entry])
+    lines = [json.dumps(start, ensure_ascii=False) for start in (starts if isinstance(starts, list) else [])]
+    "".join(lines).encode()
   except (ValueError, RecursionError):  # absent, or damaged, or nothing that can be written again: a log begins anew
-    files.write_json(path, [entry])
+    lines = []
+  rows = ",\n".join([*lines, json.dumps(entry, ensure_ascii=False)])
+  files.write_text(path, f"[\n{rows}\n]\n")
 
 
 def read_json(path: Path) -> Any:

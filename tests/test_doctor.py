@@ -706,10 +706,11 @@ def test_numbers_that_are_not_finite_are_a_problem(run):
   """As a program that is not jgpt's could have written them: manifest and digests are right."""
   files = read_run_files(run)
   state = soundness._restore(run / "checkpoints" / "60", files)
-  state["params"]["tok_embed"] = state["params"]["tok_embed"].at[1, 2].set(np.nan)
+  state.params["tok_embed"] = state.params["tok_embed"].at[1, 2].set(np.nan)
+  items = {"params": state.params, "train_state": {"step": state.step, "opt_state": state.opt_state}}
   shutil.rmtree(run / "checkpoints" / "60")
   with checkpoint.open_checkpoints(run) as manager:
-    manager.begin(60, state, checkpoint.survey_jit(state), None)
+    manager.begin(60, items, checkpoint.survey_jit(items), None)
   assert "step 60: params/tok_embed is not finite" in only_problem(examine(run)).text
 
 

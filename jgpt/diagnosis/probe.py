@@ -108,7 +108,7 @@ def probe_devices(env: Mapping[str, str], seconds: float = SECONDS) -> Probe:
     env: the environment that jax is to see.
     seconds: until it is given up.
   """
-  root = str(Path(__file__).resolve().parent.parent)
+  root = str(Path(__file__).resolve().parents[2])
   path = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
   env = {**env, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_ENABLE_COMPILATION_CACHE": "false"}
   began = time.monotonic()

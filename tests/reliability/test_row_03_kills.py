@@ -124,7 +124,7 @@ def test_row_03_killed_before_any_operation_on_a_file(tmp_path, monkeypatch):
       assert got.metrics == expected.metrics, mark
       left = [path for path in children.nothing_half_done(image) if not path.startswith("samples")]
       # A first save that was killed before its manifest may be all there is of a run: it is kept under another name.
-      assert left == [] or (not steps and left == ["checkpoints/4.damaged"]), mark
+      assert all(not steps and path.startswith("checkpoints/4.damaged") for path in left), (mark, left)
     shutil.rmtree(image)
   assert seen >= {(), (4,), (4, 8), (4, 8, 12)}
   print(f"\n{len(marks)} moments; complete steps then: {sorted(seen)}")
