@@ -272,6 +272,7 @@ def test_a_worker_whose_process_dies_is_one_line(tmp_path):
       workers["plain Python"](1)
 
 
+@pytest.mark.slow
 def test_a_worker_with_torch_trains_a_tiny_model(tmp_path):
   pytest.importorskip("torch")
   experiment = change(names(), TINY | {"model.dropout": 0.1, "model.dropout_places": ("embedding", "mlp_out")})
@@ -353,6 +354,7 @@ def test_documents_for_torch_are_taken_in_turn_and_weighted():
 # --- jgpt's timers ---
 
 
+@pytest.mark.slow
 def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
   from jgpt import timing, train
 
@@ -366,6 +368,7 @@ def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
   assert steps.memory_bytes is None or steps.memory_bytes > 0
 
 
+@pytest.mark.slow
 def test_rates_of_the_machine_are_positive(monkeypatch):
   from jgpt import timing
 

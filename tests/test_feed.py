@@ -146,6 +146,7 @@ def test_an_error_while_reading_reaches_the_loop(tokens):
 LONGER = [pytest.param(batching, 1, marks=pytest.mark.slow) for batching in ("random", "sequential")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batching", "num_devices"), [*LONGER, ("epochs", 4)])
 def test_a_run_from_the_disk_is_that_on_the_device(tmp_path, monkeypatch, batching, num_devices):
   """They are two programs, which may round differently; interrupted within a block and resumed, the bits are the same."""

@@ -756,6 +756,7 @@ def test_a_run_opens_in_transformers_and_continues_a_prompt_as_here(two_steps, t
   assert generate_texts(there.params, there.tokenizer, jax.random.key(0), there.experiment.model, sample) == [theirs]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_bits_of_the_export_and_exports_them_again(two_steps, tmp_path, capsys):
   folder = tmp_path / "out"
   assert call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", folder)[0] == 0

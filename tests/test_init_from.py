@@ -629,6 +629,7 @@ def test_both_ways_to_say_it_are_one(verse, capsys, tmp_path):
   assert "\ntrain.init_from=none\n" in call(capsys, run.main, "--experiment", "verse.py", "--print-config")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_kept_weights_are_a_run_for_every_command(verse, capsys, tmp_path):
   words = ["--experiment", "verse.py", "--init-from", "model.bin", "--steps", "0"]

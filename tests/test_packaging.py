@@ -42,6 +42,7 @@ def test_the_wheel_holds_what_it_needs_and_nothing_else(installed):
   assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"jgpt"}
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_names_from_another_folder(installed, tmp_path):
   done = run_there(installed, tmp_path, "jgpt.run", "--experiment", "names", "--steps", "30")
   assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -41,6 +41,7 @@ def test_a_run_that_learns_and_levels_off_is_healthy(words):
   assert "levelled off" in reading.evidence and "held-out loss" in reading.evidence
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_its_text_by_heart_is_overfitting(words, tmp_path):
   """Sixty of the words, a wider model, many steps: the held-out loss rises while the training loss falls."""
   few = tmp_path / "few.txt"

@@ -29,6 +29,7 @@ def test_the_ten_lines_train_plot_and_sample(tmp_path, monkeypatch, capsys):
   assert not list(tmp_path.iterdir())  # without a workdir nothing is left on disk
 
 
+@pytest.mark.slow
 def test_the_added_experiment_runs(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (code,) = [c for c in PYTHON if "EXPERIMENT =" in c]

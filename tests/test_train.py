@@ -132,6 +132,7 @@ def test_a_batch_is_divided_over_the_devices(experiment):
   assert "all-reduce" in run_steps.as_text()  # the gradient is summed over devices
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_devices(experiment, tmp_path):
   base = change(experiment, {"data.batch_size": 8, "optimizer.decay_steps": 60})
   straight = run(change(base, {"mesh.data": 1}))
@@ -204,6 +205,7 @@ def test_checkpoints_by_the_clock_change_no_bit(experiment, tmp_path):
   assert manifest.list_steps(tmp_path) == [1, 20, 40, 60]
 
 
+@pytest.mark.slow
 def test_calls_are_short_enough_to_hear_a_signal(experiment, tmp_path, monkeypatch):
   """However many steps are due: what is computed does not depend on it."""
   monkeypatch.setattr(train, "SECONDS_PER_CALL", 0.0)
@@ -334,6 +336,7 @@ def stream(play):
   return change(load_experiment("shakespeare_bytes"), changes)
 
 
+@pytest.mark.slow
 def test_a_run_in_epochs_evaluates_samples_and_prints_by_epochs(stream, capsys):
   """Three epochs of 9 updates: evaluated before the first and after each, sampled after each but the last."""
   from jgpt.metrics import ConsoleWriter
@@ -351,6 +354,7 @@ def test_a_run_in_epochs_evaluates_samples_and_prints_by_epochs(stream, capsys):
   assert lines[1:] == ["Epoch 1/3 | step 1/9", *ends]
 
 
+@pytest.mark.slow
 def test_epochs_stop_and_resume_at_their_edges(stream, tmp_path):
   """Around the end of an epoch the same windows come in the same order, with the same dropout: equal bits."""
   held = change(stream, {"train.eval_every": 9, "optimizer.decay_steps": 27})
@@ -391,6 +395,7 @@ def test_eight_devices_drop_out_the_same(stream):
   np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_whole_heldout_part_is_evaluated_window_by_window(stream):
   from jgpt.batches import Batch
   from jgpt.step import loss_fn

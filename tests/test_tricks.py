@@ -206,6 +206,7 @@ def test_a_run_with_attention_in_blocks_is_one_run():
   np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tricks", "plain"])
 def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_did_not(on, tmp_path):
   """What is skipped is a function of the batch: where the calls end changes nothing."""

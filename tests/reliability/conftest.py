@@ -1,11 +1,28 @@
-"""Children are started with limits and signal handlers set between fork and exec, which jax warns of."""
+"""Which of these tests run where; and children are started with limits set between fork and exec, which jax warns of."""
 
 from pathlib import Path
 
 import pytest
 
+# Of the slow ones CI runs these; all others are exhaustive, half an hour of processes killed and files damaged.
+IN_CI = (
+  "test_fuzz_10000_inputs",
+  "test_row_03_a_long_run_killed_forty_times",
+  "test_row_03_killed_twenty_times_at_random_moments[names]",
+  "test_row_03_killed_at",
+  "test_row_04_a_signal_at[save]",
+  "test_row_04_a_signal_at[call=train.evaluate_heldout]",
+  "test_row_04_a_signal_while_something_takes_long",
+  "test_row_05_as_commands",
+  "test_row_07_a_disk_that_is_full_while_saving",
+  "test_row_10_a_second_writer_is_refused",
+)
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
   for item in items:
     if Path(__file__).parent in item.path.parents:
       item.add_marker(pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"))
+      if item.get_closest_marker("slow") and not item.name.startswith(IN_CI):
+        item.add_marker(pytest.mark.exhaustive)
