@@ -56,6 +56,7 @@ def test_a_sound_compiler_passes():
     pytest.param(jnp.zeros_like, id="lost", marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
   monkeypatch.setattr(canary, "choose_tricks", miscompile(wrong))
   check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")

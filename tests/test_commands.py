@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import command, run, sample
+from jgpt import command, manifest, run, sample
 from jgpt.catalog import load_experiment
 from jgpt.settings import settings
 
@@ -143,6 +143,7 @@ def test_steps_may_grow_in_a_named_folder_while_the_rate_lasts(folder, capsys):
   assert status == 0 and "going on from step 20" in out
 
 
+@pytest.mark.slow
 def test_a_list_of_your_own(folder, capsys):
   (folder / "Städte.txt").write_text("Köln\r\nBonn\n\n  Ulm  \nKöln\n", encoding="utf-8")
   args = ["--experiment", "names", "--set", "data.path=Städte.txt", "--set", "data.heldout_fraction=0", "--steps", "300"]
@@ -234,8 +235,17 @@ def test_a_long_prompt_is_said_to_be_cut(folder, capsys):
 def test_reading_a_run_executes_nothing(folder, capsys):
   """A tokenizer or settings that are not what they should be are refused, whatever they hold."""
   call(capsys, run.main, *FAST, "--workdir", "here")
-  settings_file = folder / "here" / "experiment.json"
+  (step,) = (folder / "here" / "checkpoints").iterdir()
+  told = manifest.read_manifest(step)
+  settings_file = step / "experiment.json"
   good = settings_file.read_text()
+
+  def sample_of(name, text):
+    """With a manifest to which the file is what it should be."""
+    (step / name).write_text(text)
+    manifest.write_manifest(step, told)
+    return call(capsys, sample.main, "--run", "here")
+
   for bad in (
     "__import__('os').abort()",
     "[]",
@@ -243,12 +253,10 @@ def test_reading_a_run_executes_nothing(folder, capsys):
     good.replace('"d_ff"', '"d_f"'),
     "",
   ):
-    settings_file.write_text(bad)
-    status, _, err = call(capsys, sample.main, "--run", "here")
+    status, _, err = sample_of("experiment.json", bad)
     assert status == 2 and err.count("\n") == 1
-  settings_file.write_text(good)
-  (folder / "here" / "tokenizer.json").write_text('{"type": "characters", "chars": "ab", "bos": true}')
-  assert "not the tokenizer" in call(capsys, sample.main, "--run", "here")[2]
+  sample_of("experiment.json", good)
+  assert "not the tokenizer" in sample_of("tokenizer.json", '{"type": "characters", "chars": "ab", "bos": true}')[2]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
@@ -277,6 +285,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
   assert [json.loads(row)["step"] for row in rows] == list(range(1, 60001))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_an_encoding_without_our_characters_is_no_error(folder, encoding):
   """Names, frames and the plus-minus sign are replaced; training does not end in a stack trace."""

@@ -178,6 +178,7 @@ def test_micro_batches_add_up_to_the_batch(micro_batch_size):
 # --- Many steps in one call ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "options"), [(1, "shipped"), (16, "default")])
 def test_any_split_into_calls_gives_the_same_bits(batch_size, options):
   """How many updates a call makes changes no bit of the state or the metrics.

@@ -111,6 +111,7 @@ def test_the_rate_is_that_of_the_step(experiment):
   np.testing.assert_allclose(rates, 0.01 * (1 - np.arange(1000) / 1000), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(experiment):
   """At batch 16, losses and parameters of 8 virtual devices are those of one within 1e-5 relative, 20 steps."""
   base = change(experiment, {"data.batch_size": 16, "train.steps": 20, "optimizer.decay_steps": 1000})

@@ -17,6 +17,8 @@ IN_CI = (
   "test_row_07_a_disk_that_is_full_while_saving",
   "test_row_10_a_second_writer_is_refused",
 )
+# Whole files that the default run, which is to take less than five minutes, leaves to CI.
+SLOW_FILES = ("test_row_12_identity.py", "test_row_16_equalities.py", "test_row_20_sizes.py", "test_row_22_prompts.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,3 +28,5 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"))
       if item.get_closest_marker("slow") and not item.name.startswith(IN_CI):
         item.add_marker(pytest.mark.exhaustive)
+      if item.path.name in SLOW_FILES:
+        item.add_marker(pytest.mark.slow)
