@@ -395,4 +395,6 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:300]
+  """The first line of an error, shortened in the middle: TensorStore begins with a path, and ends with the reason."""
+  line = (str(error).splitlines() or [type(error).__name__])[0]
+  return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"
