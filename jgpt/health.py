@@ -18,6 +18,7 @@ import optax
 from jgpt import sharding
 from jgpt.batches import Corpus, make_batch_fn
 from jgpt.config import Experiment
+from jgpt.digest import name_leaves
 from jgpt.spikes import SPIKE, LossStats, z_scores
 from jgpt.step import TrainState, dropout_key
 from jgpt.tricks import choose_tricks
@@ -124,8 +125,7 @@ def _are_finite(tree: Any) -> Any:
 
 
 def _name_nonfinite(are_finite: Any) -> list[str]:
-  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(are_finite))
-  return [jax.tree_util.keystr(path, simple=True, separator="/") for path, is_finite in leaves if not is_finite]
+  return [name for name, is_finite in name_leaves(jax.device_get(are_finite)).items() if not is_finite]
 
 
 def explain(experiment: Experiment, state: TrainState, corpus: Corpus, step: int) -> str:

@@ -90,7 +90,7 @@ class Log:
     for writer in list(self._writers):
       try:
         call(writer)
-      except Exception as error:  # a full disk, a reader that left, a fault in it: training is worth more than its log
+      except (OSError, ValueError) as error:  # a full disk, a reader that left, an encoding: training is worth more
         self._writers.remove(writer)
         at = "" if step is None else f" at step {step}"
         say(f"{type(writer).__name__} stopped{at} ({getattr(error, 'strerror', None) or error}); training goes on")

@@ -6,9 +6,12 @@ What the equivalence tests measured in this run is printed as a table at its end
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs in the background; children inherit it
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JGPT_TEST_CACHE" not in os.environ:  # one for this run: pytest-xdist's workers and child processes inherit it
   cache = Path(tempfile.mkdtemp(prefix="jgpt-test-cache-"))

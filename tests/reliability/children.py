@@ -180,12 +180,6 @@ def train(*args: object, cwd: Path, **options: object) -> Child:
   return child
 
 
-def default_signals() -> None:
-  """Where a shell started the tests in the background, SIGINT is ignored, and children inherit that."""
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 # --- What a run folder holds ---
 
 

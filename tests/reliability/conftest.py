@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import children
 import pytest
 
 # Of the slow ones CI runs these; all others are exhaustive, half an hour of processes killed and files damaged.
@@ -30,3 +31,18 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.exhaustive)
       if item.path.name in SLOW_FILES:
         item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  """A folder with the texts that children train on."""
+  folder = tmp_path_factory.mktemp("texts")
+  children.write_texts(folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def expected(texts, request):
+  """What the uninterrupted run of a module's `RUN` leaves."""
+  children.train(*children.arguments("names", "straight", **request.module.RUN), cwd=texts)
+  return children.bits(texts / "straight")

@@ -23,19 +23,6 @@ KILLED = 128 + signal.SIGKILL
 RUN = {"train__steps": STEPS, "train__save_every": EVERY, "train__eval_every": 10, "train__keep_latest": 2}
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("kills")
-  children.write_texts(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def expected(texts):
-  children.train(*children.arguments("names", "straight", **RUN), cwd=texts)
-  return children.bits(texts / "straight")
-
-
 def read_as_others_do(workdir):
   """What a reader finds, at once and without changing anything: the newest complete step, whole."""
   before = sorted((str(p), p.lstat().st_mtime_ns) for p in workdir.rglob("*"))

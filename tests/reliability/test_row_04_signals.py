@@ -24,19 +24,6 @@ STATUS = {"term": 143, "int": 130}
 SOON = 4.0  # seconds on a machine that is busy with other tests; on an idle one it is under one
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("signals")
-  children.write_texts(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def expected(texts):
-  children.train(*children.arguments("names", "straight", **RUN), cwd=texts)
-  return children.bits(texts / "straight")
-
-
 EARLY = [
   "call=runtime.set_up",
   "call=train.plan",
@@ -67,7 +54,7 @@ LATE = [
 def stop_at(texts, workdir, place, kind):
   """Starts the run, which sends itself a signal there; returns how it ended."""
   args = children.arguments("names", workdir, **RUN)
-  options = {"fault": f"{kind}@{place}", "folder": workdir.name, "prepare": children.default_signals}
+  options = {"fault": f"{kind}@{place}", "folder": workdir.name}
   child = children.run("jgpt.run", *args, cwd=texts, **options)
   assert len(child.fired) == 1, (place, child.out + child.err)
   assert "Traceback" not in child.err, child.err
@@ -136,7 +123,6 @@ def test_row_04_a_signal_while_something_takes_long_is_heard_at_once(texts, what
   env = {"compile": NO_CACHE, "compiler's check": NO_CACHE | {"JGPT_CACHE_DIR": str(workdir) + " cache"}}.get(what, {})
   with children.Child(
     "jgpt.run", *args, cwd=texts, fault=f"mark@call={function}", folder=workdir.name, env=env,
-    prepare=children.default_signals,
   ) as child:  # fmt: skip
     child.wait_until(lambda: child.fired)
     time.sleep({"compile": 1.5, "compiler's check": 0}.get(what, 0.7))
@@ -161,7 +147,7 @@ def test_row_04_a_second_signal_ends_at_once_and_the_checkpoint_before_is_whole(
                                              optimizer__decay_steps=1000), cwd=texts)  # fmt: skip
   assert first.status == 0
   before = children.bits(workdir)
-  with children.Child("jgpt.run", *args, cwd=texts, prepare=children.default_signals) as child:
+  with children.Child("jgpt.run", *args, cwd=texts) as child:
     child.wait_until(lambda: "going on from step 1" in child.out)
     time.sleep(4)  # the steps are under way
     child.send(signal.SIGTERM)
@@ -189,9 +175,7 @@ def test_row_04_a_second_signal_during_the_save_leaves_the_one_before(texts, exp
   workdir = texts / "held up"
   args = children.arguments("names", workdir, **RUN)
   fault = "int@call=program.begin_evaluation:2;freeze@commit:2"
-  with children.Child(
-    "jgpt.run", *args, cwd=texts, fault=fault, folder=workdir.name, prepare=children.default_signals
-  ) as child:
+  with children.Child("jgpt.run", *args, cwd=texts, fault=fault, folder=workdir.name) as child:
     stops = []
 
     def insist(mark):
@@ -216,7 +200,7 @@ def test_row_04_stopped_again_and_again_while_it_trains(texts, number):
   args = children.arguments("names", workdir, **changes)
   stopped = []
   for _ in range(3):
-    with children.Child("jgpt.run", *args, cwd=texts, prepare=children.default_signals) as child:
+    with children.Child("jgpt.run", *args, cwd=texts) as child:
       child.wait_until(lambda: "\nstep" in child.out)
       time.sleep(0.01 * len(stopped))
       child.send(number)
