@@ -21,10 +21,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from jgpt import manifest, runtime
-from jgpt.checks import TrainingError, UserError
+from jgpt.checks import TrainingError, UserError, first_line
 from jgpt.config import Experiment
 from jgpt.digest import format_digest, name_leaves, survey
-from jgpt.files import sync_folder, write_file
+from jgpt.files import write_file
 from jgpt.manifest import Manifest, find_damage, find_step, list_steps
 from jgpt.model import init_params
 from jgpt.run_folder import make_subfolder, read_file, read_json, read_run_files, refuse_link
@@ -73,9 +73,11 @@ class Manager:
     try:
       self._last.result()  # two threads may wait: the loop, and the one that ends the process
     except Exception as error:  # orbax and TensorStore have no family of errors of their own
-      raise TrainingError(
-        f"a checkpoint could not be written to {self.folder}: {_first_line(error)}. {_describe_last(self._workdir)}"
-      ) from error
+      raise TrainingError(self.describe_failure(error)) from error
+
+  def describe_failure(self, error: BaseException) -> str:
+    """What a save that failed leaves, as of now."""
+    return f"a checkpoint could not be written to {self.folder}: {_shorten(error)}. {_describe_last(self._workdir)}"
 
   def close(self) -> None:
     """Ends the thread, after the save under way."""
@@ -93,8 +95,10 @@ class Manager:
   ) -> None:
     """What the thread does for one step."""
     folder = self.folder / str(step)
-    described = {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in name_leaves(items).items()}
     try:
+      described = {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in name_leaves(items).items()}
+      if os.path.lexists(folder):
+        manifest.remove_step(folder)  # what is left of a try that failed
       args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
       self._arrays.save(folder, args=args)  # returns when the arrays are copied
     finally:
@@ -106,7 +110,6 @@ class Manager:
       write_file(folder / name, content)
     data = {**self._data, "sequences": step * self._batch_size}
     manifest.write_manifest(folder, Manifest(step, data, heldout_loss, described, {}))
-    sync_folder(self.folder)
     try:
       manifest.retain(self._workdir, *self._keep)
     except OSError as error:  # somebody reads there, on a system that then deletes nothing; this checkpoint is whole
@@ -124,7 +127,12 @@ def open_checkpoints(workdir: Path, *, keep_latest: int = 2, keep_best: int = 0)
     keep_latest: see `manifest.retain`.
     keep_best: see `manifest.retain`.
   """
-  for kept in manifest.sweep(workdir):
+  newest = max(list_steps(workdir), default=None)
+  removed, aside = manifest.sweep(workdir)
+  for folder in removed:
+    if folder.name.isdigit() and newest is not None and int(folder.name) > newest:
+      say(f"{folder} had no {manifest.MANIFEST_FILE}, as a save leaves it that is cut short: it was removed")
+  for kept in aside:
     say(f"WARNING: no checkpoint is complete; one without its manifest is kept as {kept}, and training begins anew")
   manager = Manager(workdir, keep_latest, keep_best)
   try:
@@ -162,11 +170,11 @@ def save(manager: Manager, state: TrainState, heldout_loss: float | None = None)
   step = int(state.step)
   try:
     manager.wait()
-  except TrainingError:  # this one may be lucky; what is raised is what went wrong before
+  except TrainingError as error:  # this one may be lucky; what is raised is what went wrong before
     _begin(manager, step, state, heldout_loss)
     with contextlib.suppress(TrainingError):
       manager.wait()
-    raise
+    raise TrainingError(manager.describe_failure(error.__cause__)) from error.__cause__
   _begin(manager, step, state, heldout_loss)
 
 
@@ -199,34 +207,6 @@ def _items(state: TrainState) -> dict[str, Any]:
 # --- Reading ---
 
 
-def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | None, dict[int, str]]:
-  """Finds the newest step whose files are as they were written.
-
-  Args:
-    workdir: a run folder.
-    trusted: a step that was found sound before.
-
-  Returns:
-    The step, None where the folder has no checkpoint; and what is wrong with each newer one.
-
-  Raises:
-    UserError: if there are checkpoints and all are damaged.
-  """
-  damaged: dict[int, str] = {}
-  for step in reversed(list_steps(workdir)):
-    damage = None if step == trusted else find_damage(manifest.checkpoints_dir(workdir) / str(step))
-    if damage is None:
-      return step, damaged
-    damaged[step] = damage
-  if damaged:
-    first = next(iter(damaged.values()))
-    raise UserError(
-      f"every checkpoint of {workdir} is damaged ({', '.join(map(str, damaged))}): {first}. Nothing was changed; "
-      "put a backup in its place, or start over with --fresh"
-    )
-  return None, {}
-
-
 def restore(folder: Path, shapes: TrainState) -> TrainState:
   """Restores a state, and checks each leaf's digest.
 
@@ -238,6 +218,8 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
     UserError: if the files are damaged or hold something else.
   """
   items = _restore(folder, _items(shapes))
+  if (step := int(items["train_state"]["step"])) != int(folder.name):
+    raise UserError(f"{folder} holds the state of step {step}")
   return TrainState(step=items["train_state"]["step"], params=items["params"], opt_state=items["train_state"]["opt_state"])
 
 
@@ -271,7 +253,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
     UserError: if it is no run folder, has no such checkpoint, or what is asked for is damaged.
   """
   workdir = Path(workdir)
-  if not (workdir / "checkpoints").is_dir():
+  if not os.path.isdir(workdir / "checkpoints"):
     read_run_files(workdir)  # says what is missing
   runtime.devices()  # says where there is none
   if step is not None:
@@ -391,10 +373,10 @@ def _explained(folder: Path) -> Iterator[None]:
   except UserError:
     raise
   except Exception as error:  # whatever orbax makes of files that somebody changed
-    raise UserError(f"cannot read the checkpoint {folder}: {_first_line(error)}") from error
+    raise UserError(f"cannot read the checkpoint {folder}: {_shorten(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _shorten(error: BaseException) -> str:
   """The first line of an error, shortened in the middle: TensorStore begins with a path, and ends with the reason."""
-  line = (str(error).splitlines() or [type(error).__name__])[0]
+  line = first_line(error)
   return line if len(line) <= 300 else f"{line[:100]} ... {line[-190:]}"

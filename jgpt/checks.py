@@ -101,6 +101,16 @@ def show(value: Any) -> str:
   return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def first_line(error: BaseException) -> str:
+  """The first line of what an error says; its type where it says nothing."""
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: str) -> str:
+  """One line without control codes, however long: somebody else may have chosen the words."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def near_matches(word: str, known: typing.Iterable[str]) -> str:
   """Words the user may have meant, as the end of an error: " Did you mean a or b?", or "" where none is near."""
   matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5)

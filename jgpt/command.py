@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jgpt.checks import TrainingError, UserError
+from jgpt.checks import TrainingError, UserError, first_line, printable
 
 LESS_MEMORY = "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
 VERBS = {
@@ -95,7 +95,7 @@ def _call(main: Callable[[], int]) -> int:
       sys.stdout.flush()
     return status
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     if isinstance(error, TrainingError):
       _leave_threads_behind(error.status)
     return error.status
@@ -109,13 +109,13 @@ def _call(main: Callable[[], int]) -> int:
     return 1
   except OSError as error:
     if error.filename is not None:
-      print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+      print(f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
     elif error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):  # our output: its reader left (`| head`), or it is full
       if error.errno != errno.EPIPE:
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep Python from complaining again at exit
     else:
-      raise
+      print(f"error: {first_line(error)}", file=sys.stderr)
     return 1
 
 

@@ -8,6 +8,7 @@ Imports no jax.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -20,12 +21,21 @@ from jgpt.checks import UserError
 MAX_BYTES = 64 << 20  # of a small file; a tokenizer of 50,257 ids has 2 MB
 
 
+class UnreadableError(UserError):
+  """A file that the system would not read. Attributes: `errno` says why."""
+
+  def __init__(self, text: str, number: int):
+    super().__init__(text)
+    self.errno = number
+
+
 @contextlib.contextmanager
 def open_plain(path: Path) -> Iterator[BinaryIO]:
   """Opens a plain file, or what a link to one leads to, for reading.
 
   Raises:
-    UserError: naming the file, if it is absent, anything else or cannot be read.
+    UserError: naming the file, if it is absent or no plain file.
+    UnreadableError: if the system does not read it.
   """
   flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
   try:
@@ -36,30 +46,40 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
   except FileNotFoundError:
     raise UserError(f"{path} does not exist.") from None
   except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    raise UnreadableError(f"cannot read {path}: {error.strerror}.", error.errno) from None
 
 
-def read_small(path: Path) -> bytes:
-  """Reads a plain file of at most `MAX_BYTES`; raises `UserError` naming it if it is anything else."""
+def read_small(path: Path, most: int = MAX_BYTES) -> bytes:
+  """Reads a plain file of at most so many bytes; raises `UserError` naming it if it is anything else."""
   with open_plain(path) as file:
     size = os.fstat(file.fileno()).st_size
-    if size > MAX_BYTES:
-      raise UserError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read of such a file.")
+    if size > most:
+      raise UserError(f"{path} has {size:,} bytes; at most {most:,} are read of such a file.")
     return file.read(size)
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file as `read_small` does; raises `UserError` naming it if it is none."""
-  content = read_small(path)
+def read_json(path: Path, most: int = MAX_BYTES) -> Any:
+  """Reads a JSON file as `read_small` does; raises `UserError` naming it if it is none.
+
+  As Python's objects it takes up to 25 times its bytes.
+  """
+  content = read_small(path, most)
   try:
     return json.loads(content)
   except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not readable as JSON: {str(error)[:200]}.") from None
 
 
+def digest_file(path: Path) -> str:
+  """SHA-256 of a file of any size, in hexadecimal; raises OSError where it cannot be read."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON under a temporary name, then renames."""
-  write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+  text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+  write_file(path, text.encode(errors="backslashreplace"))  # half a surrogate, from a file's name: as JSON escapes it
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,6 +91,9 @@ def write_file(path: Path, content: bytes) -> None:
   """Writes bytes under a temporary name, then renames; the folder must exist.
 
   A link that somebody put in the place of either name is replaced and never followed.
+
+  Raises:
+    OSError: naming the file, whatever went wrong.
   """
   temporary = path.with_name(f".{path.name}.tmp")
   temporary.unlink(missing_ok=True)
@@ -80,11 +103,21 @@ def write_file(path: Path, content: bytes) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-  except OSError:
+  except OSError as error:
+    error.filename = error.filename or str(path)  # a write that fails names no file
     with contextlib.suppress(OSError):
       temporary.unlink()  # half a file is no use, and a disk that is full needs the room
     raise
   sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+  """Returns when a file that others wrote is on the disk."""
+  descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write to
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,15 +1,19 @@
 """One writer for a folder.
 
 Responsible for keeping a second process from writing into a folder that one is writing to. The system lets a lock go when
-its process ends, however it ends, so none is ever stale. Imports no jax.
+its process ends, however it ends, so none is ever stale. Where the file system has no locks, and on Windows, nothing is
+kept. Imports no jax.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -18,6 +22,7 @@ from jgpt.checks import UserError, show
 
 LOCK_FILE = ".lock"
 ATTEMPTS = 100
+LOOK_SECONDS = 0.2  # somebody may hold it for a moment, to see whether it is held
 
 
 @contextlib.contextmanager
@@ -66,12 +71,15 @@ def describe_holder(folder: Path) -> str:
 
 def _acquire(path: Path) -> IO[str] | None:
   """Opens and locks a file, creating it; None where another process has the lock."""
+  end = time.monotonic() + LOOK_SECONDS
   for _ in range(ATTEMPTS):
     try:
       file = _open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
       raise UserError(f"cannot write to {path.parent}: {error.strerror}.") from None
-    if not _lock(file):
+    while not (locked := _lock(file)) and time.monotonic() < end:
+      time.sleep(0.01)
+    if not locked:
       file.close()
       return None
     with contextlib.suppress(OSError):
@@ -84,7 +92,11 @@ def _acquire(path: Path) -> IO[str] | None:
 def _open(path: Path, flags: int) -> IO[str]:
   """Opens a file, never through a symbolic link and never waiting for the other end of a pipe."""
   flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-  return os.fdopen(os.open(path, flags, 0o644), "r" if flags & 3 == os.O_RDONLY else "r+", encoding="utf-8")
+  descriptor = os.open(path, flags, 0o644)
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, f"{path.name} is no plain file", str(path))
+  return os.fdopen(descriptor, "r" if flags & 3 == os.O_RDONLY else "r+", encoding="utf-8")
 
 
 def _lock(file: IO[str]) -> bool:

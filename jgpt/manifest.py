@@ -20,12 +20,13 @@ manifest.json:
                   function of seed and step (`batches.py`), so this is the whole position in the data
     heldout_loss  nats per token where it was evaluated at this step, else null
     leaves        name -> dtype, shape and digest (`digest.py`), for each array of both folders
-    files         name -> bytes and sha256, for every other file below the step's folder
-    sha256        of the other fields, as JSON with sorted keys and no spaces
+    files         name -> bytes and sha256, for every other file below the step's folder but those that begin with a dot
+    sha256        of the other fields, as JSON with sorted keys, no spaces, and what is not ASCII escaped (u00e9)
 
 A step exists if and only if it contains its manifest, which is written last: orbax renames its temporary folder to <step>,
-then the JSON files are written, then the manifest under a temporary name, which is renamed. A step is deleted manifest
-first. What a killed process left has no manifest; nothing reads it, and the next writer clears it away.
+then the JSON files are written, then all of it is brought to the disk, then the manifest is written under a temporary name,
+which is renamed. A step is deleted manifest first. What a killed process left has no manifest; nothing reads it, and the
+next writer clears it away.
 
 Responsible for that order, for finding damage and for deleting; nothing here follows a link or opens a name that a manifest
 gives. Not responsible for arrays (`checkpoint.py`). Imports no jax.
@@ -44,16 +45,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jgpt.checks import UserError, show
-from jgpt.files import write_json
+from jgpt.files import UnreadableError, sync_file, sync_folder, write_json
 from jgpt.run_folder import read_json, refuse_link
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 ITEMS = ("params", "train_state")
 UNREADABLE = -math.inf
+# A file's own errors. Others (no permission, too many open files, a server that is away) may be gone the next time.
+NAMES = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "ENODEV", "EIO", "EBADMSG", "EUCLEAN")
+OF_THE_FILE = frozenset(getattr(errno, name, None) for name in NAMES)
 STEP = re.compile("0|[1-9][0-9]{0,9}")
 PARTIAL = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # orbax's name for what it is writing
 
@@ -87,7 +91,7 @@ def checkpoints_dir(workdir: Path) -> Path:
 def list_steps(workdir: Path) -> list[int]:
   """The steps that a run folder has checkpoints of, ascending; raises `UserError` if `checkpoints` is a link."""
   folder = checkpoints_dir(workdir)
-  if not folder.is_dir():
+  if not os.path.isdir(folder):
     return []
   names: list[str] = []
   while True:
@@ -112,12 +116,17 @@ def find_step(workdir: Path, step: int | None) -> int:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-  """Writes a step's manifest, with its files as they are now; from then on the step exists.
+  """Writes a step's manifest, with its files as they are now; from then on the step exists, after a power cut too.
 
   Args:
     folder: complete but for the manifest.
     manifest: its `files` are not looked at.
   """
+  for parent, _, files in os.walk(folder, topdown=False):  # orbax syncs arrays, and none of the small files beside them
+    for name in files:
+      sync_file(Path(parent) / name)
+    sync_folder(Path(parent))
+  sync_folder(folder.parent)
   content = {"format": FORMAT, **dataclasses.asdict(manifest), "files": digest_files(folder)}
   write_json(folder / MANIFEST_FILE, content | {"sha256": _digest_json(content)})
 
@@ -142,17 +151,29 @@ def remove_step(folder: Path) -> None:
   shutil.rmtree(folder)
 
 
-def sweep(workdir: Path) -> list[Path]:
-  """Clears away what killed writers left: steps without a manifest. To be called by the only writer.
+class Sweep(NamedTuple):
+  """What the next writer does with steps that have no manifest.
 
-  Returns:
-    Where a step without a manifest is kept, because no step has one: it may be all that is left of a run.
+  Attributes:
+    remove: deleted: what killed writers left.
+    aside: renamed, because no step has a manifest: it may be all that is left of a run.
+  """
+
+  remove: list[Path]
+  aside: list[Path]
+
+
+def plan_sweep(workdir: Path) -> Sweep:
+  """Finds the steps without a manifest.
 
   Raises:
-    UserError: if there are several such: a writer leaves one at most, so their manifests were lost otherwise.
+    UserError: if none of several has one: a writer leaves one such at most, so they were lost otherwise; or if
+      `checkpoints` is no folder.
   """
   folder = checkpoints_dir(workdir)
   steps = list_steps(workdir)
+  if os.path.lexists(folder) and not folder.is_dir():
+    raise UserError(f"{folder} is no folder. Remove it, or choose another --workdir")
   names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
   partial = [name for name in names if PARTIAL.fullmatch(name) and name not in map(str, steps)]
   complete = [name for name in partial if STEP.fullmatch(name)]
@@ -160,10 +181,19 @@ def sweep(workdir: Path) -> list[Path]:
     raise UserError(
       f"none of the checkpoints in {folder} has its {MANIFEST_FILE}. Put them back, or start over with --fresh"
     )
-  for name in partial:
-    if steps or name not in complete:
-      remove_step(folder / name)
-  return [] if steps else [set_aside(workdir, int(name)) for name in complete]
+  aside = [] if steps else complete
+  return Sweep([folder / name for name in partial if name not in aside], [folder / name for name in aside])
+
+
+def sweep(workdir: Path) -> Sweep:
+  """Does what `plan_sweep` finds, and raises as it does; to be called by the only writer. Returns what was done.
+
+  `aside` then has the new names.
+  """
+  planned = plan_sweep(workdir)
+  for path in planned.remove:
+    remove_step(path)
+  return Sweep(planned.remove, [set_aside(workdir, int(path.name)) for path in planned.aside])
 
 
 def set_aside(workdir: Path, step: int) -> Path:
@@ -177,7 +207,7 @@ def set_aside(workdir: Path, step: int) -> Path:
 
 
 def retain(workdir: Path, keep_latest: int, keep_best: int) -> None:
-  """Deletes all steps but the newest and those of the lowest held-out loss.
+  """Deletes all steps but the newest and those of the lowest held-out loss; one whose manifest is unreadable stays.
 
   Args:
     workdir: a run folder.
@@ -263,6 +293,10 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
   try:
     manifest = read_manifest(folder)
     there = {name: path for name, path in walk(folder, items) if name != MANIFEST_FILE}
+  except UnreadableError as error:
+    if error.errno not in OF_THE_FILE:
+      raise OSError(error.errno, os.strerror(error.errno), str(folder / MANIFEST_FILE)) from None
+    return str(error)
   except UserError as error:
     return str(error)
   except (FileNotFoundError, NotADirectoryError) as error:
@@ -282,8 +316,8 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
         if found["sha256"] != wanted[name]["sha256"]:
           return f"{there[name]} has changed: its SHA-256 is not the manifest's"
   except OSError as error:
-    if error.errno not in (errno.ENOENT, errno.EIO):
-      raise  # too many open files, no permission: that is no damage
+    if error.errno not in OF_THE_FILE:
+      raise
     return f"{error.filename}: {error.strerror}"
   return None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jgpt import catalog, command, config, locks, settings, signals
-from jgpt.checks import UserError
+from jgpt.checks import UserError, first_line
 from jgpt.config import Experiment
 from jgpt.params import count_params
 from jgpt.sources import expected_vocab_size
@@ -140,14 +140,14 @@ def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path
 
 def _holds(folder: Path, experiment: Experiment) -> bool:
   """Whether a run folder holds this experiment."""
-  from jgpt import run_folder, train
+  from jgpt import resume, run_folder
 
   try:
     recorded = run_folder.read_run_files(folder)
     there, here = recorded.experiment.train, experiment.train
     if (there.epochs != here.epochs) if here.steps is None else (there.steps != here.steps):
       return False
-    return not settings.differences(recorded.experiment, train.inherit(experiment, recorded))
+    return not settings.differences(recorded.experiment, resume.inherit(experiment, recorded))
   except UserError:
     return False
 
@@ -261,7 +261,7 @@ def check_compiler(plan: Plan) -> None:
   try:
     check = canary.check_once(plan.experiment, runtime.devices()[0].platform)
   except (RuntimeError, MemoryError) as error:  # the run is finished and saved whatever becomes of this
-    print(f"\nthe compiler could not be checked: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    print(f"\nthe compiler could not be checked: {first_line(error)[:200]}", file=sys.stderr)
     return
   if check is not None:
     print(f"\n{canary.describe(check)}", file=sys.stdout if check.passed else sys.stderr)

@@ -1,7 +1,7 @@
 """Stopping a run: the first signal asks, the second insists.
 
-Responsible for SIGINT and SIGTERM while training, and for one line that says what becomes of the run. What is saved then is
-decided by `train.py`.
+Responsible for SIGINT, SIGTERM and SIGHUP (a terminal that is closed) while training, and for one line that says what
+becomes of the run. What is saved then is decided by `train.py`.
 
 A library user's process is not ours to end: `stop_signals` collects the first signal, and what interrupts Python as usual
 is the second. A command ends itself: `exit_on_signals` hears a signal at once, whatever the main thread is waiting for,
@@ -21,9 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jgpt.checks import TrainingError
+
 REPEAT_SECONDS = 0.5  # a key that is held down, or a signal sent to the whole group, is one signal
 EXIT_BY_SIGNAL = 128  # a process ended by signal n has status 128 + n, by the shell's convention
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 ASKED = "\nstopping after the steps under way; once more quits at once"
 
 
@@ -93,7 +95,7 @@ class _Asked(Stop):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-  """Collects the first SIGINT or SIGTERM instead of dying of it.
+  """Collects the first of `SIGNALS` instead of dying of it.
 
   A second one, more than `REPEAT_SECONDS` later, has its usual effect. Signals that were ignored stay ignored.
   """
@@ -152,7 +154,7 @@ class _Exiting(Stop):
         return
       leave = self._leave
     if not is_first:
-      _exit(number, "\nstopped at once; the last checkpoint is as it was")
+      _exit(EXIT_BY_SIGNAL + number, "\nstopped at once; the last checkpoint is as it was")
     if leave is None:
       say(ASKED)
       return
@@ -166,13 +168,13 @@ class _Exiting(Stop):
     try:
       finish()
     except Exception as error:  # whatever kept the last save from being finished is what there is to say
-      _exit(number, f"error: the last save failed: {error}")
-    _exit(number, line)
+      _exit(TrainingError.status, f"error: {error}")
+    _exit(EXIT_BY_SIGNAL + number, line)
 
 
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[Stop]:
-  """Collects the first SIGINT or SIGTERM, or ends the process where nothing is unsaved (`Stop.leaving`).
+  """Collects the first of `SIGNALS`, or ends the process where nothing is unsaved (`Stop.leaving`).
 
   A second one, more than `REPEAT_SECONDS` later, ends it at once. Signals that were ignored stay ignored.
   """
@@ -223,10 +225,10 @@ def _flush() -> None:
     sys.stdout.flush()
 
 
-def _exit(number: int, line: str) -> None:
+def _exit(status: int, line: str) -> None:
   """Ends the process from any thread, whatever the others are doing."""
   try:
     show_cursor = "\x1b[?25h" if sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty() else ""
     say(f"{show_cursor}{line}")
   finally:
-    os._exit(EXIT_BY_SIGNAL + number)
+    os._exit(status)

@@ -35,8 +35,9 @@ from jgpt.log import Log
 from jgpt.metrics import JsonlWriter, Writer, read_losses
 from jgpt.model import stack_blocks
 from jgpt.program import Program, begin_evaluation, compile_program
+from jgpt.resume import find_sound_step, inherit, refuse_differences, refuse_no_folder, refuse_schedule_that_ended
 from jgpt.run_folder import RunFiles, append_env, read_run_files, write_run_files
-from jgpt.settings import change, differences, is_circumstance, resolve, settings
+from jgpt.settings import is_circumstance, resolve, settings
 from jgpt.signals import Stop, describe_stop, say, stop_signals
 from jgpt.step import TrainState
 from jgpt.tokenizer import Tokenizer
@@ -125,6 +126,8 @@ def plan(
   """
   workdir = Path(workdir) if workdir is not None else None
   recorded = None
+  if workdir is not None:
+    refuse_no_folder(workdir)
   if workdir is not None and os.path.lexists(workdir / "experiment.json"):
     recorded = read_run_files(workdir)
     experiment = inherit(experiment, recorded)
@@ -134,7 +137,7 @@ def plan(
       f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in checkpoints/{steps[-1]}, or "
       "choose another --workdir"
     )
-  saved_step = checkpoint.find_sound_step(workdir)[0] if workdir is not None else None
+  saved_step = find_sound_step(workdir)[0] if workdir is not None else None
   weights = None
   if experiment.train.init_from is not None and saved_step is None:
     check_path(experiment.data)  # before a download of gigabytes begins
@@ -160,44 +163,6 @@ def plan(
   return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, found)
 
 
-def refuse_schedule_that_ended(experiment: Experiment, saved_step: int, workdir: Path) -> None:
-  """Raises `UserError` where a run would get more updates, and its learning rate has come to its end."""
-  optimizer, steps = experiment.optimizer, experiment.train.steps
-  if saved_step >= steps or optimizer.schedule == "constant":
-    return
-  if not saved_step and optimizer.decay_steps == 1 and steps > 1:  # a length that nobody chose
-    raise UserError(
-      f"{workdir} was made without any update, so the schedule of its learning rate has no length. Begin a new run from "
-      f"it, in another --workdir, with --init-from {workdir}"
-    )
-  if saved_step and optimizer.decay_steps <= saved_step and optimizer.end_lr == 0:
-    raise UserError(
-      f"train.steps={steps} would add updates to a run that is at step {saved_step}, but the schedule of its learning rate "
-      f"ends at optimizer.decay_steps={optimizer.decay_steps}. Begin a new run, in another --workdir, with "
-      f"--set optimizer.decay_steps={steps}"
-    )
-
-
-def inherit(experiment: Experiment, recorded: RunFiles) -> Experiment:
-  """Fills in what was left open from what a run recorded: the schedule's length does not follow `train.steps`."""
-  optimizer = recorded.experiment.optimizer
-  kept = {
-    f"optimizer.{name}": getattr(experiment.optimizer, name) or getattr(optimizer, name)
-    for name in ("decay_steps", "cooldown_steps")
-  }
-  return resolve(change(experiment, kept), recorded.tokenizer.vocab_size)
-
-
-def refuse_differences(experiment: Experiment, recorded: RunFiles, workdir: Path) -> None:
-  """Raises `UserError`, naming each field, if a folder holds a run of another identity."""
-  differing = differences(recorded.experiment, experiment)
-  if differing:
-    fields = ", ".join(f"{name} is {old} there and {new} here" for name, (old, new) in differing.items())
-    raise UserError(
-      f"{workdir} holds a run with other settings: {fields}. Choose another --workdir, or start over with --fresh"
-    )
-
-
 def train(
   plan: Plan,
   *,
@@ -205,7 +170,7 @@ def train(
   sample_at: Callable[[int], bool] | None = None,
   stop: Stop | None = None,
 ) -> Result:
-  """Trains to `train.steps` updates, or until SIGINT or SIGTERM; then evaluates on the whole held-out part.
+  """Trains to `train.steps` updates, or until a signal; then evaluates on the whole held-out part.
 
   Args:
     plan: from `plan`.
@@ -364,7 +329,7 @@ def _claim_folder(plan: Plan, mesh: jax.sharding.Mesh, stack: contextlib.ExitSta
     refuse_differences(plan.experiment, recorded, workdir)
     if recorded.data["sha256"] != plan.data.text.sha256:
       raise UserError(f"{workdir} holds a run on another text, {recorded.data.get('location')}. Choose another --workdir")
-  saved_step, damaged = checkpoint.find_sound_step(workdir, trusted=plan.start_step)
+  saved_step, damaged = find_sound_step(workdir, trusted=plan.start_step)
   if plan.start_step and saved_step is None:
     raise UserError(
       f"the checkpoint of step {plan.start_step} in {workdir} has gone since the run was planned. Plan it again"

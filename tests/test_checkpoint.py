@@ -1,6 +1,7 @@
 """The run folder: what is read back, what is refused, and that nothing of it is executed."""
 
 import json
+import os
 import re
 
 import jax
@@ -152,3 +153,20 @@ def test_file_that_is_no_json_is_refused_by_name(tmp_path, content):
     path.write_bytes(content)
   with pytest.raises(UserError, match=re.escape(str(path))):
     run_folder.read_json(path)
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(tmp_path, state, monkeypatch):
+  """After a power cut a step whose manifest is there is whole: files, folders and its name were synced before."""
+  synced, real = [], os.fsync
+
+  def fsync(descriptor):
+    synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    real(descriptor)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  saved(tmp_path, state, steps=[3])
+  folder = tmp_path / "checkpoints" / "3"
+  before = synced[: synced.index(str(folder / ".manifest.json.tmp"))]
+  needed = {folder.parent, folder, *folder.rglob("*")} - {folder / "manifest.json"}
+  assert {str(path) for path in needed} <= set(before)
+  assert synced.index(str(folder), len(before)) and str(tmp_path) in before

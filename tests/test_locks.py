@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,26 @@ def test_one_after_the_other_may_hold(tmp_path):
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/null"), os.mkfifo, Path.mkdir])
 def test_what_is_no_plain_file_is_neither_followed_nor_waited_for(tmp_path, make):
   make(tmp_path / ".lock")
-  with pytest.raises(UserError, match="cannot write to"), locks.hold(tmp_path):
+  with pytest.raises(UserError, match=rf"cannot write to {tmp_path}: [^:]*[a-z]\.$"), locks.hold(tmp_path):
     pass
   assert not locks.is_held(tmp_path) and locks.describe_holder(tmp_path) == ""
+
+
+def test_looking_whether_it_is_held_keeps_no_writer_away(tmp_path):
+  """Who looks holds the lock for a moment; a writer that begins then tries again."""
+  done = threading.Event()
+
+  def look():
+    while not done.is_set():
+      locks.is_held(tmp_path)
+      time.sleep(0.001)
+
+  watcher = threading.Thread(target=look)
+  watcher.start()
+  try:
+    for _ in range(200):
+      with locks.hold(tmp_path):
+        pass
+  finally:
+    done.set()
+    watcher.join()

@@ -191,7 +191,7 @@ def test_row_04_a_second_signal_during_the_save_leaves_the_one_before(texts, exp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_row_04_stopped_again_and_again_while_it_trains(texts, number):
   """Every start is stopped in its steps, wherever it is then; in the end the bits are those of one start."""
   changes = {"train__steps": 40_000, "train__log_every": 200, "train__eval_every": 5000, "train__eval_batches": 2}
@@ -223,3 +223,13 @@ def test_row_04_ignored_signals_stay_ignored(texts):
     child.wait_until(lambda: "\nstep" in child.out)
     child.send(signal.SIGINT)
     assert child.wait() == 0, child.err
+
+
+@pytest.mark.slow
+def test_row_04_a_last_save_that_failed_is_no_stop(texts):
+  """The signal comes in the final evaluation, while the last save has failed: status 1, whoever waits is told."""
+  args = children.arguments("names", "failed", **(RUN | {"train__steps": 35}))
+  fault = "full@commit:4;term@call=train.evaluate_heldout"
+  child = children.run("jgpt.run", *args, cwd=texts, fault=fault, folder="failed")
+  assert len(child.fired) == 2 and child.status == 1, (child.status, child.err)
+  assert "error: a checkpoint could not be written" in child.err and "Traceback" not in child.err

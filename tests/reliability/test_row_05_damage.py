@@ -1,7 +1,10 @@
 """Rows 5 and 6: damaged checkpoints are named and passed over; where none is left, nothing begins anew by itself."""
 
+import errno
+import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 
@@ -310,3 +313,48 @@ def test_row_06_no_checkpoint_where_one_was_asked_for(made, copy):
   for module in ("jgpt.sample", "jgpt.evaluate"):
     asked = children.run(module, "--run", copy, cwd=made)
     assert asked.status == 2 and asked.err.startswith("error: ") and "no checkpoint" in asked.err
+
+
+def test_row_05_a_manifest_that_is_gone_is_said(copy, capfd):
+  """Without it there is no such step: a save leaves that when it is cut short. It is cleared away, with a line."""
+  (copy / "checkpoints" / "12" / "manifest.json").unlink()
+  go_on(copy)
+  assert capfd.readouterr().err == (
+    f"{copy / 'checkpoints' / '12'} had no manifest.json, as a save leaves it that is cut short: it was removed\n"
+  )
+  assert children.steps_there(copy)[-1] == STEPS
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("name", ["manifest.json", "params/_METADATA"])
+def test_row_05_what_the_system_does_not_read_now_is_no_damage(copy, monkeypatch, name, number):
+  """No permission, too many open files, a server that is away: the checkpoint may be sound, and is left alone."""
+  path = copy / "checkpoints" / "12" / name
+  real = os.open, open
+
+  def refuse(given, *args, _open, **kwargs):
+    if os.fspath(given) == str(path):
+      raise OSError(number, os.strerror(number), str(path))
+    return _open(given, *args, **kwargs)
+
+  monkeypatch.setattr(os, "open", functools.partial(refuse, _open=real[0]))
+  monkeypatch.setattr("builtins.open", functools.partial(refuse, _open=real[1]))
+  with pytest.raises(OSError, match=re.escape(os.strerror(number))) as raised:
+    train.plan(experiment(STEPS), workdir=copy, name="names")
+  assert raised.value.filename == str(path)
+  monkeypatch.undo()
+  assert children.steps_there(copy) == [8, 12] and manifest.find_damage(path.parents[name.count("/")]) is None
+
+
+def test_row_05_a_checkpoint_of_another_step_is_named(copy):
+  """Its files are whole and its manifest says 12, but its state is that of step 8."""
+  eight, twelve = (copy / "checkpoints" / step for step in ("8", "12"))
+  shutil.rmtree(twelve / "train_state")
+  shutil.copytree(eight / "train_state", twelve / "train_state")
+  value, other = (json.loads((folder / "manifest.json").read_text()) for folder in (twelve, eight))
+  for table in ("leaves", "files"):
+    kept = {name: row for name, row in value[table].items() if not name.startswith("train_state/")}
+    value[table] = kept | {name: row for name, row in other[table].items() if name.startswith("train_state/")}
+  write_sealed(twelve / "manifest.json", value)
+  with pytest.raises(UserError, match=r"checkpoints/12 holds the state of step 8$"):
+    go_on(copy)

@@ -4,6 +4,7 @@ The disk is full in three ways: a small one that is really mounted (where that i
 files that the kernel keeps, and failing operations. None of them is known to jgpt.
 """
 
+import errno
 import os
 import re
 import resource
@@ -12,7 +13,7 @@ import stat
 import children
 import pytest
 
-from jgpt import manifest
+from jgpt import command, files, manifest
 from jgpt.metrics import read_jsonl
 
 RUN = {"train__steps": 40, "train__save_every": 10, "train__log_every": 10}
@@ -26,13 +27,14 @@ def texts(tmp_path):
 
 
 def check_failed(child, workdir, steps):
-  """A clear error, a status, and whole checkpoints."""
+  """A clear error that names the last checkpoint, a status, and whole checkpoints."""
   assert child.status in (1, 2), (child.status, child.out, child.err)
   errors = [line for line in child.err.splitlines() if line.startswith("error: ")]
   assert errors, child.err
   there = manifest.list_steps(workdir)
   assert set(there) >= set(steps) and 20 not in set(there) - set(steps), there  # a later one may have been tried, and fit
   assert [manifest.find_damage(workdir / "checkpoints" / str(step)) for step in there] == [None] * len(there)
+  assert f"The last checkpoint is of step {there[-1]}" in errors[0]
   assert not NOISE.search(child.err), child.err  # not among stack traces
   return errors[0]
 
@@ -83,6 +85,48 @@ def test_row_07_files_that_may_not_grow_while_saving(texts, name):
   children.assert_same(children.bits(texts / "run"), children.bits(texts / "straight"))
 
 
+def test_row_07_what_cannot_be_written_is_named(tmp_path, capsys):
+  """By the command, whatever the reason: a limit on the size of files, a quota, a disk that is full."""
+  path = tmp_path / "experiment.json"
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    status = command._call(lambda: files.write_file(path, bytes(10_000)) or 0)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert (status, capsys.readouterr().err) == (1, f"error: {path}: File too large\n")
+  assert list(tmp_path.iterdir()) == []
+  with pytest.MonkeyPatch.context() as patch:
+    for number in (errno.EDQUOT, errno.ENOSPC, errno.EIO):
+
+      def fail(descriptor, number=number):
+        raise OSError(number, os.strerror(number))
+
+      patch.setattr(os, "fsync", fail)
+      assert command._call(lambda: files.write_file(path, b"{}") or 0) == 1
+      assert capsys.readouterr().err == f"error: {path}: {os.strerror(number)}\n"
+
+  def unnamed():
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+  assert command._call(unnamed) == 1
+  assert capsys.readouterr().err == f"error: [Errno {errno.EDQUOT}] {os.strerror(errno.EDQUOT)}\n"
+
+
+@pytest.mark.slow
+def test_row_07_a_disk_that_is_full_from_the_start(texts):
+  """Of 8 kB: the first file or the second does not fit; the line names it."""
+  disk = texts / "disk"
+  disk.mkdir()
+  try:
+    with children.small_disk(disk, 8 / 1024):
+      child = children.run("jgpt.run", *children.arguments("names", disk / "run", **RUN), cwd=texts)
+  except PermissionError as error:
+    pytest.skip(str(error))
+  assert child.status == 1, child.out + child.err
+  assert re.fullmatch(rf"error: {disk}/run/[a-z./-]+: No space left on device\n", child.err), child.err
+
+
 POINTS = ["save", "leaf", "metadata", "item", "commit", "json", "tokenizer", "manifest-open", "manifest"]
 
 
@@ -108,7 +152,7 @@ def test_row_08_an_error_in_the_last_save_surfaces_at_exit(texts, point):
   args = children.arguments("names", "run", **RUN)
   child = children.run("jgpt.run", *args, cwd=texts, fault=f"full@{point}:4")
   assert len(child.fired) == 1
-  error = check_failed(child, texts / "run", [20, 30])
+  error = check_failed(child, texts / "run", [30, 40])  # the same step is tried once more
   assert "space" in error.lower(), error
   children.train(*args, cwd=texts)
   assert manifest.list_steps(texts / "run")[-1] == 40
