@@ -412,6 +412,7 @@ def test_the_parts_of_a_start_add_up_to_the_whole(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_names_prints_json_of_what_it_measured(capsys):
   assert bench.main(["--only", "names", "--rounds", "1", "--json"]) == 0
   found = json.loads(capsys.readouterr().out)

@@ -69,6 +69,7 @@ def test_documents_are_evaluated_as_one_at_a_time(capsys, words, part):
   assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["heldout", "train"])
 def test_a_stream_is_evaluated_window_by_window(capsys, verse, part):
   """Every prediction once: whole windows of 16 and the short one at the end; a byte is a token."""

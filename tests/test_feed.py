@@ -87,6 +87,7 @@ class Huge:
     return (np.arange(start, stop) % 251).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_more_tokens_than_32_bits_count():
   """Random windows come from everywhere, sequential ones go on past 2**31, and an epoch has no window twice."""
   config = make_config("random", seq_len=64, batch_size=500)

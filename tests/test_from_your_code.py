@@ -413,6 +413,7 @@ def test_two_dimensional_parameters_decay(system):
 LOGITS = (2.1, -0.5, 3.4, 0.2, -1.2, 1.8, 0.9, -3.0, 1.8, 1.1)  # the third and the fourth largest are equal
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

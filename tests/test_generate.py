@@ -69,6 +69,7 @@ def test_top_k_keeps_the_most_probable(top_k, kept):
   assert np.abs(counts / 20_000 - expected).max() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.6, 0.9, 0.99])
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p):
   p = softmax(LOGITS)

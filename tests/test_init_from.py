@@ -173,6 +173,7 @@ def test_equal_weights_have_one_digest(base, tmp_path):
   assert train.plan(begin(base, tmp_path / "other.bin")).initial.sha256 != digests["llmc"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("devices", "layers"), [(1, 1), (1, 2), (8, 1)])
 def test_what_is_kept_before_any_update_is_the_source(devices, layers, base, tmp_path, monkeypatch):
@@ -436,6 +437,7 @@ def test_weights_of_other_sizes_are_refused_and_the_advice_works(kind, base, tmp
   assert equal_bits(train.plan(follow(mine, message)).initial.params, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norm", "positions", "activation", "tied_head", "scale_embed", "norm_final"])
 def test_weights_of_another_function_are_refused_and_the_advice_works(name, base, tmp_path):
   other = {"norm": "rms", "positions": "sinusoidal", "activation": "relu", "tied_head": False, "scale_embed": True}

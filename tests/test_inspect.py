@@ -233,6 +233,7 @@ def ten(words, verse):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "place"), ENTRIES)
 def test_the_trace_is_what_training_did(request, ten, traced, name, place):
   """After ten updates value and moments have the bits of a run of ten; losses and rates those of the run's own log."""

@@ -92,6 +92,7 @@ def test_sampling_during_training_changes_no_bit(experiment):
   assert [bool(c.texts) for c in recorder.chunks] == [c.step % 20 == 0 for c in recorder.chunks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("log_every", "save_every"), [(1, None), (7, 5), (60, 25), (1000, None)])
 def test_call_lengths_change_no_bit_and_every_step_is_reported_once(experiment, tmp_path, log_every, save_every):
   recorder = Recorder()

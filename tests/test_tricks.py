@@ -180,7 +180,7 @@ def test_what_is_not_computed_cannot_reach_the_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["names", "shakespeare_bytes"])
+@pytest.mark.parametrize("name", ["names", pytest.param("shakespeare_bytes", marks=pytest.mark.exhaustive)])
 def test_a_run_with_and_without_is_one_run(name, tmp_path):
   """Losses agree but for rounding, and a run goes on either way from the other's checkpoint."""
   changes = {"train.steps": 6, "data.batch_size": 16, "mesh.data": 1, "optimizer.decay_steps": 12}

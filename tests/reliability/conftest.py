@@ -5,15 +5,17 @@ from pathlib import Path
 import children
 import pytest
 
-# Of the slow ones CI runs these; all others are exhaustive, half an hour of processes killed and files damaged.
+# Of the slow ones here CI runs these; all others are exhaustive.
 IN_CI = (
   "test_fuzz_10000_inputs",
-  "test_row_03_a_long_run_killed_forty_times",
-  "test_row_03_killed_twenty_times_at_random_moments[names]",
-  "test_row_03_killed_at",
+  "test_row_03_a_long_run_killed_again_and_again[20]",
+  "test_row_03_killed_at[leaf:5]",
+  "test_row_03_killed_at[manifest:3]",
+  "test_row_03_killed_at[deleting:3]",
   "test_row_04_a_signal_at[save]",
   "test_row_04_a_signal_at[call=train.evaluate_heldout]",
-  "test_row_04_a_signal_while_something_takes_long",
+  "test_row_04_a_signal_while_something_takes_long_is_heard_at_once[compile-term]",
+  "test_row_04_a_signal_while_something_takes_long_is_heard_at_once[final evaluation-int]",
   "test_row_05_as_commands",
   "test_row_07_a_disk_that_is_full_while_saving",
   "test_row_10_a_second_writer_is_refused",

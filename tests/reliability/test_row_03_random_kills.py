@@ -68,7 +68,8 @@ def test_row_03_killed_twenty_times_at_random_moments(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_row_03_a_long_run_killed_forty_times(tmp_path):
+@pytest.mark.parametrize("kills", [20, 40])
+def test_row_03_a_long_run_killed_again_and_again(tmp_path, kills):
   """6,000 updates from microgpt's own start."""
   changes = {"train__steps": 6000, "train__save_every": 30, "train__log_every": 100, "optimizer__decay_steps": 6000}
-  kill_and_compare(tmp_path, "microgpt", 42, 40, changes)
+  kill_and_compare(tmp_path, "microgpt", 42, kills, changes)
