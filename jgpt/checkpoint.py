@@ -26,6 +26,7 @@ from jgpt.config import Experiment
 from jgpt.digest import format_digest, name_leaves, survey
 from jgpt.files import write_file
 from jgpt.manifest import Manifest, find_damage, find_step, list_steps
+from jgpt.memory import measure_memory
 from jgpt.model import init_params
 from jgpt.run_folder import make_subfolder, read_file, read_json, read_run_files, refuse_link
 from jgpt.signals import say
@@ -353,7 +354,8 @@ def _refuse_too_large(folder: Path, targets: dict[str, Any]) -> None:
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * replicas
 
   need = sum(count_bytes(x) for x in jax.tree.leaves(targets))
-  if hasattr(os, "sysconf") and need > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+  there = measure_memory()[0]
+  if there is not None and need > there:
     raise UserError(
       f"{folder} needs {need / 1e9:,.1f} GB of memory by its experiment.json; this machine has {there / 1e9:,.1f} GB."
     )

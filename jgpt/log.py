@@ -7,6 +7,7 @@ made (`train.py`).
 
 from __future__ import annotations
 
+import array
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ class Log:
   """A run's metrics since it was started.
 
   Attributes:
-    losses: training loss of each update of this start, nats per token.
+    losses: training loss of each update of this start, nats per token, float32.
     evaluations: (step, nats per token, tokens) of each evaluation of this start.
     evaluated: steps of the evaluations that are on record, earlier starts' too.
     health: counts updates that were skipped.
@@ -33,7 +34,7 @@ class Log:
     """Begins; `rows` are those of earlier starts."""
     self._writers, self._clock = writers, Clock()
     self._seconds_per_step = 0.0
-    self.losses: list[np.float32] = []
+    self.losses = array.array("f")  # a list would take eight times the room
     self.evaluations: list[tuple[int, float, int]] = []
     self.evaluated = {row["step"] for row in rows if "heldout/loss" in row}
     self.health = Health(rows, max_consecutive_skips)
@@ -68,7 +69,7 @@ class Log:
     An evaluation that is not done when `stop` becomes true is left out, and so are texts: whoever goes on makes it again.
     """
     metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}
-    self.losses.extend(metrics.get("train/loss", ()))
+    self.losses.frombytes(np.asarray(metrics.get("train/loss", ()), np.float32).tobytes())
     heldout_loss = None
     while evaluation is not None and not evaluation[0].is_ready() and not stop:
       time.sleep(0.002)

@@ -97,9 +97,18 @@ def list_steps(workdir: Path) -> list[int]:
   while True:
     before = names
     names = [e.name for e in os.scandir(folder) if STEP.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    steps = sorted(int(name) for name in names if os.path.lexists(folder / name / MANIFEST_FILE))
+    steps = sorted(int(name) for name in names if _exists(folder / name / MANIFEST_FILE))
     if steps or names == before:  # else those that were there went away while they were looked at: a newer one came before
       return steps
+
+
+def _exists(path: Path) -> bool:
+  """Whether there is such a name; raises `OSError` where the system does not say, as in a folder without permission."""
+  try:
+    path.lstat()
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return True
 
 
 def find_step(workdir: Path, step: int | None) -> int:

@@ -17,13 +17,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from jgpt.run_folder import open_file
+from jgpt.signals import say
 
 LAST_ROWS = 2000  # of earlier starts, that a run which goes on looks at
+MAX_LINE = 1 << 16  # bytes of a line of metrics.jsonl; what is longer is no row
+MAX_NUMBER = 1e39  # of a row, but for infinity: float32 holds no larger one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,27 +67,32 @@ class JsonlWriter:
   def __init__(self, path: Path, step: int):
     """Opens the file, in a folder that exists.
 
-    Rows after `step`, which a run resumed from there writes again, and a torn last line are cut off. Of the rows before,
-    `kept` has the last 2,000 and all of evaluations and skipped updates.
+    The first chunk cuts off what a run resumed from `step` writes again: the rows after it, and a torn last line. Where
+    they begin is where fewest rows contradict: one wrong number among the rows before does not end them. A run that has
+    nothing to write leaves the file as it is. Of the rows up to `step`, `kept` has the last 2,000 and all of evaluations
+    and skipped updates.
     """
-    last: collections.deque[dict] = collections.deque(maxlen=LAST_ROWS)
-    self.kept: list[dict] = []
-    end = 0
-    for line, row in _read_lines(path):
-      if not line.endswith(b"\n") or (row is not None and row["step"] > step):
-        break
-      end += len(line)
-      if row is not None:
-        if len(last) == LAST_ROWS and (last[0].get("train/skipped") or "heldout/loss" in last[0]):
-          self.kept.append(last[0])
-        last.append(row)
-    self.kept += last
-    if os.path.lexists(path) and end != path.stat().st_size:
-      os.truncate(path, end)
+    kept: list[tuple[int, dict]] = []
+    last: collections.deque[tuple[int, dict]] = collections.deque(maxlen=LAST_ROWS)
+    end, is_whole, balance, best = 0, True, 0, 0
+    for line in read_lines(path):
+      is_before = line.row is not None and line.row["step"] <= step
+      balance += 0 if line.row is None else 1 if is_before else -1
+      if balance >= best and (line.is_whole or is_before):
+        best, end, is_whole = balance, line.end, line.is_whole
+      if is_before:
+        if len(last) == LAST_ROWS and (last[0][1].get("train/skipped") or "heldout/loss" in last[0][1]):
+          kept.append(last[0])
+        last.append((line.end, line.row))
+    self.kept = [row for at, row in (*kept, *last) if at <= end]
+    self._lost = len(kept) + len(last) - len(self.kept)
+    self._path, self._cut_at, self._is_whole = path, end, is_whole
     self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (closed by close)
 
   def write(self, chunk: Chunk) -> None:
     """Appends the chunk's rows."""
+    if self._cut_at is not None:
+      self._cut()
     count = len(next(iter(chunk.metrics.values()), ()))
     # str of a NumPy float32 is the shortest text that reads back as the same float32.
     columns = {
@@ -99,6 +107,14 @@ class JsonlWriter:
     self._file.writelines(json.dumps(row) + "\n" for row in rows)
     self._file.flush()
 
+  def _cut(self) -> None:
+    """Cuts off what this start writes again."""
+    if self._lost:
+      say(f"WARNING: {self._path} is damaged: {self._lost} earlier rows stand behind later ones, and are cut off with them")
+    self._file.truncate(self._cut_at)
+    self._file.write("" if self._is_whole else "\n")
+    self._cut_at = None
+
   def sync(self) -> None:
     """Returns when what was written is on the disk: a checkpoint must not be there without the rows that led to it."""
     os.fsync(self._file.fileno())
@@ -108,37 +124,71 @@ class JsonlWriter:
     self._file.close()
 
 
-def read_jsonl(path: Path) -> list[dict]:
-  """Reads the rows of metrics.jsonl; lines that are torn are left out, and an absent file is empty.
+class Line(NamedTuple):
+  """A line of metrics.jsonl.
+
+  Attributes:
+    end: bytes of the file up to where the next one begins.
+    row: numbers by name, with `step`; None where the line is no row.
+    is_whole: whether it ends with a line break: the last one of a process that was killed may not.
+  """
+
+  end: int
+  row: dict[str, float] | None
+  is_whole: bool
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+  """Yields the lines of metrics.jsonl, whatever they hold, in little memory however long they are; none of an absent file.
 
   Raises:
     UserError: if something else than a plain file has the name.
   """
-  return [row for _, row in _read_lines(path) if row is not None]
-
-
-def read_losses(path: Path) -> tuple[np.ndarray, list[tuple[int, float]]]:
-  """Reads what metrics.jsonl says of losses, in little memory: float32 [updates], and (step, held-out loss) pairs."""
-  losses, heldout_losses = array.array("f"), []
-  for _, row in _read_lines(path):
-    if row is not None and "train/loss" in row:
-      losses.append(row["train/loss"])
-    if row is not None and "heldout/loss" in row:
-      heldout_losses.append((row["step"], row["heldout/loss"]))
-  return np.array(losses, np.float32), heldout_losses
-
-
-def _read_lines(path: Path) -> Iterator[tuple[bytes, dict | None]]:
-  """Yields each line and its row; None for what is none."""
   if not os.path.lexists(path):
     return
+  end = 0
   with open_file(path) as file:
-    for line in file:
-      try:
-        row = json.loads(line)
-      except (ValueError, RecursionError):
-        row = None
-      yield line, row if isinstance(row, dict) and type(row.get("step")) is int else None
+    while line := file.readline(MAX_LINE):
+      end, row = end + len(line), _parse_row(line)
+      while len(line) == MAX_LINE and not line.endswith(b"\n"):  # the rest of a line that is too long
+        line = file.readline(MAX_LINE)
+        end, row = end + len(line), None
+      yield Line(end, row, line.endswith(b"\n"))
+
+
+def _parse_row(line: bytes) -> dict[str, float] | None:
+  """A line's row: an object of numbers that fit float32 (NaN and infinity do), whose `step` is a whole one; else None."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  is_row = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
+  return row if is_row and all(map(_is_number, row.values())) else None
+
+
+def _is_number(value: object) -> bool:
+  return type(value) in (int, float) and not MAX_NUMBER < abs(value) < math.inf
+
+
+def read_jsonl(path: Path) -> list[dict]:
+  """Reads the rows of metrics.jsonl; lines that are none are left out, and an absent file is empty.
+
+  Raises:
+    UserError: if something else than a plain file has the name.
+  """
+  return [line.row for line in read_lines(path) if line.row is not None]
+
+
+def read_losses(path: Path, step: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
+  """Reads the losses up to a step from metrics.jsonl, in little memory: float32 [updates], and (step, held-out loss)."""
+  losses, heldout_losses = array.array("f"), []
+  for line in read_lines(path):
+    row = line.row if line.row is not None and line.row["step"] <= step else {}
+    if "train/loss" in row:
+      losses.append(row["train/loss"])
+    if "heldout/loss" in row:
+      heldout_losses.append((row["step"], row["heldout/loss"]))
+  return np.array(losses, np.float32), heldout_losses
 
 
 class ConsoleWriter:

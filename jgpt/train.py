@@ -221,7 +221,7 @@ def train(
         heldout_loss, heldout_tokens = done or evaluate_heldout(state.params, program.heldout, experiment)
   losses, heldout_losses = log.losses, [(step, loss) for step, loss, _ in log.evaluations]
   if workdir is not None:  # those of earlier starts too
-    losses, heldout_losses = read_losses(workdir / "metrics.jsonl")
+    losses, heldout_losses = read_losses(workdir / "metrics.jsonl", int(state.step))
   return Result(
     state=state,
     losses=np.asarray(losses, np.float32),

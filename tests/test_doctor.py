@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from small_runs import train_words
+from small_runs import compiled_quickly, train_words
 
-from jgpt import canary, checkpoint, command, doctor, locks, manifest, sources
+from jgpt import canary, checkpoint, command, doctor, locks, manifest, memory, metrics, sources, train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
 from jgpt.diagnosis import continuation, findings, machine, packages, probe, soundness, storage
@@ -100,6 +100,14 @@ def test_what_is_installed_here_goes_together():
   assert levels(packages.check_python(">=9")) == ["ok", "problem"]
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"Requires-Dist: \xff\n"])
+def test_metadata_that_are_damaged_are_passed_over(tmp_path, monkeypatch, content):
+  (tmp_path / "jgpt-9.dist-info").mkdir()
+  (tmp_path / "jgpt-9.dist-info" / "METADATA").write_bytes(content)
+  monkeypatch.syspath_prepend(tmp_path)
+  assert levels(packages.check_packages(packages.list_requirements())) == ["ok"]
+
+
 def test_optional_packages_are_a_note_that_says_what_for():
   required = packages.list_requirements()
   there, missing = packages.check_extras(required, {"safetensors": "9", "matplotlib": "1.0"}.get)
@@ -141,13 +149,36 @@ def test_optional_packages_are_a_note_that_says_what_for():
 )
 def test_a_containers_limits_are_found(folder, files):
   folder(files | {"proc/meminfo": "MemTotal:       8000000 kB\nMemAvailable:   7000000 kB\n"})
-  assert machine.read_quota(Path()) == (1.5, 2_000_000_000)
-  assert machine.measure_memory(2_000_000_000, Path()) == (2_000_000_000, 1_500_000_000)
-  assert machine.measure_memory(None, Path()) == (8_192_000_000, 7_168_000_000)
+  assert memory.read_quota(Path()) == (1.5, 2_000_000_000)
+  assert memory.measure_memory(Path()) == (2_000_000_000, 1_500_000_000)
+  folder({"proc/meminfo": "MemTotal:       1000000 kB\nMemAvailable:   700000 kB\n"})
+  assert memory.measure_memory(Path()) == (1_024_000_000, 716_800_000)  # a limit beyond the machine's is none
 
 
-def test_a_machine_without_control_groups_has_no_limits(tmp_path):
-  assert machine.read_quota(tmp_path) == (None, None)
+def test_a_machine_without_control_groups_has_no_limits(folder):
+  folder({"proc/meminfo": "MemTotal:       8000000 kB\nMemAvailable:   7000000 kB\n"})
+  assert memory.read_quota(Path()) == (None, None)
+  assert memory.measure_memory(Path()) == (8_192_000_000, 7_168_000_000)
+
+
+def test_files_that_the_kernel_remembers_leave_a_container_its_memory(folder):
+  """After gigabytes were read, a group's use is near its limit; the least room of all groups above counts."""
+  files = {"proc/meminfo": "MemTotal:       8000000 kB\nMemAvailable:   7000000 kB\n", "proc/self/cgroup": "0::/box/job\n"}
+  files |= {"sys/fs/cgroup/box/job/memory.max": "2000000000", "sys/fs/cgroup/box/job/memory.current": "1900000000"}
+  folder(files | {"sys/fs/cgroup/box/job/memory.stat": "anon 300000000\ninactive_file 1600000000\n"})
+  assert memory.measure_memory(Path()) == (2_000_000_000, 1_700_000_000)
+  folder({"sys/fs/cgroup/box/memory.max": "4000000000", "sys/fs/cgroup/box/memory.current": "3900000000"})
+  assert memory.measure_memory(Path()) == (2_000_000_000, 100_000_000)
+
+
+def test_how_much_is_read_depends_on_the_containers_memory(tmp_path, monkeypatch):
+  (tmp_path / "text.txt").write_bytes(bytes(2000))
+  monkeypatch.setattr(continuation, "measure_memory", lambda: (8 * 2000, 0))
+  assert continuation._find_risk(str(tmp_path / "text.txt")) is None
+  monkeypatch.setattr(continuation, "measure_memory", lambda: (8 * 1999, 0))
+  assert "has 2.0 kB, and at most 2.0 kB are read here" in continuation._find_risk(str(tmp_path / "text.txt"))
+  monkeypatch.setattr(continuation, "measure_memory", lambda: (None, None))
+  assert continuation._find_risk(str(tmp_path / "text.txt")) is None
 
 
 def test_more_threads_than_a_container_may_run_is_a_note():
@@ -473,6 +504,9 @@ def test_a_check_that_breaks_off_is_a_problem_and_not_the_end():
   broken = list(findings.safely("cache", lambda: check(KeyError("x"))))
   assert "KeyError" in only_problem(broken).text
   assert levels(findings.safely("cache", lambda: check(ImportError("no rich")))) == ["note"]
+  denied = only_problem(list(findings.safely("cache", lambda: check(PermissionError(13, "Permission denied", "/a/b")))))
+  assert denied.text == "/a/b: Permission denied" and "report" not in denied.do
+  assert "report" in only_problem(list(findings.safely("cache", lambda: check(OSError("odd"))))).do
   mend = only_problem(list(findings.safely("cache", lambda: check(UserError("it is gone. Put it back.")))))
   assert (mend.text, mend.do) == ("it is gone", "put it back")
 
@@ -540,15 +574,31 @@ def test_a_log_with_gaps_or_a_torn_end_is_a_note(tmp_path):
     "[" * 70_000 + "\n",
     '{"step": "1", "train/loss": 1.0}\n',
     '{"step": 1, "train/loss": "x"}\n',
+    f'{{"step": 3, "train/loss": {"9" * 400}}}\n',
     "\0" * 200_000 + "\n",
     "[]\n",
   ],
 )
-def test_a_line_that_cannot_be_read_is_a_problem_that_names_it(tmp_path, line):
+def test_a_line_that_cannot_be_read_is_a_note_and_what_follows_counts(tmp_path, line):
+  """As for the run that goes on, which reads the same rows and leaves the line where it is."""
   path = tmp_path / "metrics.jsonl"
-  write_log(path, [*rows(1, 2), line, *rows(3)])
-  found = only_problem(continuation.check_metrics(path, 3))
-  assert "line 3, cannot be read" in found.text and found.do.endswith(f"sed -i 3d {path}")
+  write_log(path, [*rows(1, 2), line, line, *rows(5, 6)])
+  counted, passed_over, gap = continuation.check_metrics(path, 6)
+  assert levels([counted, passed_over, gap]) == ["ok", "note", "note"]
+  assert "4 updates, 0 evaluations, to step 6" in counted.text and "step 5 follows step 2" in gap.text
+  assert "cannot be read and are passed over: 2, the first is line 3" in passed_over.text
+  before = path.read_bytes()
+  writer = metrics.JsonlWriter(path, 6)
+  writer.write(metrics.Chunk(7, {"train/loss": np.float32([1])}, 1.0))
+  writer.close()
+  assert path.read_bytes()[: len(before)] == before
+
+
+def test_a_log_that_claims_any_size_is_not_read(tmp_path):
+  with open(tmp_path / "metrics.jsonl", "wb") as file:
+    file.truncate(10**13)
+  (found,) = continuation.check_metrics(tmp_path / "metrics.jsonl", 3)
+  assert found.level == "note" and "has 10 TB, and at most 10 GB are read" in found.text
 
 
 def test_a_log_that_is_a_link_or_a_pipe_is_not_followed(tmp_path):
@@ -567,11 +617,20 @@ def test_data_that_a_stranger_names_are_not_read_without_bound(tmp_path, monkeyp
   assert continuation._find_risk(None) is None and continuation._find_risk(str(tmp_path / "1.txt")) is None
   assert "no plain file" in continuation._find_risk("/dev/zero")
   assert "more than 50 files" in continuation._find_risk(str(tmp_path))
-  assert "more than 50 files" in continuation._find_risk(str(tmp_path / "**" / "*.txt"))
-  assert continuation._find_risk(str(tmp_path / "nowhere")) is None  # said where the data are looked for
+  for pattern in ("**/*.txt", "*", "?.txt", "**/**/**/nothing", "*/nothing", "[0-9]/*/*"):
+    assert "more than 50 files" in continuation._find_risk(str(tmp_path / pattern)), pattern
+  for name in ("nowhere", "nowhere/*", "no\0where/*"):  # said where the data are looked for
+    assert continuation._find_risk(str(tmp_path / name)) is None
   with open(tmp_path / "1.txt", "wb") as file:
     file.truncate(10**13)
   assert "has 10 TB" in continuation._find_risk(str(tmp_path / "1.txt"))
+
+
+def test_a_glob_over_the_whole_machine_is_given_up_soon():
+  """At its first part that leads to more names than are looked at; expanding it would take hours."""
+  began = time.process_time()
+  assert "may stand for more than" in continuation._find_risk("/*/*/*/*/*/*/*")
+  assert time.process_time() - began < 2
 
 
 def test_a_tokenizer_is_tried():
@@ -746,12 +805,109 @@ def test_leftovers_are_notes(run):
   for name in ("80", "90.orbax-checkpoint-tmp-1", "10.damaged", "mine\x1b[31m"):
     (run / "checkpoints" / name).mkdir()
   (run / ".metrics.jsonl.tmp").write_text("")
-  (run / "checkpoints" / "30" / "manifest.json").unlink()
   found = examine(run)
   notes = [finding.text for finding in found if finding.level == "note"]
-  assert "problem" not in levels(found) and len(notes) == 6
-  for words in ("80 has no manifest", "30 has no manifest", "10.damaged was found damaged", "is nothing that jgpt made"):
+  assert "problem" not in levels(found) and len(notes) == 5
+  for words in ("80 has no manifest", "tmp-1 has no manifest", "10.damaged was found damaged", "is nothing that jgpt made"):
     assert any(words in text for text in notes)
+
+
+def lose_manifests(run, *steps):
+  for step in steps:
+    (run / "checkpoints" / step / "manifest.json").unlink()
+
+
+def lose_all_but_one_checkpoint(run):
+  lose_manifests(run, "60")
+  shutil.rmtree(run / "checkpoints" / "30")
+
+
+def replace_by_file(run):
+  shutil.rmtree(run / "checkpoints")
+  (run / "checkpoints").write_text("")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("damage", "says"),
+  [
+    (lambda run: lose_manifests(run, "30", "60"), "none of the checkpoints in checkpoints has its manifest.json"),
+    (replace_by_file, "checkpoints is no folder"),
+  ],
+)
+def test_what_a_run_refuses_is_a_problem(run, damage, says):
+  """In the words of the run; nothing is said of going on."""
+  damage(run)
+  found = examine(run)
+  wrong = only_problem(found)
+  assert says in wrong.text and not any(finding.topic == "going on" for finding in found)
+  with pytest.raises(UserError) as refused:
+    go_on(run)
+  assert str(refused.value).replace(f"{run}{os.sep}", "").startswith(wrong.text)
+
+
+def go_on(run):
+  """Trains for no further update."""
+  files = read_run_files(run)
+  with compiled_quickly():
+    return train.train(train.plan(files.experiment, workdir=run, name=files.name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lose_all_but_one_checkpoint, lambda run: lose_manifests(run, "60")])
+def test_what_is_said_of_a_checkpoint_without_its_manifest_is_what_the_next_run_does(run, damage):
+  damage(run)
+  found = examine(run)
+  (said,) = [finding for finding in found if finding.text.startswith(f"{Path('checkpoints', '60')} has no manifest.json")]
+  is_kept = "keeps it under another name" in said.text
+  assert is_kept == (said.level == "problem") and is_kept != ("the next run removes it" in said.text)
+  assert is_kept or damage is not lose_all_but_one_checkpoint
+  assert any(finding.topic == "going on" and finding.level == "ok" for finding in found)
+  assert int(go_on(run).state.step) == 60
+  assert (run / "checkpoints" / "60.damaged" / "params").is_dir() == is_kept
+  assert "problem" not in levels(examine(run))
+
+
+def test_what_the_next_run_does_with_a_checkpoint_without_manifest_is_said(tmp_path):
+  step = tmp_path / "checkpoints" / "60"
+  step.mkdir(parents=True)
+  kept, removed = manifest.Sweep([], [step]), manifest.Sweep([step], [])
+  wrong = only_problem(soundness.check_leftovers(tmp_path, [30], kept, False))
+  assert "keeps it under another name, and goes on from step 30" in wrong.text and "put it back" in wrong.do
+  assert "and begins anew" in only_problem(soundness.check_leftovers(tmp_path, [], kept, False)).text
+  (gone,) = soundness.check_leftovers(tmp_path, [30], removed, False)
+  assert gone.level == "note" and "the next run removes it" in gone.text
+  (saving,) = soundness.check_leftovers(tmp_path, [30], removed, True)
+  assert saving.level == "note" and saving.text.endswith("60 is being saved")
+
+
+# Begins a command without the powers by which root reads what a file's mode forbids: they leave its bounding set (24).
+WITHOUT_POWERS = """
+import ctypes, os, sys
+for power in (1, 2):
+  ctypes.CDLL(None).prctl(24, power, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="modes do not bind root elsewhere")
+@pytest.mark.parametrize("closed", ["checkpoints", "checkpoints/60", "checkpoints/60/params", "metrics.jsonl", "."])
+def test_what_cannot_be_read_is_a_problem_and_not_the_end(run, closed):
+  """The whole of the JSON is printed, and nobody is asked to report it."""
+  (run / closed).chmod(0)
+  done = subprocess.run(
+    [sys.executable, "-c", WITHOUT_POWERS, "-m", "jgpt.doctor", "--json", "--run", str(run)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  (run / closed).chmod(0o755)
+  assert done.returncode == 1 and done.stderr == ""
+  wrong = [finding for finding in json.loads(done.stdout)["findings"] if finding["level"] == "problem"]
+  assert wrong and "report it" not in str(wrong)
+  assert "ermission denied" in str(wrong) or closed == "."
 
 
 @pytest.mark.slow
@@ -802,7 +958,7 @@ def test_a_disk_without_room_for_the_next_save_is_a_problem(run, monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_that_does_not_fit_memory_is_not_read(run, monkeypatch):
-  monkeypatch.setattr(machine, "measure_memory", lambda quota: (10**9, 1000))
+  monkeypatch.setattr(soundness, "measure_memory", lambda: (10**9, 1000))
   found = examine(run)
   assert "problem" not in levels(found) and sum("arrays were not read" in finding.text for finding in found) == 2
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jgpt import metrics
-from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, format_step, read_jsonl
+from jgpt.log import Log
+from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, format_step, read_jsonl, read_losses
 
 
 def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):
@@ -53,8 +56,10 @@ def test_evaluations_stand_in_rows_of_their_own(tmp_path):
   assert rows[0] == {"step": 0, "heldout/loss": 3.5}
   assert [row.get("heldout/loss") for row in rows] == [3.5, None, None, 2.75]
   assert rows[3] == {"step": 2, "heldout/loss": 2.75}
-  JsonlWriter(path, 1).close()
-  assert [row["step"] for row in read_jsonl(path)] == [0, 1]
+  writer = JsonlWriter(path, 1)
+  writer.write(make_chunk(2, [2.25]))
+  writer.close()
+  assert [row.get("train/loss") for row in read_jsonl(path)] == [None, 3.0, 2.25]
 
 
 @hypothesis_settings(deadline=None)
@@ -106,6 +111,141 @@ def test_rows_outlive_a_run_that_is_killed_before_it_writes_any(tmp_path):
 
 def test_absent_file_has_no_rows(tmp_path):
   assert read_jsonl(tmp_path / "metrics.jsonl") == []
+
+
+NO_ROWS = [
+  '{"step": 3, "train/loss": "x"}',
+  '{"step": 3, "train/loss": null}',
+  '{"step": 3, "train/loss": [1]}',
+  '{"step": 3, "train/loss": true}',
+  f'{{"step": 3, "train/loss": {"9" * 400}}}',
+  '{"step": 3, "train/loss": 1e300}',
+  '{"step": 3, "train/loss": 2.5, "train/skipped": "0"}',
+  '{"step": 3, "heldout/loss": {}}',
+  '{"step": "3"}',
+  '{"step": 3.0}',
+  '{"step": true}',
+  '{"step": -3}',
+  '{"train/loss": 2.5}',
+  "[3]",
+  f'{{"step": 3, "train/loss": 2.5{" " * metrics.MAX_LINE}}}',
+]
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
+def test_a_line_whose_values_are_no_numbers_is_no_row(tmp_path, line):
+  """It is passed over by each reader, and stays where it is."""
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f'{{"step": 1, "train/loss": 4}}\n{line}\n{{"step": 4, "train/loss": NaN}}\n', encoding="utf-8")
+  before = path.read_bytes()
+  assert [row["step"] for row in read_jsonl(path)] == [1, 4]
+  losses, evaluations = read_losses(path, 10**6)
+  assert losses.dtype == np.float32 and evaluations == []
+  np.testing.assert_array_equal(losses, np.float32([4, math.nan]))
+  writer = JsonlWriter(path, 4)
+  assert [row["step"] for row in writer.kept] == [1, 4]
+  writer.write(make_chunk(5, [3.5]))
+  writer.close()
+  assert path.read_bytes()[: len(before)] == before and read_jsonl(path)[-1]["step"] == 5
+
+
+def test_a_line_is_read_in_bounded_memory(tmp_path):
+  """A hole of 50 MB, which takes no room on the disk; rows after it count."""
+  path = tmp_path / "metrics.jsonl"
+  row = b'{"step": 1, "train/loss": 2.5}\n'
+  with open(path, "wb") as file:
+    file.seek(50_000_000)
+    file.write(b"\n" + row)
+  tracemalloc.start()
+  read = [read_jsonl(path), *read_losses(path, 10**6)]
+  JsonlWriter(path, 1).close()
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert read == [[{"step": 1, "train/loss": 2.5}], np.float32([2.5]), []]
+  assert peak < 20 * metrics.MAX_LINE
+  assert list(metrics.read_lines(path)) == [(50_000_001, None, True), (50_000_001 + len(row), read[0][0], True)]
+
+
+def write_steps(path, steps, tail=""):
+  lines = [f'{{"step": {step}, "train/loss": 2.5}}\n' for step in steps]
+  path.write_text("".join(lines) + tail, encoding="utf-8")
+  return lines
+
+
+@pytest.mark.parametrize("damaged", range(8))
+def test_one_wrong_step_does_not_cut_off_the_rows_that_follow(tmp_path, damaged):
+  """Of 8 rows up to the restored step and 4 past it, any of the first may say a later step; what follows is as it was."""
+  path = tmp_path / "metrics.jsonl"
+  steps = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+  steps[damaged] = 90
+  lines = write_steps(path, steps)
+  writer = JsonlWriter(path, 8)
+  assert [row["step"] for row in writer.kept] == [n for n in range(1, 9) if n != damaged + 1]
+  writer.write(make_chunk(9, [3.5]))
+  writer.close()
+  kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]
+  assert kept == lines[: 7 if damaged == 7 else 8]  # nothing tells the last one from those past the restored step
+
+
+def test_one_wrong_step_past_the_restored_one_keeps_none_of_its_neighbours(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  lines = write_steps(path, [1, 2, 3, 4, 5, 6, 7, 2, 9])
+  writer = JsonlWriter(path, 4)
+  assert [row["step"] for row in writer.kept] == [1, 2, 3, 4]
+  writer.write(make_chunk(5, [3.5]))
+  writer.close()
+  assert path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1] == lines[:4]
+
+
+def test_what_is_cut_is_said_where_it_is_more_than_a_killed_process_leaves(tmp_path, capfd):
+  for steps, words in (([1, 2, 3, 4, 5], ""), ([1, 2, 91, 92, 93, 6], "1 earlier rows stand behind later ones")):
+    write_steps(tmp_path / "metrics.jsonl", steps, '{"step": 6, "tr')
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", 6 if words else 2)
+    writer.write(make_chunk(7, [3.5]))
+    writer.close()
+    err = capfd.readouterr().err
+    assert (words in err and err.count("\n") == 1) if words else err == ""
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 6, "tr', "\0" * 50, '{"step": 60, "train/loss": 2.5}\n'])
+def test_a_run_that_has_nothing_to_write_changes_nothing(tmp_path, tail):
+  """A finished one: neither a wrong step nor a torn line is touched, and nothing is said of it."""
+  path = tmp_path / "metrics.jsonl"
+  write_steps(path, [1, 2, 30, 4, 5], tail)
+  before = path.read_bytes()
+  writer = JsonlWriter(path, 5)
+  writer.sync()
+  writer.close()
+  assert path.read_bytes() == before
+
+
+def test_a_last_row_without_its_line_break_is_kept(tmp_path):
+  """An editor may have taken it away; the next row begins a line of its own."""
+  path = tmp_path / "metrics.jsonl"
+  lines = write_steps(path, [1, 2, 3])
+  path.write_text("".join(lines)[:-1], encoding="utf-8")
+  writer = JsonlWriter(path, 3)
+  writer.write(make_chunk(4, [3.5]))
+  writer.close()
+  assert path.read_text(encoding="utf-8").startswith("".join(lines))
+  assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4]
+
+
+# --- Metrics of a start ---
+
+
+def test_losses_of_a_start_take_four_bytes_each():
+  """A million updates, which a small model makes in a minute: what is read back is bit for bit what was given."""
+  log, stop = Log([], [], 10), SimpleNamespace()
+  losses = np.linspace(3, 2, 1000, dtype=np.float32)
+  chunk = {"train/loss": losses, "train/grad_norm": losses, "train/skipped": np.zeros(1000, np.int32)}
+  tracemalloc.start()
+  for step in range(1000, 1_000_001, 1000):
+    log.write(step, 1000, chunk, None, None, stop)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 10_000_000
+  np.testing.assert_array_equal(np.asarray(log.losses, np.float32), np.tile(losses, 1000))
 
 
 # --- Lines of progress ---

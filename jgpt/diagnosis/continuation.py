@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import glob
+import itertools
 import math
 import os
-import shlex
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from jgpt import manifest, sources, train
 from jgpt.checks import UserError
 from jgpt.diagnosis.findings import Finding, format_bytes, from_error, note, ok, problem
+from jgpt.memory import measure_memory
+from jgpt.metrics import read_lines
 from jgpt.paths import list_files
 from jgpt.released import RELEASED
-from jgpt.run_folder import RunFiles, open_file
+from jgpt.run_folder import RunFiles
 from jgpt.sources import PinnedText
 
 STATE_BYTES = 12  # of a parameter and its two moments
-MAX_LINE = 1 << 16  # bytes of a row of metrics.jsonl
+MAX_LOG = 10**10  # bytes of metrics.jsonl
 MAX_FILES = 100_000  # of a folder of data
 MAX_SHOWN = 10  # of what there may be any number
 
@@ -44,17 +47,14 @@ class _Rows:
   gaps: list[str] = dataclasses.field(default_factory=list)
 
   def add(self, row: dict) -> None:
-    """Takes the next row; raises ValueError where it is none of jgpt's."""
+    """Takes the next row."""
     step, loss = row["step"], row.get("train/loss")
-    if type(step) is not int:
-      raise ValueError("its step is no whole number")
+    self.evaluations += "heldout/loss" in row
     if loss is None:
-      self.evaluations += 1
       return
     if step != self.last + 1 and len(self.gaps) < MAX_SHOWN:
       self.gaps.append(f"step {step:,} follows step {self.last:,}")
     self.last, self.updates = step, self.updates + 1
-    self.evaluations += "heldout/loss" in row
     self.skipped += bool(row.get("train/skipped"))
     self.not_finite += not math.isfinite(loss)
 
@@ -63,36 +63,36 @@ def check_metrics(path: Path, newest: int) -> list[Finding]:
   """Whether the log can be read, has a row for each update, and reaches the newest checkpoint.
 
   Args:
-    path: metrics.jsonl; read a line at a time.
+    path: metrics.jsonl.
     newest: step of the newest checkpoint.
   """
   if not os.path.lexists(path):
     return [note("metrics", f"{path} is not there: the losses of {newest:,} steps are lost")] if newest else []
-  rows, found, number = _Rows(), [], 0
-  with open_file(path) as file:
-    while line := file.readline(MAX_LINE):
-      number += 1
-      try:
-        rows.add(json.loads(line))
-      except (ValueError, KeyError, TypeError, RecursionError):
-        if file.readline(MAX_LINE):
-          text = f"{path}, line {number:,}, cannot be read: it and what follows is dropped when the run goes on"
-          found.append(
-            problem("metrics", text, f"to keep the rest, delete that line: sed -i {number}d {shlex.quote(str(path))}")
-          )
-        else:
-          found.append(note("metrics", f"{path}: its last line is torn, and dropped when the run goes on"))
-        break
+  if (size := path.lstat().st_size) > MAX_LOG:
+    return [note("metrics", f"{path} has {format_bytes(size)}, and at most {format_bytes(MAX_LOG)} are read here")]
+  rows, unreadable, first, is_torn = _Rows(), 0, 0, False
+  for number, line in enumerate(read_lines(path), 1):
+    if line.row is not None:
+      rows.add(line.row)
+    elif line.is_whole:
+      unreadable, first = unreadable + 1, first or number
+    else:
+      is_torn = True
   parts = [f"{rows.updates:,} updates", f"{rows.evaluations:,} evaluations"]
   parts += [f"{rows.skipped:,} updates were skipped"] if rows.skipped else []
   parts += [f"{rows.not_finite:,} losses are not finite"] if rows.not_finite else []
   words = f"{path}: {', '.join(parts)}, to step {rows.last:,}"
-  found.insert(0, note("metrics", words) if rows.not_finite else ok("metrics", words))
+  found = [note("metrics", words) if rows.not_finite else ok("metrics", words)]
+  if unreadable:
+    words = f"lines that cannot be read and are passed over: {unreadable:,}, the first is line {first:,}"
+    found.append(note("metrics", f"{path}: {words}"))
+  if is_torn:
+    found.append(note("metrics", f"{path}: its last line is torn, and dropped when the run goes on"))
   if rows.gaps:
     found.append(
       note("metrics", f"{path} has gaps: {'; '.join(rows.gaps)}. Writing it may have failed; training is not concerned")
     )
-  if rows.last < newest and not any(finding.level == "problem" for finding in found):
+  if rows.last < newest:
     found.append(note("metrics", f"{path} ends at step {rows.last:,}, and the newest checkpoint is of step {newest:,}"))
   return found
 
@@ -148,12 +148,8 @@ def _find_risk(path: str | None) -> str | None:
   if path is None:
     return None
   expanded = os.path.expanduser(path)
-  root = Path(expanded.partition("*")[0].partition("?")[0].partition("[")[0] or ".")
-  if os.path.isdir(expanded) or "**" in path:
-    count = 0
-    for _, folders, names in os.walk(root if root.is_dir() else root.parent):
-      if (count := count + len(names) + len(folders)) > MAX_FILES:
-        return f"{path} may stand for more than {MAX_FILES:,} files"
+  if _lists_too_many(expanded):
+    return f"{path} may stand for more than {MAX_FILES:,} files"
   try:
     files = list_files(path, ["*.txt", "*.bin"])
   except UserError:
@@ -167,9 +163,31 @@ def _find_risk(path: str | None) -> str | None:
     if not stat.S_ISREG(info.st_mode):
       return f"{file} is no plain file"
     total += info.st_size if file.suffix != ".bin" else 0
-  if hasattr(os, "sysconf") and total > (most := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8):
+  there = measure_memory()[0]
+  if there is not None and total > (most := there // 8):
     return f"{path} has {format_bytes(total)}, and at most {format_bytes(most)} are read here"
   return None
+
+
+def _lists_too_many(path: str) -> bool:
+  """Whether finding the files of a folder or glob looks at more than `MAX_FILES` names, folders on the way included."""
+  if os.path.isdir(path):
+    return _are_many(name for _, folders, names in os.walk(path) for name in (*folders, *names))
+  if os.path.exists(path):
+    return False
+  parts = Path(path).parts
+  for n, part in enumerate(parts):
+    if glob.has_magic(part):  # what has to be listed to see which names match
+      pattern = os.path.join(*parts[:n], "**" if part == "**" else "*")
+      with contextlib.suppress(ValueError):  # a NUL in the path
+        if _are_many(glob.iglob(pattern, recursive=True, include_hidden=True)):
+          return True
+  return False
+
+
+def _are_many(names: Iterable[str]) -> bool:
+  """Whether there are more than `MAX_FILES`, without looking at those beyond."""
+  return sum(1 for _ in itertools.islice(names, MAX_FILES + 1)) > MAX_FILES
 
 
 def check_next_save(workdir: Path, newest: int | None, num_params: int) -> list[Finding]:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
+from jgpt import checks
 from jgpt.checks import UserError
 
 LEVEL_WIDTH, TOPIC_WIDTH = 9, 13
@@ -64,7 +65,10 @@ def safely(topic: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Findi
   except ImportError as error:
     yield note(topic, f"not checked: {error}")
   except Exception as error:  # what is out of order may raise anything, and the other checks still have something to say
-    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError) and error.filename is not None:
+      yield problem(topic, f"{error.filename}: {error.strerror}", "mend that, its permissions for example, and look again")
+      return
+    first = checks.first_line(error)
     yield problem(topic, f"this check broke off: {type(error).__name__}: {first}", "report it, with all of these lines")
 
 
@@ -95,8 +99,7 @@ def format_bytes(count: float) -> str:
 
 def printable(text: str) -> str:
   """One line of at most `MAX_CHARS` without control codes: somebody else may have chosen the words."""
-  text = text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
-  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+  return checks.printable(text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}...")
 
 
 def _wrap(text: str, width: int, first: str, rest: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Checks of a machine: the processor and its memory, the devices, the environment.
 
 Responsible for judging facts, and for gathering those that cost nothing; every check is a function of what it is given.
-Not responsible for asking jax (`probe.py`), for what is installed (`packages.py`), for folders (`storage.py`) or for
-printing (`doctor.py`). Imports nothing that has to be installed.
+Not responsible for asking jax (`probe.py`) or how much memory there is (`memory.py`), for what is installed
+(`packages.py`), for folders (`storage.py`) or for printing (`doctor.py`). Imports nothing that has to be installed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jgpt.command import python_word
 from jgpt.diagnosis.findings import Finding, format_bytes, note, ok, problem
 from jgpt.diagnosis.packages import find_version
 from jgpt.diagnosis.probe import Probe, run_bounded
+from jgpt.memory import measure_memory, read_kernel, read_quota
 
 PREFIXES = ("JAX_", "XLA_", "JGPT_", "CUDA_", "NVIDIA_", "TPU_")
 NAMES = ("LD_LIBRARY_PATH", "LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "PYTHONPATH", "TF_CPP_MIN_LOG_LEVEL")
@@ -48,43 +49,6 @@ def count_usable_cores() -> int:
   return os.cpu_count() or 1
 
 
-def read_quota(root: Path = Path("/")) -> tuple[float | None, int | None]:
-  """A container's limits: (cores, bytes of memory), None where there is none.
-
-  Args:
-    root: where proc and sys are.
-  """
-  cores, memory = [], []
-  for folder in _cgroups(root):
-    quota, period = [*_read(folder / "cpu.max").split(), "", ""][:2]
-    if not quota:
-      quota, period = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-    if quota.isdecimal() and period.isdecimal() and int(period):
-      cores.append(int(quota) / int(period))
-    for name in ("memory.max", "memory.limit_in_bytes"):
-      if (limit := _read(folder / name)).isdecimal() and int(limit) < 2**60:  # beyond is how version 1 says "none"
-        memory.append(int(limit))
-  return min(cores, default=None), min(memory, default=None)
-
-
-def _cgroups(root: Path) -> list[Path]:
-  """The folders of this process's control groups, and those above them."""
-  folders = []
-  for line in _read(root / "proc/self/cgroup").splitlines():
-    controllers, _, path = line.partition(":")[2].partition(":")
-    for base in [root / "sys/fs/cgroup", *(root / "sys/fs/cgroup" / name for name in controllers.split(",") if name)]:
-      below = base.joinpath(path.strip("/")) if ".." not in path else base  # a group outside of the container
-      folders += [folder for folder in (below, *below.parents) if folder.is_relative_to(base)]
-  return list(dict.fromkeys(folders))
-
-
-def _read(path: Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8", errors="replace").strip()
-  except OSError:
-    return ""
-
-
 def check_processor(there: int, usable: int, quota: float | None, load: float | None) -> list[Finding]:
   """Cores and threads.
 
@@ -94,7 +58,7 @@ def check_processor(there: int, usable: int, quota: float | None, load: float | 
     quota: cores whose time a container may use, or None.
     load: processes that wanted to compute in the last minute, or None.
   """
-  model = re.search(r"^model name\s*: (.+)$", _read(Path("/proc/cpuinfo")), re.M)
+  model = re.search(r"^model name\s*: (.+)$", read_kernel(Path("/proc/cpuinfo")), re.M)
   name = model.group(1) if model else platform.processor() or platform.machine()
   text = f"{name}, {usable} of {there} cores usable, {usable} threads of XLA"
   found = [ok("processor", text if load is None else f"{text}, load {load:.1f}")]
@@ -106,28 +70,6 @@ def check_processor(there: int, usable: int, quota: float | None, load: float | 
     text = f"{load:.1f} processes want {usable} cores: training is slower, and times do not repeat"
     found.append(note("processor", text, "see with top what else is running"))
   return found
-
-
-def measure_memory(quota: int | None, root: Path = Path("/")) -> tuple[int | None, int | None]:
-  """Bytes of memory (in all, available) within a container's limit; None where the system does not say.
-
-  Args:
-    quota: of `read_quota`.
-    root: where proc and sys are.
-  """
-  lines = dict(line.partition(":")[::2] for line in _read(root / "proc/meminfo").splitlines())
-  sizes = [re.match(r"\s*(\d+) kB", lines.get(name, "")) for name in ("MemTotal", "MemAvailable")]
-  total, available = (int(size.group(1)) * 1024 if size else None for size in sizes)
-  if total is None:
-    with contextlib.suppress(ImportError):
-      import psutil  # comes with orbax; only where the kernel has no /proc
-
-      total, available = psutil.virtual_memory()[:2]
-  if quota is not None and total is not None and quota < total:
-    names = ("memory.current", "memory.usage_in_bytes")
-    used = [int(text) for folder in _cgroups(root) for name in names if (text := _read(folder / name)).isdecimal()]
-    total, available = quota, min(available or quota, max(0, quota - min(used, default=0)))
-  return total, available
 
 
 def check_memory(total: int | None, available: int | None) -> list[Finding]:
@@ -181,8 +123,8 @@ def limit_memory() -> None:
 
   Does nothing where the system has no such limit (other than Linux).
   """
-  taken = re.search(r"^VmData:\s*(\d+) kB", _read(Path("/proc/self/status")), re.M)
-  available = measure_memory(read_quota()[1])[1]
+  taken = re.search(r"^VmData:\s*(\d+) kB", read_kernel(Path("/proc/self/status")), re.M)
+  available = measure_memory()[1]
   if taken is None or available is None:
     return
   import resource  # where there is a /proc, there is this
@@ -309,11 +251,11 @@ def check_machine(env: Mapping[str, str]) -> list[Finding]:
   Args:
     env: the environment that jax is to see.
   """
-  cores, memory = read_quota()
+  cores, _ = read_quota()
   load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
   return [
     *check_processor(os.cpu_count() or 1, count_usable_cores(), cores, load),
-    *check_memory(*measure_memory(memory)),
+    *check_memory(*measure_memory()),
     *check_limits(read_limits()),
     *check_environment(env),
   ]

@@ -6,7 +6,6 @@ Imports nothing that has to be installed, so that it can say what is missing.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -49,9 +48,9 @@ def check_python(requires: str = ">=3.11") -> list[Finding]:
 
 
 def list_requirements() -> list[str]:
-  """What jgpt needs, from its metadata, or from the clone's pyproject.toml where it is not installed."""
-  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    return importlib.metadata.requires("jgpt") or []
+  """What jgpt needs, from its metadata, or from the clone's pyproject.toml where it has none that can be read."""
+  if found := find_requirements("jgpt"):
+    return found
   path = Path(jgpt.__file__).resolve().parent.parent / "pyproject.toml"
   try:
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]

@@ -7,10 +7,11 @@ besides (`continuation.py`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,11 @@ import jax
 
 from jgpt import checkpoint, locks, manifest
 from jgpt.checks import UserError
-from jgpt.diagnosis import continuation, machine
-from jgpt.diagnosis.findings import Finding, format_bytes, note, ok, problem, safely
+from jgpt.diagnosis import continuation
+from jgpt.diagnosis.findings import Finding, format_bytes, from_error, note, ok, problem, safely
 from jgpt.health import find_nonfinite
 from jgpt.keys import INIT, derive_key
+from jgpt.memory import measure_memory
 from jgpt.optim import make_optimizer
 from jgpt.params import count_params
 from jgpt.run_folder import RunFiles, read_run_files
@@ -57,23 +59,33 @@ def _examine(workdir: Path) -> Iterator[Finding]:
   count = count_params(files.experiment.model)
   yield ok("settings", f"{workdir}: {files.name or 'made from Python'}, {count:,} parameters")
   yield from safely("tokenizer", lambda: check_tokenizer(files.tokenizer))
-  if (workdir / "checkpoints").is_symlink():
-    return  # it was said
-  yield from safely("leftovers", lambda: check_leftovers(workdir, held))
-  steps = manifest.list_steps(workdir)
-  sound = []
+  if not (workdir / "checkpoints").is_symlink():  # else it was said
+    yield from safely("checkpoint", lambda: _examine_checkpoints(workdir, files, held))
+
+
+def _examine_checkpoints(workdir: Path, files: RunFiles, held: bool) -> Iterator[Finding]:
+  """Checks the checkpoints and what depends on them; raises OSError where the folder cannot be read."""
+  steps, sound = manifest.list_steps(workdir), []
+  try:
+    sweep, refused = manifest.plan_sweep(workdir), None
+  except UserError as error:  # a run that goes on stops here
+    sweep, refused = manifest.Sweep([], []), from_error("checkpoint", error)
+  yield from safely("leftovers", lambda: check_leftovers(workdir, steps, sweep, held))
   for step in steps:
     found = list(safely("checkpoint", lambda step=step: check_step(workdir, step, files)))
     if any(finding.level == "problem" for finding in found) and step not in manifest.list_steps(workdir):
       continue  # its writer deleted it meanwhile
     sound += [step] if all(finding.level != "problem" for finding in found) else []
     yield from found
-  if steps and not sound:
+  if refused:
+    yield refused
+  elif steps and not sound:
     yield problem("checkpoint", "no checkpoint is sound", "put a backup in their place, or start over with --fresh")
   elif not steps:
     yield note("checkpoint", "there is no checkpoint yet: the run begins anew")
   yield from safely("metrics", lambda: continuation.check_metrics(workdir / "metrics.jsonl", steps[-1] if steps else 0))
-  if not steps or sound:
+  if not refused and (sound or not steps):
+    count = count_params(files.experiment.model)
     yield from safely("going on", lambda: continuation.check_resume(workdir, files, bool(steps)))
     yield from safely("room", lambda: continuation.check_next_save(workdir, sound[-1] if sound else None, count))
 
@@ -84,7 +96,9 @@ def _examine(workdir: Path) -> Iterator[Finding]:
 def _explain_unreadable(workdir: Path, error: UserError) -> Iterator[Finding]:
   """Where experiment.json or tokenizer.json cannot be read, which checkpoint has copies that can."""
   what = str(error).partition(". ")[0].rstrip(".")
-  steps = [] if (workdir / "checkpoints").is_symlink() else manifest.list_steps(workdir)
+  steps = []
+  with contextlib.suppress(OSError, UserError):  # a folder that cannot be read, or a link: there is nothing to copy from
+    steps = manifest.list_steps(workdir)
   for step in reversed(steps):
     copies = workdir / "checkpoints" / str(step)
     try:
@@ -143,17 +157,36 @@ def _is_text(piece: bytes) -> bool:
 # --- Checkpoints ---
 
 
-def check_leftovers(workdir: Path, held: bool) -> list[Finding]:
-  """What a process that was killed, or a run that went on past damage, left behind."""
+def check_leftovers(workdir: Path, steps: Sequence[int], sweep: manifest.Sweep, held: bool) -> list[Finding]:
+  """What a process that was killed, or a run that went on past damage, left behind.
+
+  Args:
+    workdir: a run folder.
+    steps: that have a manifest.
+    sweep: what the next run does with those that have none.
+    held: whether a process is writing to the folder.
+  """
   found = []
-  steps = {str(step) for step in manifest.list_steps(workdir)}
+  known, aside = set(map(str, steps)), {path.name for path in sweep.aside}
+  removed = {path.name for path in sweep.remove}
   for entry in _entries(workdir / "checkpoints")[: 10 * MAX_SHOWN]:
-    if entry.name in steps or entry.is_symlink():
+    if entry.name in known or entry.is_symlink():
       continue
-    quoted = shlex.quote(entry.path)
-    if manifest.PARTIAL.fullmatch(entry.name):
-      broken_off = "has no manifest: its save was broken off, nothing reads it, and the next run removes it"
-      found.append(note("leftovers", f"{entry.path} {'is being saved' if held else broken_off}"))
+    quoted, is_partial = shlex.quote(entry.path), manifest.PARTIAL.fullmatch(entry.name) is not None
+    if is_partial and entry.is_dir() and not os.access(entry.path, os.R_OK | os.X_OK):
+      found.append(problem("leftovers", f"{entry.path}: Permission denied", f"chmod u+rwx {quoted}"))
+    elif is_partial and held:
+      found.append(note("leftovers", f"{entry.path} is being saved"))
+    elif entry.name in aside:
+      then = f"goes on from step {steps[-1]:,}" if steps else "begins anew"
+      text = f"{entry.path} has no {manifest.MANIFEST_FILE}: the next run keeps it under another name, and {then}"
+      do = f"if you have the {manifest.MANIFEST_FILE}, put it back; if nobody wants the checkpoint: rm -r {quoted}"
+      found.append(problem("leftovers", text, do))
+    elif entry.name in removed:
+      broken_off = "its save was broken off, nothing reads it, and the next run removes it"
+      found.append(note("leftovers", f"{entry.path} has no {manifest.MANIFEST_FILE}: {broken_off}"))
+    elif is_partial:
+      found.append(note("leftovers", f"{entry.path} has no {manifest.MANIFEST_FILE}"))
     elif ".damaged" in entry.name:
       text = f"{entry.path} was found damaged and set aside"
       found.append(note("leftovers", text, f"where nobody wants to look into it: rm -r {quoted}"))
@@ -162,7 +195,7 @@ def check_leftovers(workdir: Path, held: bool) -> list[Finding]:
   for entry in _entries(workdir):
     if entry.name.startswith(".") and entry.name.endswith(".tmp") and not held:
       found.append(note("leftovers", f"{entry.path} is of a process that was killed", f"rm {shlex.quote(entry.path)}"))
-  return found[:MAX_SHOWN]
+  return sorted(found, key=lambda finding: finding.level != "problem")[:MAX_SHOWN]
 
 
 def check_step(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
@@ -182,7 +215,7 @@ def check_step(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
     described = None if damage else manifest.read_manifest(folder)
     wrong = described and _find_contradiction(files, read_run_files(folder), described)
     need = count_params(files.experiment.model) * continuation.STATE_BYTES
-    available = machine.measure_memory(machine.read_quota()[1])[1]
+    available = measure_memory()[1]
     is_large = available is not None and need > available
     if not (damage or wrong or is_large):
       damage = _find_bad_array(step, _restore(folder, files))

@@ -4,12 +4,15 @@ import contextlib
 import json
 
 import fuzzing
+import numpy as np
 import pytest
 from fuzzing import Parser, any_bytes, edit_bytes, edit_json
 
 from jgpt import locks, manifest, metrics, run_folder
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
+from jgpt.diagnosis import continuation
+from jgpt.health import Health
 from jgpt.settings import resolve
 from jgpt.tokenizer import CharTokenizer
 
@@ -94,7 +97,7 @@ def manifest_file(folder):
 
 
 def metrics_file(folder):
-  """The log: its sound beginning is read, whatever follows."""
+  """The log: what is a row is read by everybody, whatever stands around it."""
   path = folder / "metrics.jsonl"
   rows = [
     {"step": n, "train/loss": 3.0 / n, "train/grad_norm": 1.0, "train/lr": 0.01, "train/skipped": 0} for n in range(1, 6)
@@ -114,11 +117,34 @@ def metrics_file(folder):
   def read(content):
     fuzzing.write(path, content)
     found = metrics.read_jsonl(path)
-    assert all(isinstance(row, dict) and type(row["step"]) is int for row in found)
+    assert all(type(value) in (int, float) for row in found for value in row.values())
+    losses, heldout_losses = metrics.read_losses(path, 10**60)
+    assert len(losses) == sum("train/loss" in row for row in found)
+    assert [loss for _, loss in heldout_losses] == pytest.approx(
+      [row["heldout/loss"] for row in found if "heldout/loss" in row], nan_ok=True
+    )
+    go_on(content, found)
     if len(found) < len(rows):
       raise UserError("shorter")
 
-  return Parser(make, read)
+  def go_on(content, found):
+    """As a run that was restored at step 4 does: what stands before its first row stood there, and half of it is right."""
+    writer = metrics.JsonlWriter(path, 4)
+    assert path.read_bytes() == content
+    watch = Health(writer.kept, 3)
+    new = {name: np.float32([2.5]) for name in ("train/loss", "train/grad_norm")} | {"train/skipped": np.int32([0])}
+    watch.observe(5, new)
+    writer.write(metrics.Chunk(5, new, 1.0))
+    writer.close()
+    *old, last = metrics.read_jsonl(path)
+    assert last["step"] == 5 and last["train/loss"] == 2.5
+    assert repr(old) == repr(found[: len(old)]) and repr([row for row in old if row["step"] <= 4]) == repr(writer.kept)
+    written = path.read_bytes()
+    assert 2 * len(writer.kept) >= len(old)
+    assert content.startswith(written[: written.rindex(b'{"step": 5')].removesuffix(b"\n"))
+    assert continuation.check_metrics(path, 5)
+
+  return Parser(make, read, may_write=str(folder))
 
 
 def lock_file(folder):

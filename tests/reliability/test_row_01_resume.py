@@ -5,6 +5,8 @@ compared is the run folder: every leaf on disk, the digests recorded for them, t
 """
 
 import json
+import shutil
+from pathlib import Path
 
 import children
 import jax
@@ -15,7 +17,7 @@ import small_runs
 from jgpt import train
 from jgpt.batches import make_batch_fn
 from jgpt.catalog import load_experiment
-from jgpt.metrics import JsonlWriter
+from jgpt.metrics import Chunk, JsonlWriter
 from jgpt.settings import change
 
 STEPS = 21
@@ -107,19 +109,59 @@ def rows_to(step):
   return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def go_on(path, step):
+  """What a start that goes on from a step makes of a log with its first update."""
+  writer = JsonlWriter(path, step)
+  writer.write(Chunk(step + 1, {"train/loss": np.float32([0.5])}, 1.0))
+  writer.close()
+  return path.read_bytes()
+
+
 @pytest.mark.parametrize("step", [0, 1, 9, 10])
 def test_row_01_rows_past_the_restored_step_are_dropped_wherever_the_log_was_torn(tmp_path, step):
   """Cut at every byte of the last two rows, also of those that belong to the restored step, and followed by garbage."""
   path, whole, kept = tmp_path / "metrics.jsonl", rows_to(12).encode(), rows_to(step).encode()
+  expected = kept + f'{{"step": {step + 1}, "train/loss": 0.5}}\n'.encode()
   for length in range(len(rows_to(10).encode()), len(whole) + 1):
     path.write_bytes(whole[:length])
-    JsonlWriter(path, step).close()
-    assert path.read_bytes() == kept
+    assert go_on(path, step) == expected
   for tail in (b"\0" * 100, b"\xff\xfe{", b"[" * 10_000, b'{"step": "11"}\n', b'"', b'{"step": 1e400}\n', b"\n\n", b"\r"):
     path.write_bytes(whole + tail)
-    JsonlWriter(path, step).close()
-    assert path.read_bytes() == kept, tail
+    assert go_on(path, step) == expected, tail
   assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# The line of the update of step 3, and what became of it.
+DAMAGED_LINES = {
+  "a later step": lambda line: line.replace(b'"step": 3', b'"step": 93'),
+  "a word for a loss": lambda line: b'{"step": 3, "train/loss": "x"}\n',
+  "a loss of 400 digits": lambda line: b'{"step": 3, "train/loss": ' + b"9" * 400 + b"}\n",
+  "no loss": lambda line: b'{"step": 3, "train/loss": null, "train/skipped": []}\n',
+  "a hole": lambda line: b"\0" * 300_000 + b"\n",
+}
+
+
+@pytest.mark.slow
+def test_row_01_a_damaged_line_of_the_log_stays_and_changes_nothing_else(texts):
+  """As commands: a finished run leaves the log as it is; one that goes on adds the rows of an uninterrupted run."""
+  args = {"train__eval_every": 10, "optimizer__decay_steps": 20, "optimizer__end_lr": 1e-4}
+  children.train(*children.arguments("names", "straight", train__steps=20, **args), cwd=texts)
+  expected = (texts / "straight" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+  children.train(*children.arguments("names", "run", train__steps=15, **args), cwd=texts)
+  for how, damage in DAMAGED_LINES.items():
+    workdir = Path(shutil.copytree(texts / "run", texts / how))
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    at = next(n for n, line in enumerate(lines) if line.startswith(b'{"step": 3,'))
+    lines[at] = damage(lines[at])
+    (workdir / "metrics.jsonl").write_bytes(b"".join(lines))
+    again = children.train(*children.arguments("names", workdir, train__steps=15, **args), cwd=texts)
+    assert again.err == "" and "finished" in again.out, how
+    assert (workdir / "metrics.jsonl").read_bytes() == b"".join(lines), how
+    more = children.train(*children.arguments("names", workdir, train__steps=20, **args), cwd=texts)
+    assert more.err == "", how
+    found = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert found == [*expected[:at], lines[at], *expected[at + 1 :]], how
+    assert children.bits(workdir).leaves == children.bits(texts / "straight").leaves, how
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import children
 import numpy as np
@@ -358,3 +359,19 @@ def test_row_05_a_checkpoint_of_another_step_is_named(copy):
   write_sealed(twelve / "manifest.json", value)
   with pytest.raises(UserError, match=r"checkpoints/12 holds the state of step 8$"):
     go_on(copy)
+
+
+def test_row_05_a_checkpoint_that_may_not_be_entered_is_no_step_without_a_manifest(copy, monkeypatch):
+  """Whoever cannot look must not clear it away."""
+  real = Path.lstat
+
+  def lstat(path):
+    if path == copy / "checkpoints" / "12" / "manifest.json":
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return real(path)
+
+  monkeypatch.setattr(Path, "lstat", lstat)
+  with pytest.raises(PermissionError):
+    go_on(copy)
+  monkeypatch.undo()
+  assert children.steps_there(copy) == [8, 12]
