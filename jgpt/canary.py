@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from jgpt import sources
+from jgpt import files, sources
 from jgpt.batches import Batch
 from jgpt.config import Experiment, ModelConfig
 from jgpt.keys import INIT, derive_key
@@ -183,8 +183,6 @@ def _write(path: Path, sound: dict[str, str]) -> None:
   """Replaces the file; where it cannot be written the check is made again next time."""
   try:
     sources.make_private(path.parent)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(sound, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    files.write_json(path, sound)
   except OSError:
     return

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jgpt import manifest, runtime
-from jgpt.checks import TrainingError, UserError, first_line
+from jgpt.checks import TrainingError, UserError, first_line, printable
 from jgpt.config import Experiment
 from jgpt.digest import format_digest, name_leaves, survey
 from jgpt.files import write_file
@@ -270,7 +270,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
           break  # deleted meanwhile, so there is a newer one
         if newest == steps[0]:
           raise UserError(f"every checkpoint of {workdir} is damaged; of the oldest: {error}") from error
-        say(f"WARNING: step {newest} is damaged, the one before it is taken: {error}")
+        say(f"WARNING: step {newest} is damaged, the one before it is taken: {printable(str(error))}")
 
 
 def _load_step(workdir: Path, step: int) -> Run:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jgpt import command
-from jgpt.checks import UserError
+from jgpt.checks import UserError, printable
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.batches import Corpus
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     *describe(evaluation, run.experiment.model.vocab_size),
   ]
   for label, line in lines:
-    print(f"{label:<15}{line}")
+    print(f"{label:<15}{printable(line)}")
   return 0
 
 

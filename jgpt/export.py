@@ -189,6 +189,12 @@ def _check_out(out: Path, name: str) -> None:
   """Raises `UserError` where something is in the way, or the name is not the format's."""
   if out.name in ("", ".."):
     raise UserError(f"--out {out} must end in a name, for example {out / 'exported'}")
+  try:
+    os.lstat(out.with_name(f".{out.name}.tmp"))  # under which it is written
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    raise UserError(f"--out {str(out)[:200]} cannot be written: {error.strerror}. Choose another --out") from None
   if name == "hf":
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
       raise UserError(f"--out {out} is there already. Choose another name, or remove it")

@@ -8,6 +8,7 @@ Imports no jax.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,15 @@ from typing import Any, BinaryIO
 from jgpt.checks import UserError
 
 MAX_BYTES = 64 << 20  # of a small file; a tokenizer of 50,257 ids has 2 MB
+
+
+# Errors that are a file's own, and say that it is damaged.
+DAMAGE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "ENODEV", "EIO", "EBADMSG", "EUCLEAN")
+
+
+def may_pass(number: int) -> bool:
+  """Whether an error may be gone the next time: no permission, too many open files, a server that is away."""
+  return number not in (getattr(errno, name, None) for name in DAMAGE)
 
 
 class UnreadableError(UserError):

@@ -35,7 +35,6 @@ gives. Not responsible for arrays (`checkpoint.py`). Imports no jax.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -48,16 +47,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jgpt.checks import UserError, show
-from jgpt.files import UnreadableError, sync_file, sync_folder, write_json
+from jgpt.files import UnreadableError, may_pass, sync_file, sync_folder, write_json
 from jgpt.run_folder import read_json, refuse_link
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 ITEMS = ("params", "train_state")
 UNREADABLE = -math.inf
-# A file's own errors. Others (no permission, too many open files, a server that is away) may be gone the next time.
-NAMES = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "ENODEV", "EIO", "EBADMSG", "EUCLEAN")
-OF_THE_FILE = frozenset(getattr(errno, name, None) for name in NAMES)
 STEP = re.compile("0|[1-9][0-9]{0,9}")
 PARTIAL = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # orbax's name for what it is writing
 
@@ -303,7 +299,7 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
     manifest = read_manifest(folder)
     there = {name: path for name, path in walk(folder, items) if name != MANIFEST_FILE}
   except UnreadableError as error:
-    if error.errno not in OF_THE_FILE:
+    if may_pass(error.errno):
       raise OSError(error.errno, os.strerror(error.errno), str(folder / MANIFEST_FILE)) from None
     return str(error)
   except UserError as error:
@@ -325,7 +321,7 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
         if found["sha256"] != wanted[name]["sha256"]:
           return f"{there[name]} has changed: its SHA-256 is not the manifest's"
   except OSError as error:
-    if error.errno not in OF_THE_FILE:
+    if may_pass(error.errno):
       raise
     return f"{error.filename}: {error.strerror}"
   return None

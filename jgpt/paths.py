@@ -23,6 +23,8 @@ from jgpt.tokenizer_files import read_hugging_face_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 MANIFEST_FILE = "prepare.json"
+MAX_MANIFEST = 32 << 20  # bytes of it: 100,000 shards have 16 MB, and as many inputs 14 MB and the length of their names
+MANIFEST_KEYS = {"finished", "next", "shard_tokens", "heldout_tokens", "tokenizer_sha256"}  # that only `prepare` writes
 CHARACTERS_FILE = "meta.pkl"  # nanoGPT's list of characters, beside ids of characters
 # Words of a name -> the part that a token file is.
 PART_WORDS = {
@@ -68,8 +70,8 @@ def find_token_files(path: str | None) -> list[Path]:
   all *.bin files in it and in its folders, if there is no *.txt file.
 
   Raises:
-    UserError: if a glob matches nothing, or token files and others; a folder has both *.bin and *.txt files, or was not
-      finished by `prepare`; or the ids are characters that only a pickle lists.
+    UserError: if a glob matches nothing, or token files and others; a folder has both *.bin and *.txt files, was not
+      finished by `prepare`, or has a damaged manifest; or the ids are characters that only a pickle lists.
   """
   if path is None:
     return []
@@ -97,15 +99,20 @@ def find_token_files(path: str | None) -> list[Path]:
 
 
 def _prepared_files(folder: Path) -> list[Path]:
-  """The files that the manifest of a folder names, sorted; [] where `prepare` did not write the folder.
+  """The files that the manifest of a folder names, sorted; [] where there is none, or some other JSON of that name.
 
   Raises:
-    UserError: if the manifest says that the folder is not finished, or names files that are not in it.
+    UserError: if the manifest is damaged, or says that the folder is not finished: which files are whole, only it knows.
   """
-  try:
-    value = read_json(folder / MANIFEST_FILE)
-  except UserError:  # not written by `prepare`
+  path = folder / MANIFEST_FILE
+  if not os.path.lexists(path):
     return []
+  files = shlex.quote(str(Path(glob.escape(str(folder)), "*.bin")))
+  again = f"Make the folder anew with python -m jgpt.prepare, or name the files to take, as in --set data.path={files}"
+  try:
+    value = read_json(path, MAX_MANIFEST)
+  except UserError as error:
+    raise UserError(f"{str(error).rstrip('.')}. {again}") from None
   match value:
     case {"finished": False}:
       raise UserError(f"{folder} is not finished: its {MANIFEST_FILE} says so. Run the same python -m jgpt.prepare again.")
@@ -113,8 +120,10 @@ def _prepared_files(folder: Path) -> list[Path]:
       names = [file.get("name") if isinstance(file, dict) else None for file in files]
       if not all(map(is_plain_name, names)):
         bad = next(name for name in names if not is_plain_name(name))
-        raise UserError(f"{folder / MANIFEST_FILE} is damaged: {show(bad)} is not the name of a file beside it.")
+        raise UserError(f"{path} is damaged: {show(bad)} is not the name of a file beside it.")
       return sorted(folder / name for name in names)
+  if isinstance(value, dict) and value.keys() & MANIFEST_KEYS:
+    raise UserError(f'{path} is damaged: "finished" or "files" is not as it was written. {again}')
   return []
 
 

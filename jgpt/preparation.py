@@ -23,19 +23,21 @@ from jgpt.bpe import make_gpt2_tokenizer
 from jgpt.checks import UserError
 from jgpt.documents import Block, Position, parse_block, read_blocks
 from jgpt.encoding import DocumentEncoder
-from jgpt.files import read_json, write_json
+from jgpt.files import digest_file, read_json, sync_folder, write_json
 from jgpt.paths import (
   MANIFEST_FILE,
+  MAX_MANIFEST,
   TOKENIZER_FILE,
   is_plain_name,
   list_files,
   part_of_name,
   read_tokenizer,
 )
-from jgpt.shards import HEADER_BYTES, digest_file, id_bytes, write_tokens
+from jgpt.shards import HEADER_BYTES, id_bytes, write_tokens
 from jgpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 FORMAT = 1
+INPUT_BYTES = 120  # of an input in the manifest, besides its name
 MAX_THREADS = 16  # they share one interpreter, which has no more to give
 MAX_WAITING_BYTES = 1 << 24  # of text that was read and is not written; a line of JSON may be all of it
 
@@ -69,6 +71,8 @@ class Preparation:
       if not least <= getattr(self, name) < 2**31:
         option = f"--{name.replace('_', '-')} {getattr(self, name)}"
         raise UserError(f"{option} must be at least {least}, and below 2**31, which is what a header can count.")
+    if sum(len(str(file)) + INPUT_BYTES for file in self.inputs) > MAX_MANIFEST // 2:
+      raise UserError(f"--data is {len(self.inputs):,} files, more than {MANIFEST_FILE} can list. Join them, as JSON lines")
     for file in self.inputs:
       if file.resolve().is_relative_to(self.out.resolve()):
         raise UserError(f"{file} is inside --out {self.out}. Choose another --out")
@@ -128,8 +132,8 @@ def find_tokenizer(word: str) -> Tokenizer:
   if word == "bytes":
     return ByteTokenizer()
   path = Path(os.path.expanduser(word))
-  path = path / TOKENIZER_FILE if path.is_dir() else path
-  if not path.is_file():
+  path = path / TOKENIZER_FILE if os.path.isdir(path) else path
+  if not os.path.isfile(path):
     raise UserError(f"--tokenizer {word} must be gpt2, bytes, a {TOKENIZER_FILE} or a run folder; there is no file {path}.")
   tokenizer = read_tokenizer(path)
   if isinstance(tokenizer, CharTokenizer) and tokenizer.bos:
@@ -156,8 +160,8 @@ def prepare(wanted: Preparation, on_progress: Callable[[int, int], None] = lambd
   Raises:
     UserError: if the folder holds something else, the inputs cannot be read, or hold too little for a shard.
   """
-  new = [folder for folder in (wanted.out, *wanted.out.parents) if not folder.exists()]
   try:
+    new = [folder for folder in (wanted.out, *wanted.out.parents) if not folder.exists()]
     wanted.out.mkdir(parents=True, exist_ok=True)
     with locks.hold(wanted.out):
       manifest = _begin(wanted)
@@ -181,7 +185,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     return None
   again = f"Delete {out} to start over, or choose another --out"
   try:
-    value = read_json(path)
+    value = read_json(path, MAX_MANIFEST)
   except UserError as error:
     raise UserError(f"{path} is damaged: {str(error).removeprefix(f'{path} ')} {again}") from None
   match value:
@@ -265,6 +269,7 @@ def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[
         if is_first and not ids.are_left():
           few = f"the input has only {writer.count:,} tokens, none beyond the {limit:,} for validation"
           raise UserError(f"{few}. Try a smaller --heldout-tokens, or 0")
+      sync_folder(wanted.out)  # before the manifest says that the file is there
       manifest["files"].append({"name": path.name, "tokens": writer.count, "sha256": digest_file(path)})
       manifest["next"] = {"start": dataclasses.asdict(ids.start), "skip": ids.used}
       write_json(wanted.out / MANIFEST_FILE, manifest)

@@ -7,11 +7,11 @@ and are never read into memory here. Not responsible for what is in them (`huggi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from jgpt.checks import UserError, near_matches
+from jgpt.files import digest_file
 from jgpt.sources import PinnedFile, by_hand, cache_dir, own_file
 
 
@@ -91,6 +91,5 @@ def _difference(path: Path, file: PinnedFile) -> str:
   """What tells a file on the disk from the original, or "". Raises OSError."""
   if (num_bytes := path.stat().st_size) != file.num_bytes:
     return f"it has {num_bytes:,} bytes, not {file.num_bytes:,}"
-  with path.open("rb") as content:
-    digest = hashlib.file_digest(content, "sha256").hexdigest()
+  digest = digest_file(path)
   return f"its SHA-256 is {digest[:12]}, not {file.sha256[:12]}" if digest != file.sha256 else ""

@@ -27,6 +27,11 @@ def refuse_no_folder(workdir: Path) -> None:
     reason = "it is a link to nothing" if os.path.islink(workdir) else None
   except (OSError, ValueError) as error:
     reason = getattr(error, "strerror", None) or error
+  if reason is None:
+    try:
+      os.path.realpath(workdir).encode()
+    except UnicodeEncodeError:
+      reason = "its whole name is not UTF-8, and TensorStore, which writes arrays, opens no other"
   if reason:
     raise UserError(f"{str(workdir)[:200]} cannot be a run folder: {reason}. Choose another --workdir")
 

@@ -30,6 +30,9 @@ from jgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 MAX_NAME = 200
+MAX_LOCATION = 8192  # characters; a path has at most 4,096 bytes
+MAX_SETTINGS = 1 << 20  # bytes of experiment.json, which has 3 kB and a few paths; as objects they take 25 times as much
+MAX_STARTS = 8 << 20  # bytes of env.json: several thousand starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_run_files(workdir: Path) -> RunFiles:
   if not os.path.lexists(workdir / "experiment.json"):
     raise UserError(f"{workdir} is not a run folder: it has no experiment.json. Runs are made by python -m jgpt.run.")
   path = workdir / "experiment.json"
-  settings = read_json(path)
+  settings = read_json(path, MAX_SETTINGS)
   if not isinstance(settings, dict) or settings.get("format") != FORMAT:
     got = settings.get("format") if isinstance(settings, dict) else None
     raise UserError(f"{path} has format {show(got)}; this jgpt reads format {FORMAT}.")
@@ -110,27 +113,32 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _is_found(value: Any) -> bool:
-  """Whether a value says where something was found, with its digest."""
-  return isinstance(value, dict) and all(isinstance(v, str) for v in value.values()) and "sha256" in value
+  """Whether a value says where something was found, with its digest; any characters may be in the name of a file."""
+  if not isinstance(value, dict) or "sha256" not in value:
+    return False
+  return all(isinstance(v, str) and len(v) <= MAX_LOCATION for v in value.values())
 
 
 def append_env(workdir: Path, entry: dict[str, Any]) -> None:
-  """Adds one start of the run to env.json."""
+  """Adds one start of the run to env.json, which begins anew where it is damaged or too large."""
   path = workdir / "env.json"
   try:
-    starts = read_json(path)
-    lines = [json.dumps(start, ensure_ascii=False) for start in (starts if isinstance(starts, list) else [])]
-    "".join(lines).encode()
-  except (ValueError, RecursionError):  # absent, or damaged, or nothing that can be written again: a log begins anew
+    starts = read_json(path, MAX_STARTS)
+    lines = [json.dumps(start) for start in (starts if isinstance(starts, list) else [])]
+  except files.UnreadableError as error:
+    if files.may_pass(error.errno):
+      raise
     lines = []
-  rows = ",\n".join([*lines, json.dumps(entry, ensure_ascii=False)])
+  except (ValueError, RecursionError):  # absent, or damaged, or nothing that can be written again
+    lines = []
+  rows = ",\n".join([*lines, json.dumps(entry)])  # ASCII: a word of the command may be no UTF-8
   files.write_text(path, f"[\n{rows}\n]\n")
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file of a run folder; raises `UserError` naming it where it is none, or a link."""
+def read_json(path: Path, most: int = files.MAX_BYTES) -> Any:
+  """Reads a JSON file of a run folder; raises `UserError` naming it where it is none, too large, or a link."""
   refuse_link(path)
-  return files.read_json(path)
+  return files.read_json(path, most)
 
 
 def read_file(path: Path) -> bytes:
@@ -159,10 +167,12 @@ def make_subfolder(workdir: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
   except FileExistsError:
     raise UserError(f"{folder} is no folder. Remove it, or choose another --workdir") from None
+  for parent in (workdir, workdir.parent):  # what is saved there is lost with its name
+    files.sync_folder(parent)
   return folder
 
 
 def refuse_link(path: Path) -> None:
   """Raises `UserError` if a file or folder inside a run folder is a symbolic link: it may lead anywhere."""
-  if path.is_symlink():
+  if os.path.islink(path):
     raise UserError(f"{path} is a symbolic link, which a run folder never holds. Put what it leads to in its place")

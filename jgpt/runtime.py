@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from jgpt import sources
-from jgpt.checks import UserError
+from jgpt import files, sources
+from jgpt.checks import UserError, first_line
 
 LEAST_ADDRESS_SPACE = 3 << 29  # bytes: with less jax cannot start its threads, and the process is aborted without a word
 
@@ -105,9 +105,7 @@ def drop_damaged(folder: Path) -> None:
         path.unlink()
   if sound != known:
     with contextlib.suppress(OSError):
-      temporary = folder / f".digests.{os.getpid()}.tmp"
-      temporary.write_text(json.dumps(sound, indent=2), encoding="utf-8")
-      temporary.replace(folder / "digests.json")
+      files.write_json(folder / "digests.json", sound)
 
 
 def _read_digests(path: Path) -> dict[str, str]:
@@ -136,4 +134,4 @@ def devices() -> list[jax.Device]:
     return jax.devices()
   except RuntimeError as error:
     asked = os.environ.get("JAX_PLATFORMS", "")
-    raise UserError(f"jax finds no device (JAX_PLATFORMS={asked!r}): {str(error).splitlines()[0][:200]}") from error
+    raise UserError(f"jax finds no device (JAX_PLATFORMS={asked!r}): {first_line(error)[:200]}") from error

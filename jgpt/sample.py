@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"the prompt has {len(ids)} tokens; only its last {len(ids) - dropped} fit the context", file=sys.stderr)
   key = derive_key(seed, SAMPLE, run.step)
   for text in generate.generate_texts(run.params, run.tokenizer, key, run.experiment.model, sample):
-    print(text)
+    print(visible(text) if sys.stdout is not None and sys.stdout.isatty() else text)
   return 0
+
+
+def visible(text: str) -> str:
+  """A text for a terminal, which would obey control characters: they are escaped, but for line breaks and tabs."""
+  return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _choose(args: argparse.Namespace, experiment: Experiment, tokenizer: Tokenizer) -> tuple[SampleConfig, int, list[int]]:

@@ -302,12 +302,6 @@ def id_bytes(vocab_size: int) -> int:
   return FORMATS[_choose_magic(vocab_size)][1].itemsize
 
 
-def digest_file(path: Path) -> str:
-  """SHA-256 of a file, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _choose_magic(vocab_size: int) -> int:
   """The magic of the smallest ids that hold a vocabulary."""
   return next(magic for magic, (_, dtype) in FORMATS.items() if vocab_size <= 1 << 8 * dtype.itemsize)
@@ -350,7 +344,8 @@ class TokenWriter:
 def write_tokens(path: Path, vocab_size: int) -> Iterator[TokenWriter]:
   """Writes a token file with a header: 16 bits an id where the vocabulary has at most 65,536 ids, else 32.
 
-  The ids go to `.<name>.tmp`, which gets its name when all is on the disk, and is deleted where the body raises.
+  The ids go to `.<name>.tmp`, which gets its name when all of them are on the disk, and is deleted where the body raises.
+  That it has its name lasts through a power cut once the folder is synced too.
 
   Args:
     path: of the file; one that exists is replaced.

@@ -234,7 +234,7 @@ def train_steps(
     corpus: on the device.
     num_steps: int32 scalar, 0 <= num_steps <= capacity.
     step_fn: `train_step` with its settings bound.
-    batch_fn: the batch of a step, from `data.make_batch_fn`.
+    batch_fn: the batch of a step, from `batches.make_batch_fn`.
     capacity: length of the returned metrics.
 
   Returns:
@@ -310,7 +310,7 @@ def evaluate(
     params: as `init_params` returns them, or with unstacked blocks.
     corpus: what `batch_fn` cuts batches from.
     config: sizes and switches.
-    batch_fn: the batch of a number, from `data.make_eval_batch_fn`.
+    batch_fn: the batch of a number, from `batches.make_eval_batch_fn`.
     num_batches: at least 1.
 
   Returns:

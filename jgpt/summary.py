@@ -11,13 +11,14 @@ import os
 import jax
 
 from jgpt import config, metrics, runtime, sharding
+from jgpt.checks import printable
 from jgpt.config import Experiment
 from jgpt.params import count_params, walk
 from jgpt.train import Plan
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
-  """What a run is, as labelled lines; the first look at a device."""
+  """What a run is, as labelled lines that are printable; the first look at a device."""
   experiment, data = plan.experiment, plan.data
   devices = runtime.devices()
   mesh = sharding.make_mesh(experiment, devices)
@@ -33,8 +34,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
   if data.text.note:
     lines.append(("", data.text.note))
   lines += [("", line) for line in data.summary]
-  return [
-    *lines,
+  lines += [
     ("vocabulary", describe_vocabulary(plan)),
     ("model", f"{count_params(experiment.model):,} parameters"),
     *describe_initial(plan),
@@ -43,6 +43,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     ("baseline", f"uniform guessing: {metrics.uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
     ("run folder", str(plan.workdir or "none: nothing is kept")),
   ]
+  return [(label, printable(line)) for label, line in lines]  # names of files may be anything
 
 
 def describe_initial(plan: Plan) -> list[tuple[str, str]]:

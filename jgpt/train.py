@@ -25,7 +25,7 @@ import jgpt
 from jgpt import checkpoint, locks, manifest, runtime, sharding
 from jgpt.batches import Corpus, count_epoch_steps
 from jgpt.cadence import SECONDS_PER_CALL, is_save_due, next_stop
-from jgpt.checks import TrainingError, UserError
+from jgpt.checks import TrainingError, UserError, printable
 from jgpt.config import Experiment
 from jgpt.data import Data, check_path, find_data
 from jgpt.generate import begin_texts, check_prompt
@@ -335,8 +335,8 @@ def _claim_folder(plan: Plan, mesh: jax.sharding.Mesh, stack: contextlib.ExitSta
       f"the checkpoint of step {plan.start_step} in {workdir} has gone since the run was planned. Plan it again"
     )
   for step, damage in damaged.items():
-    aside = manifest.set_aside(workdir, step)
-    say(f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step {saved_step}: {damage}")
+    aside, shown = manifest.set_aside(workdir, step), printable(damage)
+    say(f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step {saved_step}: {shown}")
   _record_start(dataclasses.replace(plan, start_step=saved_step or 0), mesh)
   return saved_step
 

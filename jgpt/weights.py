@@ -65,11 +65,12 @@ def open_weights(source: str, report: Callable[[int, int], None] = lambda done, 
   if not source.strip():
     raise UserError("train.init_from is empty: it must be a path, or one of " + ", ".join(RELEASED) + ".")
   path = Path(os.path.expanduser(source))  # Path.expanduser raises where there is no such user
-  if path.parent.name == "checkpoints" and (path.parent.parent / "experiment.json").is_file() and path.name.isdecimal():
+  _refuse_out_of_reach(path)
+  if path.parent.name == "checkpoints" and os.path.isfile(path.parent.parent / "experiment.json") and path.name.isdecimal():
     return _open_run(path.parent.parent, int(path.name))
-  if (path / "experiment.json").is_file():
+  if os.path.isfile(path / "experiment.json"):
     return _open_run(path, None)
-  if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+  if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
     path = path.parent  # what is beside it says the number of heads and what ids mean
   if path.is_dir() or path.suffix == ".safetensors":
     return hugging_face.open_weights(path)
@@ -84,6 +85,16 @@ def open_weights(source: str, report: Callable[[int, int], None] = lambda done, 
     )
   hugging_face.refuse_pickle(path)
   raise UserError(f"train.init_from={source!r} must be {kinds}.")
+
+
+def _refuse_out_of_reach(path: Path) -> None:
+  """Raises `UserError` where the system does not say whether there is such a path: too long, or behind closed folders."""
+  try:
+    os.stat(path)
+  except (FileNotFoundError, NotADirectoryError, ValueError):  # there is none; a NUL is in no name
+    return
+  except OSError as error:
+    raise UserError(f"train.init_from={str(path)[:200]!r} cannot be read: {error.strerror}.") from None
 
 
 def load_params(weights: Weights, config: ModelConfig) -> InitialParams:

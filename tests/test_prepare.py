@@ -604,6 +604,41 @@ def test_a_lost_or_damaged_file_of_the_folder_is_named(folder):
       make(["a.txt"], shard_tokens=1000)
 
 
+def test_a_file_has_its_name_for_good_before_the_manifest_says_so(folder, monkeypatch):
+  """After a power cut the manifest may not name a file that the disk has under its temporary name."""
+  said, sync = [], preparation.sync_folder
+
+  def look(path):
+    sync(path)
+    listed = json.loads((path / "prepare.json").read_text())["files"]
+    said.append((len(list(path.glob("*.bin"))), len(listed)))
+
+  folder({"a.txt": PLAY})
+  monkeypatch.setattr(preparation, "sync_folder", look)
+  make(["a.txt"], shard_tokens=1000)
+  assert said == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_more_inputs_than_a_manifest_can_list_are_refused_before_anything_is_made(folder, monkeypatch):
+  """Else it would be made, and never read."""
+  monkeypatch.setattr(preparation, "MAX_MANIFEST", 4000)
+  folder({f"in/{n}.txt": "words" for n in range(40)})
+  with pytest.raises(UserError, match=r"^--data is 40 files, more than prepare\.json can list\. Join them, as JSON lines$"):
+    make([f"in/{n}.txt" for n in range(40)])
+  assert not Path("out").exists()
+  assert make([f"in/{n}.txt" for n in range(4)])["finished"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--tokenizer", "--data"])
+def test_a_name_that_is_too_long_ends_with_status_2_and_one_line(folder, capsys, option):
+  folder({"a.txt": PLAY})
+  given = {"--data": "a.txt", "--tokenizer": "bytes", "--out": "out"} | {option: "x" * 300}
+  assert command.guard(lambda: prepare.main([word for pair in given.items() for word in pair])) == 2
+  said = capsys.readouterr()
+  assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
+  assert os.listdir() == ["a.txt"]
+
+
 def test_two_at_once_do_not_write_into_one_folder(folder):
   pytest.importorskip("fcntl", reason="this system cannot lock a folder")
   folder({"a.txt": PLAY})

@@ -3,8 +3,10 @@
 `fixtures/run_format_1` is a run of `names` on ten words, with layers of width 8, stopped after 3 of 6 updates.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import tensorstore
 from test_digest import digest_by_hand
 
 from jgpt import checkpoint, manifest, train
+from jgpt import run_folder as run_folder_lib
+from jgpt.checks import UserError
 from jgpt.generate import generate_texts
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.metrics import read_jsonl
@@ -83,3 +87,54 @@ def test_training_goes_on(run_folder, quick):
   assert int(result.state.step) == 6 and manifest.list_steps(run_folder) == [3, 6]
   np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+
+
+def test_a_start_is_recorded_whatever_the_names_of_its_files(tmp_path):
+  """A name that is no UTF-8 reaches Python with halves of pairs in it, which UTF-8 cannot hold."""
+  for number in range(3):
+    run_folder_lib.append_env(tmp_path, {"number": number, "command": ["--workdir", "w\udcff", "é"]})
+  starts = json.loads((tmp_path / "env.json").read_text(encoding="utf-8"))
+  assert [start["number"] for start in starts] == [0, 1, 2]
+  assert {tuple(start["command"]) for start in starts} == {("--workdir", "w\udcff", "é")}
+
+
+def test_files_are_read_no_further_than_they_can_mean(run_folder):
+  """Small pieces of JSON take 25 times their bytes of memory: settings of 60 MB would take 1.5 GB."""
+  path = run_folder / "experiment.json"
+  path.write_text(path.read_text() + " " * run_folder_lib.MAX_SETTINGS)
+  with pytest.raises(UserError, match=r"experiment\.json has .* bytes; at most 1,048,576 are read of such a file"):
+    read_run_files(run_folder)
+  path = run_folder / "env.json"
+  path.write_text("[" + "[]," * (run_folder_lib.MAX_STARTS // 3) + "[]]")
+  run_folder_lib.append_env(run_folder, {"number": 1})
+  assert json.loads(path.read_text()) == [{"number": 1}]
+
+
+@pytest.mark.parametrize("key", ["data", "weights"])
+def test_where_something_was_found_is_a_path_at_most(run_folder, key):
+  path = run_folder / "experiment.json"
+  settings = json.loads(path.read_text())
+  for location, sound in (("d/" * 2047 + "a\udcff\x1b", True), ("d" * 9000, False), (7, False)):
+    path.write_text(json.dumps(settings | {key: {"kind": "path", "location": location, "sha256": "0" * 64}}))
+    if sound:
+      assert getattr(read_run_files(run_folder), key)["location"] == location
+    else:
+      with pytest.raises(UserError, match=r"experiment\.json does not say which (data|weights)"):
+        read_run_files(run_folder)
+
+
+def test_starts_that_cannot_be_read_just_now_are_not_forgotten(run_folder, monkeypatch):
+  """Too many open files: the log of starts begins anew where it is damaged only."""
+  before = (run_folder / "env.json").read_bytes()
+  real = os.open
+
+  def refuse(path, *args, **kwargs):
+    if str(path).endswith("env.json"):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return real(path, *args, **kwargs)
+
+  monkeypatch.setattr(os, "open", refuse)
+  with pytest.raises(UserError, match=r"env\.json: Too many open files"):
+    run_folder_lib.append_env(run_folder, {"command": []})
+  monkeypatch.undo()
+  assert (run_folder / "env.json").read_bytes() == before

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jgpt import paths, shards
+from jgpt import files, paths, shards
 from jgpt.bpe import BpeTokenizer
 from jgpt.checks import UserError
 from jgpt.config import DataConfig
@@ -251,7 +251,7 @@ def test_writer_writes_llm_cs_bytes_and_the_vocabulary_chooses_the_width(tmp_pat
     assert writer.count == 5 and not path.exists()
   assert path.read_bytes() == expected(ids)
   assert shards.id_bytes(vocab_size) == (len(expected(ids)) - 1024) // 5
-  assert shards.digest_file(path) == hashlib.sha256(expected(ids)).hexdigest()
+  assert files.digest_file(path) == hashlib.sha256(expected(ids)).hexdigest()
 
 
 @given(st.lists(st.lists(st.integers(0, 70_000)), max_size=5), st.sampled_from([65_536, 70_001]))
@@ -353,6 +353,15 @@ def test_a_finished_folder_is_the_files_of_its_manifest_whatever_else_lies_there
       paths.find_token_files("s")
 
 
+def test_a_manifest_of_100000_shards_is_read_and_none_that_unpacks_to_gigabytes(folder):
+  names = [{"name": f"shards_train_{n:06}.bin", "tokens": 100_000_000, "sha256": "0" * 64} for n in range(100_000)]
+  content = json.dumps({"finished": True, "files": names}, indent=2).encode()
+  assert len(content) * 1.9 < paths.MAX_MANIFEST  # with as many inputs
+  folder({"s/prepare.json": b"[" + b"[]," * (paths.MAX_MANIFEST // 3) + b"[]]"})
+  with pytest.raises(UserError, match=r"^s/prepare\.json has .* bytes; at most 33,554,432 are read of such a file\. Make"):
+    paths.find_token_files("s")
+
+
 @pytest.mark.parametrize("path", ["d", "d/*.bin", "d/train.bin"])
 def test_characters_that_only_a_pickle_lists_are_refused_with_their_text(folder, path):
   folder({"d/train.bin": b"..", "d/val.bin": b"..", "d/meta.pkl": b"."})
@@ -367,19 +376,37 @@ def test_characters_that_only_a_pickle_lists_are_refused_with_their_text(folder,
   assert Path("d/train.bin") in paths.find_token_files("d/*.bin")
 
 
+REFUSALS = {
+  "unfinished": r"{} is not finished.*prepare\.json.*the same python -m jgpt\.prepare again",
+  "damaged": r"{}/prepare\.json is damaged: .*Make the folder anew .*--set data\.path='{}/\*\.bin'$",
+  "unreadable": r"{}/prepare\.json is not readable as JSON: .*Make the folder anew .*--set data\.path='{}/\*\.bin'$",
+}
+
+
 @pytest.mark.parametrize(
-  ("manifest", "complete"),
-  [(b'{"finished": false}', False), (b'{"finished": true}', True), (b"[]", True), (b"{", True), (b"\xff", True)],
+  ("manifest", "refused"),
+  [
+    (b'{"finished": false}', "unfinished"),
+    (b'{"finished": true}', "damaged"),
+    (b'{"finished": 1, "files": []}', "damaged"),
+    (b'{"finished": true, "files": {"name": "a.bin"}}', "damaged"),
+    (b'{"finishee": false, "files": [], "next": {}}', "damaged"),
+    (b'{"finished": fal', "unreadable"),
+    (b"\xff", "unreadable"),
+    (b"", "unreadable"),
+    (b"[]", None),
+    (b'{"name": "of another program", "files": ["a.bin"]}', None),
+  ],
 )
-def test_a_folder_that_was_not_finished_is_refused(folder, manifest, complete):
+def test_a_folder_that_was_not_finished_is_refused_and_so_is_one_of_which_that_is_unknown(folder, manifest, refused):
   folder({"s/a.bin": b"..", "s/prepare.json": manifest})
-  if complete:
+  if refused is None:
     assert paths.find_token_files("s") == [Path("s/a.bin")]
   else:
-    with pytest.raises(UserError, match=r"^s is not finished.*prepare\.json.*the same python -m jgpt\.prepare again"):
+    with pytest.raises(UserError, match=f"^{REFUSALS[refused].format('s', 's')}"):
       paths.find_token_files("s")
     folder({"t/s/a.bin": b"..", "t/s/prepare.json": manifest})
-    with pytest.raises(UserError, match=r"^t/s is not finished"):
+    with pytest.raises(UserError, match=f"^{REFUSALS[refused].format('t/s', 't/s')}"):
       paths.find_token_files("t")
   assert paths.find_token_files("s/*.bin") == [Path("s/a.bin")]  # named by themselves, they are meant
 

@@ -4,11 +4,13 @@
 """
 
 import json
+import shutil
 
 import children
 import pytest
 import small_runs
 
+from jgpt import settings as settings_lib
 from jgpt import train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
@@ -79,16 +81,16 @@ OTHERS = {
   "train.seed": 1,
   "train.init": "microgpt",
 }
-# Such that another value would not go with the other settings of this run, or is no other value of its own.
+# Another value does not go with the other settings of this run -> what the run must have, and the other value.
 NOT_ALONE = {
-  "model.norm_embed": "goes with norm=rms",
-  "data.tokenizer": "refused by the data first, or by its own settings",
-  "data.bpe_vocab_size": "of bpe",
-  "data.mark_paragraphs": "of gpt2",
-  "data.heldout_tokens": "excludes heldout_fraction",
-  "optimizer.cooldown_steps": "of wsd",
-  "train.init_from": "a checkpoint is there, and the weights are not opened",
-  "train.init": "of names",
+  "model.norm_embed": ({"model.norm": "rms", "model.norm_embed": False}, True),
+  "data.tokenizer": ({}, "characters"),
+  "data.bpe_vocab_size": ({"data.tokenizer": "bpe", "data.bpe_vocab_size": 300}, 301),
+  "data.mark_paragraphs": ({"data.tokenizer": "gpt2"}, True),
+  "data.heldout_tokens": ({"data.heldout_fraction": 0.0, "data.heldout_tokens": 100}, 101),
+  "optimizer.cooldown_steps": ({"optimizer.schedule": "wsd", "optimizer.cooldown_steps": 2}, 3),
+  "train.init_from": ({}, "elsewhere"),
+  "train.init": ({}, "microgpt"),
 }
 
 
@@ -109,6 +111,47 @@ def test_row_12_a_changed_setting_of_the_identity_is_refused_by_name(runs, monke
     train.plan(other, workdir=runs / "bytes")
   assert f"{name} is " in str(error.value) and "--fresh" in str(error.value) and "\n" not in str(error.value)
   assert {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", NOT_ALONE)
+def test_row_12_a_changed_setting_that_goes_with_others_is_refused_by_name(runs, monkeypatch, tmp_path, name):
+  """The folder's experiment.json is that of a run with these others; nothing else differs, and nothing else is named."""
+  monkeypatch.chdir(runs)
+  base, other = NOT_ALONE[name]
+  run = shutil.copytree(runs / ("names" if name == "train.init" else "bytes"), tmp_path / "run")
+  path = run / "experiment.json"
+  recorded = settings_lib.from_json(json.loads(path.read_text())["experiment"])
+  ours = change(recorded, base)
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"experiment": settings_lib.to_json(ours)}))
+  before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+  with pytest.raises(UserError) as error:
+    train.plan(change(ours, {name: other}), workdir=run)
+  was = settings(ours)[name]
+  assert f"holds a run with other settings: {name} is {was} there and {other} here. Choose" in str(error.value)
+  assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_row_12_a_checkpoint_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch, capfd):
+  """Its files are whole, its manifest says so; it was put there by mistake. The one before is taken, with a warning."""
+  monkeypatch.chdir(tmp_path)
+  children.write_texts(tmp_path)
+  changes = {"train__save_every": 2, "train__keep_latest": 3, "optimizer__decay_steps": STEPS}
+  with small_runs.compiled_quickly():
+    train.train(train.plan(experiment("names", **changes), workdir=tmp_path / "straight"))
+    train.train(train.plan(experiment("names", train__steps=4, **changes), workdir=tmp_path / "run"))
+    train.train(train.plan(experiment("names", train__steps=4, train__seed=7, **changes), workdir=tmp_path / "other"))
+    foreign = tmp_path / "run" / "checkpoints" / "4"
+    shutil.rmtree(foreign)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "4", foreign)
+    manifest = (foreign / "manifest.json").read_bytes()
+    capfd.readouterr()
+    result = train.train(train.plan(experiment("names", **changes), workdir=tmp_path / "run"))
+  warning = capfd.readouterr().err
+  assert warning.count("\n") == 1 and warning.startswith("WARNING: ") and "train.seed is 7" in warning, warning
+  assert "going on from step 2" in warning and "4.damaged" in warning
+  assert (foreign.with_name("4.damaged") / "manifest.json").read_bytes() == manifest
+  assert int(result.state.step) == STEPS
+  children.assert_same(children.bits(tmp_path / "run"), children.bits(tmp_path / "straight"))
 
 
 def test_row_12_several_changed_settings_are_all_named(runs, monkeypatch):

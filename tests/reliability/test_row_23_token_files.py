@@ -125,5 +125,26 @@ def test_row_23_a_pipe_in_the_place_of_a_file_does_not_hang(tokens, capsys):
   (tokens / "prepare.json").unlink()
   os.mkfifo(tokens / "prepare.json")
   assert shards.read_header(tokens / "a_train_0.bin").count == len(IDS)
-  status = command.guard(lambda: run.main(arguments(data__path="tokens", data__seq_len=10**4)))
-  assert_refused(status, *capsys.readouterr(), "", "data.seq_len")  # what is no plain file is none of its token files
+  status = command.guard(lambda: run.main(arguments()))
+  assert_refused(status, *capsys.readouterr(), "prepare.json", "no plain file")
+
+
+@pytest.mark.slow
+def test_row_23_a_folder_that_lost_a_byte_of_its_manifest_is_not_trained_on_as_if_whole(tokens, tmp_path):
+  """Which of its files are complete, only that says."""
+  (tokens / "a.txt").write_text("To be, or not to be: that is the question.\n" * 40)
+  for name in ("a_train_0.bin", "b_train_1.bin"):
+    (tokens / name).unlink()
+  made = children.run(
+    "jgpt.prepare", "--data", "tokens/a.txt", "--tokenizer", "bytes", "--out", "made", "--heldout-tokens", 0, cwd=tmp_path
+  )
+  assert made.status == 0, made.err
+  path = tmp_path / "made" / "prepare.json"
+  content = path.read_text()
+  children.train(*arguments(data__path="made"), cwd=tmp_path)
+  for damaged in (content.replace('"finished": true', '"finished": tru'), content.replace('"files"', '"filez"'), ""):
+    assert damaged != content
+    path.write_text(damaged)
+    child = children.run("jgpt.run", *arguments(data__path="made"), "--workdir", "other", cwd=tmp_path)
+    assert_refused(child.status, child.out, child.err, "made/prepare.json", "jgpt.prepare")
+    assert not (tmp_path / "other").exists()

@@ -21,7 +21,7 @@ import pytest
 import small_runs
 from test_hostile_weights import Evil
 
-from jgpt import checkpoint, locks, manifest, metrics, run_folder, train
+from jgpt import checkpoint, command, export, locks, manifest, metrics, run, run_folder, sample, train
 from jgpt.catalog import load_experiment
 from jgpt.checks import UserError
 from jgpt.settings import change, resolve
@@ -356,6 +356,74 @@ def test_row_26_evaluating_a_strangers_run_reads_no_pipe_or_device(folders, made
   with children.Child("jgpt.evaluate", "--run", run, cwd=made) as child:
     resource.prlimit(child.process.pid, resource.RLIMIT_AS, (16 << 30, 16 << 30))
     assert child.wait(60) == 2 and child.err.startswith("error: ") and child.err.count("\n") == 1, child.err[-500:]
+
+
+# A terminal's title, a line that is gone and another, writing backwards.
+ESCAPES = "\x1b]0;owned\x07\x1b[2K\rall is well\n\u202e"
+ESCAPED = r"\x1b]0;owned\x07\x1b[2K\rall is well\n\u202e"
+
+
+def test_row_26_a_name_out_of_a_manifest_gives_a_terminal_no_orders(files, capfd):
+  """An error is one line that is printable, whoever chose its words."""
+  folder, _ = files
+  step = folder / "checkpoints" / "12"
+  write_manifest(step, leaves={f"params/{ESCAPES}": {"dtype": "float32", "shape": [1], "digest": "0"}})
+  assert command.guard(lambda: sample.main(["--run", str(folder), "--step", "12"])) == 2
+  said = capfd.readouterr()
+  assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+  assert said.err[:-1].isprintable() and f"params/{ESCAPED} is float32[1] there" in said.err
+
+
+@pytest.mark.slow
+def test_row_26_names_that_are_no_words(tmp_path):
+  """Of a text, with a terminal's orders and a byte that is no UTF-8; recorded, found again, and shown escaped."""
+  children.write_texts(tmp_path)
+  name = f"t\udcff{ESCAPES}.txt"
+  shutil.copy(tmp_path / "words.txt", tmp_path / name)
+  args = children.arguments("names", "run", data__path=name, train__steps=6)
+  first, again = children.train(*args, cwd=tmp_path), children.train(*args, cwd=tmp_path)
+  assert "this run is finished" in again.out
+  starts = json.loads((tmp_path / "run" / "env.json").read_text(encoding="utf-8"))
+  assert [f"data.path={name}" in start["command"] for start in starts] == [True, True]
+  assert run_folder.read_run_files(tmp_path / "run").data["location"] == name
+  read = [children.run(f"jgpt.{verb}", "--run", "run", cwd=tmp_path) for verb in ("sample", "evaluate")]
+  assert [child.status for child in read] == [0, 0], read[0].err + read[1].err
+  assert all(rf" t\udcff{ESCAPED}.txt (path" in child.out for child in (first, again, read[1])), first.out
+  for child in (first, again, *read):  # a run ends with the command for another, in the user's own words
+    assert child.err == "" and child.out.partition("\nnext:")[0].replace("\n", "").isprintable()
+  (tmp_path / name).unlink()
+  gone = children.run("jgpt.evaluate", "--run", "run", cwd=tmp_path)
+  assert gone.status == 2 and gone.err.count("\n") == 1 and gone.err[:-1].isprintable() and r"\x1b]0;" in gone.err
+
+
+def test_row_26_a_run_folder_that_is_not_called_in_utf8_is_refused(tmp_path, monkeypatch, capfd):
+  """TensorStore opens none; it is said before anything is made or computed."""
+  monkeypatch.chdir(tmp_path)
+  assert command.guard(lambda: run.main(["--experiment", "names", "--steps", "1", "--workdir", "w\udcff"])) == 2
+  said = capfd.readouterr()
+  assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+  assert r"w\udcff" in said.err and "UTF-8" in said.err and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "d/" * 3000, "x" * 300 + ".bin", f"{'x' * 300}/model.safetensors"])
+def test_row_26_weights_with_a_name_that_is_too_long(tmp_path, monkeypatch, capfd, name):
+  monkeypatch.chdir(tmp_path)
+  assert command.guard(lambda: run.main(["--experiment", "names", "--workdir", "run", "--init-from", name])) == 2
+  said = capfd.readouterr()
+  assert said.out == "" and said.err.startswith("error: train.init_from=") and said.err.count("\n") == 1
+  assert "too long" in said.err and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.bin", "d/" * 3000 + "x.bin", "text/x.bin"])
+def test_row_26_an_export_to_where_no_file_can_be(tmp_path, monkeypatch, capfd, name):
+  """Said before the run is read: a name that is too long, or in a folder that is a file."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "text").write_text("")
+  kind = "llmc" if name.endswith(".bin") else "hf"
+  assert command.guard(lambda: export.main(["--run", "absent", "--format", kind, "--out", name])) == 2
+  said = capfd.readouterr()
+  assert said.out == "" and said.err.startswith("error: --out ") and said.err.count("\n") == 1
+  assert "cannot be written" in said.err and os.listdir(tmp_path) == ["text"]
 
 
 # --- Nothing is executed ---

@@ -6,6 +6,8 @@
 import pytest
 from bad_input import Case, assert_refused, assert_wrong_usage, give, settings
 
+from jgpt import sample
+
 REFUSED = {
   ("--temperature", "-1"): "sample.temperature=-1.0 must be at least 0",
   ("--temperature", "nan"): "sample.temperature=nan must be a finite number",
@@ -65,3 +67,9 @@ def test_row_27_sampling_at_and_beyond_the_ends_of_its_settings(tmp_path):
   assert greedy == out["greedy, another seed"] == out["almost greedy"] == out["the best one"] == out["the least share"]
   assert len(set(greedy.splitlines())) == 1 and len(greedy.splitlines()) == 2
   assert plain.startswith(one) and long.startswith(one[:-1])  # fewer are the first of more; a longer one goes on
+
+
+def test_row_27_a_terminal_is_shown_no_control_characters():
+  """A stranger's tokenizer may have any: what moves the cursor or names the window is escaped."""
+  assert sample.visible("two\tlines\nand é") == "two\tlines\nand é"
+  assert sample.visible("\x1b]0;owned\x07\rgone\x9b2K\x7f") == r"\x1b]0;owned\x07\rgone\x9b2K\x7f"
