@@ -262,7 +262,7 @@ def test_reading_a_run_executes_nothing(folder, capsys):
 def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
   (folder / "runs").write_text("a file where the folder should be")
   status, _, err = call(capsys, run.main, *FAST)
-  assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+  assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -382,6 +382,7 @@ def test_the_console_script_dispatches(capsys, monkeypatch):
   assert command.main() == 2 and "there are run, sample, bench" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_and_a_name_on_each_line(folder):
   """In a pseudo-terminal each line of progress ends with a name drawn at that moment."""
   pty = pytest.importorskip("pty", reason="pseudo-terminals are POSIX")

@@ -83,6 +83,7 @@ def test_a_stream_is_evaluated_window_by_window(capsys, verse, part):
   assert got["bits_per_byte"] == pytest.approx(got["loss_nats_per_token"] / math.log(2))
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_one_that_training_ended_with(capsys, words, verse):
   for run in (words, verse):
     got = read(capsys, run)

@@ -54,6 +54,7 @@ def test_the_chi_square_test_would_notice_a_wrong_temperature():
   assert np.sum((counts - expected) ** 2 / expected) > 27.88
 
 
+@pytest.mark.slow
 def test_temperature_zero_is_argmax_whatever_the_filters():
   for top_k, top_p in [(None, 1.0), (3, 1.0), (None, 0.5), (3, 0.0)]:
     assert draw_many(LOGITS, 100, temperature=0.0, top_k=top_k, top_p=top_p)[2] == 100

@@ -593,7 +593,7 @@ def test_paths_that_are_no_weights(refused, tmp_path):
   (tmp_path / "y.safetensors" / "a\nb").mkdir(parents=True)
   refused(tmp_path / "y.safetensors", r"'a\nb'")
   (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
-  refused(tmp_path / "loop.safetensors", "does not exist")
+  refused(tmp_path / "loop.safetensors", "symbolic links")
   (tmp_path / "loop").symlink_to("loop")
   refused(tmp_path / "loop", "does not exist")
   refused(tmp_path / "loop" / "x.safetensors", "does not exist")

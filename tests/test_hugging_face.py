@@ -830,6 +830,7 @@ def test_a_run_that_the_format_cannot_hold_is_refused_before_any_array_is_read(t
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_neither_transformers_nor_torch_is_needed(two_steps, tmp_path):
   """Export, and a run that begins with it, where neither can be imported."""
   out = tmp_path / "out"

@@ -226,6 +226,7 @@ def test_training_is_that_of_the_same_parameters_given_in_python(base, source):
   assert first.losses[0] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_interrupted_run_goes_on_without_the_weights(base, source, tmp_path):
   experiment = begin(base, source[0], optimizer__schedule="linear", optimizer__decay_steps=8, train__log_every=1)

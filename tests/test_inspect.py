@@ -253,6 +253,7 @@ def test_the_trace_is_what_training_did(request, ten, traced, name, place):
   assert [np.float32(row.rate) for row in rows] == [np.float32(row["train/lr"]) for row in log]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "place"), ENTRIES)
 def test_each_column_follows_from_those_before(request, traced, name, place):
   """Adam by hand from the gradients alone: the moments of each update, their corrections, the decay and the new value."""
@@ -288,6 +289,7 @@ def test_microgpts_initial_values_are_traced(words):
   assert rows[0].value_before == float(zero.result.params["unembed"][1, 1])
 
 
+@pytest.mark.slow
 def test_the_trace_is_printed(capsys, words, verse, traced):
   status, out, err = call(capsys, "--run", words.workdir, "--trace", "tok_embed[1,2]", "--trace-steps", 3)
   assert status == 0 and err == ""

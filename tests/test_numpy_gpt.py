@@ -100,6 +100,7 @@ def test_the_covering_set_covers():
     assert {getattr(c, field.name) for c in COVERING} == {getattr(c, field.name) for c in EVERY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("config", COVERING, ids=lambda c: f"{c.norm}-{c.activation}")
 def test_gradients_match_central_differences(config, dropout):

@@ -215,6 +215,7 @@ WIDE = {"d_model": 16, "d_ff": 32, "max_seq_len": 16, "dropout": 0.3}
 DROPPING = make_model(SYSTEMS["GPT-2"], dropout=0.3, dropout_places=DROPOUT_PLACES)
 
 
+@pytest.mark.slow
 def test_gradient_through_drawn_masks(x64):
   """What jgpt drops in training, its layers one loop, has the oracle's gradient for just the masks that jgpt draws.
 

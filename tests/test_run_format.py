@@ -123,7 +123,7 @@ def test_where_something_was_found_is_a_path_at_most(run_folder, key):
         read_run_files(run_folder)
 
 
-def test_starts_that_cannot_be_read_just_now_are_not_forgotten(run_folder, monkeypatch):
+def test_starts_that_cannot_be_read_just_now_are_not_forgotten(run_folder):
   """Too many open files: the log of starts begins anew where it is damaged only."""
   before = (run_folder / "env.json").read_bytes()
   real = os.open
@@ -133,8 +133,8 @@ def test_starts_that_cannot_be_read_just_now_are_not_forgotten(run_folder, monke
       raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return real(path, *args, **kwargs)
 
-  monkeypatch.setattr(os, "open", refuse)
-  with pytest.raises(UserError, match=r"env\.json: Too many open files"):
-    run_folder_lib.append_env(run_folder, {"command": []})
-  monkeypatch.undo()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"env\.json: Too many open files"):
+      run_folder_lib.append_env(run_folder, {"command": []})
   assert (run_folder / "env.json").read_bytes() == before

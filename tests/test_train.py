@@ -242,6 +242,7 @@ def test_zero_steps_make_a_run_folder_that_can_be_sampled(experiment, tmp_path):
   assert len(result.losses) == 0 and checkpoint.load_run(tmp_path).step == 0
 
 
+@pytest.mark.slow
 def test_the_folder_alone_is_enough_to_sample(experiment, tmp_path, words):
   result = run(experiment, tmp_path)
   loaded = checkpoint.load_run(tmp_path)
