@@ -26,8 +26,8 @@ from jgpt.keys import INIT, derive_key
 from jgpt.memory import measure_memory
 from jgpt.optim import make_optimizer
 from jgpt.params import count_params
+from jgpt.resume import find_contradiction
 from jgpt.run_folder import RunFiles, read_run_files
-from jgpt.settings import differences
 from jgpt.step import TrainState, init_state
 from jgpt.tokenizer import Tokenizer
 
@@ -213,12 +213,12 @@ def check_step(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
   )
   try:
     described = None if damage else manifest.read_manifest(folder)
-    wrong = described and _find_contradiction(files, read_run_files(folder), described)
+    wrong = described and find_contradiction(files, read_run_files(folder), described)
     need = count_params(files.experiment.model) * continuation.STATE_BYTES
     available = measure_memory()[1]
     is_large = available is not None and need > available
     if not (damage or wrong or is_large):
-      damage = _find_bad_array(step, _restore(folder, files))
+      damage = _find_bad_array(_restore(folder, files))
   except UserError as error:
     damage = str(error)
   if damage:
@@ -235,28 +235,10 @@ def check_step(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
   return [ok("checkpoint", f"{text}; {len(described.leaves)} arrays, digests right, all finite")]
 
 
-def _find_bad_array(step: int, state: TrainState) -> str | None:
+def _find_bad_array(state: TrainState) -> str | None:
   """What is wrong with a state whose digests are right, or None."""
   bad = find_nonfinite({"params": state.params, "opt_state": state.opt_state})
-  if bad:
-    return f"{bad[0]} is not finite" + (f", nor are {len(bad) - 1} others" if bad[1:] else "")
-  counted = int(state.step)
-  return None if counted == step else f"its train_state is that of step {counted:,}"
-
-
-def _find_contradiction(files: RunFiles, copies: RunFiles, described: manifest.Manifest) -> str | None:
-  """In what a checkpoint is that of another run than the folder's, or None."""
-  if differing := differences(files.experiment, copies.experiment):
-    setting, (here, there) = next(iter(differing.items()))
-    return f"{setting} is {there} in its experiment.json, and {here} in the run folder's"
-  if copies.tokenizer.digest != files.tokenizer.digest:
-    return "its tokenizer.json is not the run folder's"
-  if copies.data["sha256"] != files.data["sha256"] or described.data.get("sha256") != files.data["sha256"]:
-    return "it was trained on data with another SHA-256"
-  sequences = described.step * files.experiment.data.batch_size
-  if described.data.get("sequences") != sequences:
-    return f"its manifest counts {str(described.data.get('sequences'))[:20]} sequences, and its steps take {sequences}"
-  return None
+  return f"{bad[0]} is not finite" + (f", nor are {len(bad) - 1} others" if bad[1:] else "") if bad else None
 
 
 def _restore(folder: Path, files: RunFiles) -> TrainState:
