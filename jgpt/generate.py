@@ -5,6 +5,7 @@ the last tokens after that, temperature, top-k, top-p and the stop token. Knows 
 training. The network is `model.py`'s, the same in every mode.
 """
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgpt.checks import UserError
+from jgpt.checks import UserError, show
 from jgpt.config import ModelConfig, SampleConfig
 from jgpt.model import apply, decode_step, init_cache, prefill, unstack_blocks
-from jgpt.tokenizer import Tokenizer
+from jgpt.tokenizer import CharTokenizer, Tokenizer
 
 
 def draw(
@@ -134,11 +135,15 @@ def fit_prompt(ids: list[int], config: ModelConfig) -> tuple[list[int], int]:
 
 
 def check_prompt(sample: SampleConfig, tokenizer: Tokenizer) -> None:
-  """Raises `UserError`, saying how to mend it, where a tokenizer has no ids for the prompt."""
+  """Raises `UserError`, with a prompt that would do, where a tokenizer has no ids for the one that is set."""
   try:
     tokenizer.prompt(sample.prompt)
   except UserError as error:
-    raise UserError(f"sample.prompt: {str(error).rstrip('.')}. Choose another with --set sample.prompt=TEXT") from None
+    reason = str(error).partition(". Try ")[0].rstrip(".")
+    chars = tokenizer.chars if isinstance(tokenizer, CharTokenizer) else "a"
+    known = next(filter(str.isalnum, chars), chars[:1])
+    advice = f"Try --set {shlex.quote(f'sample.prompt={known}')}"
+    raise UserError(f"sample.prompt={show(sample.prompt)}: {reason}. {advice}") from None
 
 
 def generate_texts(

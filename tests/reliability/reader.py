@@ -1,5 +1,7 @@
 """Reads a run: `python -m reader RUN DIGESTS` loads the newest checkpoint until there is a file `over` beside DIGESTS.
 
+It begins when there is one.
+
 Prints, as JSON, the steps that it got and what went wrong. DIGESTS is JSON: step -> SHA-256 of the token embedding.
 """
 
@@ -7,6 +9,7 @@ import hashlib
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,9 @@ from jgpt import checkpoint
 def main(workdir: str, digests: str) -> None:
   expected, seen, errors = json.loads(Path(digests).read_text()), [], []
   over = Path(digests).with_name("over")
+
+  while not list(Path(workdir).glob("checkpoints/*/manifest.json")):
+    time.sleep(0.01)
 
   def read() -> None:
     while not over.exists():
