@@ -278,8 +278,13 @@ _TABLES = {"leaves": {"dtype": str, "shape": list, "digest": str}, "files": {"by
 def _is_table(value: Any, keys: dict[str, type]) -> bool:
   """Whether a value is an object of objects with such fields."""
   return isinstance(value, dict) and all(
-    isinstance(row, dict) and all(type(row.get(key)) is kind for key, kind in keys.items()) for row in value.values()
+    isinstance(row, dict) and all(_is_of(kind, row.get(key)) for key, kind in keys.items()) for row in value.values()
   )
+
+
+def _is_of(kind: type, value: Any) -> bool:
+  """Whether a value is of a type; a whole number must be a file's size."""
+  return type(value) is kind and (kind is not int or 0 <= value < 2**63)
 
 
 def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:

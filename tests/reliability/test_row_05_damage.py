@@ -375,3 +375,15 @@ def test_row_05_a_checkpoint_that_may_not_be_entered_is_no_step_without_a_manife
     go_on(copy)
   monkeypatch.undo()
   assert children.steps_there(copy) == [8, 12]
+
+
+@pytest.mark.parametrize("size", [-1, 2**63, 10**4000])
+def test_row_05_a_size_that_no_file_has_is_said_in_one_line(copy, size):
+  folder = copy / "checkpoints" / "12"
+  value = json.loads((folder / "manifest.json").read_text())
+  value["files"]["experiment.json"]["bytes"] = size
+  write_sealed(folder / "manifest.json", value)
+  assert (
+    manifest.find_damage(folder)
+    == f"{folder / 'manifest.json'} is not a manifest: a field is missing or of the wrong type."
+  )
