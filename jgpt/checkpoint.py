@@ -24,7 +24,7 @@ from jgpt import manifest, runtime
 from jgpt.checks import TrainingError, UserError, first_line, printable
 from jgpt.config import Experiment
 from jgpt.digest import format_digest, name_leaves, survey
-from jgpt.files import write_file
+from jgpt.files import may_pass, write_file
 from jgpt.manifest import Manifest, find_damage, find_step, list_steps
 from jgpt.memory import measure_memory
 from jgpt.model import init_params
@@ -266,6 +266,8 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
       try:
         return _load_step(workdir, newest)
       except UserError as error:
+        if may_pass(error):
+          raise
         if newest not in list_steps(workdir):
           break  # deleted meanwhile, so there is a newer one
         if newest == steps[0]:

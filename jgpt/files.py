@@ -26,9 +26,10 @@ MAX_BYTES = 64 << 20  # of a small file; a tokenizer of 50,257 ids has 2 MB
 DAMAGE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "ENODEV", "EIO", "EBADMSG", "EUCLEAN")
 
 
-def may_pass(number: int) -> bool:
+def may_pass(error: Exception) -> bool:
   """Whether an error may be gone the next time: no permission, too many open files, a server that is away."""
-  return number not in (getattr(errno, name, None) for name in DAMAGE)
+  number = getattr(error, "errno", None)
+  return number is not None and number not in (getattr(errno, name, None) for name in DAMAGE)
 
 
 class UnreadableError(UserError):

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jgpt.checks import UserError, show
-from jgpt.files import UnreadableError, may_pass, sync_file, sync_folder, write_json
+from jgpt.files import may_pass, sync_file, sync_folder, write_json
 from jgpt.run_folder import read_json, refuse_link
 
 FORMAT = 1
@@ -303,11 +303,9 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
   try:
     manifest = read_manifest(folder)
     there = {name: path for name, path in walk(folder, items) if name != MANIFEST_FILE}
-  except UnreadableError as error:
-    if may_pass(error.errno):
-      raise OSError(error.errno, os.strerror(error.errno), str(folder / MANIFEST_FILE)) from None
-    return str(error)
   except UserError as error:
+    if may_pass(error):
+      raise OSError(error.errno, os.strerror(error.errno), str(folder / MANIFEST_FILE)) from None
     return str(error)
   except (FileNotFoundError, NotADirectoryError) as error:
     return f"{error.filename}: {error.strerror}"
@@ -326,7 +324,7 @@ def find_damage(folder: Path, items: Sequence[str] = ITEMS) -> str | None:
         if found["sha256"] != wanted[name]["sha256"]:
           return f"{there[name]} has changed: its SHA-256 is not the manifest's"
   except OSError as error:
-    if may_pass(error.errno):
+    if may_pass(error):
       raise
     return f"{error.filename}: {error.strerror}"
   return None

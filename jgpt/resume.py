@@ -14,6 +14,7 @@ from pathlib import Path
 from jgpt import manifest
 from jgpt.checks import UserError
 from jgpt.config import Experiment
+from jgpt.files import may_pass
 from jgpt.manifest import Manifest
 from jgpt.run_folder import RunFiles, read_run_files
 from jgpt.settings import change, differences, resolve
@@ -110,6 +111,8 @@ def _find_fault(workdir: Path, folder: Path) -> str | None:
   try:
     contradiction = find_contradiction(recorded, read_run_files(folder), manifest.read_manifest(folder))
   except UserError as error:
+    if may_pass(error):
+      raise
     return str(error)
   return contradiction and f"{folder} is of another run: {contradiction}"
 

@@ -125,11 +125,9 @@ def append_env(workdir: Path, entry: dict[str, Any]) -> None:
   try:
     starts = read_json(path, MAX_STARTS)
     lines = [json.dumps(start) for start in (starts if isinstance(starts, list) else [])]
-  except files.UnreadableError as error:
-    if files.may_pass(error.errno):
+  except (ValueError, RecursionError) as error:  # absent, or damaged, or nothing that can be written again
+    if files.may_pass(error):
       raise
-    lines = []
-  except (ValueError, RecursionError):  # absent, or damaged, or nothing that can be written again
     lines = []
   rows = ",\n".join([*lines, json.dumps(entry)])  # ASCII: a word of the command may be no UTF-8
   files.write_text(path, f"[\n{rows}\n]\n")

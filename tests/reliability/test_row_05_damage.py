@@ -387,3 +387,19 @@ def test_row_05_a_size_that_no_file_has_is_said_in_one_line(copy, size):
     manifest.find_damage(folder)
     == f"{folder / 'manifest.json'} is not a manifest: a field is missing or of the wrong type."
   )
+
+
+def test_row_05_settings_that_cannot_be_read_just_now_are_no_damage(copy, monkeypatch, capfd):
+  """Too many open files when a checkpoint's copies are read: neither passed over by a reader nor set aside by a run."""
+  path, real = copy / "checkpoints" / "12" / "experiment.json", os.open
+
+  def refuse(given, *args, **kwargs):
+    if os.fspath(given) == str(path):
+      raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return real(given, *args, **kwargs)
+
+  monkeypatch.setattr(os, "open", refuse)
+  for read in (checkpoint.load_run, lambda workdir: train.plan(experiment(STEPS), workdir=workdir, name="names")):
+    with pytest.raises(UserError, match=re.escape(f"cannot read {path}: Too many open files")):
+      read(copy)
+  assert capfd.readouterr().err == "" and children.steps_there(copy) == [8, 12]
