@@ -15,15 +15,7 @@ the gradient jumps to 90 at step 29; that is the gradient, not a fault: three wa
 with `python -m jgpt.run --experiment gpt2_shakespeare`. Needs the extra `bpe`, and 6 GB of memory.
 """
 
-from jgpt.config import (
-  DataConfig,
-  Expected,
-  Experiment,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  TrainConfig,
-)
+from jgpt.config import DataConfig, Expected, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 EXPERIMENT = Experiment(
   model=ModelConfig(

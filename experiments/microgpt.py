@@ -13,8 +13,8 @@ arithmetic only: float32 for Python's float64, and the loop is compiled. Seed 42
 
 import dataclasses
 
-from jgpt.catalog import load_experiment
 from jgpt.config import Expected
+from jgpt.config.catalog import load_experiment
 
 NAMES = load_experiment("names")
 EXPERIMENT = dataclasses.replace(

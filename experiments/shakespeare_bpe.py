@@ -16,15 +16,7 @@ near 2.0 is not in reach of three epochs; and 171 steps an epoch are what a byte
 with `python -m jgpt.run --experiment shakespeare_bpe`. Needs the extra `bpe`.
 """
 
-from jgpt.config import (
-  DataConfig,
-  Expected,
-  Experiment,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  TrainConfig,
-)
+from jgpt.config import DataConfig, Expected, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 EXPERIMENT = Experiment(
   model=ModelConfig(

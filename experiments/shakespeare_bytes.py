@@ -16,15 +16,7 @@ the same windows each time. Seed 0; reproduce with `python -m jgpt.run --experim
 data.source=tiny_shakespeare` for a text that can be overfitted.
 """
 
-from jgpt.config import (
-  DataConfig,
-  Expected,
-  Experiment,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  TrainConfig,
-)
+from jgpt.config import DataConfig, Expected, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 EXPERIMENT = Experiment(
   model=ModelConfig(

@@ -12,14 +12,7 @@ Differs from nanoGPT in random numbers, in evaluating 50 batches and the same on
 training part too), and in float32 throughout. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_char`.
 """
 
-from jgpt.config import (
-  DataConfig,
-  Experiment,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  TrainConfig,
-)
+from jgpt.config import DataConfig, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 EXPERIMENT = Experiment(
   model=ModelConfig(

@@ -14,8 +14,8 @@ batches. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_cha
 
 import dataclasses
 
-from jgpt.catalog import load_experiment
 from jgpt.config import Expected
+from jgpt.config.catalog import load_experiment
 
 GPU = load_experiment("shakespeare_char")
 EXPERIMENT = dataclasses.replace(

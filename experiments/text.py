@@ -13,15 +13,7 @@ On 2 CPU cores 2 to 3 minutes. Expected on Python 3.11's documentation, seeds 0 
 Seed 0; reproduce with `python -m jgpt.run --experiment text`.
 """
 
-from jgpt.config import (
-  DataConfig,
-  Expected,
-  Experiment,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  TrainConfig,
-)
+from jgpt.config import DataConfig, Expected, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 EXPERIMENT = Experiment(
   model=ModelConfig(

@@ -8,7 +8,7 @@ Dimensions are those of `jax.nn.dot_product_attention`: B batch, T query positio
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,6 @@ import jax.numpy as jnp
 Drop = Callable[[str, jax.Array], jax.Array]
 # (memory, q_BTNH, k_BTNH, v_BTNH, drop) -> (y_BTNH, memory): what is attended to, and what is kept of it for later.
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Drop], tuple[jax.Array, Any]]
-
-
-class KVCache(NamedTuple):
-  """Keys and values of the positions seen so far.
-
-  The heads stand before the positions: what a new token's query reads of a head then lies in one piece.
-
-  Attributes:
-    k: keys, [B, N, S, H]; [L, B, N, S, H] where all layers are stacked.
-    v: values, of the same shape.
-  """
-
-  k: jax.Array
-  v: jax.Array
 
 
 def dot_product_attention(
@@ -92,30 +78,3 @@ def attend_in_blocks(
 
     blocks.append(dot_product_attention(q_BTNH[:, begin:end], k_BTNH[:, :end], v_BTNH[:, :end], visible_TS, drop_block))
   return jnp.concatenate(blocks, axis=1), memory
-
-
-def attend_and_keep(
-  memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
-) -> tuple[jax.Array, KVCache]:
-  """Attends like `attend_causally`, and keeps keys and values: reading a prompt."""
-  y_BTNH, _ = attend_causally(memory, q_BTNH, k_BTNH, v_BTNH, drop)
-  return y_BTNH, KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
-
-
-def attend_to_cache(position: jax.Array) -> Attend:
-  """Makes the function that attends from one new token to itself and the cached positions before it.
-
-  Args:
-    position: int32 scalar, where the new token stands, 0 <= position < S. Cache entries after it are not read.
-  """
-
-  def attend(
-    cache: KVCache, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
-  ) -> tuple[jax.Array, KVCache]:
-    new = KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
-    cache = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=2), cache, new)
-    visible_TS = (jnp.arange(cache.k.shape[2]) <= position)[None]
-    k_BSNH, v_BSNH = (jnp.swapaxes(c, 1, 2) for c in cache)
-    return dot_product_attention(q_BTNH, k_BSNH, v_BSNH, visible_TS, drop), cache
-
-  return attend

@@ -7,12 +7,13 @@ checkpoint holds no iterator. Not responsible for how a text becomes tokens (`da
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jgpt.config import DataConfig
+from jgpt.config import DataConfig, ModelConfig
 from jgpt.keys import DATA, EVAL, derive_key
 
 EVAL_DOCUMENTS = 256  # a batch in evaluation: documents are short
@@ -228,3 +229,40 @@ def _rows(tokens: jax.Array, lengths_B: jax.Array) -> Batch:
   """The batch of documents' rows."""
   weights_BT = jnp.arange(tokens.shape[1] - 1)[None] < lengths_B[:, None]
   return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))
+
+
+NUM_GROUPS = 4  # of documents in a batch, where padding is skipped
+
+
+def skip_padding(fn: Callable) -> Callable:
+  """Turns `loss_fn`, or its value and gradient, into one that leaves out the second half of short documents.
+
+  The rows are sorted by length and taken in groups; a group that needs no position of the second half gets none.
+
+  Args:
+    fn: (params, batch, config, key, total_weight) -> a sum over the batch's rows.
+
+  Returns:
+    A function of params, a batch of B rows (a multiple of `NUM_GROUPS`) of T positions (an even number), config, and a key
+    that is None: nothing is dropped out. A number of micro-batches is taken and ignored: the groups are what they would be.
+  """
+
+  def in_groups(
+    params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
+  ) -> Any:
+    B, T = batch.inputs_BT.shape
+    order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
+    groups = jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
+    total_weight = jnp.sum(batch.weights_BT)
+
+    def first(width: int, group: Batch) -> Any:
+      return fn(params, jax.tree.map(lambda x: x[:, :width], group), config, key, total_weight)
+
+    def add(total: Any, group: Batch) -> tuple[Any, None]:
+      needs_all = jnp.any(group.weights_BT[:, T // 2 :] > 0)
+      return jax.tree.map(jnp.add, total, jax.lax.cond(needs_all, partial(first, T), partial(first, T // 2), group)), None
+
+    shapes = jax.eval_shape(partial(first, T), jax.tree.map(lambda x: x[0], groups))
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), groups)[0]
+
+  return in_groups

@@ -15,16 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jgpt import command
-from jgpt.checks import UserError
+from jgpt import cli
+from jgpt.errors import UserError
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.batches import Batch
-  from jgpt.checkpoint import Run, RunFiles
   from jgpt.config import Experiment
-  from jgpt.data import Data
+  from jgpt.data.corpus import Data
+  from jgpt.runs.folder import RunFiles
+  from jgpt.runs.open import Run
 
-FORMATS = {
+EXPORT_FORMATS = {
   "hf": "a folder for Hugging Face's Transformers",
   "llmc": "llm.c's weights, and its tokenizer file beside them",
   "llmc-state": "llm.c's debug state: a batch, its logits and loss, every gradient",
@@ -38,15 +39,18 @@ def main(argv: list[str] | None = None) -> int:
   _check_out(out, args.format)
   if args.format == "llmc-state" and args.dtype != "float32":
     raise UserError("--format llmc-state is float32 by its format. Leave --dtype out")
-  from jgpt import checkpoint, hugging_face, llmc, run_folder, runtime
+  from jgpt.devices import runtime
+  from jgpt.runs.folder import read_run_files
+  from jgpt.runs.open import load_run
+  from jgpt.weights import hugging_face, llmc
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  files = run_folder.read_run_files(Path(args.run))
-  refuse = hugging_face.refuse if args.format == "hf" else llmc.refuse
+  files = read_run_files(Path(args.run))
+  refuse = hugging_face.check_hugging_face_model if args.format == "hf" else llmc.check_llmc_model
   refuse(files.experiment.model)  # before any array is read
   data = _find_data(files) if args.format == "llmc-state" else None
-  run = checkpoint.load_run(args.run, args.step)
+  run = load_run(args.run, args.step)
   if args.format == "hf":
     written = export_hugging_face(run, out, args.dtype)
     how = f"open it with GPT2LMHeadModel.from_pretrained('{out}') and AutoTokenizer.from_pretrained('{out}')"
@@ -80,7 +84,7 @@ def export_hugging_face(run: Run, out: Path, dtype: str) -> list[Path]:
   Raises:
     UserError: naming the settings that the format cannot hold.
   """
-  from jgpt import hugging_face
+  from jgpt.weights import hugging_face
 
   temporary = out.with_name(f".{out.name}.tmp")
   shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
@@ -106,8 +110,8 @@ def export_llmc(run: Run, out: Path, dtype: str) -> list[Path]:
   Raises:
     UserError: naming the settings that the format cannot hold.
   """
-  from jgpt import llmc
-  from jgpt.tokenizer_files import llmc_tokenizer_bytes
+  from jgpt.text.tokenizer_files import llmc_tokenizer_bytes
+  from jgpt.weights import llmc
 
   config = run.experiment.model
   tokenizer_out = tokenizer_path(out)
@@ -135,9 +139,9 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
   import jax
   import numpy as np
 
-  from jgpt import llmc
   from jgpt.model import apply
   from jgpt.step import loss_and_grads
+  from jgpt.weights import llmc
 
   config = run.experiment.model
   batch = next_batch(run.experiment, data, run.step)
@@ -157,7 +161,7 @@ def next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
   import numpy as np
 
   from jgpt.batches import make_batch_fn
-  from jgpt.feed import make_feed
+  from jgpt.data.feed import make_feed
   from jgpt.sharding import make_mesh
 
   alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
@@ -169,7 +173,7 @@ def next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
 
 
 def _find_data(files: RunFiles) -> Data:
-  from jgpt.data import find_data
+  from jgpt.data.corpus import find_data
 
   experiment = files.experiment
   if experiment.data.batching == "documents":
@@ -226,7 +230,10 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
   parser.add_argument(
-    "--format", required=True, choices=FORMATS, help="; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    "--format",
+    required=True,
+    choices=EXPORT_FORMATS,
+    help="; ".join(f"{name}: {what}" for name, what in EXPORT_FORMATS.items()),
   )
   parser.add_argument("--out", required=True, metavar="PATH", help="hf: a new folder; the others: a file, NAME.bin")
   parser.add_argument(
@@ -240,4 +247,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-  sys.exit(command.guard(main))
+  sys.exit(cli.guard(main))

@@ -8,15 +8,59 @@ training. The network is `model.py`'s, the same in every mode.
 import shlex
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgpt.checks import UserError, show
+from jgpt.attention import Attend, Drop, attend_causally, dot_product_attention
 from jgpt.config import ModelConfig, SampleConfig
-from jgpt.model import apply, decode_step, init_cache, prefill, unstack_blocks
-from jgpt.tokenizer import CharTokenizer, Tokenizer
+from jgpt.errors import UserError, show
+from jgpt.model import _blocks, _embed, _logits, apply
+from jgpt.sharding import unstack_blocks
+from jgpt.text.tokenizer import CharTokenizer, Tokenizer
+
+
+class KVCache(NamedTuple):
+  """Keys and values of the positions seen so far.
+
+  The heads stand before the positions: what a new token's query reads of a head then lies in one piece.
+
+  Attributes:
+    k: keys, [B, N, S, H]; [L, B, N, S, H] where all layers are stacked.
+    v: values, of the same shape.
+  """
+
+  k: jax.Array
+  v: jax.Array
+
+
+def attend_and_keep(
+  memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
+) -> tuple[jax.Array, KVCache]:
+  """Attends like `attend_causally`, and keeps keys and values: reading a prompt."""
+  y_BTNH, _ = attend_causally(memory, q_BTNH, k_BTNH, v_BTNH, drop)
+  return y_BTNH, KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
+
+
+def attend_to_cache(position: jax.Array) -> Attend:
+  """Makes the function that attends from one new token to itself and the cached positions before it.
+
+  Args:
+    position: int32 scalar, where the new token stands, 0 <= position < S. Cache entries after it are not read.
+  """
+
+  def attend(
+    cache: KVCache, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
+  ) -> tuple[jax.Array, KVCache]:
+    new = KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
+    cache = jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=2), cache, new)
+    visible_TS = (jnp.arange(cache.k.shape[2]) <= position)[None]
+    k_BSNH, v_BSNH = (jnp.swapaxes(c, 1, 2) for c in cache)
+    return dot_product_attention(q_BTNH, k_BSNH, v_BSNH, visible_TS, drop), cache
+
+  return attend
 
 
 def draw(
@@ -212,3 +256,48 @@ def _arguments(
 
 def _until(ids: list[int], stop_id: int | None) -> list[int]:
   return ids[: ids.index(stop_id)] if stop_id in ids else ids
+
+
+Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
+
+
+def prefill(params: dict, tokens_BT: jax.Array, length: int, config: ModelConfig) -> Cache:
+  """Reads a prompt into a new cache; entries at T and after are zero.
+
+  Args:
+    params: as `init_params` returns them, or with unstacked blocks.
+    tokens_BT: int32 ids [B, T], T <= `length`.
+    length: S, positions that the cache has room for, at most `config.max_seq_len`.
+    config: sizes and switches.
+  """
+  x_BTD = _embed(params, tokens_BT, 0, config)
+  _, cache = _blocks(params, x_BTD, attend_and_keep, None, config)
+  room = length - tokens_BT.shape[1]
+  return jax.tree.map(lambda c: jnp.pad(c, [(0, 0)] * (c.ndim - 2) + [(0, room), (0, 0)]), cache)
+
+
+def init_cache(params: dict, batch_size: int, length: int, config: ModelConfig) -> Cache:
+  """Makes a cache of zeros in the parameters' dtype, with room for `length` positions."""
+  one = KVCache(*(jnp.zeros((batch_size, config.num_heads, length, config.head_dim), params["tok_embed"].dtype),) * 2)
+  caches = [one] * config.num_layers
+  return jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if isinstance(params["blocks"], dict) else caches
+
+
+def decode_step(
+  params: dict, tokens_B: jax.Array, cache: Cache, position: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
+  """Computes the logits after one more token.
+
+  Args:
+    params: as `init_params` returns them, or with unstacked blocks.
+    tokens_B: int32 ids [B], the tokens at `position`.
+    cache: keys and values of the positions before.
+    position: int32 scalar, 0 <= position < S.
+    config: sizes and switches.
+
+  Returns:
+    Logits [B, V] as from `apply` at that position, and the cache with the position added.
+  """
+  x_BTD = _embed(params, tokens_B[:, None], position, config)
+  x_BTD, cache = _blocks(params, x_BTD, attend_to_cache(position), cache, config)
+  return _logits(params, x_BTD, config)[:, 0], cache

@@ -12,20 +12,16 @@ L layers.
 
 import math
 import zlib
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jgpt.attention import Attend, Drop, KVCache, attend_and_keep, attend_causally, attend_to_cache
-from jgpt.config import DROPOUT_PLACES, ModelConfig
+from jgpt.attention import Attend, Drop, attend_causally
+from jgpt.config import ModelConfig
+from jgpt.config.experiment import DROPOUT_PLACES
+from jgpt.layers import ACTIVATIONS, layer_norm, make_drop, rms_norm, sinusoidal_positions
 from jgpt.params import Param, param_table
-
-NORM_EPS = 1e-5
-
-Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
 
 def init_params(key: jax.Array, config: ModelConfig) -> dict:
@@ -56,36 +52,6 @@ def init_params(key: jax.Array, config: ModelConfig) -> dict:
   return jax.tree_util.tree_map_with_path(draw, param_table(config))
 
 
-def stack_blocks(tree: Any) -> Any:
-  """Turns every list named "blocks" in a pytree (parameters, moments, a whole state) into stacked arrays.
-
-  A tree whose blocks are stacked already comes back as it is.
-  """
-
-  def stack(params: Any) -> Any:
-    if not _has_blocks(params) or isinstance(params["blocks"], dict):
-      return params
-    return params | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *params["blocks"])}
-
-  return jax.tree.map(stack, tree, is_leaf=_has_blocks)
-
-
-def unstack_blocks(tree: Any) -> Any:
-  """Turns every "blocks" of stacked arrays in a pytree into a list with a dict for each layer: undoes `stack_blocks`."""
-
-  def unstack(params: Any) -> Any:
-    if not _has_blocks(params) or not isinstance(params["blocks"], dict):
-      return params
-    num_layers = len(jax.tree.leaves(params["blocks"])[0])
-    return params | {"blocks": [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(num_layers)]}
-
-  return jax.tree.map(unstack, tree, is_leaf=_has_blocks)
-
-
-def _has_blocks(tree: Any) -> bool:
-  return isinstance(tree, dict) and "blocks" in tree
-
-
 def apply(
   params: dict,
   tokens_BT: jax.Array,
@@ -108,113 +74,6 @@ def apply(
   x_BTD = _embed(params, tokens_BT, 0, config, key)
   x_BTD, _ = _blocks(params, x_BTD, attend, None, config, key)
   return _logits(params, x_BTD, config)
-
-
-def prefill(params: dict, tokens_BT: jax.Array, length: int, config: ModelConfig) -> Cache:
-  """Reads a prompt into a new cache; entries at T and after are zero.
-
-  Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    tokens_BT: int32 ids [B, T], T <= `length`.
-    length: S, positions that the cache has room for, at most `config.max_seq_len`.
-    config: sizes and switches.
-  """
-  x_BTD = _embed(params, tokens_BT, 0, config)
-  _, cache = _blocks(params, x_BTD, attend_and_keep, None, config)
-  room = length - tokens_BT.shape[1]
-  return jax.tree.map(lambda c: jnp.pad(c, [(0, 0)] * (c.ndim - 2) + [(0, room), (0, 0)]), cache)
-
-
-def init_cache(params: dict, batch_size: int, length: int, config: ModelConfig) -> Cache:
-  """Makes a cache of zeros in the parameters' dtype, with room for `length` positions."""
-  one = KVCache(*(jnp.zeros((batch_size, config.num_heads, length, config.head_dim), params["tok_embed"].dtype),) * 2)
-  caches = [one] * config.num_layers
-  return jax.tree.map(lambda *layers: jnp.stack(layers), *caches) if isinstance(params["blocks"], dict) else caches
-
-
-def decode_step(
-  params: dict, tokens_B: jax.Array, cache: Cache, position: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, Cache]:
-  """Computes the logits after one more token.
-
-  Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    tokens_B: int32 ids [B], the tokens at `position`.
-    cache: keys and values of the positions before.
-    position: int32 scalar, 0 <= position < S.
-    config: sizes and switches.
-
-  Returns:
-    Logits [B, V] as from `apply` at that position, and the cache with the position added.
-  """
-  x_BTD = _embed(params, tokens_B[:, None], position, config)
-  x_BTD, cache = _blocks(params, x_BTD, attend_to_cache(position), cache, config)
-  return _logits(params, x_BTD, config)[:, 0], cache
-
-
-# --- The parts ---
-
-
-def rms_norm(x_BTD: jax.Array) -> jax.Array:
-  """Divides by the root mean square over the last dimension: x / sqrt(mean(x^2) + 1e-5), without a gain.
-
-  Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
-  """
-  return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD**2, axis=-1, keepdims=True) + NORM_EPS)
-
-
-def layer_norm(x_BTD: jax.Array, gain_D: jax.Array, bias_D: jax.Array | None) -> jax.Array:
-  """Computes (x - mean) / sqrt(variance + 1e-5) * gain + bias over the last dimension; no bias where it is None.
-
-  Source: Ba et al. 2016, "Layer Normalization", equation 4.
-  """
-  centred_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
-  variance_BT1 = jnp.mean(centred_BTD**2, axis=-1, keepdims=True)
-  y_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + NORM_EPS) * gain_D[None, None]
-  return y_BTD if bias_D is None else y_BTD + bias_D[None, None]
-
-
-def gelu_erf(x: jax.Array) -> jax.Array:
-  """Computes x * Phi(x), Phi being the normal distribution function.
-
-  Written with erf, as torch does: `jax.nn.gelu` uses erfc, which keeps the digits of values near 0 far to the left, and
-  takes a third of the gradient's time of a small model on a CPU.
-
-  Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2.
-  """
-  return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu_tanh": partial(jax.nn.gelu, approximate=True), "gelu_erf": gelu_erf}
-
-
-def sinusoidal_positions(num_positions: int, d_model: int) -> np.ndarray:
-  """Computes the fixed positions: sin(p / 10000^(2i/D)) at dimension 2i, the cosine at 2i + 1; float64 [positions, D].
-
-  Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
-  """
-  angles = np.arange(num_positions)[:, None] / 10_000 ** (np.arange(0, d_model, 2) / d_model)
-  return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(num_positions, d_model)
-
-
-def make_drop(config: ModelConfig, key: jax.Array | None) -> Drop:
-  """Makes the function that drops out entries at the places that `config` names, and scales what is left by 1/(1-p).
-
-  Args:
-    config: `dropout` and `dropout_places`.
-    key: each place uses its own, folded from this; None (evaluation) drops nothing.
-
-  Source: Srivastava et al. 2014, "Dropout"; scaled in training, so that evaluation needs no change.
-  """
-
-  def drop(place: str, x: jax.Array) -> jax.Array:
-    if key is None or not config.dropout or place not in config.dropout_places:
-      return x
-    place_key = jax.random.fold_in(key, DROPOUT_PLACES.index(place))
-    kept = jax.random.bernoulli(place_key, 1 - config.dropout, x.shape)
-    return jnp.where(kept, x / (1 - config.dropout), 0)
-
-  return drop
 
 
 def block(memory: Any, x_BTD: jax.Array, p: dict, attend: Attend, config: ModelConfig, drop: Drop) -> tuple[jax.Array, Any]:

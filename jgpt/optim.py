@@ -5,7 +5,7 @@ applying it (`step.py`).
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,53 @@ import optax
 
 from jgpt.config import ModelConfig, OptimizerConfig
 from jgpt.params import param_at
-from jgpt.spikes import LossStats, observe
+
+DECAY = 0.99  # losses of the last hundred updates count: a schedule's trend is slower, and one outlier is soon forgotten
+MIN_COUNT = 20  # the first losses fall too fast, and are too few, to say what is usual
+MIN_DEVIATION = 0.01  # nats per token: a rise of less than a few of these is no spike, however still the loss was before
+
+
+class LossStats(NamedTuple):
+  """What is known of the losses so far: Python numbers, or scalars of JAX.
+
+  Attributes:
+    count: losses observed, int.
+    mean: of them, the i-th before the last weighted by DECAY^i, nats per token.
+    variance: about that mean, under the same weights.
+  """
+
+  count: Any = 0
+  mean: Any = 0.0
+  variance: Any = 0.0
+
+
+def observe(stats: LossStats, loss: Any) -> LossStats:
+  """Takes one more loss, which must be finite, into account.
+
+  With n losses, a = (1 - DECAY) / (1 - DECAY^n) is the newest one's share of all weights, and
+  mean += a (loss - mean);  variance = (1 - a) (variance + a (loss - mean)^2), with the mean before.
+  The share is 1 for the first loss, so nothing is biased towards what the statistics began with.
+
+  A spike is observed like any other loss, so that a loss that rises for good is no spike for long: after a jump of any
+  height the z-score is below 10 at the second update and below 6 at the fourth.
+
+  Source: Finch 2009, "Incremental calculation of weighted mean and variance"; the weights are normalised as Adam's are.
+  """
+  count = stats.count + 1
+  share = (1 - DECAY) / (1 - DECAY**count)
+  rise = loss - stats.mean
+  return LossStats(count, stats.mean + share * rise, (1 - share) * (stats.variance + share * rise * rise))
+
+
+def z_score(stats: LossStats, loss: Any) -> Any:
+  """How many standard deviations a loss is above the mean of those before it; 0 for the first `MIN_COUNT` losses.
+
+  z = (loss - mean) / sqrt(variance + MIN_DEVIATION^2), finite also where all losses were alike.
+
+  Source: Team OLMo 2025, "2 OLMo 2 Furious", counts as spikes what is seven standard deviations from the mean of the last
+  1,000 losses; Kumar et al. 2025, "ZClip", takes exponentially decayed mean and variance, of the gradient's norm.
+  """
+  return (stats.count >= MIN_COUNT) * (loss - stats.mean) / (stats.variance + MIN_DEVIATION**2) ** 0.5
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

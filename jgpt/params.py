@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from jgpt.checks import UserError, near_matches
 from jgpt.config import ModelConfig
+from jgpt.errors import UserError, near_matches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Param:
   Attributes:
     shape: its dimensions in memory; in `blocks`, those of one layer.
     axes: one logical axis per dimension (None: never divided); `sharding.py` maps them to the mesh.
-    kind: one of `jgpt.config.PARAM_KINDS`; decides what decays.
+    kind: one of `jgpt.config.experiment.PARAM_KINDS`; decides what decays.
     std: standard deviation of the normal distribution it is drawn from; 0 for a constant.
     mean: of that distribution.
     padding: rows at the end of dimension 0 that exist for compute only: zero, never updated, not counted.

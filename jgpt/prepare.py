@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jgpt import command
+from jgpt import cli
 
-if TYPE_CHECKING:
-  from jgpt.preparation import Preparation
+if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.data.preparation import Preparation
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 BAR_SECONDS = 0.1
@@ -30,30 +30,30 @@ EXPERIMENTS = {
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
-  from jgpt import preparation
+  from jgpt.data import preparation
 
   wanted = preparation.Preparation(
     inputs=preparation.find_inputs(args.data),
-    tokenizer=preparation.find_tokenizer(args.tokenizer),
+    tokenizer=preparation.choose_tokenizer(args.tokenizer),
     out=Path(args.out).expanduser(),
     documents=args.documents,
     field=args.field,
     heldout_tokens=args.heldout_tokens,
     shard_tokens=args.shard_tokens,
   )
-  before = preparation.read_manifest(wanted.out)
+  before = preparation.read_preparation(wanted.out)
   began = time.perf_counter()
   with _Progress(wanted.num_bytes) as progress:
     manifest = preparation.prepare(wanted, progress.update)
   if before is not None and before["finished"]:
     print(f"{wanted.out} is finished already: nothing was changed")
-  for label, line in describe(wanted, manifest, time.perf_counter() - began):
+  for label, line in describe_preparation(wanted, manifest, time.perf_counter() - began):
     print(f"{label:<12}{line}")
   print(f"\nnext:\n  {next_command(wanted)}")
   return 0
 
 
-def describe(wanted: Preparation, manifest: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
+def describe_preparation(wanted: Preparation, manifest: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
   """What was made, as labelled lines."""
   tokens = {"val": 0, "train": 0}
   for file in manifest["files"]:
@@ -73,12 +73,12 @@ def next_command(wanted: Preparation) -> str:
   """How to train on what was made."""
   import shlex
 
-  from jgpt.tokenizer import kind_of
+  from jgpt.text.tokenizer import kind_of
 
   kind = kind_of(wanted.tokenizer)
   size = f" --set data.bpe_vocab_size={wanted.tokenizer.vocab_size}" if kind == "bpe" else ""
   path = shlex.quote(f"data.path={wanted.out}")
-  return f"{command.python_word()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
+  return f"{cli.python_word()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
 
 
 class _Progress:
@@ -161,4 +161,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-  sys.exit(command.guard(main))
+  sys.exit(cli.guard(main))

@@ -14,21 +14,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jgpt import checkpoint, sharding
-from jgpt.batches import Batch, Corpus, count_eval_batches, make_eval_batch_fn
-from jgpt.checks import UserError
+from jgpt import sharding
+from jgpt.batches import Batch, Corpus
 from jgpt.config import Experiment
-from jgpt.data import Data
-from jgpt.feed import Feed, make_feed
+from jgpt.data.corpus import Data
+from jgpt.data.feed import Feed, make_feed
+from jgpt.devices.compute import choose_tricks
+from jgpt.errors import UserError
+from jgpt.evaluation import _eval_settings, evaluate_compiled
 from jgpt.generate import compile_texts
 from jgpt.keys import INIT, SAMPLE, derive_key
-from jgpt.microgpt import draw_microgpt_params
-from jgpt.model import unstack_blocks
 from jgpt.optim import make_optimizer
-from jgpt.step import TrainState, begin_state, evaluate, init_state, make_train_steps
-from jgpt.tricks import choose_tricks
-
-MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
+from jgpt.runs import checkpoint
+from jgpt.sharding import unstack_blocks
+from jgpt.step import MAX_STEPS_PER_CALL, TrainState, begin_state, init_state, make_train_steps
+from jgpt.weights.initial import draw_microgpt_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,36 +141,4 @@ def _compile_ahead(experiment: Experiment, data: Data, params: dict, heldout: Co
   compile_texts(params, data.tokenizer, key, experiment.model, experiment.sample)
   for num_batches in {None, experiment.train.eval_batches} if len(heldout.tokens) else ():
     settings = _eval_settings(experiment, heldout, num_batches)
-    evaluate_corpus.lower(params, heldout, **settings).compile()
-
-
-@partial(jax.jit, static_argnames=("experiment", "num_batches", "whole"))
-def evaluate_corpus(
-  params: dict, corpus: Corpus, *, experiment: Experiment, num_batches: int, whole: bool
-) -> tuple[jax.Array, jax.Array]:
-  """`step.evaluate` as one compiled program."""
-  batch_fn = make_eval_batch_fn(experiment.data, experiment.train.seed, whole=whole)
-  return evaluate(params, corpus, experiment.model, batch_fn, num_batches)
-
-
-def begin_evaluation(
-  params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Computes the loss over a corpus and returns at once: the arrays are there when they are read.
-
-  Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    corpus: at least one prediction.
-    experiment: resolved.
-    num_batches: how many batches; None, or more than there are, takes every prediction once.
-
-  Returns:
-    Nats per token, and the number of tokens.
-  """
-  return evaluate_corpus(params, corpus, **_eval_settings(experiment, corpus, num_batches))
-
-
-def _eval_settings(experiment: Experiment, corpus: Corpus, num_batches: int | None) -> dict:
-  there = count_eval_batches(corpus, experiment.data)
-  whole = num_batches is None or (num_batches >= there and experiment.data.batching != "random")
-  return {"experiment": experiment, "num_batches": there if whole else num_batches, "whole": whole}
+    evaluate_compiled.lower(params, heldout, **settings).compile()

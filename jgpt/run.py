@@ -6,24 +6,24 @@ Responsible for the command line and for what a person sees. What it does is in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import re
-import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jgpt import catalog, command, config, locks, settings, signals
-from jgpt.checks import UserError, first_line
-from jgpt.config import Experiment
+from jgpt import cli
+from jgpt.config import Experiment, catalog
+from jgpt.config.experiment import GPT2_SIZES
+from jgpt.config.settings import SIZE, change, format_value, list_settings, parse_setting, resolve
+from jgpt.data.sources import expected_vocab_size
+from jgpt.errors import UserError, first_line
 from jgpt.params import count_params
-from jgpt.sources import expected_vocab_size
+from jgpt.system import locks, signals
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
-  from jgpt.signals import Stop
-  from jgpt.train import Plan, Result
+  from jgpt.plan import Plan
+  from jgpt.system.signals import Stop
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,20 +38,21 @@ def main(argv: list[str] | None = None) -> int:
     )
   name = Path(args.experiment).stem
   base = catalog.load_experiment(args.experiment)
-  changes = dict(settings.parse_setting(text) for text in args.set)
+  changes = dict(parse_setting(text) for text in args.set)
   flags = {
     "train.steps": args.steps,
     "train.seed": args.seed,
     "train.log_every": args.log_every,
     "train.init_from": args.init_from,
   }
-  experiment = settings.change(base, changes | {k: v for k, v in flags.items() if v is not None})
+  experiment = change(base, changes | {k: v for k, v in flags.items() if v is not None})
   if args.print_config:
     print(format_config(name, experiment))
     return 0
   with signals.exit_on_signals() as stop:
     with stop.leaving("stopped before training; nothing is lost, the same command begins again or goes on"):
-      from jgpt import runtime
+      from jgpt.devices import runtime
+      from jgpt.plan import default_workdir
 
       if note := runtime.set_up():
         print(note, file=sys.stderr)
@@ -106,57 +107,17 @@ def format_list() -> str:
 
 def format_config(name: str, experiment: Experiment) -> str:
   """Every setting as `--set` takes it."""
-  sizes = {n: getattr(experiment.model, n) for n in config.GPT2_SIZES["d12"]}
-  known = [f" ({settings.SIZE}={size})" for size, there in config.GPT2_SIZES.items() if there == sizes]
+  sizes = {n: getattr(experiment.model, n) for n in GPT2_SIZES["d12"]}
+  known = [f" ({SIZE}={size})" for size, there in GPT2_SIZES.items() if there == sizes]
   lines = [f"# {name}: {_num_params(experiment):,} parameters{''.join(known)}"]
-  return "\n".join(lines + [f"{k}={settings.format_value(v)}" for k, v in settings.settings(experiment).items()])
+  return "\n".join(lines + [f"{k}={format_value(v)}" for k, v in list_settings(experiment).items()])
 
 
 def _num_params(experiment: Experiment) -> int:
-  return count_params(settings.resolve(experiment, expected_vocab_size(experiment.data)).model)
+  return count_params(resolve(experiment, expected_vocab_size(experiment.data)).model)
 
 
-# --- The run folder ---
-
-
-def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path:
-  """The folder of a run for which none was named.
-
-  `runs/<name>`; with changed settings their names and values are added, so that a changed run has a folder of its own. A
-  folder that holds another run all the same (the experiment's file was edited) is left alone, and a digest is added.
-  """
-  before, now = settings.settings(base), settings.settings(experiment)
-  starts_anew = [n for n in now if not settings.is_circumstance(n) or n in ("train.steps", "train.epochs")]
-  changed = [f"{n}={settings.format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
-  label = ",".join([name, *changed])
-  plain = re.sub(r"[^\w.,=-]+", "-", label)[:120]
-  if plain != label:  # what was replaced or cut must still tell two runs apart
-    plain += f"-{_digest(label)}"
-  folder = Path("runs") / plain
-  if os.path.lexists(folder / "experiment.json") and not _holds(folder, experiment):
-    folder = Path("runs") / f"{plain}-{_digest({n: now[n] for n in starts_anew})}"
-  return folder
-
-
-def _holds(folder: Path, experiment: Experiment) -> bool:
-  """Whether a run folder holds this experiment."""
-  from jgpt import resume, run_folder
-
-  try:
-    recorded = run_folder.read_run_files(folder)
-    there, here = recorded.experiment.train, experiment.train
-    if (there.epochs != here.epochs) if here.steps is None else (there.steps != here.steps):
-      return False
-    return not settings.differences(recorded.experiment, resume.inherit(experiment, recorded))
-  except UserError:
-    return False
-
-
-def _digest(value: Any) -> str:
-  return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
-
-
-def set_aside(folder: Path) -> Path | None:
+def set_run_aside(folder: Path) -> Path | None:
   """Renames a run folder to a name that is free, and returns that; None where there is nothing.
 
   Raises:
@@ -193,7 +154,8 @@ def report_download(done: int, total: int) -> None:
 
 def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: Path) -> Plan:
   """Plans the run that the arguments ask for, in its folder."""
-  from jgpt import manifest, train
+  from jgpt.plan import plan_run
+  from jgpt.runs import manifest
 
   if args.fresh and args.resume:
     raise UserError("--fresh and --resume exclude each other: the one starts over, the other goes on")
@@ -201,19 +163,24 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
     source = experiment.train.init_from
     if source is not None and Path(os.path.expanduser(source)).resolve().is_relative_to(workdir.resolve()):
       raise UserError(f"--fresh would set {workdir} aside, where the weights to begin from are. Choose another --workdir")
-    train.plan(experiment, report=report_download)  # what is wrong with the settings is said before anything is moved
-    if old := set_aside(workdir):
+    plan_run(experiment, report=report_download)  # what is wrong with the settings is said before anything is moved
+    if old := set_run_aside(workdir):
       print(f"the old run is kept in {old}")
   if args.resume:
     manifest.find_step(workdir, None)
-  return train.plan(experiment, workdir=workdir, name=name, report=report_download)
+  return plan_run(experiment, workdir=workdir, name=name, report=report_download)
 
 
 def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop) -> int:
   """Trains, says what was learned and how to go on; returns the exit status."""
-  from jgpt import files, metrics, reading, run_folder, summary, train
+  from jgpt import train
+  from jgpt.report import summary
+  from jgpt.report.console import ConsoleWriter
+  from jgpt.report.verdict import compare_expected
+  from jgpt.runs.folder import make_subfolder
+  from jgpt.system import files
 
-  for label, text in summary.describe(plan):
+  for label, text in summary.describe_plan(plan):
     print(f"{label:<12}{text}")
   print(flush=True)
   steps = plan.experiment.train.steps
@@ -225,7 +192,7 @@ def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, p
   else:
     if plan.start_step:
       print(f"going on from step {plan.start_step:,}")
-    console = metrics.ConsoleWriter(
+    console = ConsoleWriter(
       steps=steps,
       log_every=plan.experiment.train.log_every,
       start_step=plan.start_step,
@@ -234,28 +201,28 @@ def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, p
     writers, sample_at = [console], console.is_line if console.wants_samples and plan.data.documents else None
   print(end="", flush=True)
   began = time.perf_counter()
-  result = train.train(plan, writers=writers, sample_at=sample_at, stop=stop)
+  result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
   step = int(result.state.step)
   saved = signals.describe_stop(step, plan.workdir)
   if result.signal:
     stop.leave(saved)
   with stop.leaving(saved):
     texts = train.sample_texts(plan, result.state.params, step)
-    samples = run_folder.make_subfolder(plan.workdir, "samples")
+    samples = make_subfolder(plan.workdir, "samples")
     files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
-    print_result(plan, result, texts, time.perf_counter() - began)
-    expected = base.expected if comparable(base, experiment) else ()
-    if words := reading.compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
+    summary.print_result(plan, result, texts, time.perf_counter() - began)
+    expected = base.expected if summary.comparable(base, experiment) else ()
+    if words := compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
       print(f"{words}\n")
-    print_next(plan, texts, command_line(args.experiment, base, experiment))
+    summary.print_next(plan, texts, summary.command_line(args.experiment, base, experiment))
     if plan.start_step < steps:
-      check_compiler(plan)
+      print_compiler_check(plan)
   return 0
 
 
-def check_compiler(plan: Plan) -> None:
+def print_compiler_check(plan: Plan) -> None:
   """After the first run on a machine, when nobody waits for anything: whether its compiler computes what is written."""
-  from jgpt import canary, runtime
+  from jgpt.devices import canary, runtime
 
   print(end="", flush=True)  # the check takes seconds
   try:
@@ -264,70 +231,8 @@ def check_compiler(plan: Plan) -> None:
     print(f"\nthe compiler could not be checked: {first_line(error)[:200]}", file=sys.stderr)
     return
   if check is not None:
-    print(f"\n{canary.describe(check)}", file=sys.stdout if check.passed else sys.stderr)
-
-
-def comparable(base: Experiment, experiment: Experiment) -> bool:
-  """Whether a run can be held against what its experiment expects: all but the seed, and which text, as it says."""
-  before, now = settings.settings(base), settings.settings(experiment)
-  length = ("train.steps", "train.epochs")
-  decisive = [n for n in now if not settings.is_circumstance(n) or n in length]
-  return all(now[n] == before[n] for n in decisive if n not in ("train.seed", "data.source"))
-
-
-def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:
-  """Prints what a finished run learned: losses, their curve and what they say, and samples."""
-  from jgpt import metrics, reading
-
-  print()
-  if len(result.losses):
-    took = "" if plan.start_step >= plan.experiment.train.steps else f", {seconds:.1f} s with compiling and saving"
-    num = min(reading.LAST, len(result.losses))
-    print(f"training loss {reading.final_loss(result.losses):.4f} (mean of the last {num} updates){took}")
-  if result.heldout_loss is not None:
-    perplexity = metrics.format_perplexity(result.heldout_loss)
-    documents = f"{len(plan.data.heldout.tokens):,} documents, " if plan.data.documents else ""
-    print(
-      f"held-out loss {result.heldout_loss:.4f} nats per token, perplexity {perplexity} "
-      f"({documents}{result.heldout_tokens:,} tokens)"
-    )
-  if len(result.losses) > 1:
-    last = [(len(result.losses), result.heldout_loss)] if result.heldout_loss is not None else []
-    print(f"\n{metrics.draw_curve(result.losses, [*result.heldout_losses, *last])}")
-    baseline = metrics.uniform_loss(plan.experiment.model.vocab_size)
-    said = reading.read_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
-    print(f"\n{said.verdict}: {said.evidence}")
-    if said.verdict == "diverging":
-      print(f"try a lower rate, --set optimizer.peak_lr={plan.experiment.optimizer.peak_lr / 10:g}")
-  if plan.data.documents:
-    print(f"\n{metrics.format_samples(texts, set(plan.data.documents))}\n")
-  else:
-    print("\n" + "\n\n".join(f"sample {i + 1}\n{metrics.indent(text)}" for i, text in enumerate(texts)) + "\n")
-
-
-def print_next(plan: Plan, texts: list[str], again: str) -> None:
-  """Prints what to try next; `again` is this command."""
-  prompt = texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
-  print("next:")
-  python, run = [command.python_word(), "-m"], ["--run", str(plan.workdir)]
-  print(f"  {shlex.join([*python, 'jgpt.sample', *run, f'--prompt={prompt}', '--temperature', '0.8'])}")
-  if not plan.experiment.train.steps:  # weights as they were
-    if len(plan.data.heldout.tokens):
-      print(f"  {shlex.join([*python, 'jgpt.evaluate', *run])}")
-    print(f"  {again}")
-    return
-  print(f"  {again} --steps {2 * plan.experiment.train.steps}")
-  if plan.experiment.data.path is None:
-    print(f"  {again} --set data.path=my_words.txt")
-
-
-def command_line(name: str, base: Experiment, experiment: Experiment) -> str:
-  """A command for the same experiment with the same changes, whatever flags made them; without `train.steps`."""
-  before, now = settings.settings(base), settings.settings(experiment)
-  changed = [f"{n}={settings.format_value(v)}" for n, v in now.items() if v != before[n] and n != "train.steps"]
-  words = [command.python_word(), "-m", "jgpt.run", "--experiment", name, *(w for c in changed for w in ("--set", c))]
-  return shlex.join(words)
+    print(f"\n{canary.describe_check(check)}", file=sys.stdout if check.passed else sys.stderr)
 
 
 if __name__ == "__main__":
-  sys.exit(command.guard(main))
+  sys.exit(cli.guard(main))

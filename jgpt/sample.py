@@ -13,29 +13,32 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jgpt import command
-from jgpt.checks import UserError
+from jgpt import cli
+from jgpt.errors import UserError
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.config import Experiment, SampleConfig
-  from jgpt.tokenizer import Tokenizer
+  from jgpt.text.tokenizer import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
-  from jgpt import checkpoint, generate, run_folder, runtime
+  from jgpt import generate
+  from jgpt.devices import runtime
   from jgpt.keys import SAMPLE, derive_key
+  from jgpt.runs.folder import read_run_files
+  from jgpt.runs.open import load_run
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   try:
-    files = run_folder.read_run_files(Path(args.run))
+    files = read_run_files(Path(args.run))
   except UserError:
     files = None  # what is said about that depends on the checkpoints: each has a copy of these files
   if files is not None:
     _choose(args, files.experiment, files.tokenizer)  # what cannot be drawn is refused before an array is read
-  run = checkpoint.load_run(args.run, args.step)
+  run = load_run(args.run, args.step)
   sample, seed, ids = _choose(args, run.experiment, run.tokenizer)
   _, dropped = generate.fit_prompt(ids, run.experiment.model)
   if dropped:
@@ -80,4 +83,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-  sys.exit(command.guard(main))
+  sys.exit(cli.guard(main))

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jgpt.batches import Cut
-from jgpt.checks import UserError
 from jgpt.config import Experiment, ModelConfig
+from jgpt.errors import UserError
 from jgpt.params import param_at
 
 # Logical axis -> mesh axis. What is not named here is replicated.
@@ -103,3 +104,33 @@ def state_shardings(state: Any, config: ModelConfig, mesh: Mesh) -> Any:
     return jax.tree.structure(subtree) == structure
 
   return jax.tree.map(lambda subtree: shardings if is_params(subtree) else replicated(mesh), state, is_leaf=is_params)
+
+
+def stack_blocks(tree: Any) -> Any:
+  """Turns every list named "blocks" in a pytree (parameters, moments, a whole state) into stacked arrays.
+
+  A tree whose blocks are stacked already comes back as it is.
+  """
+
+  def stack(params: Any) -> Any:
+    if not _has_blocks(params) or isinstance(params["blocks"], dict):
+      return params
+    return params | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *params["blocks"])}
+
+  return jax.tree.map(stack, tree, is_leaf=_has_blocks)
+
+
+def unstack_blocks(tree: Any) -> Any:
+  """Turns every "blocks" of stacked arrays in a pytree into a list with a dict for each layer: undoes `stack_blocks`."""
+
+  def unstack(params: Any) -> Any:
+    if not _has_blocks(params) or not isinstance(params["blocks"], dict):
+      return params
+    num_layers = len(jax.tree.leaves(params["blocks"])[0])
+    return params | {"blocks": [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(num_layers)]}
+
+  return jax.tree.map(unstack, tree, is_leaf=_has_blocks)
+
+
+def _has_blocks(tree: Any) -> bool:
+  return isinstance(tree, dict) and "blocks" in tree

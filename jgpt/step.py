@@ -5,6 +5,8 @@ function of arrays and static settings; where the arrays live is decided outside
 time, files or printing (`train.py`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,10 +21,9 @@ from jgpt.batches import Batch, Corpus, make_batch_fn
 from jgpt.config import Experiment, ModelConfig
 from jgpt.keys import DROPOUT, derive_key
 from jgpt.model import apply, init_params
-from jgpt.optim import make_optimizer, make_schedule
-from jgpt.spikes import z_score
+from jgpt.optim import make_optimizer, make_schedule, z_score
 
-NUM_GROUPS = 4  # of documents in a batch, where padding is skipped
+MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
 
 # (params, batch, config, key, micro_batch_size) -> (loss, gradients): `loss_and_grads` and what computes the same.
 GradsFn = Callable[[dict, Batch, ModelConfig, jax.Array | None, int | None], tuple[jax.Array, dict]]
@@ -122,40 +123,6 @@ def loss_and_grads(
   loss = jax.eval_shape(partial(loss_fn, config=config), params, batch)
   zeros = jnp.zeros((), loss.dtype), jax.tree.map(jnp.zeros_like, params)
   return jax.lax.scan(add, zeros, (jnp.arange(num_micro), parts))[0]
-
-
-def skip_padding(fn: Callable) -> Callable:
-  """Turns `loss_fn`, or its value and gradient, into one that leaves out the second half of short documents.
-
-  The rows are sorted by length and taken in groups; a group that needs no position of the second half gets none.
-
-  Args:
-    fn: (params, batch, config, key, total_weight) -> a sum over the batch's rows.
-
-  Returns:
-    A function of params, a batch of B rows (a multiple of `NUM_GROUPS`) of T positions (an even number), config, and a key
-    that is None: nothing is dropped out. A number of micro-batches is taken and ignored: the groups are what they would be.
-  """
-
-  def in_groups(
-    params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
-  ) -> Any:
-    B, T = batch.inputs_BT.shape
-    order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
-    groups = jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
-    total_weight = jnp.sum(batch.weights_BT)
-
-    def first(width: int, group: Batch) -> Any:
-      return fn(params, jax.tree.map(lambda x: x[:, :width], group), config, key, total_weight)
-
-    def add(total: Any, group: Batch) -> tuple[Any, None]:
-      needs_all = jnp.any(group.weights_BT[:, T // 2 :] > 0)
-      return jax.tree.map(jnp.add, total, jax.lax.cond(needs_all, partial(first, T), partial(first, T // 2), group)), None
-
-    shapes = jax.eval_shape(partial(first, T), jax.tree.map(lambda x: x[0], groups))
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), groups)[0]
-
-  return in_groups
 
 
 def dropout_key(seed: int, step: jax.Array, config: ModelConfig) -> jax.Array | None:
@@ -294,31 +261,3 @@ def make_train_steps(
     batch_fn=lambda corpus, step: place(batch_fn(corpus, step)),
     capacity=capacity,
   )
-
-
-def eval_step(params: dict, batch: Batch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """Computes the sum of -log p(target) over a batch's weighted tokens, in nats, and the sum of weights."""
-  return loss_fn(params, batch, config, total_weight=jnp.ones(())), jnp.sum(batch.weights_BT)
-
-
-def evaluate(
-  params: dict, corpus: Corpus, config: ModelConfig, batch_fn: Callable[[Corpus, jax.Array], Batch], num_batches: int
-) -> tuple[jax.Array, jax.Array]:
-  """Computes the mean loss over the tokens of batches 0 to `num_batches` - 1; drops nothing out.
-
-  Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    corpus: what `batch_fn` cuts batches from.
-    config: sizes and switches.
-    batch_fn: the batch of a number, from `batches.make_eval_batch_fn`.
-    num_batches: at least 1.
-
-  Returns:
-    Nats per token, and the number of tokens.
-  """
-
-  def add(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
-    return jax.tree.map(jnp.add, carry, eval_step(params, batch_fn(corpus, number), config)), None
-
-  (nats, weight), _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), jnp.arange(num_batches))
-  return nats / weight, weight

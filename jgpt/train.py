@@ -9,71 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import jax
 import numpy as np
 
-import jgpt
-from jgpt import checkpoint, locks, manifest, runtime, sharding
-from jgpt.batches import Corpus, count_epoch_steps
-from jgpt.cadence import SECONDS_PER_CALL, is_save_due, next_stop
-from jgpt.checks import TrainingError, UserError, printable
-from jgpt.config import Experiment
-from jgpt.data import Data, check_path, find_data
-from jgpt.generate import begin_texts, check_prompt
-from jgpt.health import explain
+from jgpt import sharding
+from jgpt.config import Experiment, TrainConfig
+from jgpt.devices import runtime
+from jgpt.errors import TrainingError
+from jgpt.evaluation import begin_evaluation, evaluate_heldout
+from jgpt.generate import begin_texts
 from jgpt.keys import SAMPLE, derive_key
-from jgpt.log import Log
-from jgpt.metrics import JsonlWriter, Writer, read_losses
-from jgpt.model import stack_blocks
-from jgpt.program import Program, begin_evaluation, compile_program
-from jgpt.resume import find_sound_step, inherit, refuse_differences, refuse_no_folder, refuse_schedule_that_ended
-from jgpt.run_folder import RunFiles, append_env, read_run_files, write_run_files
-from jgpt.settings import is_circumstance, resolve, settings
-from jgpt.signals import Stop, describe_stop, say, stop_signals
-from jgpt.step import TrainState
-from jgpt.tokenizer import Tokenizer
-from jgpt.weights import (
-  InitialParams,
-  load_params,
-  open_weights,
-  refuse_other_tokenizer,
-  refuse_other_vocabulary,
-  require_same,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A run that is about to begin or go on; nothing is on a device yet.
-
-  Attributes:
-    name: of the experiment.
-    experiment: resolved.
-    data: loaded.
-    workdir: the run folder, or None to leave nothing on disk.
-    start_step: updates that the folder's newest sound checkpoint holds; 0 without any.
-    epoch_steps: updates in an epoch, where the run is counted in epochs.
-    initial: the parameters to begin from; None draws them, or restores a checkpoint.
-    weights: where the weights that it begins from, or began from, were found: location, sha256; None where they are drawn.
-  """
-
-  name: str
-  experiment: Experiment
-  data: Data
-  workdir: Path | None
-  start_step: int
-  epoch_steps: int | None
-  initial: InitialParams | None = None
-  weights: dict[str, str] | None = None
+from jgpt.plan import Plan, claim_folder
+from jgpt.program import Program, compile_program
+from jgpt.runs import checkpoint
+from jgpt.runs.health import explain
+from jgpt.runs.log import JsonlWriter, Log, Writer, read_losses
+from jgpt.sharding import stack_blocks
+from jgpt.step import MAX_STEPS_PER_CALL, TrainState
+from jgpt.system.signals import Stop, describe_stop, stop_signals
+from jgpt.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,64 +64,7 @@ class Result:
     return stack_blocks(self.state.params)
 
 
-def plan(
-  experiment: Experiment,
-  *,
-  workdir: str | Path | None = None,
-  name: str = "",
-  report: Callable[[int, int], None] = lambda done, total: None,
-) -> Plan:
-  """Decides what a run will be, without touching a device.
-
-  Args:
-    experiment: may leave open what `settings.resolve` fills in.
-    workdir: where the run is kept. A folder that holds the same run is resumed, with the data recorded there.
-    name: of the experiment, to be recorded.
-    report: told the bytes that are there and the bytes in all while weights to begin from are downloaded.
-
-  Raises:
-    UserError: if the settings, the data, the weights to begin from or the folder do not go together.
-  """
-  workdir = Path(workdir) if workdir is not None else None
-  recorded = None
-  if workdir is not None:
-    refuse_no_folder(workdir)
-  if workdir is not None and os.path.lexists(workdir / "experiment.json"):
-    recorded = read_run_files(workdir)
-    experiment = inherit(experiment, recorded)
-    refuse_differences(experiment, recorded, workdir)
-  elif workdir is not None and (steps := manifest.list_steps(workdir)):
-    raise UserError(
-      f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in checkpoints/{steps[-1]}, or "
-      "choose another --workdir"
-    )
-  saved_step = find_sound_step(workdir)[0] if workdir is not None else None
-  weights = None
-  if experiment.train.init_from is not None and saved_step is None:
-    check_path(experiment.data)  # before a download of gigabytes begins
-    weights = open_weights(experiment.train.init_from, report)
-    refuse_other_tokenizer(weights, experiment.data)
-  data = find_data(
-    experiment.data,
-    experiment.train.seed,
-    sha256=recorded.data["sha256"] if recorded else None,
-    tokenizer=recorded.tokenizer if recorded else weights.tokenizer if weights else None,
-  )
-  if weights:
-    refuse_other_vocabulary(weights, data.tokenizer)
-  epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
-  experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
-  if saved_step is not None:
-    refuse_schedule_that_ended(experiment, saved_step, workdir)
-  initial = load_params(weights, experiment.model) if weights else None
-  if initial and recorded and recorded.weights:
-    initial = require_same(initial, recorded.weights["sha256"])
-  found = {"location": initial.location, "sha256": initial.sha256} if initial else recorded.weights if recorded else None
-  check_prompt(experiment.sample, data.tokenizer)  # what it does not know would be noticed after the training
-  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, found)
-
-
-def train(
+def train_run(
   plan: Plan,
   *,
   writers: Sequence[Writer] = (),
@@ -189,15 +90,15 @@ def train(
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     saved_step, manager, rows = None, None, ()
     for writer in writers:
-      stack.callback(_close, writer)
+      stack.callback(_close_quietly, writer)
     if workdir is not None:
-      saved_step = _claim_folder(plan, mesh, stack)
+      saved_step = claim_folder(plan, mesh, stack)
       train = experiment.train
       manager = stack.enter_context(
         checkpoint.open_checkpoints(workdir, keep_latest=train.keep_latest, keep_best=train.keep_best)
       )
       log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
-      stack.callback(_close, log_file)
+      stack.callback(_close_quietly, log_file)
       rows, writers = log_file.kept, [log_file, *writers]
     plan = dataclasses.replace(plan, start_step=saved_step or 0)  # the folder may have moved on since the plan was made
     with stop.leaving(describe_stop(plan.start_step, workdir)):
@@ -237,7 +138,7 @@ def train(
 def save(manager: checkpoint.Manager, state: TrainState, heldout_loss: float | None = None) -> None:
   """Saves a state under its step; on disk blocks are always stacked."""
   stacked = jax.jit(stack_blocks)(state) if isinstance(state.params["blocks"], list) else state
-  checkpoint.save(manager, stacked, heldout_loss)
+  checkpoint.save_checkpoint(manager, stacked, heldout_loss)
 
 
 def _loop(
@@ -311,55 +212,39 @@ def begin_samples(plan: Plan, params: dict, step: int) -> Callable[[], list[str]
   return begin_texts(params, plan.data.tokenizer, key, plan.experiment.model, plan.experiment.sample)
 
 
-def evaluate_heldout(params: dict, heldout: Corpus, experiment: Experiment) -> tuple[float | None, int]:
-  """Computes the loss over the held-out part, nats per token, and over how many tokens; (None, 0) without any."""
-  if not len(heldout.tokens):
-    return None, 0
-  loss, tokens = begin_evaluation(params, heldout, experiment)
-  return float(loss), int(tokens)
-
-
-def _claim_folder(plan: Plan, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack) -> int | None:
-  """Makes a run folder this process's alone until the stack closes; returns the step to restore, if any."""
-  workdir = plan.workdir
-  workdir.mkdir(parents=True, exist_ok=True)
-  stack.enter_context(locks.hold(workdir))
-  if os.path.lexists(workdir / "experiment.json"):  # another run may have begun here since the plan was made
-    recorded = read_run_files(workdir)
-    refuse_differences(plan.experiment, recorded, workdir)
-    if recorded.data["sha256"] != plan.data.text.sha256:
-      raise UserError(f"{workdir} holds a run on another text, {recorded.data.get('location')}. Choose another --workdir")
-  saved_step, damaged = find_sound_step(workdir, trusted=plan.start_step)
-  if plan.start_step and saved_step is None:
-    raise UserError(
-      f"the checkpoint of step {plan.start_step} in {workdir} has gone since the run was planned. Plan it again"
-    )
-  for step, damage in damaged.items():
-    aside, shown = manifest.set_aside(workdir, step), printable(damage)
-    say(f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step {saved_step}: {shown}")
-  _record_start(dataclasses.replace(plan, start_step=saved_step or 0), mesh)
-  return saved_step
-
-
-def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
-  """Writes the run folder's settings where it is new, and what may differ between starts."""
-  text = plan.data.text
-  if not os.path.lexists(plan.workdir / "experiment.json"):
-    data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-    write_run_files(plan.workdir, RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights))
-  devices = mesh.devices.flatten()
-  entry = {
-    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "start_step": plan.start_step,
-    "command": sys.argv,
-    "versions": {"jgpt": jgpt.__version__, "jax": jax.__version__, "python": platform.python_version()},
-    "platform": platform.platform(),
-    "devices": [f"{d.platform} {d.device_kind}" for d in devices],
-    "settings": {name: value for name, value in settings(plan.experiment).items() if is_circumstance(name)},
-  }
-  append_env(plan.workdir, entry)
-
-
-def _close(writer: Writer) -> None:
+def _close_quietly(writer: Writer) -> None:
   with contextlib.suppress(OSError):  # it was said when writing failed
     writer.close()
+
+
+SECONDS_PER_CALL = 8.0  # of training between two looks at signals and the clock; two calls may be under way
+
+
+def next_stop(step: int, train: TrainConfig, epoch_steps: int | None = None, block_steps: int | None = None) -> int:
+  """The step at which the host looks next: after the first update, where something is due, or at the end.
+
+  Args:
+    step: updates that are done.
+    train: says when what is due; `steps` resolved.
+    epoch_steps: updates in an epoch, where the run is counted in epochs.
+    block_steps: the corpus is on the devices up to the next multiple of this only; None for all of it.
+  """
+  if step == 0:
+    return min(1, train.steps)
+  stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, epoch_steps)]
+  stops += [(step // p + 1) * p for p in (train.save_every, train.eval_every, train.sample_every, block_steps) if p]
+  return min(stops)
+
+
+def next_line(step: int, log_every: int, epoch_steps: int | None) -> int:
+  """The first step after `step` at which a line of progress is due; in epochs the steps of each are counted anew."""
+  if epoch_steps is None:
+    return (step // log_every + 1) * log_every
+  begin = step // epoch_steps * epoch_steps
+  return min(begin + epoch_steps, begin + ((step - begin) // log_every + 1) * log_every)
+
+
+def is_save_due(step: int, train: TrainConfig, seconds: float) -> bool:
+  """Whether a checkpoint is due after a step, `seconds` after the one before."""
+  by_steps = train.save_every and step % train.save_every == 0
+  return bool(by_steps or (train.save_every_seconds is not None and seconds >= train.save_every_seconds))

@@ -33,7 +33,7 @@ import jax
 import pytest
 import small_runs
 
-from jgpt import canary
+from jgpt.devices import canary
 
 # Runs under test do not check the compiler; `test_canary.py` does.
 canary._write(

@@ -17,16 +17,16 @@ import numpy as np
 from reference import scalar_gpt
 
 import jgpt.batches
-import jgpt.data
+import jgpt.data.corpus
 import jgpt.step
-from jgpt.catalog import load_experiment
 from jgpt.config import Experiment, ModelConfig, OptimizerConfig
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.devices.compute import choose_options
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.params import param_table
-from jgpt.settings import change, resolve
-from jgpt.tokenizer import CharTokenizer
-from jgpt.tricks import choose_options
+from jgpt.text.tokenizer import CharTokenizer
 
 # Short, ordinary, and around the context of 16: 15 letters is the longest name whose closing BOS is still predicted, 16
 # loses exactly that, and 24 is cut among its letters.
@@ -175,7 +175,7 @@ def cast(tree: Any, dtype: str) -> Any:
 
 def corpus_of(documents: Sequence[str], experiment: Experiment) -> jgpt.batches.Documents:
   """Tokenizes documents as training does, on the device."""
-  return jax.tree.map(jnp.asarray, jgpt.data.make_documents(list(documents), TOKENIZER, experiment.data.seq_len))
+  return jax.tree.map(jnp.asarray, jgpt.data.corpus.make_documents(list(documents), TOKENIZER, experiment.data.seq_len))
 
 
 def batch_of(documents: Sequence[str], experiment: Experiment) -> jgpt.batches.Batch:

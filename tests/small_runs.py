@@ -8,11 +8,13 @@ from unittest import mock
 
 from equivalence import QUICK
 
-from jgpt import program, train, tricks
-from jgpt.catalog import load_experiment
+from jgpt import program, train
 from jgpt.config import Experiment
-from jgpt.data import Data
-from jgpt.settings import change
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.data.corpus import Data
+from jgpt.devices import compute as tricks
+from jgpt.plan import plan_run
 
 # Words of 2 to 6 letters: at a context of 5, those of 5 and 6 are cut.
 WORDS = [f"{a}{b}{c}" for a in "abcd" for b in "xyzw" for c in ("", "é", "rst", "rstu")]
@@ -48,8 +50,8 @@ def compiled_quickly() -> Iterator[None]:
 
 def train_small(experiment: Experiment, workdir: Path) -> SmallRun:
   with compiled_quickly():
-    plan = train.plan(experiment, workdir=workdir, name="small")
-    return SmallRun(workdir, plan.experiment, plan.data, train.train(plan))
+    plan = plan_run(experiment, workdir=workdir, name="small")
+    return SmallRun(workdir, plan.experiment, plan.data, train.train_run(plan))
 
 
 def train_words(folder: Path) -> SmallRun:

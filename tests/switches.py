@@ -20,21 +20,16 @@ import numpy as np
 from equivalence import MEASURED, QUICK, Row, UnequalError, cast, compare
 from reference import numpy_gpt
 
+import jgpt.layers
 import jgpt.model
 import jgpt.optim
+import jgpt.sharding
 import jgpt.step
 from jgpt.batches import Batch
-from jgpt.config import (
-  DROPOUT_PLACES,
-  DataConfig,
-  Experiment,
-  ModelConfig,
-  OptimizerConfig,
-  SampleConfig,
-  TrainConfig,
-)
+from jgpt.config import DataConfig, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from jgpt.config.experiment import DROPOUT_PLACES
+from jgpt.config.settings import resolve
 from jgpt.params import param_table, walk
-from jgpt.settings import resolve
 
 # Relative to the largest entry of the leaf.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
@@ -288,10 +283,10 @@ def check_network(
   params, batch = draw_params(config), draw_batch(config) if batch is None else batch
 
   def run(params: dict, batch: Batch, key: jax.Array | None) -> tuple:  # new each time, so that nothing traced is reused
-    params = params if how == "stacked" else jgpt.model.unstack_blocks(params)
+    params = params if how == "stacked" else jgpt.sharding.unstack_blocks(params)
     logits_BTV = None if micro_batch_size or key is not None else jgpt.model.apply(params, batch.inputs_BT, config, key)
     loss, grads = jgpt.step.loss_and_grads(params, batch, config, key, micro_batch_size)
-    return logits_BTV, loss, jgpt.model.stack_blocks(grads)
+    return logits_BTV, loss, jgpt.sharding.stack_blocks(grads)
 
   compiled = run if how == "eager" else jax.jit(run, compiler_options=QUICK)
   logits_BTV, loss, grads = compiled(cast(params, dtype), batch, key)
@@ -363,7 +358,7 @@ def run_training(experiment: Experiment, dtype: str) -> dict:
   """The losses, rates, norms, parameters and moments of `NUM_STEPS` updates by jgpt in one compiled call."""
   params = cast(draw_params(experiment.model), dtype)
   batches = jax.tree.map(lambda *x: jnp.stack(x), *draw_batches(experiment.model))
-  step_fn, tx = jgpt.step.make_train_step(experiment), jgpt.step.make_optimizer(experiment.optimizer, experiment.model)
+  step_fn, tx = jgpt.step.make_train_step(experiment), jgpt.optim.make_optimizer(experiment.optimizer, experiment.model)
 
   def batch_fn(batches: Batch, step: jax.Array) -> Batch:
     return jax.tree.map(lambda x: x[step], batches)
@@ -435,7 +430,7 @@ def every_drop(visit: Callable[[str, Callable, str, jax.Array], jax.Array]) -> I
 
   Layers are counted as they come, so the blocks must be unstacked.
   """
-  right, layer = jgpt.model.make_drop, -1
+  right, layer = jgpt.layers.make_drop, -1
 
   def make_drop(config: ModelConfig, key: jax.Array | None) -> Callable:
     drop = right(config, key)
@@ -472,7 +467,7 @@ def masks_drawn(config: ModelConfig, tokens_BT: jax.Array, key: jax.Array) -> di
       return drop(place, x)
 
     with every_drop(record):
-      jgpt.model.apply(jgpt.model.unstack_blocks(params), tokens_BT, config, key)
+      jgpt.model.apply(jgpt.sharding.unstack_blocks(params), tokens_BT, config, key)
     return masks
 
   return jax.tree.map(np.asarray, jax.jit(run, compiler_options=QUICK)(params, tokens_BT, key))

@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt.batches import (
-  Stream,
-  count_epoch_steps,
-  count_eval_batches,
-  make_batch_fn,
-  make_eval_batch_fn,
-)
-from jgpt.catalog import load_experiment
+from jgpt.batches import Stream, count_epoch_steps, count_eval_batches, make_batch_fn, make_eval_batch_fn
+from jgpt.config.catalog import load_experiment
 
 BASE = dataclasses.replace(load_experiment("names").data, heldout_fraction=0.0)
 LAST_STEP = 2**31 - 1

@@ -11,11 +11,28 @@ import numpy as np
 import pytest
 from equivalence import QUICK
 
-from jgpt import bench, cases, limits, measured, peers, rounds, startup
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.measured import Limit, Parts, Results, Row, Split
-from jgpt.settings import change, resolve, to_json
+from jgpt.bench import cases, peers, rounds, startup
+from jgpt.bench import cli as bench_cli
+from jgpt.bench.results import (
+  BANDWIDTH,
+  OWN_SHAPES,
+  SQUARE,
+  Limit,
+  Parts,
+  Results,
+  Row,
+  Split,
+  divide_rounds,
+  format_ratios,
+  format_results,
+  format_rows,
+  format_seconds,
+  results_to_json,
+)
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, experiment_to_json, resolve
+from jgpt.devices import limits
+from jgpt.errors import UserError
 
 TINY = {"data.batch_size": 2, "model.num_layers": 2, "model.d_model": 8, "model.num_heads": 2, "model.d_ff": 12}
 
@@ -102,10 +119,10 @@ def test_the_limit_of_decoding_is_the_bandwidth_over_what_a_token_reads():
 
 
 def test_ratios_are_of_the_same_round():
-  assert measured.divide_rounds([2.0, 6.0, 3.0], [1.0, 2.0, 4.0]) == [2.0, 3.0, 0.75]
-  assert measured.format_ratios([2.0, 3.0, 0.75]) == "2.00 (0.75 to 3.00)"
-  assert measured.format_ratios([21.68, 9.999, 930.4]) == "21.7 (10.00 to 930)"
-  assert measured.format_ratios(None) == ""
+  assert divide_rounds([2.0, 6.0, 3.0], [1.0, 2.0, 4.0]) == [2.0, 3.0, 0.75]
+  assert format_ratios([2.0, 3.0, 0.75]) == "2.00 (0.75 to 3.00)"
+  assert format_ratios([21.68, 9.999, 930.4]) == "21.7 (10.00 to 930)"
+  assert format_ratios(None) == ""
 
 
 # --- Tables ---
@@ -115,12 +132,12 @@ def made_results(**more):
   ours = Row("case", "jgpt", [0.002, 0.001, 0.003], "step", 4, 100.0, 1e6, 1.234, 2_500_000)
   torch = Row("case", "torch", [0.004, 0.003, 0.003], "step", 4, 100.0, 1e6, ratios=[2.0, 3.0, 1.0])
   failed = Row("case", "torch.compile", [], reason="no C++ compiler")
-  limit = [Limit(measured.SQUARE, 1e10, "FLOP/s"), Limit(measured.OWN_SHAPES, 2e9, "FLOP/s", "case")]
+  limit = [Limit(SQUARE, 1e10, "FLOP/s"), Limit(OWN_SHAPES, 2e9, "FLOP/s", "case")]
   return Results([ours, torch, failed, Row("run", "jgpt", [12.0])], limits=limit, **more)
 
 
 def test_the_table_of_cases_as_it_is_printed():
-  assert measured.format_rows(made_results()) == (
+  assert format_rows(made_results()) == (
     "case                 median        fastest to slowest  us/sample  tokens/s  GFLOP/s  % own  % 2048  compile  memory"
     "  time/jgpt's\n"
     "case                 2000 us/step  1000 to 3000 us     500        50,000    0.5      25.0   5.0     1.23 s   2.5 MB\n"
@@ -133,14 +150,14 @@ def test_the_table_of_cases_as_it_is_printed():
 
 
 def test_what_draws_samples_has_their_rate_below_the_table():
-  lines = measured.format_rows(Results([Row("1,000 names", "jgpt", [0.02], "call", 1000)])).splitlines()
+  lines = format_rows(Results([Row("1,000 names", "jgpt", [0.02], "call", 1000)])).splitlines()
   assert lines[1].split() == ["1,000", "names", "20", "ms/call", "20", "to", "20", "ms", "20"]
   assert lines[2] == "1,000 names: 50,000 samples/s"
 
 
 @pytest.mark.parametrize(("peak", "cell"), [(1e11, "0.5"), (None, "n/a")])
 def test_an_accelerator_has_a_share_of_its_peak_or_says_that_it_is_not_known(peak, cell):
-  header, ours = measured.format_rows(made_results(accelerated=True, peak=peak)).splitlines()[:2]
+  header, ours = format_rows(made_results(accelerated=True, peak=peak)).splitlines()[:2]
   column = header.index("% bf16 peak")
   assert ours[column:].split()[0] == cell
 
@@ -149,9 +166,9 @@ def test_the_tables_of_parts_splits_and_limits_as_they_are_printed():
   results = Results(
     parts=[Parts("case", [0.001, 0.002], [0.004, 0.004], [0.0005, 0.0005], 0.005)],
     splits=[Split("run", {"import": [0.5, 0.7], "exit": [0.25, 0.25]})],
-    limits=[Limit(measured.BANDWIDTH, 5.4e10, "B/s"), Limit("decoding by memory", 108.0, "tokens/s", "GPT-2", 0.5)],
+    limits=[Limit(BANDWIDTH, 5.4e10, "B/s"), Limit("decoding by memory", 108.0, "tokens/s", "GPT-2", 0.5)],
   )
-  assert measured.format_results(results) == (
+  assert format_results(results) == (
     "of a step, medians  forward  backward  update  sum            whole step\n"
     "case                1500 us  2500 us   500 us  4500 us (90%)  5000 us\n"
     "\n"
@@ -169,18 +186,18 @@ def test_the_tables_of_parts_splits_and_limits_as_they_are_printed():
   [(3.1e-5, "31 us"), (0.00999, "9990 us"), (0.01, "10 ms"), (9.87654, "9877 ms"), (10.0, "10 s"), (-2e-6, "-2 us")],
 )
 def test_seconds_have_four_digits_and_a_unit(seconds, text):
-  assert measured.format_seconds(seconds) == text
+  assert format_seconds(seconds) == text
 
 
 def test_lines_of_every_case_fit_160_columns():
   long = max((t.label for some in cases.TRAININGS.values() for t in some), key=len)
   row = Row(long, "torch.compile", [0.12345, 0.1, 0.2], "step", 64, 123456.0, 1e12, 12.34, 1234567890, [12.3, 10.0, 20.0])
-  lines = measured.format_rows(Results([row])).splitlines()
+  lines = format_rows(Results([row])).splitlines()
   assert max(map(len, lines)) <= 160
 
 
 def test_json_holds_every_round_and_what_follows():
-  found = json.loads(json.dumps(measured.to_json(made_results())))
+  found = json.loads(json.dumps(results_to_json(made_results())))
   ours, torch, failed, _ = found["rows"]
   assert ours["seconds"] == [0.002, 0.001, 0.003] and ours["median_seconds"] == 0.002 and ours["ratios"] is None
   assert ours["tokens_per_second"] == 50_000 and ours["samples_per_second"] == 2000
@@ -202,12 +219,12 @@ def test_json_holds_every_round_and_what_follows():
 )
 def test_wrong_arguments_are_refused_before_anything_is_measured(args, words):
   with pytest.raises(UserError, match=words.replace("(", r"\(")):
-    bench.main(args)
+    bench_cli.main(args)
 
 
 def test_help_says_how_figures_are_made(capsys):
   with pytest.raises(SystemExit):
-    bench.main(["--help"])
+    bench_cli.main(["--help"])
   out = capsys.readouterr().out
   assert all(case in out for case in cases.CASES) and "6 P + 6 L D T" in out and "not counted" in out
 
@@ -215,10 +232,10 @@ def test_help_says_how_figures_are_made(capsys):
 def test_a_missing_torch_or_checkout_is_said_at_once(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match="pip install torch"):
-    peers.require(["torch"])
+    peers.check_peer_packages(["torch"])
   with pytest.raises(UserError, match="needs a checkout"):
-    peers.require(["scalar"], tmp_path / "scalar_gpt.py")
-  peers.require(["scalar"])
+    peers.check_peer_packages(["scalar"], tmp_path / "scalar_gpt.py")
+  peers.check_peer_packages(["scalar"])
 
 
 # --- Rounds and workers ---
@@ -248,7 +265,12 @@ def save_words(folder):
 
 def test_a_worker_times_plain_python_and_ends(tmp_path):
   changes = {"model__num_layers": 1, "model__d_model": 4, "model__num_heads": 2, "model__d_ff": 16}
-  spec = {"kind": "scalar", "experiment": to_json(names(**changes)), "tokens": save_words(tmp_path), "warm_up": 1}
+  spec = {
+    "kind": "scalar",
+    "experiment": experiment_to_json(names(**changes)),
+    "tokens": save_words(tmp_path),
+    "warm_up": 1,
+  }
   with rounds.open_workers({"plain Python": spec}) as workers:
     worker = workers["plain Python"]
     assert worker.versions == {}
@@ -258,14 +280,19 @@ def test_a_worker_times_plain_python_and_ends(tmp_path):
 
 
 def test_a_worker_that_cannot_run_says_why(tmp_path):
-  spec = {"kind": "scalar", "experiment": to_json(names()), "tokens": str(tmp_path / "none.npz"), "warm_up": 1}
+  spec = {"kind": "scalar", "experiment": experiment_to_json(names()), "tokens": str(tmp_path / "none.npz"), "warm_up": 1}
   with rounds.open_workers({"plain Python": spec}) as workers:
     assert "none.npz" in workers["plain Python"] and "\n" not in workers["plain Python"]
 
 
 def test_a_worker_whose_process_dies_is_one_line(tmp_path):
   changes = {"model__num_layers": 1, "model__d_model": 4, "model__num_heads": 2, "model__d_ff": 16}
-  spec = {"kind": "scalar", "experiment": to_json(names(**changes)), "tokens": save_words(tmp_path), "warm_up": 1}
+  spec = {
+    "kind": "scalar",
+    "experiment": experiment_to_json(names(**changes)),
+    "tokens": save_words(tmp_path),
+    "warm_up": 1,
+  }
   with rounds.open_workers({"plain Python": spec}) as workers:
     workers["plain Python"]._process.kill()
     with pytest.raises(UserError, match="stopped while it was timed: its process ended: status -9"):
@@ -276,7 +303,7 @@ def test_a_worker_whose_process_dies_is_one_line(tmp_path):
 def test_a_worker_with_torch_trains_a_tiny_model(tmp_path):
   pytest.importorskip("torch")
   experiment = change(names(), TINY | {"model.dropout": 0.1, "model.dropout_places": ("embedding", "mlp_out")})
-  spec = {"kind": "torch", "compiled": False, "experiment": to_json(experiment), "tokens": save_words(tmp_path)}
+  spec = {"kind": "torch", "compiled": False, "experiment": experiment_to_json(experiment), "tokens": save_words(tmp_path)}
   with rounds.open_workers({"torch": spec | {"platform": "cpu", "warm_up": 1}}) as workers:
     worker = workers["torch"]
     assert list(worker.versions) == ["torch"]
@@ -314,8 +341,8 @@ def test_the_torch_peer_has_the_loss_of_jgpt(name):
   torch = pytest.importorskip("torch")
   import jax
 
-  from jgpt import torch_worker
   from jgpt.batches import Batch
+  from jgpt.bench import peer_torch
   from jgpt.model import init_params
   from jgpt.step import loss_fn
 
@@ -325,7 +352,7 @@ def test_the_torch_peer_has_the_loss_of_jgpt(name):
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 27, (2, 17), np.int32)
   weights = (np.arange(16) < np.array([[5], [16]])).astype(np.float32)
-  net = torch_worker.Model(experiment.model)
+  net = peer_torch.Model(experiment.model)
   state = {k: torch.tensor(np.asarray(v)) for k, v in torch_params(experiment, jax.tree.map(np.asarray, params)).items()}
   net.load_state_dict(state)
   inputs, targets = (torch.tensor(x, dtype=torch.int64) for x in (tokens[:, :-1], tokens[:, 1:]))
@@ -338,10 +365,10 @@ def test_the_torch_peer_has_the_loss_of_jgpt(name):
 
 def test_documents_for_torch_are_taken_in_turn_and_weighted():
   torch = pytest.importorskip("torch")
-  from jgpt import torch_worker
+  from jgpt.bench import peer_torch
 
   tokens, lengths = np.arange(5 * 17, dtype=np.int32).reshape(5, 17), np.array([1, 16, 3, 2, 4], np.int32)
-  cut = torch_worker.make_batches(names(data__batch_size=2), tokens, lengths, torch.device("cpu"))
+  cut = peer_torch.make_batches(names(data__batch_size=2), tokens, lengths, torch.device("cpu"))
   firsts = []
   for _ in range(3):
     inputs, targets, weights = cut()
@@ -356,12 +383,13 @@ def test_documents_for_torch_are_taken_in_turn_and_weighted():
 
 @pytest.mark.slow
 def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
-  from jgpt import timing, train
+  from jgpt.bench import timing
+  from jgpt.plan import plan_run
 
   text = tmp_path / "words.txt"
   text.write_text("ab\nba\nabba\n" * 4, encoding="utf-8")
   experiment = change(load_experiment("names"), TINY | {"data.path": str(text), "data.heldout_fraction": 0.0})
-  steps = timing.StepTimer(train.plan(experiment))
+  steps = timing.StepTimer(plan_run(experiment))
   parts = timing.PartsTimer(steps)
   times = [steps(3), steps(2000), *parts(2), steps.compile_seconds]
   assert all(0 < seconds < math.inf for seconds in times)
@@ -370,7 +398,7 @@ def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
 
 @pytest.mark.slow
 def test_rates_of_the_machine_are_positive(monkeypatch):
-  from jgpt import timing
+  from jgpt.bench import timing
 
   monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-4)
   products = limits.list_products(names(model__d_model=8, model__num_heads=2).model, 1, 4)
@@ -406,7 +434,7 @@ def test_the_parts_of_a_start_add_up_to_the_whole(tmp_path):
   began = time.time()
   parts = startup.split_command(["--experiment", "names", "--steps", "20", "--workdir", str(tmp_path / "run")], env)
   whole = time.time() - began
-  assert list(parts) == list(startup.PARTS) and all(seconds > 0 for seconds in parts.values())
+  assert list(parts) == list(startup.STARTUP_PARTS) and all(seconds > 0 for seconds in parts.values())
   assert 0 <= whole - sum(parts.values()) < 1  # but for making and reading the report
   assert (tmp_path / "run" / "checkpoints" / "20").is_dir()
 
@@ -414,7 +442,7 @@ def test_the_parts_of_a_start_add_up_to_the_whole(tmp_path):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_bench_names_prints_json_of_what_it_measured(capsys):
-  assert bench.main(["--only", "names", "--rounds", "1", "--json"]) == 0
+  assert bench_cli.main(["--only", "names", "--rounds", "1", "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["rounds"] == 1 and found["machine"]["versions"]["jax"] and found["machine"]["cores"] >= 1
   assert [row["case"] for row in found["rows"]] == [f"names, batch {size}" for size in (1, 16, 64)]
@@ -443,7 +471,7 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, capsys):
   def measure(session):
     session.results.rows.append(Row("made", "jgpt", [0.5], per="step"))
 
-  monkeypatch.setattr(bench, "CASES", {"first": measure, "second": die})
-  assert bench.main(["--rounds", "1"]) == 1
+  monkeypatch.setattr(bench_cli, "CASES", {"first": measure, "second": die})
+  assert bench_cli.main(["--rounds", "1"]) == 1
   out, err = capsys.readouterr()
   assert "made" in out and "second was not measured to its end: a peer stopped while it was timed: killed" in err

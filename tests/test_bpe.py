@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import bpe
-from jgpt.bpe import ALPHABET, BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
-from jgpt.checks import UserError
-from jgpt.tokenizer import from_json
+from jgpt.errors import UserError
+from jgpt.text import bpe
+from jgpt.text.bpe import ALPHABET, BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
+from jgpt.text.tokenizer import tokenizer_from_json
 
 tokenizers = pytest.importorskip("tokenizers", reason="trains and encodes byte-level BPE (jgpt's extra: bpe)")
 
@@ -285,7 +285,7 @@ def test_json_is_a_file_that_tokenizers_reads(tokenizer, tmp_path):
 
 
 def test_json_reads_back_equal(tokenizer):
-  again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+  again = tokenizer_from_json(json.loads(json.dumps(tokenizer.to_json())))
   assert again == tokenizer
   assert again.digest == tokenizer.digest
 
@@ -335,7 +335,7 @@ def changed(path, value):
 def test_json_that_is_not_as_jgpt_writes_it_is_refused(value):
   """Whatever else it holds would mean other ids, or text that is changed before it is encoded."""
   with pytest.raises(UserError, match="BPE tokenizer"):
-    from_json(value)
+    tokenizer_from_json(value)
 
 
 @pytest.mark.parametrize("merges", ["t h\nt h", "th e", "t  h", "t h ", " th", "t", "\n", "t h\n", "€ t"])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jgpt.cadence import is_save_due, next_line, next_stop
-from jgpt.catalog import load_experiment
-from jgpt.program import MAX_STEPS_PER_CALL
+from jgpt.config.catalog import load_experiment
+from jgpt.step import MAX_STEPS_PER_CALL
+from jgpt.train import is_save_due, next_line, next_stop
 
 TRAIN = load_experiment("names").train
 PERIODS = ("save_every", "eval_every", "sample_every")

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from small_runs import compiled_quickly
 
-from jgpt import canary, run, tricks
-from jgpt.catalog import list_experiments, load_experiment
-from jgpt.settings import change, resolve
-from jgpt.sources import expected_vocab_size
+from jgpt import run
+from jgpt.config.catalog import list_experiments, load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.data.sources import expected_vocab_size
+from jgpt.devices import canary
+from jgpt.devices.compute import FUSIONS, Tricks, has_padding
 from jgpt.step import loss_and_grads
 
 CHANGES = {"model.num_layers": 1, "data.batch_size": 2, "mesh.data": 1, "data.seq_len": 8}
@@ -37,14 +39,14 @@ def miscompile(wrong):
     loss, grads = loss_and_grads(*args, **kwargs)
     return loss, grads | {"tok_embed": wrong(grads["tok_embed"])}
 
-  return lambda experiment, platform: tricks.Tricks(grads_fn=grads_fn)
+  return lambda experiment, platform: Tricks(grads_fn=grads_fn)
 
 
 @pytest.mark.slow
 def test_a_sound_compiler_passes():
-  check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")
+  check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), "cpu")
   assert check.passed and check.difference < 1e-5 and check.sound == ()
-  assert "gradients agree with float64" in canary.describe(check)
+  assert "gradients agree with float64" in canary.describe_check(check)
 
 
 @pytest.mark.parametrize(
@@ -60,27 +62,27 @@ def test_a_sound_compiler_passes():
 @pytest.mark.slow
 def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
   monkeypatch.setattr(canary, "choose_tricks", miscompile(wrong))
-  check = canary.check_compiler(resolved("shakespeare_bytes", **CHANGES), "cpu")
+  check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), "cpu")
   assert not check.passed and check.leaf == "tok_embed" and check.sound == ("plain",)
-  words = canary.describe(check)
+  words = canary.describe_check(check)
   assert words.startswith("WARNING") and "tok_embed" in words and "--set mesh.tricks=false" in words
 
 
 def test_where_nothing_helps_it_says_so():
-  words = canary.describe(canary.Check(0.5, "unembed", (), 1.0))
+  words = canary.describe_check(canary.Check(0.5, "unembed", (), 1.0))
   assert "No way of compiling agrees" in words
-  words = canary.describe(canary.Check(0.5, "unembed", ("without fusions",), 1.0))
+  words = canary.describe_check(canary.Check(0.5, "unembed", ("without fusions",), 1.0))
   assert 'XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type="' in words
 
 
 def test_the_flag_that_it_advises_is_one_that_the_compiler_knows():
-  compiled = jax.jit(lambda x: x + 1, compiler_options={tricks.FUSIONS: ""})
+  compiled = jax.jit(lambda x: x + 1, compiler_options={FUSIONS: ""})
   assert compiled(1.0) == 2.0
 
 
 def test_it_is_made_once_and_again_for_another_version(cache, monkeypatch):
   experiment, sound = resolved("shakespeare_char_cpu"), canary.Check(1e-7, "unembed", (), 0.1)
-  monkeypatch.setattr(canary, "check_compiler", lambda experiment, platform: sound)
+  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: sound)
   assert canary.check_once(experiment, "cpu") is sound
   assert canary.check_once(experiment, "cpu") is None
   assert len(json.loads(cache.read_text(encoding="utf-8"))) == 1
@@ -91,7 +93,7 @@ def test_it_is_made_once_and_again_for_another_version(cache, monkeypatch):
 
 def test_what_failed_is_checked_again(cache, monkeypatch):
   failed = canary.Check(1.0, "unembed", (), 0.1)
-  monkeypatch.setattr(canary, "check_compiler", lambda experiment, platform: failed)
+  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: failed)
   for _ in range(2):
     assert canary.check_once(resolved("shakespeare_char_cpu"), "cpu") is failed
   assert not cache.exists()
@@ -102,7 +104,7 @@ def test_a_damaged_record_is_no_record(cache, monkeypatch, content):
   cache.parent.mkdir()
   cache.write_bytes(content)
   sound = canary.Check(1e-7, "unembed", (), 0.1)
-  monkeypatch.setattr(canary, "check_compiler", lambda experiment, platform: sound)
+  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: sound)
   experiment = resolved("shakespeare_char_cpu")
   assert canary.check_once(experiment, "cpu") is sound and canary.check_once(experiment, "cpu") is None
 
@@ -120,7 +122,7 @@ def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypat
   folder({"verse.txt": "To be, or not to be, that is the question:\n" * 20})
   checks = []
   found = canary.Check(difference, "unembed", ("plain",), 0.1)
-  monkeypatch.setattr(canary, "check_compiler", lambda *args: checks.append(args) or found)
+  monkeypatch.setattr(canary, "compare_compiled", lambda *args: checks.append(args) or found)
   changes = {"data.path": "verse.txt", "data.seq_len": 8, "data.batch_size": 2, "model.max_seq_len": 8, "train.steps": 2}
   changes |= {"mesh.data": 1, "sample.max_tokens": 4, "sample.num": 1}
   changes |= {"train.eval_every": "none", "train.sample_every": "none", "mesh.tricks": "true", "optimizer.warmup_steps": 0}
@@ -129,7 +131,7 @@ def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypat
     with compiled_quickly():
       assert run.main(["--experiment", "shakespeare_bytes", *arguments, "--workdir", f"run{number}"]) == 0
     out, err = capsys.readouterr()
-    line = canary.describe(found)
+    line = canary.describe_check(found)
     if difference > canary.TOLERANCE:
       assert line in err and line not in out
     else:
@@ -143,7 +145,7 @@ def test_the_batch_can_be_cut_into_groups_where_padding_is_skipped(seq_len, batc
   experiment = resolved("names", **changes)
   batch = canary._draw_batch(experiment, experiment.model)
   assert batch.inputs_BT.shape[1] == seq_len and batch.inputs_BT.size <= max(canary.MAX_TOKENS, 4 * seq_len)
-  assert not tricks.has_padding(experiment) or len(batch.inputs_BT) % 4 == 0
+  assert not has_padding(experiment) or len(batch.inputs_BT) % 4 == 0
   assert float(batch.weights_BT.sum(axis=1).min()) >= 1
 
 
@@ -152,13 +154,13 @@ def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
     raise MemoryError("no more")
 
   monkeypatch.setattr(canary, "check_once", out_of_memory)
-  run.check_compiler(SimpleNamespace(experiment=None))
+  run.print_compiler_check(SimpleNamespace(experiment=None))
   assert "could not be checked: no more" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_skipped_padding_passes_too():
-  assert canary.check_compiler(resolved("names", **{"data.batch_size": 16}), "cpu").passed
+  assert canary.compare_compiled(resolved("names", **{"data.batch_size": 16}), "cpu").passed
 
 
 def test_a_difference_that_is_not_a_number_is_the_worst():
@@ -180,5 +182,5 @@ def test_this_compiler_is_sound_at_every_experiments_shapes(name):
   """Loss and every gradient, as a run compiles them, with XLA's fusions and without, within 1e-5 of float64."""
   experiment = resolved(name)
   for on in (True, False):
-    check = canary.check_compiler(change(experiment, {"mesh.tricks": on}), "cpu")
+    check = canary.compare_compiled(change(experiment, {"mesh.tricks": on}), "cpu")
     assert check.difference < 1e-5, check

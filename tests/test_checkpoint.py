@@ -8,19 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from jgpt import checkpoint, manifest, run_folder
-from jgpt.catalog import load_experiment
-from jgpt.checks import TrainingError, UserError
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import resolve
+from jgpt.errors import TrainingError, UserError
 from jgpt.keys import INIT, derive_key
 from jgpt.optim import make_optimizer
-from jgpt.settings import resolve
+from jgpt.runs import checkpoint, manifest
+from jgpt.runs.folder import RunFiles, read_run_json, write_run_files
+from jgpt.runs.open import load_run
 from jgpt.step import init_state
-from jgpt.tokenizer import CharTokenizer
+from jgpt.text.tokenizer import CharTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 EXPERIMENT = resolve(load_experiment("names"), 27)
-FILES = run_folder.RunFiles(
+FILES = RunFiles(
   "names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True), {"kind": "path", "sha256": "0" * 64}
 )
 
@@ -33,17 +35,17 @@ def state():
 
 def saved(workdir, state, steps=(0,)):
   """A run folder with the same arrays under each step."""
-  run_folder.write_run_files(workdir, FILES)
+  write_run_files(workdir, FILES)
   with checkpoint.open_checkpoints(workdir) as manager:
     for step in steps:
-      checkpoint.save(manager, state.replace(step=np.int32(step)))
+      checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)))
   return workdir
 
 
 def test_what_was_saved_comes_back_bit_by_bit(tmp_path, state):
   """Parameters alone (sampling), and the whole state with its structure (resuming)."""
   saved(tmp_path, state)
-  run = checkpoint.load_run(tmp_path)
+  run = load_run(tmp_path)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
   restored = checkpoint.restore(tmp_path / "checkpoints" / "0", shapes)
@@ -65,18 +67,18 @@ def test_arrays_lie_under_readable_names(tmp_path, state):
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, state):
   """Whatever the order: the best are never deleted for being old, the newest never for being bad."""
-  run_folder.write_run_files(tmp_path, FILES)
+  write_run_files(tmp_path, FILES)
   losses = {10: 2.5, 20: 2.1, 30: 2.3, 40: 2.1, 50: None, 60: 2.4}
   kept = []
   with checkpoint.open_checkpoints(tmp_path, keep_latest=2, keep_best=1) as manager:
     for step, loss in losses.items():
-      checkpoint.save(manager, state.replace(step=np.int32(step)), loss)
+      checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), loss)
       manager.wait()
       kept.append(manifest.list_steps(tmp_path))
   assert kept == [[10], [10, 20], [20, 30], [30, 40], [40, 50], [40, 50, 60]]
-  assert checkpoint.load_run(tmp_path).step == 60 and checkpoint.load_run(tmp_path, 40).step == 40
+  assert load_run(tmp_path).step == 60 and load_run(tmp_path, 40).step == 40
   with pytest.raises(UserError, match=r"no checkpoint of step 10; it has 40, 50, 60\."):
-    checkpoint.load_run(tmp_path, 10)
+    load_run(tmp_path, 10)
 
 
 def rewrite(folder, name, change):
@@ -92,7 +94,7 @@ def test_other_shapes_are_refused_and_not_cut_to_fit(tmp_path, state):
   saved(tmp_path, state)
   rewrite(tmp_path / "checkpoints" / "0", "experiment.json", lambda text: text.replace('"d_ff": 64', '"d_ff": 32'))
   with pytest.raises(UserError, match=r"blocks/w_down is float32\[1, 64, 16\] there, and float32\[1, 32, 16\]"):
-    checkpoint.load_run(tmp_path)
+    load_run(tmp_path)
 
 
 def test_a_leaf_that_is_not_what_was_saved_is_named(tmp_path, state):
@@ -103,7 +105,7 @@ def test_a_leaf_that_is_not_what_was_saved_is_named(tmp_path, state):
   recorded.leaves["params/tok_embed"]["digest"] = 16 * "0"
   manifest.write_manifest(folder, recorded)
   with pytest.raises(UserError, match="params/tok_embed is not what was saved"):
-    checkpoint.load_run(tmp_path)
+    load_run(tmp_path)
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, state):
@@ -117,7 +119,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, state
   rewrite(folder, "experiment.json", lambda text: text.replace('"num_layers": 1', f'"num_layers": {2**30}'))
   manifest.write_manifest(folder, recorded)
   with pytest.raises(UserError, match=r"GB of memory by its experiment.json; this machine has"):
-    checkpoint.load_run(tmp_path)
+    load_run(tmp_path)
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, state):
@@ -125,7 +127,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, state):
   bad = state.replace(step=np.int32(6), params=state.params | {"tok_embed": state.params["tok_embed"].at[0, 0].set(np.nan)})
   message = r"after step 6 params/tok_embed is not finite .1 of 24 arrays.*The last checkpoint is of step 5\."
   with pytest.raises(TrainingError, match=message), checkpoint.open_checkpoints(tmp_path) as manager:
-    checkpoint.save(manager, bad)
+    checkpoint.save_checkpoint(manager, bad)
   assert manifest.list_steps(tmp_path) == [5]
 
 
@@ -137,13 +139,13 @@ def test_settings_that_are_not_ours_are_refused(tmp_path, state, field, value):
   saved(tmp_path, state)
   rewrite(tmp_path / "checkpoints" / "0", "experiment.json", lambda text: json.dumps(json.loads(text) | {field: value}))
   with pytest.raises(UserError):
-    checkpoint.load_run(tmp_path)
+    load_run(tmp_path)
 
 
 def test_a_folder_without_a_checkpoint_says_so(tmp_path):
-  run_folder.write_run_files(tmp_path, FILES)
+  write_run_files(tmp_path, FILES)
   with pytest.raises(UserError, match="has no checkpoint yet"):
-    checkpoint.load_run(tmp_path)
+    load_run(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000])
@@ -152,7 +154,7 @@ def test_file_that_is_no_json_is_refused_by_name(tmp_path, content):
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(UserError, match=re.escape(str(path))):
-    run_folder.read_json(path)
+    read_run_json(path)
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(tmp_path, state, monkeypatch):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import command, manifest, run, sample
-from jgpt.catalog import load_experiment
-from jgpt.settings import settings
+from jgpt import cli, run, sample
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import list_settings
+from jgpt.runs import manifest
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
 LINE = re.compile(r"step +(\d+)/40 \| loss \d\.\d{4} \| grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$")
@@ -29,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 def call(capsys, main, *args):
   """Runs a command in this process; returns its status, standard output and standard error."""
-  status = command.guard(lambda: main([str(a) for a in args]))
+  status = cli.guard(lambda: main([str(a) for a in args]))
   out, err = capsys.readouterr()
   return status, out, err
 
@@ -70,7 +71,7 @@ def test_the_suggested_commands_work(folder, capsys):
   (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
   _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
   commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
-  assert len(commands) == 3 and all(c[:2] == [command.python_word(), "-m"] for c in commands)
+  assert len(commands) == 3 and all(c[:2] == [cli.python_word(), "-m"] for c in commands)
   status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
   assert status == 0 and len(texts.splitlines()) == 2
   assert run.main([*commands[2][3:], "--steps", "5"]) == 0
@@ -81,11 +82,11 @@ def test_suggestions_call_the_python_that_is_running(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   ours = str(tmp_path / ".venv" / "bin" / "python")
   monkeypatch.setattr(sys, "executable", ours)
-  assert command.python_word() == str(Path(".venv", "bin", "python"))
-  monkeypatch.setattr(command.shutil, "which", lambda name: ours)
-  assert command.python_word() == "python"
+  assert cli.python_word() == str(Path(".venv", "bin", "python"))
+  monkeypatch.setattr(cli.shutil, "which", lambda name: ours)
+  assert cli.python_word() == "python"
   monkeypatch.setattr(sys, "executable", os.path.abspath("/elsewhere/python"))
-  assert command.python_word() == sys.executable
+  assert cli.python_word() == sys.executable
 
 
 def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):
@@ -179,7 +180,7 @@ def test_print_config_reads_back_as_settings(capsys):
   _, out, _ = call(capsys, run.main, "--experiment", "names", "--print-config", "--set", "model.vocab_size=28")
   lines = out.splitlines()
   assert lines[0] == "# names: 4,224 parameters" and "model.vocab_size=28" in lines
-  assert [line.split("=")[0] for line in lines[1:]] == list(settings(load_experiment("names")))
+  assert [line.split("=")[0] for line in lines[1:]] == list(list_settings(load_experiment("names")))
   again = [word for line in lines[1:] for word in ("--set", line)]
   assert call(capsys, run.main, "--experiment", "names", "--print-config", *again)[1] == out
 
@@ -377,9 +378,9 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
 
 def test_the_console_script_dispatches(capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["jgpt", "run", "--list"])
-  assert command.main() == 0 and "names" in capsys.readouterr().out
+  assert cli.main() == 0 and "names" in capsys.readouterr().out
   monkeypatch.setattr(sys, "argv", ["jgpt", "rnu"])
-  assert command.main() == 2 and "there are run, sample, bench" in capsys.readouterr().err
+  assert cli.main() == 2 and "there are run, sample, bench" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgpt import catalog, settings
 from jgpt.batches import Batch
-from jgpt.checks import UserError
+from jgpt.config import catalog
+from jgpt.config.settings import change, differences, parse_setting, resolve
+from jgpt.data.sources import expected_vocab_size
+from jgpt.errors import UserError
 from jgpt.optim import make_optimizer
 from jgpt.params import count_params
-from jgpt.sources import expected_vocab_size
 from jgpt.step import init_state, make_train_step
 
 NAMES = catalog.load_experiment("names")
@@ -20,26 +21,26 @@ NAMES = catalog.load_experiment("names")
 
 def set_(*texts, base=NAMES):
   """What `--set` does with each of the texts, together."""
-  return settings.change(base, dict(settings.parse_setting(text) for text in texts))
+  return change(base, dict(parse_setting(text) for text in texts))
 
 
 def test_resolve_fills_in_what_was_left_open_and_nothing_else():
-  resolved = settings.resolve(NAMES, 27)
-  assert settings.differences(NAMES, resolved) == {"model.vocab_size": (None, 27), "optimizer.decay_steps": (None, 1000)}
-  given_ = settings.change(NAMES, {"model.vocab_size": 50, "optimizer.decay_steps": 10})
-  assert settings.resolve(given_, 27) == given_
-  assert settings.resolve(resolved, 27) == resolved
+  resolved = resolve(NAMES, 27)
+  assert differences(NAMES, resolved) == {"model.vocab_size": (None, 27), "optimizer.decay_steps": (None, 1000)}
+  given_ = change(NAMES, {"model.vocab_size": 50, "optimizer.decay_steps": 10})
+  assert resolve(given_, 27) == given_
+  assert resolve(resolved, 27) == resolved
 
 
 def test_resolve_of_no_steps_leaves_a_schedule_that_divides_by_no_zero():
-  assert settings.resolve(settings.change(NAMES, {"train.steps": 0}), 27).optimizer.decay_steps == 1
+  assert resolve(change(NAMES, {"train.steps": 0}), 27).optimizer.decay_steps == 1
 
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused_with_what_would_do():
   small = set_("model.vocab_size=26")
   with pytest.raises(UserError, match=r"model.vocab_size=26 .* 27 ids. Try --set model.vocab_size=none"):
-    settings.resolve(small, 27)
-  assert settings.resolve(set_("model.vocab_size=none", base=small), 27).model.vocab_size == 27
+    resolve(small, 27)
+  assert resolve(set_("model.vocab_size=none", base=small), 27).model.vocab_size == 27
 
 
 def test_unresolved_vocabulary_cannot_be_counted():
@@ -77,7 +78,7 @@ def test_experiment_has_the_parameters_that_its_docstring_states(name):
   experiment, doc = catalog.load_experiment_file(name)
   stated = re.search(r"([\d,]+) parameters", doc)
   assert stated, f"experiments/{name}.py states no number of parameters"
-  resolved = settings.resolve(experiment, expected_vocab_size(experiment.data))
+  resolved = resolve(experiment, expected_vocab_size(experiment.data))
   assert int(stated[1].replace(",", "")) == count_params(resolved.model)
 
 
@@ -85,7 +86,7 @@ def test_experiment_has_the_parameters_that_its_docstring_states(name):
 def test_experiment_traces_one_update_that_keeps_every_shape_and_dtype(name):
   """Without an array: shapes alone run through the model, the loss, the gradient and the optimizer."""
   experiment = catalog.load_experiment(name)
-  experiment = settings.resolve(experiment, expected_vocab_size(experiment.data), steps_per_epoch=10)
+  experiment = resolve(experiment, expected_vocab_size(experiment.data), steps_per_epoch=10)
   tx = make_optimizer(experiment.optimizer, experiment.model)
   init = partial(init_state, config=experiment.model, tx=tx)
   state = jax.eval_shape(lambda: init(jax.random.key(0)))

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import data as data_lib
 from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.data import find_data, in_heldout, load_data, make_documents
-from jgpt.evaluate import count_bytes
-from jgpt.preparation import Preparation, prepare
-from jgpt.run_folder import RunFiles, write_run_files
-from jgpt.settings import change
-from jgpt.sources import Text, expected_vocab_size, find_text, read_text
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
-from jgpt.train import plan
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.data import corpus as corpus_lib
+from jgpt.data.corpus import check_path, find_data, in_heldout, load_data, make_documents
+from jgpt.data.preparation import Preparation, prepare
+from jgpt.data.sources import Text, expected_vocab_size, find_text, read_text
+from jgpt.errors import UserError
+from jgpt.evaluation import count_bytes
+from jgpt.plan import plan_run
+from jgpt.runs.folder import RunFiles, write_run_files
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
 
 NAMES = load_experiment("names").data
 LAST_STEP = 2**31 - 1
@@ -117,9 +117,9 @@ def test_heldout_split_keeps_repeats_together_and_is_near_its_fraction():
 
 
 def test_five_percent_of_the_bundled_names_are_held_out():
-  import jgpt.sources
+  import jgpt.data.sources
 
-  names = read_text(Path(jgpt.sources.__file__).parent / "bundled" / "names.txt", "path").documents()
+  names = read_text(Path(jgpt.data.sources.__file__).parent / "bundled" / "names.txt", "path").documents()
   share = sum(in_heldout(name, 0.05) for name in names) / len(names)
   assert abs(share - 0.05) < 4 * (0.05 * 0.95 / len(names)) ** 0.5  # 4 standard deviations
 
@@ -549,7 +549,7 @@ def test_a_path_that_cannot_be_read_is_noticed_before_anything_is_read(write_ids
   with pytest.raises(UserError) as late:
     find_data(config, 0)
   with pytest.raises(UserError) as early:
-    data_lib.check_path(config)
+    check_path(config)
   assert str(early.value) == str(late.value)
 
 
@@ -557,16 +557,16 @@ def test_a_path_that_can_be_read_is_checked_without_reading(write_ids, monkeypat
   write_ids(a=range(60), my_test=[])  # a test file is not read
   Path("texts").mkdir()
   Path("texts/a.txt").write_bytes(b"\xff")
-  monkeypatch.setattr(data_lib.shards, "check_files", None)
+  monkeypatch.setattr(corpus_lib, "check_files", None)
   for path in ("ids", "ids/*.bin", "texts", "texts/*", "texts/a.txt", None):
-    data_lib.check_path(dataclasses.replace(BYTES, path=path))
+    check_path(dataclasses.replace(BYTES, path=path))
   with pytest.raises(UserError, match=r"data\.source='shakespere' is not known"):
-    data_lib.check_path(dataclasses.replace(BYTES, source="shakespere"))
+    check_path(dataclasses.replace(BYTES, source="shakespere"))
 
 
 def test_vocabulary_is_counted_without_reading_an_id(write_ids, monkeypatch):
   write_ids(a=range(60))
-  monkeypatch.setattr(data_lib.shards, "read_header", None)
+  monkeypatch.setattr(corpus_lib, "read_header", None)
   config = dataclasses.replace(BYTES, path="ids")
   assert expected_vocab_size(config) == 256
   assert expected_vocab_size(dataclasses.replace(config, tokenizer="gpt2")) == 50257
@@ -580,10 +580,10 @@ def test_vocabulary_is_counted_without_reading_an_id(write_ids, monkeypatch):
 def test_a_run_on_token_files_goes_on_with_the_same_content_only(write_ids):
   write_ids(train=list(range(97, 123)) * 8, val=list(range(97, 123)) * 2)
   experiment = change(load_experiment("shakespeare_bytes"), {"data.path": "ids", "data.seq_len": 8})
-  first = plan(experiment)
+  first = plan_run(experiment)
   recorded = {"kind": "token files", "location": "ids (2 files)", "sha256": first.data.text.sha256}
   write_run_files(Path("run"), RunFiles("mine", first.experiment, first.data.tokenizer, recorded))
-  assert parts_of(plan(experiment, workdir="run").data) == parts_of(first.data)
+  assert parts_of(plan_run(experiment, workdir="run").data) == parts_of(first.data)
   write_ids(val=list(range(98, 124)) * 2)
   with pytest.raises(UserError, match="the content of ids has changed since this run began"):
-    plan(experiment, workdir="run")
+    plan_run(experiment, workdir="run")

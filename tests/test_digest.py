@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jgpt.digest import digest_array, format_digest, name_leaves, survey
+from jgpt.runs.digest import digest_array, format_digest, name_leaves, survey
 
 WORD = 2**32
 

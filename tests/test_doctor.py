@@ -15,16 +15,23 @@ import numpy as np
 import pytest
 from small_runs import compiled_quickly, train_words
 
-from jgpt import canary, checkpoint, command, doctor, locks, manifest, memory, metrics, sources, train
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.diagnosis import continuation, findings, machine, packages, probe, soundness, storage
-from jgpt.diagnosis.findings import Finding, format_finding, format_summary, note, ok, problem
-from jgpt.diagnosis.probe import Probe
-from jgpt.run_folder import read_run_files
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt import cli, train
+from jgpt.config.catalog import load_experiment
+from jgpt.devices import canary
+from jgpt.doctor import cli as doctor_cli
+from jgpt.doctor import continuation, findings, machine, packages, probe, soundness, storage
+from jgpt.doctor.findings import Finding, format_finding, format_summary, note, ok, problem
+from jgpt.doctor.probe import Probe
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
+from jgpt.runs import checkpoint, manifest
+from jgpt.runs.folder import read_run_files
+from jgpt.runs.log import Chunk, JsonlWriter
+from jgpt.system import cache as cache_lib
+from jgpt.system import locks, memory
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
-ROOT = Path(doctor.__file__).parent.parent
+ROOT = Path(doctor_cli.__file__).parent.parent
 CPU = Probe([{"platform": "cpu", "kind": "cpu", "memory": None}], "", 1.0)
 H200 = "NVIDIA H200, driver 570.86, 143771 MiB, 0 MiB used"
 
@@ -342,10 +349,10 @@ def test_a_damaged_program_is_a_problem_that_names_it(cache, content, words):
 def test_a_program_is_read_in_bounded_memory(cache):
   write_programs(cache, bomb=zlib.compress(bytes(1 << 24)))
   tracemalloc.start()
-  assert storage.find_damage(cache / "compiled" / "jit_bomb-cache") is None
+  assert storage.find_damaged_files(cache / "compiled" / "jit_bomb-cache") is None
   assert tracemalloc.get_traced_memory()[1] < 1 << 22
   tracemalloc.stop()
-  assert "cannot be read" in storage.find_damage(cache)
+  assert "cannot be read" in storage.find_damaged_files(cache)
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="modes are POSIX")
@@ -383,7 +390,7 @@ def test_a_cache_that_cannot_be_made_or_written_is_a_problem(cache, monkeypatch)
   def no_home():
     raise RuntimeError
 
-  monkeypatch.setattr(sources, "cache_dir", no_home)
+  monkeypatch.setattr(cache_lib, "cache_dir", no_home)
   assert "HOME" in only_problem(storage.check_caches({})).text
   assert storage.check_downloads(0.0) == [] and "problem" not in levels(storage.check_data({}))
 
@@ -462,14 +469,14 @@ def test_what_runs_found_of_the_compiler_is_shown(cache):
 
 
 def test_a_compiler_that_is_wrong_is_a_problem_with_the_canarys_advice(monkeypatch):
-  monkeypatch.setattr(canary, "check_compiler", lambda *args: canary.Check(0.5, "tok_embed", ("plain",), 1.0))
-  found = only_problem(doctor.check_compiler("names", "cpu"))
+  monkeypatch.setattr(canary, "compare_compiled", lambda *args: canary.Check(0.5, "tok_embed", ("plain",), 1.0))
+  found = only_problem(doctor_cli.check_compiled("names", "cpu"))
   assert "0.5" not in found.do and "tok_embed" in found.text and "WARNING" not in found.text
   assert found.do == "do not trust what was trained. Try --set mesh.tricks=false"
-  monkeypatch.setattr(canary, "check_compiler", lambda *args: canary.Check(1e-7, "tok_embed", (), 1.0))
-  found = doctor.check_compiler("names", "cpu")
+  monkeypatch.setattr(canary, "compare_compiled", lambda *args: canary.Check(1e-7, "tok_embed", (), 1.0))
+  found = doctor_cli.check_compiled("names", "cpu")
   assert levels(found) == ["ok"] and "worst by 1.0e-07 in tok_embed" in found[0].text
-  assert levels(doctor.check_compiler("names", "gpu")) == ["note"]
+  assert levels(doctor_cli.check_compiled("names", "gpu")) == ["note"]
 
 
 # --- Lines ---
@@ -512,9 +519,9 @@ def test_a_check_that_breaks_off_is_a_problem_and_not_the_end():
 
 
 def test_the_exit_status_counts_problems_only(capsys):
-  assert doctor.report(iter([ok("a", "b"), note("c", "d", "e")]), as_json=False) == 0
+  assert doctor_cli.report(iter([ok("a", "b"), note("c", "d", "e")]), as_json=False) == 0
   assert "no problem found, 1 note" in capsys.readouterr().out
-  assert doctor.report(iter([ok("a", "b"), problem("c", "d", "e")]), as_json=True) == 1
+  assert doctor_cli.report(iter([ok("a", "b"), problem("c", "d", "e")]), as_json=True) == 1
   assert json.loads(capsys.readouterr().out) == {
     "status": 1,
     "findings": [
@@ -525,11 +532,11 @@ def test_the_exit_status_counts_problems_only(capsys):
 
 
 def test_wrong_arguments_have_status_2(tmp_path, capsys):
-  assert command.guard(lambda: doctor.main(["--run", str(tmp_path / "nowhere")])) == 2
+  assert cli.guard(lambda: doctor_cli.main(["--run", str(tmp_path / "nowhere")])) == 2
   assert "no such folder" in capsys.readouterr().err
-  assert command.guard(lambda: doctor.main(["--run", str(tmp_path), "--all"])) == 2
+  assert cli.guard(lambda: doctor_cli.main(["--run", str(tmp_path), "--all"])) == 2
   with pytest.raises(SystemExit, match="2"):
-    doctor.main(["--unknown"])
+    doctor_cli.main(["--unknown"])
 
 
 # --- A run's log and data ---
@@ -588,8 +595,8 @@ def test_a_line_that_cannot_be_read_is_a_note_and_what_follows_counts(tmp_path, 
   assert "4 updates, 0 evaluations, to step 6" in counted.text and "step 5 follows step 2" in gap.text
   assert "cannot be read and are passed over: 2, the first is line 3" in passed_over.text
   before = path.read_bytes()
-  writer = metrics.JsonlWriter(path, 6)
-  writer.write(metrics.Chunk(7, {"train/loss": np.float32([1])}, 1.0))
+  writer = JsonlWriter(path, 6)
+  writer.write(Chunk(7, {"train/loss": np.float32([1])}, 1.0))
   writer.close()
   assert path.read_bytes()[: len(before)] == before
 
@@ -850,7 +857,7 @@ def go_on(run):
   """Trains for no further update."""
   files = read_run_files(run)
   with compiled_quickly():
-    return train.train(train.plan(files.experiment, workdir=run, name=files.name))
+    return train.train_run(plan_run(files.experiment, workdir=run, name=files.name))
 
 
 @pytest.mark.slow
@@ -966,7 +973,7 @@ def test_a_model_that_does_not_fit_memory_is_not_read(run, monkeypatch):
 @pytest.mark.slow
 def test_what_is_being_written_is_said(run):
   with locks.hold(run):
-    code = "import sys, pathlib; from jgpt.diagnosis.soundness import examine_run as examine; "
+    code = "import sys, pathlib; from jgpt.doctor.soundness import examine_run as examine; "
     code += "print(next(examine(pathlib.Path(sys.argv[1]))).text)"
     done = subprocess.run(
       [sys.executable, "-c", code, str(run)],

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import download, sources
-from jgpt.checks import UserError
 from jgpt.config import DataConfig
-from jgpt.download import DownloadError
-from jgpt.released import RELEASED, find_released
-from jgpt.sources import GPT2_FILES, SOURCES, PinnedFile, PinnedText, find_text
+from jgpt.data import download
+from jgpt.data.download import DownloadError, PinnedFile
+from jgpt.data.sources import GPT2_FILES, SOURCES, PinnedText, find_text
+from jgpt.errors import UserError
+from jgpt.system.cache import cache_dir
+from jgpt.weights.initial import RELEASED, find_released
 
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names
 NAMES = DataConfig(
@@ -82,7 +83,7 @@ def serve(tmp_path, monkeypatch):
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
   monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
   monkeypatch.setenv("no_proxy", "*")
-  monkeypatch.setattr(download, "_require_https", lambda url: None)
+  monkeypatch.setattr(download, "_check_https", lambda url: None)
   servers = []
 
   def start(answer=None):
@@ -96,7 +97,7 @@ def serve(tmp_path, monkeypatch):
 
 
 def cached_files():
-  return sorted(p.name for p in sources.cache_dir().iterdir())
+  return sorted(p.name for p in cache_dir().iterdir())
 
 
 def test_download_is_kept_in_a_cache_that_only_its_user_can_enter(serve, monkeypatch):
@@ -106,8 +107,8 @@ def test_download_is_kept_in_a_cache_that_only_its_user_can_enter(serve, monkeyp
   assert find_text(NAMES).kind == "cache"
   assert server.requests == 1
   assert cached_files() == ["names.txt"]
-  assert stat.S_IMODE(sources.cache_dir().stat().st_mode) == 0o700
-  assert stat.S_IMODE((sources.cache_dir() / "names.txt").stat().st_mode) & 0o077 == 0
+  assert stat.S_IMODE(cache_dir().stat().st_mode) == 0o700
+  assert stat.S_IMODE((cache_dir() / "names.txt").stat().st_mode) & 0o077 == 0
 
 
 BAD_ANSWERS = {
@@ -206,7 +207,7 @@ def test_file_without_a_stand_in_is_not_waited_for_without_end(serve, monkeypatc
   assert 0.15 < time.monotonic() - began < 10
   with pytest.raises(DownloadError, match=r"tried again in 60 minutes \(at once if you delete .*names\.txt\.failed\)"):
     download.download(source)
-  (sources.cache_dir() / "names.txt.failed").unlink()
+  (cache_dir() / "names.txt.failed").unlink()
   server.answer = lambda handler: server.released.wait(30)
   monkeypatch.setattr(download, "BODY_SECONDS", 60)
   began = time.monotonic()
@@ -221,18 +222,18 @@ def test_file_in_a_folder_is_cached_in_that_folder(serve):
   file = dataclasses.replace(source, filename="gpt2/vocab.bpe", bundled=False)
   with pytest.raises(DownloadError, match=r"no download of gpt2/vocab\.bpe \(Not Found\)"):
     download.download(file)
-  assert [p.name for p in (sources.cache_dir() / "gpt2").iterdir()] == ["vocab.bpe.failed"]
-  (sources.cache_dir() / "gpt2/vocab.bpe.failed").unlink()
+  assert [p.name for p in (cache_dir() / "gpt2").iterdir()] == ["vocab.bpe.failed"]
+  (cache_dir() / "gpt2/vocab.bpe.failed").unlink()
   server.answer = send(ORIGINAL)
   assert download.download(file) == ORIGINAL
-  assert (sources.cache_dir() / "gpt2/vocab.bpe").read_bytes() == ORIGINAL
-  for folder in (sources.cache_dir(), sources.cache_dir() / "gpt2"):
+  assert (cache_dir() / "gpt2/vocab.bpe").read_bytes() == ORIGINAL
+  for folder in (cache_dir(), cache_dir() / "gpt2"):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_failed_download_is_tried_again_after_an_hour_and_not_before(serve):
   server, source = serve(send(b"", status=500))
-  failed = sources.cache_dir() / "names.txt.failed"
+  failed = cache_dir() / "names.txt.failed"
   with pytest.raises(DownloadError, match="Internal Server Error"):
     download.download(source)
   server.answer = send(ORIGINAL)
@@ -249,7 +250,7 @@ def test_failure_after_an_hour_is_remembered_for_another(serve):
   server, source = serve(send(b"", status=500))
   for seconds_ago in (0, 3601):
     if seconds_ago:
-      os.utime(sources.cache_dir() / "names.txt.failed", (time.time() - seconds_ago,) * 2)
+      os.utime(cache_dir() / "names.txt.failed", (time.time() - seconds_ago,) * 2)
     for reason in ("Internal Server Error", "failed lately"):
       with pytest.raises(DownloadError, match=reason):
         download.download(source)
@@ -266,7 +267,7 @@ def test_nobody_listening_is_a_reason_like_any_other(serve):
 def test_cache_that_cannot_be_written_is_no_error_and_holds_no_half_file(serve):
   """A folder stands where the file should; what was downloaded is used, and the temporary file is taken away."""
   _, source = serve()
-  (sources.cache_dir() / "names.txt").mkdir(parents=True)
+  (cache_dir() / "names.txt").mkdir(parents=True)
   assert download.download(source) == ORIGINAL
   assert cached_files() == ["names.txt"]
 
@@ -277,13 +278,13 @@ def https_required(serve, monkeypatch):
 
   def start(answer):
     server, source = serve(answer)
-    monkeypatch.setattr(download, "_require_https", lambda url: None if url == source.url else require_https(url))
+    monkeypatch.setattr(download, "_check_https", lambda url: None if url == source.url else require_https(url))
     return server, source
 
   return start
 
 
-require_https = download._require_https  # before a fixture replaces it
+require_https = download._check_https  # before a fixture replaces it
 
 
 @pytest.mark.parametrize("to", ["/elsewhere", "ftp://127.0.0.1/names.txt", "file:///etc/passwd"])
@@ -297,7 +298,7 @@ def test_redirect_to_anything_but_https_is_refused_before_it_is_followed(https_r
 
 def test_source_that_is_not_https_is_refused_without_a_request(serve, monkeypatch):
   server, source = serve()
-  monkeypatch.setattr(download, "_require_https", require_https)
+  monkeypatch.setattr(download, "_check_https", require_https)
   with pytest.raises(DownloadError, match="is not https"):
     download.download(source)
   assert server.requests == 0
@@ -373,11 +374,11 @@ def silent(done, total):
 
 
 def left_files():
-  return sorted(p.name for p in (sources.cache_dir() / "gpt2").iterdir())
+  return sorted(p.name for p in (cache_dir() / "gpt2").iterdir())
 
 
 def put_partial(content):
-  partial = sources.cache_dir() / "gpt2/gpt2.safetensors.partial"
+  partial = cache_dir() / "gpt2/gpt2.safetensors.partial"
   partial.parent.mkdir(parents=True)
   partial.write_bytes(content)
   return partial
@@ -387,7 +388,7 @@ def test_large_file_is_kept_in_the_cache_and_its_progress_is_told(serve_weights)
   server, _ = serve_weights()
   told = []
   found = find_released("gpt2", lambda *progress: told.append(progress))
-  assert found == sources.cache_dir() / "gpt2/gpt2.safetensors"
+  assert found == cache_dir() / "gpt2/gpt2.safetensors"
   assert found.read_bytes() == WEIGHTS
   assert left_files() == ["gpt2.safetensors"]
   assert stat.S_IMODE(found.parent.stat().st_mode) == 0o700
@@ -486,7 +487,7 @@ def test_large_download_that_breaks_off_goes_on_at_the_next_call(serve_weights):
   server, file = serve_weights(send(WEIGHTS[:HALF], length=len(WEIGHTS)))
   with pytest.raises(DownloadError, match=r"the connection ended early; .* are kept"):
     download.download_file(file, silent)
-  partial = sources.cache_dir() / "gpt2/gpt2.safetensors.partial"
+  partial = cache_dir() / "gpt2/gpt2.safetensors.partial"
   assert partial.read_bytes() == WEIGHTS[:HALF]
   server.answer = send(WEIGHTS[HALF : HALF + 9], status=206, length=HALF)
   with pytest.raises(DownloadError, match=r"the connection ended early; .* are kept"):
@@ -507,8 +508,8 @@ def test_interrupted_large_download_goes_on_at_the_next_call(serve_weights):
     find_released("gpt2", interrupt)
   (name,) = left_files()
   assert name == "gpt2.safetensors.partial"
-  arrived = (sources.cache_dir() / "gpt2" / name).read_bytes()
-  assert 0 < len(arrived) <= download.BLOCK_BYTES
+  arrived = (cache_dir() / "gpt2" / name).read_bytes()
+  assert 0 < len(arrived) <= download.DOWNLOAD_BLOCK_BYTES
   assert WEIGHTS.startswith(arrived)
   asked = []
   server.answer = send_part(asked=asked)
@@ -550,7 +551,7 @@ def test_damaged_partial_file_is_found_by_the_digest_and_deleted(serve_weights):
   with pytest.raises(DownloadError, match="its SHA-256 is"):
     download.download_file(file, silent)
   assert left_files() == ["gpt2.safetensors.failed"]
-  (sources.cache_dir() / "gpt2/gpt2.safetensors.failed").unlink()
+  (cache_dir() / "gpt2/gpt2.safetensors.failed").unlink()
   assert download.download_file(file, silent).read_bytes() == WEIGHTS
   assert server.requests == 2
 
@@ -632,7 +633,7 @@ def test_disk_without_room_is_found_before_anything_is_sent(serve_weights, monke
     find_released("gpt2")
   assert server.requests == 0
   assert left_files() == []
-  (sources.cache_dir() / "gpt2").rmdir()
+  (cache_dir() / "gpt2").rmdir()
   put_partial(WEIGHTS[: HALF + 1])
   assert find_released("gpt2").read_bytes() == WEIGHTS
 
@@ -660,8 +661,8 @@ def test_disk_that_fills_up_leaves_no_file(serve_weights, monkeypatch):
 
 def test_cache_that_cannot_be_written_is_an_error_for_a_large_file(serve_weights):
   server, _ = serve_weights()
-  sources.cache_dir().mkdir()
-  (sources.cache_dir() / "gpt2").write_text("no folder")
+  cache_dir().mkdir()
+  (cache_dir() / "gpt2").write_text("no folder")
   with pytest.raises(UserError, match=r"cannot write to .*gpt2: File exists.*Save http"):
     find_released("gpt2")
   assert server.requests == 0
@@ -677,12 +678,12 @@ def test_redirect_keeps_the_part_asked_for_and_https(serve_weights, monkeypatch)
     (send_part(asked=asked) if elsewhere else send(b"", status=302, Location="/elsewhere"))(handler)
 
   server.answer = answer
-  monkeypatch.setattr(download, "_require_https", lambda url: None if url == file.url else require_https(url))
+  monkeypatch.setattr(download, "_check_https", lambda url: None if url == file.url else require_https(url))
   with pytest.raises(DownloadError, match="is not https"):
     download.download_file(file, silent)
   assert asked == []
-  (sources.cache_dir() / "gpt2/gpt2.safetensors.failed").unlink()
-  monkeypatch.setattr(download, "_require_https", lambda url: None)
+  (cache_dir() / "gpt2/gpt2.safetensors.failed").unlink()
+  monkeypatch.setattr(download, "_check_https", lambda url: None)
   assert download.download_file(file, silent).read_bytes() == WEIGHTS
   assert asked == [f"bytes={HALF}-"]
 

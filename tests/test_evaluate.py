@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from small_runs import VERSE, WORDS, train_small, train_verse, train_words
 
-from jgpt import checkpoint, command, evaluate
+from jgpt import cli, evaluate
 from jgpt.batches import Documents, Stream
-from jgpt.bpe import BpeTokenizer
-from jgpt.data import in_heldout
+from jgpt.config.settings import change
+from jgpt.data.corpus import in_heldout
+from jgpt.evaluation import Evaluation, count_bytes, evaluate_text_corpus
 from jgpt.model import apply
-from jgpt.settings import change
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.runs.open import load_run
+from jgpt.text.bpe import BpeTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -34,7 +36,7 @@ jit_apply = jax.jit(apply, static_argnames="config")
 
 
 def call(capsys, *args):
-  status = command.guard(lambda: evaluate.main([str(a) for a in args]))
+  status = cli.guard(lambda: evaluate.main([str(a) for a in args]))
   return status, *capsys.readouterr()
 
 
@@ -135,34 +137,34 @@ def test_the_optimizer_is_not_read(capsys, tmp_path, words):
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path):
-  diverged = evaluate.Evaluation(loss_nats_per_token=math.nan, num_tokens=3, num_bytes=3, num_documents=None)
-  got = evaluate.to_json(diverged, tmp_path, 1, "train")
+  diverged = Evaluation(loss_nats_per_token=math.nan, num_tokens=3, num_bytes=3, num_documents=None)
+  got = evaluate.evaluation_to_json(diverged, tmp_path, 1, "train")
   assert got["loss_nats_per_token"] is None and got["perplexity"] is None and got["bits_per_byte"] is None
-  assert evaluate.Evaluation(1000.0, 3, 3, None).perplexity == math.inf
+  assert Evaluation(1000.0, 3, 3, None).perplexity == math.inf
 
 
 def test_bytes_of_documents():
   """BOS at the end counts as one byte, a character as many as UTF-8 has; what is cut off or filled up counts nothing."""
   tokenizer = CharTokenizer("aé", bos=True)  # BOS is 2
   rows = Documents(np.array([[2, 0, 1, 2, 2], [2, 1, 1, 1, 1]]), np.array([3, 4]))
-  assert evaluate.count_bytes(rows, tokenizer) == (1 + 2 + 1) + 4 * 2
+  assert count_bytes(rows, tokenizer) == (1 + 2 + 1) + 4 * 2
 
 
 def test_bytes_of_streams():
   """The first token is not predicted; tokens may be parts of a character; end of text stands for no byte."""
   ids = np.array(list("€é".encode()))
-  assert evaluate.count_bytes(Stream(ids), ByteTokenizer()) == 4
+  assert count_bytes(Stream(ids), ByteTokenizer()) == 4
   tokenizer = BpeTokenizer("Ã ©\na b", end_of_text=True)  # merge 256 is é, 257 is ab, 258 the end of text
   ids = np.array([258, 256, 257, 258, tokenizer.encode("a")[0]])
-  assert evaluate.count_bytes(Stream(ids), tokenizer) == len("éaba".encode())
+  assert count_bytes(Stream(ids), tokenizer) == len("éaba".encode())
 
 
 def test_a_stacked_and_a_listed_model_are_the_same(verse):
   """The state that training ends with has a list of layers on a CPU, the folder stacked ones."""
   assert isinstance(verse.result.state.params["blocks"], list)
-  stacked = checkpoint.load_run(verse.workdir).params
+  stacked = load_run(verse.workdir).params
   losses = [
-    evaluate.evaluate_corpus(params, verse.data.heldout, verse.data.tokenizer, verse.experiment).loss_nats_per_token
+    evaluate_text_corpus(params, verse.data.heldout, verse.data.tokenizer, verse.experiment).loss_nats_per_token
     for params in (stacked, verse.result.state.params)
   ]
   assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt import data, feed, sharding, train
+from jgpt import sharding, train
 from jgpt.batches import Cut, Stream, make_batch_fn
-from jgpt.catalog import load_experiment
-from jgpt.settings import change
-from jgpt.shards import TokenFiles, open_files, read_header, write_tokens
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.data import corpus as data
+from jgpt.data import feed
+from jgpt.data.token_files import TokenFiles, open_files, read_header, write_tokens
+from jgpt.plan import plan_run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -113,7 +116,7 @@ def test_more_tokens_than_32_bits_count():
 def test_blocks_are_read_ahead_and_once(tokens, monkeypatch):
   """The next block is read while one is in use, in a thread; blocks that are behind are let go."""
   config = make_config("sequential")
-  monkeypatch.setattr(feed, "BLOCK_BYTES", 4 * 3 * 5 * 6)  # six steps
+  monkeypatch.setattr(feed, "FEED_BLOCK_BYTES", 4 * 3 * 5 * 6)  # six steps
   read, threads, ahead = [], set(), threading.Event()
   original = feed.cut
 
@@ -160,14 +163,14 @@ def test_a_run_from_the_disk_is_that_on_the_device(tmp_path, monkeypatch, batchi
   changes |= {"train.steps": 20, "train.epochs": None, "train.log_every": 4, "mesh.data": num_devices}
   changes |= {"sample.max_tokens": 2, "train.eval_every": 10, "optimizer.decay_steps": 20}
   experiment = change(EXPERIMENT, changes)
-  on_device = train.train(train.plan(experiment))
+  on_device = train.train_run(plan_run(experiment))
   monkeypatch.setattr(data, "RESIDENT_TOKENS", 100)
-  monkeypatch.setattr(feed, "BLOCK_BYTES", 4 * 4 * 9 * 7)  # seven steps
-  plan = train.plan(experiment)
+  monkeypatch.setattr(feed, "FEED_BLOCK_BYTES", 4 * 4 * 9 * 7)  # seven steps
+  plan = plan_run(experiment)
   assert isinstance(plan.data.train.tokens, TokenFiles)
-  from_disk = train.train(plan)
-  train.train(train.plan(change(experiment, {"train.steps": 10}), workdir=tmp_path / "run"))
-  resumed = train.train(train.plan(experiment, workdir=tmp_path / "run"))
+  from_disk = train.train_run(plan)
+  train.train_run(plan_run(change(experiment, {"train.steps": 10}), workdir=tmp_path / "run"))
+  resumed = train.train_run(plan_run(experiment, workdir=tmp_path / "run"))
   np.testing.assert_allclose(on_device.losses, from_disk.losses, rtol=2e-6)
   assert on_device.heldout_loss == pytest.approx(from_disk.heldout_loss, rel=2e-6)
   np.testing.assert_array_equal(resumed.losses, from_disk.losses)

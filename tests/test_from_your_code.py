@@ -33,14 +33,17 @@ from switches import (
   to_oracle,
 )
 
+import jgpt.evaluation
 import jgpt.model
 import jgpt.step
-from jgpt import program, tricks
+from jgpt import program
 from jgpt.batches import Batch, Stream, make_eval_batch_fn
-from jgpt.config import DROPOUT_PLACES, OptimizerConfig
+from jgpt.config import OptimizerConfig
+from jgpt.config.experiment import DROPOUT_PLACES
+from jgpt.config.settings import setting_names
+from jgpt.devices import compute as tricks
 from jgpt.generate import draw
 from jgpt.optim import make_optimizer
-from jgpt.settings import setting_names
 
 try:
   import torch
@@ -352,7 +355,9 @@ def test_estimate_loss_on_given_windows(x64, batching):
   data = dataclasses.replace(make_experiment(CONFIG, OPTIMIZER, BATCH_SIZE).data, batching=batching)
   corpus = Stream(jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 120), jnp.int32))
   batch_fn, num_batches, model = make_eval_batch_fn(data, seed=0, whole=False), 3, make_torch_model().eval()
-  run = jax.jit(lambda params: jgpt.step.evaluate(params, corpus, CONFIG, batch_fn, num_batches), compiler_options=QUICK)
+  run = jax.jit(
+    lambda params: jgpt.evaluation.evaluate(params, corpus, CONFIG, batch_fn, num_batches), compiler_options=QUICK
+  )
   (loss, num_tokens), again = (run(cast(draw_params(CONFIG), "float64")) for _ in range(2))
   assert again == (loss, num_tokens) and num_tokens == num_batches * BATCH_SIZE * CONFIG.max_seq_len
   batches = [batch_fn(corpus, i) for i in range(num_batches)]

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
 from jgpt.config import SampleConfig
+from jgpt.config.catalog import load_experiment
+from jgpt.errors import UserError
 from jgpt.generate import draw, fit_prompt, generate, generate_texts
 from jgpt.model import apply, init_params
-from jgpt.tokenizer import CharTokenizer
+from jgpt.text.tokenizer import CharTokenizer
 
 CONFIG = dataclasses.replace(load_experiment("names").model, vocab_size=27, num_layers=2, init_std=0.3)
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True)

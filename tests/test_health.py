@@ -9,9 +9,10 @@ import pytest
 import small_runs
 from equivalence import NAMES, corpus_of, initial_state, names_experiment
 
-from jgpt import health
-from jgpt.health import Health, explain, find_nonfinite
-from jgpt.settings import change
+from jgpt.config.settings import change
+from jgpt.devices.compute import choose_tricks
+from jgpt.runs import health
+from jgpt.runs.health import Health, explain, find_nonfinite
 
 NAN, INF = math.nan, math.inf
 
@@ -158,13 +159,13 @@ def test_leaves_of_a_state_are_named():
 
 def explained(grads_fn, monkeypatch, **changes):
   """What is said of step 3 where gradients come from `grads_fn`."""
-  right = health.choose_tricks
+  right = choose_tricks
 
-  def choose_tricks(experiment, platform):
+  def put_grads(experiment, platform):
     tricks = right(experiment, platform)
     return tricks.__class__(grads_fn=lambda *args: grads_fn(*tricks.grads_fn(*args)))
 
-  monkeypatch.setattr(health, "choose_tricks", choose_tricks)
+  monkeypatch.setattr(health, "choose_tricks", put_grads)
   experiment = change(names_experiment(), {"mesh.data": 1} | changes)
   return explain(experiment, initial_state(experiment), corpus_of(NAMES, experiment), 3)
 
@@ -198,10 +199,11 @@ def test_the_batch_is_that_of_the_step(tmp_path):
   """Loss of the update as a run logged it: step and batch are not off by one; parameters are the first that are named."""
   run = small_runs.train_words(tmp_path)
   experiment = change(run.experiment, {"optimizer.peak_lr": 0.0, "train.save_every": None})
-  from jgpt.train import plan, train
+  from jgpt.plan import plan_run
+  from jgpt.train import train_run
 
-  planned = plan(experiment)
-  result = train(planned)
+  planned = plan_run(experiment)
+  result = train_run(planned)
   for step in (1, 2, 30):
     words = explain(planned.experiment, result.state, planned.data.train, step)
     assert f"its loss is {result.losses[step - 1]:.5g};" in words

@@ -21,13 +21,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import command, run, train, weights
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
+from jgpt import cli, run
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, format_value
+from jgpt.errors import UserError
 from jgpt.params import walk
-from jgpt.settings import change, format_value
-from jgpt.tokenizer import ByteTokenizer
-from jgpt.tokenizer_files import hugging_face_files
+from jgpt.plan import plan_run
+from jgpt.text.tokenizer import ByteTokenizer
+from jgpt.text.tokenizer_files import hugging_face_files
+from jgpt.weights.initial import load_params, open_weights
 
 V, S, D, F, L = 257, 6, 4, 8, 3  # vocabulary, positions, width, MLP, layers
 FITTING = {
@@ -113,7 +115,7 @@ def refused(tmp_path, capsys):
 
   def refuse(path, *words, named=None):
     args = ["--experiment", "gpt2_shakespeare", "--workdir", str(tmp_path / "run"), "--init-from", str(path)]
-    status = command.guard(lambda: run.main([*args, *(a for change in changes for a in ("--set", change))]))
+    status = cli.guard(lambda: run.main([*args, *(a for change in changes for a in ("--set", change))]))
     out, err = capsys.readouterr()
     assert (status, out) == (2, ""), (status, out, err)
     assert err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable() and len(err) < 800, err
@@ -129,7 +131,7 @@ def refused(tmp_path, capsys):
 
 def plan_with(path, text, **changes):
   experiment = change(load_experiment("gpt2_shakespeare"), FITTING | {"data.path": str(text), "train.init_from": str(path)})
-  return train.plan(dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **changes)))
+  return plan_run(dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **changes)))
 
 
 def test_what_the_damaged_files_begin_from_is_taken(folder, tmp_path):
@@ -608,7 +610,7 @@ def test_paths_that_are_no_weights(refused, tmp_path):
 @pytest.mark.parametrize("name", ["a\0b", "a\0b.safetensors", "a\0b.bin", "\0"])
 def test_a_path_with_nul(name, tmp_path):
   with pytest.raises(UserError, match="does not exist"):
-    weights.open_weights(str(tmp_path / name))
+    open_weights(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/model.safetensors", "~nobody-of-this-name"])
@@ -623,7 +625,7 @@ def load(path):
   """Reads weights as a run does; returns them if they were taken, None if they were refused as they should be."""
   experiment = change(load_experiment("gpt2_shakespeare"), FITTING)
   try:
-    params = weights.load_params(weights.open_weights(str(path)), experiment.model).params
+    params = load_params(open_weights(str(path)), experiment.model).params
   except UserError as error:
     assert str(error).isprintable() and len(str(error)) < 1500, str(error)
     return None

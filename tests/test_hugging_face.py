@@ -24,17 +24,26 @@ from hypothesis import strategies as st
 from reference.llmc_files import bfloat16_to_float32, round_to_bfloat16
 from small_runs import VERSE
 
-from jgpt import checkpoint, command, export, hugging_face, interop, run, run_folder, train, weights
-from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.config import GPT2_SIZES, SampleConfig
+from jgpt import cli, export, run, train
+from jgpt.config import SampleConfig
+from jgpt.config.catalog import load_experiment
+from jgpt.config.experiment import GPT2_SIZES
+from jgpt.config.settings import change, parse_setting, resolve
+from jgpt.errors import UserError
 from jgpt.generate import generate, generate_texts
 from jgpt.model import apply
 from jgpt.params import count_params, param_table, walk
-from jgpt.settings import change, parse_setting, resolve
+from jgpt.plan import plan_run
+from jgpt.runs import checkpoint
+from jgpt.runs import open as open_lib
+from jgpt.runs.folder import RunFiles, read_run_files, write_run_files
+from jgpt.runs.open import load_run
 from jgpt.step import TrainState
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
+from jgpt.text.bpe import BpeTokenizer, make_gpt2_tokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
+from jgpt.weights import hugging_face
+from jgpt.weights.gpt2 import GPT2, Weights, check_weights_settings, gpt2_shapes, make_gpt2_config
+from jgpt.weights.initial import load_params, open_weights
 
 TOLERANCE = 1e-5  # of the largest logit
 # Sizes of which none is a multiple of another or of a power of two: a stride that is taken for another one shows.
@@ -121,7 +130,7 @@ def write(folder, params, config, tokenizer=BPE, dtype="float32"):
 
 
 def load(path, config):
-  return weights.load_params(weights.open_weights(str(path)), config).params
+  return load_params(open_weights(str(path)), config).params
 
 
 def read_safetensors(path):
@@ -278,7 +287,7 @@ def test_the_folder_has_the_tokenizer(name, tmp_path):
   tokenizer, text = TOKENIZERS[name], "To be, or not to be\nthe t a"
   config = dataclasses.replace(ODD, vocab_size=tokenizer.vocab_size, num_layers=1)
   folder = write(tmp_path / "out", draw_params(config), config, tokenizer)
-  opened = weights.open_weights(str(folder))
+  opened = open_weights(str(folder))
   assert opened.tokenizer == tokenizer
   theirs = needs_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
   ids = tokenizer.encode(text)
@@ -446,9 +455,9 @@ def test_what_transformers_saved_computes_the_same_here(changes, ours, tolerance
   files = list((tmp_path / "there").glob("*.safetensors"))
   assert len(files) > 3 if "max_shard_size" in changes else len(files) == 1
   config = our_config(**ours)
-  opened = weights.open_weights(str(tmp_path / "there"))
+  opened = open_weights(str(tmp_path / "there"))
   assert opened.tokenizer is None
-  params = weights.load_params(opened, config).params
+  params = load_params(opened, config).params
   assert_same_logits(model, params, config, tolerance=tolerance)
 
 
@@ -474,9 +483,9 @@ def test_a_file_by_itself_takes_heads_and_activation_from_the_experiment(tmp_pat
     model = save_theirs(tmp_path / f"{head}", n_head=head, activation_function="relu")
     config = our_config(num_heads=head, activation="relu")
     (tmp_path / f"{head}" / "config.json").unlink()
-    opened = weights.open_weights(str(tmp_path / f"{head}" / "model.safetensors"))
+    opened = open_weights(str(tmp_path / f"{head}" / "model.safetensors"))
     assert opened.tokenizer is None and not opened.model.keys() & {"num_heads", "activation"}
-    assert_same_logits(model, weights.load_params(opened, config).params, config)
+    assert_same_logits(model, load_params(opened, config).params, config)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -549,13 +558,13 @@ def foreign(tmp_path):
 def test_a_config_of_another_network_is_refused(changes, named, foreign):
   folder = foreign(changes)
   with pytest.raises(UserError) as error:
-    weights.open_weights(str(folder))
+    open_weights(str(folder))
   assert named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_a_config_does_not_mention_is_gpt2s(foreign):
   gone = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner", "torch_dtype")
-  opened = weights.open_weights(str(foreign(dict.fromkeys(gone, ...))))
+  opened = open_weights(str(foreign(dict.fromkeys(gone, ...))))
   assert opened.model["activation"] == "gelu_tanh" and opened.model["tied_head"] is True and opened.model["d_ff"] == 100
 
 
@@ -565,7 +574,7 @@ def test_a_tied_config_with_another_head_is_refused(tmp_path):
   value = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps(value | {"tie_word_embeddings": True}))
   with pytest.raises(UserError, match=r"lm_head\.weight is not wte\.weight"):
-    weights.open_weights(str(folder))
+    open_weights(str(folder))
 
 
 # --- Sizes that differ, and the advice ---
@@ -582,11 +591,11 @@ def follow_advice(experiment, rounds=1):
   given = {}
   for _ in range(rounds):
     with pytest.raises(UserError) as error:
-      train.plan(change(experiment, given))
+      plan_run(change(experiment, given))
     new = advice(error.value)
     assert new, f"no advice: {error.value}"
     given |= new
-  return train.plan(change(experiment, given))
+  return plan_run(change(experiment, given))
 
 
 @pytest.fixture
@@ -623,7 +632,7 @@ def test_every_setting_that_differs_is_named(verse, tmp_path):
   folder = write(tmp_path / "there", draw_params(ODD), ODD, ByteTokenizer())
   experiment = small(verse, train__init_from=str(folder), model__num_layers=2, model__activation="relu")
   with pytest.raises(UserError) as error:
-    train.plan(experiment)
+    plan_run(experiment)
   assert "model.num_layers=3 there and 2 here" in str(error.value) and "d_model" not in str(error.value)
   assert "model.activation=gelu_tanh there and relu here" in str(error.value) and str(folder) in str(error.value)
 
@@ -660,7 +669,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_not_advised(verse, tmp_path
   config = dataclasses.replace(ODD, vocab_size=200)
   folder = write(tmp_path / "there", draw_params(config), config, ByteTokenizer())
   with pytest.raises(UserError) as error:
-    train.plan(small(verse, train__init_from=str(folder), model__vocab_size=None))
+    plan_run(small(verse, train__init_from=str(folder), model__vocab_size=None))
   assert "200" in str(error.value) and "256" in str(error.value)
   assert "model.vocab_size" not in advice(error.value)
 
@@ -668,11 +677,11 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_not_advised(verse, tmp_path
 def fake_weights(size, *, file_alone=False):
   """Weights of GPT-2's sizes that nobody reads."""
   sizes = GPT2_SIZES[size] | {"vocab_size": 50257, "max_seq_len": 1024}
-  shapes = interop.gpt2_shapes(interop.make_gpt2_config(**sizes))
-  model = interop.GPT2 | {"activation": "gelu_tanh", "tied_head": True} | sizes
+  shapes = gpt2_shapes(make_gpt2_config(**sizes))
+  model = GPT2 | {"activation": "gelu_tanh", "tied_head": True} | sizes
   if file_alone:
     model = {name: value for name, value in model.items() if name not in ("num_heads", "activation")}
-  return interop.Weights("the weights", model, shapes, read=None)
+  return Weights("the weights", model, shapes, read=None)
 
 
 def resolved(changes=None):
@@ -684,12 +693,12 @@ def resolved(changes=None):
 def test_gpt2s_sizes_are_advised_by_their_name(size, alone):
   """A file by itself says nothing about heads: naming its widths only would lead to the wrong number."""
   given = fake_weights(size, file_alone=alone)
-  interop.refuse_other_settings(given, resolved({"model.size": size}))
+  check_weights_settings(given, resolved({"model.size": size}))
   other = resolved({"model.size": "d24" if size == "d12" else "d12"})
   with pytest.raises(UserError, match=f"Try --set model.size={size}$"):
-    interop.refuse_other_settings(given, other)
+    check_weights_settings(given, other)
   with pytest.raises(UserError) as error:
-    interop.refuse_other_settings(given, dataclasses.replace(other, tied_head=False, max_seq_len=2000))
+    check_weights_settings(given, dataclasses.replace(other, tied_head=False, max_seq_len=2000))
   assert advice(error.value) == {"model.size": size, "model.tied_head": True, "model.max_seq_len": 1024}
 
 
@@ -711,20 +720,22 @@ def two_steps(tmp_path_factory):
   """A run folder with checkpoints of 2 and 4 updates, as if it had been trained: that would take seconds to compile."""
   folder = tmp_path_factory.mktemp("runs")
   (folder / "verse.txt").write_text(VERSE, encoding="utf-8")
-  plan = train.plan(small(folder / "verse.txt", train__steps=4))
+  plan = plan_run(small(folder / "verse.txt", train__steps=4))
   text, tokenizer = plan.data.text, plan.data.tokenizer
   data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-  files = run_folder.RunFiles("small", plan.experiment, tokenizer, data, None)
-  run_folder.write_run_files(folder / "run", files)
+  files = RunFiles("small", plan.experiment, tokenizer, data, None)
+  write_run_files(folder / "run", files)
   with checkpoint.open_checkpoints(folder / "run") as manager:
     for step in (2, 4):
       params = jax.tree.map(jax.numpy.asarray, draw_params(plan.experiment.model, seed=step))
-      checkpoint.save(manager, TrainState(step=jax.numpy.int32(step), params=params, opt_state={"lr": jax.numpy.zeros(1)}))
+      checkpoint.save_checkpoint(
+        manager, TrainState(step=jax.numpy.int32(step), params=params, opt_state={"lr": jax.numpy.zeros(1)})
+      )
   return folder / "run"
 
 
 def call(capsys, main, *args):
-  status = command.guard(lambda: main([str(a) for a in args]))
+  status = cli.guard(lambda: main([str(a) for a in args]))
   out, err = capsys.readouterr()
   return status, out, err
 
@@ -734,7 +745,7 @@ def test_the_command_exports_the_step_that_is_asked_for(two_steps, tmp_path, cap
     out = tmp_path / "new" / f"{step}"
     status, said, err = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", out, *options)
     assert status == 0 and err == "" and f"at step {step}" in said and "model.safetensors" in said
-    there = checkpoint.load_run(two_steps, step)
+    there = load_run(two_steps, step)
     assert_same_bits(load(out, there.experiment.model), there.params)
   weights_2, weights_4 = ((tmp_path / "new" / n / "model.safetensors").read_bytes() for n in "24")
   assert weights_2 != weights_4
@@ -747,7 +758,7 @@ def test_a_run_opens_in_transformers_and_continues_a_prompt_as_here(two_steps, t
   """What the command says: GPT2LMHeadModel.from_pretrained(PATH) and AutoTokenizer."""
   status, said, _ = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out")
   assert status == 0 and f"GPT2LMHeadModel.from_pretrained('{tmp_path / 'out'}')" in said
-  model, there = open_theirs(tmp_path / "out"), checkpoint.load_run(two_steps)
+  model, there = open_theirs(tmp_path / "out"), load_run(two_steps)
   assert_same_logits(model, there.params, there.experiment.model)
   tokenizer = needs_transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
   given = tokenizer("To be", return_tensors="pt")
@@ -760,11 +771,11 @@ def test_a_run_opens_in_transformers_and_continues_a_prompt_as_here(two_steps, t
 def test_a_run_begins_with_the_bits_of_the_export_and_exports_them_again(two_steps, tmp_path, capsys):
   folder = tmp_path / "out"
   assert call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", folder)[0] == 0
-  experiment = run_folder.read_run_files(two_steps).experiment
+  experiment = read_run_files(two_steps).experiment
   changes = {"train.init_from": str(folder), "train.steps": 0, "train.save_every": None, "optimizer.decay_steps": None}
-  plan = train.plan(change(experiment, changes), workdir=tmp_path / "run")
-  train.train(plan)
-  assert_same_bits(checkpoint.load_run(tmp_path / "run").params, checkpoint.load_run(two_steps).params)
+  plan = plan_run(change(experiment, changes), workdir=tmp_path / "run")
+  train.train_run(plan)
+  assert_same_bits(load_run(tmp_path / "run").params, load_run(two_steps).params)
   assert call(capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "again")[0] == 0
   assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in folder.iterdir()}
   for path in folder.iterdir():
@@ -777,7 +788,7 @@ def test_the_command_rounds_to_bfloat16(two_steps, tmp_path, capsys):
     capsys, export.main, "--run", two_steps, "--format", "hf", "--out", out, "--dtype", "bfloat16", "--step", "2"
   )
   assert status == 0 and "bfloat16" in said
-  wanted = flat(checkpoint.load_run(two_steps, 2).params)["blocks/w_down"]
+  wanted = flat(load_run(two_steps, 2).params)["blocks/w_down"]
   there = read_safetensors(out / "model.safetensors")
   assert np.array_equal(there["transformer.h.2.mlp.c_proj.weight"], round_to_bfloat16(wanted[2]))
 
@@ -819,12 +830,10 @@ def test_places_without_a_name_or_an_owner(out, two_steps, tmp_path, capsys, mon
 def test_a_run_that_the_format_cannot_hold_is_refused_before_any_array_is_read(tmp_path, capsys, monkeypatch):
   (tmp_path / "words.txt").write_text("emma\nava\nio\n" * 9)
   experiment = change(load_experiment("names"), {"data.path": str(tmp_path / "words.txt"), "train.steps": 0})
-  plan = train.plan(experiment, workdir=tmp_path / "run")
-  files = run_folder.RunFiles(
-    "names", plan.experiment, plan.data.tokenizer, {"kind": "", "location": "", "sha256": ""}, None
-  )
-  run_folder.write_run_files(tmp_path / "run", files)
-  monkeypatch.setattr(checkpoint, "load_run", None)
+  plan = plan_run(experiment, workdir=tmp_path / "run")
+  files = RunFiles("names", plan.experiment, plan.data.tokenizer, {"kind": "", "location": "", "sha256": ""}, None)
+  write_run_files(tmp_path / "run", files)
+  monkeypatch.setattr(open_lib, "load_run", None)
   status, _, err = call(capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out")
   assert status == 2 and "model.norm=rms (it has layer)" in err and err.count("\n") == 1
   assert not (tmp_path / "out").exists()
@@ -838,11 +847,12 @@ def test_neither_transformers_nor_torch_is_needed(two_steps, tmp_path):
 import pathlib, sys
 missing = dict.fromkeys(["torch", "transformers", "huggingface_hub"])
 sys.modules.update(missing)
-from jgpt import checkpoint, export, run_folder, train
-from jgpt.settings import change
+from jgpt import export, plan, train
+from jgpt.config.settings import change
+from jgpt.runs import checkpoint, folder
 assert export.main(["--run", {str(two_steps)!r}, "--format", "hf", "--out", {str(out)!r}]) == 0
-experiment = run_folder.read_run_files(pathlib.Path({str(two_steps)!r})).experiment
-assert train.plan(change(experiment, {{"train.init_from": {str(out)!r}}})).initial.location == {str(out)!r}
+experiment = folder.read_run_files(pathlib.Path({str(two_steps)!r})).experiment
+assert plan.plan_run(change(experiment, {{"train.init_from": {str(out)!r}}})).initial.location == {str(out)!r}
 assert not any(sys.modules.get(name) for name in missing)
 """
   env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -854,7 +864,7 @@ def test_without_safetensors_the_extra_is_named(two_steps, tmp_path, capsys, mon
   folder = write(tmp_path / "there", draw_params(ODD), ODD)
   monkeypatch.setitem(sys.modules, "safetensors", None)
   with pytest.raises(UserError, match=r"pip install safetensors.*pip install 'jgpt\[hf\]'"):
-    weights.open_weights(str(folder))
+    open_weights(str(folder))
   status, _, err = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out")
   assert status == 2 and "pip install safetensors" in err and not (tmp_path / "out").exists()
 
@@ -867,7 +877,7 @@ def test_gpt2s_own_tokenizer_goes_along(tmp_path):
   tokenizer = make_gpt2_tokenizer((files / "encoder.json").read_bytes(), (files / "vocab.bpe").read_bytes())
   config = dataclasses.replace(ODD, vocab_size=50257, d_model=4, d_ff=4, num_layers=1, max_seq_len=4)
   folder = write(tmp_path / "out", draw_params(config), config, tokenizer)
-  assert weights.open_weights(str(folder)).tokenizer == tokenizer
+  assert open_weights(str(folder)).tokenizer == tokenizer
   theirs = needs_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
   assert theirs("Hello world").input_ids == [15496, 995] and theirs.eos_token_id == 50256
   assert open_theirs(folder).config.eos_token_id == 50256

@@ -15,31 +15,24 @@ from reference import llmc_files, numpy_gpt
 from small_runs import VERSE, WORDS
 from switches import draw_params, to_oracle
 
-from jgpt import (
-  checkpoint,
-  command,
-  evaluate,
-  export,
-  hugging_face,
-  inspect,
-  llmc,
-  manifest,
-  program,
-  run,
-  run_folder,
-  sample,
-  summary,
-  train,
-)
-from jgpt import weights as weights_lib
-from jgpt.bpe import BpeTokenizer
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.config import GPT2_SIZES
+from jgpt import cli, evaluate, export, program, run, sample, train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.experiment import GPT2_SIZES
+from jgpt.config.settings import change, list_settings, parse_setting, resolve
+from jgpt.errors import UserError
+from jgpt.inspect import cli as inspect_cli
 from jgpt.optim import make_optimizer
-from jgpt.settings import change, parse_setting, resolve, settings
+from jgpt.plan import plan_run
+from jgpt.report import summary
+from jgpt.runs import checkpoint, manifest
+from jgpt.runs.folder import RunFiles, read_run_files, write_run_files
+from jgpt.runs.open import load_run
 from jgpt.step import begin_state
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.text.bpe import BpeTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.weights import hugging_face, llmc
+from jgpt.weights import initial as weights_lib
+from jgpt.weights.initial import InitialParams, open_weights
 
 MODEL = {"num_layers": 1, "num_heads": 2, "d_model": 8, "d_ff": 32, "max_seq_len": 8, "activation": "gelu_tanh"}
 MODEL |= {"biases": "all", "scale_embed": False, "dropout": 0.0, "dropout_places": ()}
@@ -68,11 +61,11 @@ def draw(config):
 def save_run(workdir, experiment, tokenizer, params, step=0):
   """Writes a run folder with these parameters, and with an optimizer that has moments."""
   data = {"kind": "path", "location": "there", "sha256": "0" * 64}
-  run_folder.write_run_files(workdir, run_folder.RunFiles("other", experiment, tokenizer, data))
+  write_run_files(workdir, RunFiles("other", experiment, tokenizer, data))
   state = begin_state(params, make_optimizer(experiment.optimizer, experiment.model))
   state = jax.tree.map(lambda x: np.full(x.shape, step, x.dtype), state).replace(params=params)
   with checkpoint.open_checkpoints(workdir) as manager:
-    checkpoint.save(manager, jax.tree.map(jax.numpy.asarray, state))
+    checkpoint.save_checkpoint(manager, jax.tree.map(jax.numpy.asarray, state))
   return workdir
 
 
@@ -104,7 +97,7 @@ def begin(base, init_from, **more):
 
 
 def start(experiment, workdir=None, **options):
-  return train.train(train.plan(experiment, workdir=workdir), **options)
+  return train.train_run(plan_run(experiment, workdir=workdir), **options)
 
 
 def equal_bits(a, b):
@@ -117,7 +110,7 @@ def equal_bits(a, b):
 def refusal(experiment, workdir=None):
   """The one line with which a plan is refused."""
   with pytest.raises(UserError) as error:
-    train.plan(experiment, workdir=workdir)
+    plan_run(experiment, workdir=workdir)
   assert "\n" not in str(error.value)
   return str(error.value)
 
@@ -139,7 +132,7 @@ def test_a_run_begins_with_the_bits_of_its_source(kind, vocab_multiple, base, tm
   experiment = resolve(change(base, {"model.vocab_multiple": 64}), 256)
   params = draw(experiment.model)
   path = write_weights(tmp_path, kind, experiment, params, ByteTokenizer())
-  plan = train.plan(begin(base, path, model__vocab_multiple=vocab_multiple))
+  plan = plan_run(begin(base, path, model__vocab_multiple=vocab_multiple))
   rows = plan.initial.params["tok_embed"]
   assert len(rows) == (256 if vocab_multiple == 1 else 300) and not rows[256:].any()
   assert equal_bits(plan.initial.params | {"tok_embed": rows[:256]}, params)
@@ -153,7 +146,7 @@ def test_another_model_of_a_run_is_read_too(tmp_path):
   tokenizer = CharTokenizer("".join(sorted({*"".join(WORDS), "q", "z"})), bos=True)
   source = resolve(names, tokenizer.vocab_size)
   params = draw(source.model)
-  plan = train.plan(begin(change(names, {"model.vocab_multiple": 1}), save_run(tmp_path / "a", source, tokenizer, params)))
+  plan = plan_run(begin(change(names, {"model.vocab_multiple": 1}), save_run(tmp_path / "a", source, tokenizer, params)))
   assert plan.data.tokenizer == tokenizer and plan.experiment.model.vocab_size == tokenizer.vocab_size
   for name, value in plan.initial.params.items():
     expected = params[name][: tokenizer.vocab_size] if name in ("tok_embed", "unembed") else params[name]
@@ -166,11 +159,11 @@ def test_equal_weights_have_one_digest(base, tmp_path):
   digests = {}
   for kind in ("folder", "safetensors", "llmc", "run"):
     path = write_weights(tmp_path / kind, kind, experiment, params, ByteTokenizer())
-    digests[kind] = train.plan(begin(base, path)).initial.sha256
+    digests[kind] = plan_run(begin(base, path)).initial.sha256
   assert len(set(digests.values())) == 1 and re.fullmatch("[0-9a-f]{64}", digests["llmc"])
   params["blocks"]["w_up"].view(np.uint32)[0, 3, 5] ^= 1
   llmc.write_weights(tmp_path / "other.bin", params, experiment.model, "float32")
-  assert train.plan(begin(base, tmp_path / "other.bin")).initial.sha256 != digests["llmc"]
+  assert plan_run(begin(base, tmp_path / "other.bin")).initial.sha256 != digests["llmc"]
 
 
 @pytest.mark.slow
@@ -188,7 +181,7 @@ def test_what_is_kept_before_any_update_is_the_source(devices, layers, base, tmp
   assert len(jax.tree.leaves(result.state.params)[0].sharding.device_set) == devices
   assert equal_bits(result.params, params) and int(result.state.step) == 0 and not len(result.losses)
   if workdir is not None:
-    kept = checkpoint.load_run(workdir)
+    kept = load_run(workdir)
     assert kept.step == 0 and equal_bits(kept.params, params)
 
 
@@ -210,12 +203,12 @@ def test_the_optimizer_begins_anew(base, tmp_path):
 def test_training_is_that_of_the_same_parameters_given_in_python(base, source):
   """The plan can be used again: its parameters are not consumed. The first loss is the NumPy GPT's."""
   path, params = source
-  plan = train.plan(begin(base, path))
-  first, again = train.train(plan), train.train(plan)
+  plan = plan_run(begin(base, path))
+  first, again = train.train_run(plan), train.train_run(plan)
   assert equal_bits(plan.initial.params, params)
-  given = dataclasses.replace(train.plan(base), initial=weights_lib.InitialParams(params, "here", ""))
+  given = dataclasses.replace(plan_run(base), initial=InitialParams(params, "here", ""))
   assert given.experiment.train.init_from is None
-  other = train.train(given)
+  other = train.train_run(given)
   assert len(first.losses) == 4 and len(set(first.losses.tolist())) == 4
   for result in (again, other):
     assert first.losses.tobytes() == result.losses.tobytes() and equal_bits(first.state, result.state)
@@ -252,7 +245,7 @@ def test_weights_that_changed_before_the_first_checkpoint_are_refused(base, sour
   recorded = json.loads((workdir / "experiment.json").read_text())
   weights = recorded["weights"]
   assert recorded["experiment"]["train"]["init_from"] == path
-  assert weights == {"location": path, "sha256": train.plan(experiment).initial.sha256}
+  assert weights == {"location": path, "sha256": plan_run(experiment).initial.sha256}
 
   (workdir / "checkpoints").rename(tmp_path / "gone")  # as if killed before it was saved
   changed = jax.tree.map(np.copy, params)
@@ -261,7 +254,7 @@ def test_weights_that_changed_before_the_first_checkpoint_are_refused(base, sour
   message = refusal(experiment, workdir)
   assert "have changed since this run began" in message and path in message and "--fresh" in message
   with pytest.raises(UserError, match="have changed"):
-    inspect.main(["--run", str(workdir), "--trace", "tok_embed[0,0]"])
+    inspect_cli.main(["--run", str(workdir), "--trace", "tok_embed[0,0]"])
   llmc.write_weights(Path(path), params, resolve(base, 256).model, "float32")
   assert equal_bits(start(experiment, workdir).params, params)
 
@@ -284,11 +277,11 @@ def test_what_a_run_recorded_about_its_weights_is_checked(base, source, tmp_path
   for damaged in ({"location": "x"}, {"location": 3, "sha256": "0"}, "x", []):
     path.write_text(json.dumps(value | {"weights": damaged}))
     with pytest.raises(UserError, match="which weights it began from"):
-      run_folder.read_run_files(tmp_path)
+      read_run_files(tmp_path)
   del value["weights"], value["experiment"]["train"]["init_from"]
   path.write_text(json.dumps(value))
-  files = run_folder.read_run_files(tmp_path)
-  assert files.weights is None and settings(files.experiment) == settings(experiment)
+  files = read_run_files(tmp_path)
+  assert files.weights is None and list_settings(files.experiment) == list_settings(experiment)
 
 
 # --- More updates for weights that were kept as they are ---
@@ -315,9 +308,9 @@ def test_a_schedule_without_length_is_refused_when_the_run_grows(schedule, end_l
   start(change(experiment, {"train.steps": 0}), tmp_path / "run")
   message = refusal(experiment, tmp_path / "run")
   assert f"another --workdir, with --init-from {tmp_path / 'run'}" in message
-  advised = train.plan(change(experiment, {"train.init_from": str(tmp_path / "run")}), workdir=tmp_path / "other")
+  advised = plan_run(change(experiment, {"train.init_from": str(tmp_path / "run")}), workdir=tmp_path / "other")
   assert advised.experiment.optimizer.decay_steps == 4
-  assert equal_bits(advised.initial.params, train.plan(experiment).initial.params)
+  assert equal_bits(advised.initial.params, plan_run(experiment).initial.params)
 
 
 @pytest.mark.usefixtures("quick")
@@ -347,7 +340,7 @@ def test_characters_keep_the_ids_that_the_weights_know(kind, base, tmp_path):
   experiment = resolve(characters, 9)
   path = write_weights(tmp_path, kind, experiment, draw(experiment.model), tokenizer)
   mine = begin(characters, path, data__path=write_text(tmp_path, "head gabe " * 20))
-  plan = train.plan(mine)
+  plan = plan_run(mine)
   assert plan.data.tokenizer == tokenizer and plan.experiment.model.vocab_size == 9
   assert plan.data.train.tokens[:10].tolist() == [8, 5, 1, 4, 0, 7, 1, 2, 5, 0]
   message = refusal(change(mine, {"data.path": write_text(tmp_path, "feed zebra! " * 20)}))
@@ -355,7 +348,7 @@ def test_characters_keep_the_ids_that_the_weights_know(kind, base, tmp_path):
 
 
 def test_bytes_stay_bytes(base, tmp_path):
-  plan = train.plan(begin(base, save_source(base, tmp_path, ByteTokenizer())))
+  plan = plan_run(begin(base, save_source(base, tmp_path, ByteTokenizer())))
   assert plan.data.train.tokens[:5].tolist() == list(VERSE.encode()[:5])
 
 
@@ -365,7 +358,7 @@ def test_another_kind_of_tokenizer_is_refused_and_the_advice_works(base, tmp_pat
   mine = begin(base, path, data__path=text, sample__prompt="a")
   message = refusal(mine)
   assert str(path) in message and "data.tokenizer=bytes" in message
-  assert train.plan(follow(mine, message)).data.tokenizer.chars == " ab"
+  assert plan_run(follow(mine, message)).data.tokenizer.chars == " ab"
 
 
 def test_bpe_of_another_size_is_refused_and_the_advice_works(base, tmp_path):
@@ -376,7 +369,7 @@ def test_bpe_of_another_size_is_refused_and_the_advice_works(base, tmp_path):
     mine = change(begin(base, path, data__path=text), changes)
     message = refusal(mine)
     assert "--set data.bpe_vocab_size=258" in message
-    plan = train.plan(follow(mine, message))
+    plan = plan_run(follow(mine, message))
     assert plan.data.tokenizer == tokenizer and plan.data.train.tokens[0] == 257
 
 
@@ -386,7 +379,7 @@ def test_documents_need_a_tokenizer_with_bos_and_the_advice_works(base, tmp_path
   path = save_source(names, tmp_path, tokenizer, data__batching="random")
   message = refusal(begin(names, path))
   assert "BOS" in message
-  assert train.plan(follow(begin(names, path), message)).data.tokenizer == tokenizer
+  assert plan_run(follow(begin(names, path), message)).data.tokenizer == tokenizer
 
 
 def test_more_ids_than_the_tokenizer_has_are_named(base, tmp_path):
@@ -395,7 +388,7 @@ def test_more_ids_than_the_tokenizer_has_are_named(base, tmp_path):
   mine = change(begin(base, path, data__path=write_text(tmp_path, "ab ba " * 30)), CHARS)
   message = refusal(mine)
   assert "model.vocab_size=12 there and 3 here" in message
-  assert train.plan(follow(mine, message)).initial.params["tok_embed"].shape == (12, 8)
+  assert plan_run(follow(mine, message)).initial.params["tok_embed"].shape == (12, 8)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_no_advice_in_a_circle(base, tmp_path):
@@ -418,7 +411,7 @@ def test_token_files_of_another_tokenizer_are_refused(base, tmp_path):
   np.testing.assert_array_equal(llmc_files.read_tokens(tokens / "train.bin"), ids)
   mine = change(begin(base, path, data__path=str(tokens)), CHARS)
   (tokens / "tokenizer.json").write_text(json.dumps(CharTokenizer("abc", bos=False).to_json()))
-  assert train.plan(mine).data.tokenizer.chars == "abc"
+  assert plan_run(mine).data.tokenizer.chars == "abc"
   (tokens / "tokenizer.json").write_text(json.dumps(CharTokenizer("xyz", bos=False).to_json()))
   assert str(tokens) in refusal(mine)
 
@@ -435,7 +428,7 @@ def test_weights_of_other_sizes_are_refused_and_the_advice_works(kind, base, tmp
   for name, there, here in (("d_model", 12, 8), ("d_ff", 48, 32), ("num_layers", 2, 1)):
     assert f"model.{name}={there} there and {here} here" in message and f"--set model.{name}={there}" in message
   assert ("model.num_heads=3" in message) == (kind != "safetensors")  # which says nothing about heads
-  assert equal_bits(train.plan(follow(mine, message)).initial.params, params)
+  assert equal_bits(plan_run(follow(mine, message)).initial.params, params)
 
 
 @pytest.mark.slow
@@ -448,7 +441,7 @@ def test_weights_of_another_function_are_refused_and_the_advice_works(name, base
   mine = begin(base, save_run(tmp_path / "source", source, ByteTokenizer(), params))
   message = refusal(mine)
   assert f"model.{name}={str(other[name]).lower() if isinstance(other[name], bool) else other[name]} there" in message
-  assert equal_bits(train.plan(follow(mine, message)).initial.params, params)
+  assert equal_bits(plan_run(follow(mine, message)).initial.params, params)
 
 
 @pytest.mark.parametrize("kind", ["folder", "llmc", "run"])
@@ -456,12 +449,12 @@ def test_fewer_positions_are_the_first_ones(kind, base, tmp_path):
   longer = resolve(change(base, {"model.max_seq_len": 20}), 256)
   params = draw(longer.model)
   path = write_weights(tmp_path, kind, longer, params, ByteTokenizer())
-  initial = train.plan(begin(base, path)).initial.params
+  initial = plan_run(begin(base, path)).initial.params
   assert equal_bits(initial, params | {"pos_embed": params["pos_embed"][:8]})
   more = begin(base, path, model__max_seq_len=21)
   message = refusal(more)
   assert "model.max_seq_len=20 there and 21 here" in message
-  assert equal_bits(train.plan(follow(more, message)).initial.params, params)
+  assert equal_bits(plan_run(follow(more, message)).initial.params, params)
 
 
 @pytest.mark.parametrize("kind", ["folder", "llmc", "run"])
@@ -474,7 +467,7 @@ def test_biases_of_zero_are_left_out_and_others_are_not(kind, base, tmp_path):
   wanted = {n: x for n, x in zero.items() if n != "norm_final_bias"}
   wanted["blocks"] = {n: x for n, x in zero["blocks"].items() if n not in is_bias}
   path = write_weights(tmp_path / "zero", kind, full, zero, ByteTokenizer())
-  plan = train.plan(begin(nano, path))
+  plan = plan_run(begin(nano, path))
   assert equal_bits(plan.initial.params, wanted)
 
   for name in ["b_up"] if kind == "run" else sorted(is_bias | {"norm_final_bias"}):
@@ -485,7 +478,7 @@ def test_biases_of_zero_are_left_out_and_others_are_not(kind, base, tmp_path):
     mine = begin(nano, write_weights(tmp_path / name, kind, full, one, ByteTokenizer()))
     message = refusal(mine)
     assert name in message and "not zero" in message
-    advised = train.plan(follow(mine, message)).initial.params
+    advised = plan_run(follow(mine, message)).initial.params
     got = advised["norm_final_bias"] if name == "norm_final_bias" else advised["blocks"][name]
     assert equal_bits(got, tree[name])
 
@@ -495,7 +488,7 @@ def test_biases_that_the_weights_lack_are_named_by_their_setting(base, tmp_path)
   mine = begin(base, save_run(tmp_path / "source", source, ByteTokenizer(), draw(source.model)))
   message = refusal(mine)
   assert "model.biases" in message
-  assert train.plan(follow(mine, message)).initial
+  assert plan_run(follow(mine, message)).initial
 
 
 # --- By name ---
@@ -523,7 +516,7 @@ def test_released_weights_come_with_their_tokenizer_and_heads(released, base):
   pytest.importorskip("tokenizers")
   experiment, params, tokenizer = released
   mine = begin(change(experiment, {"model.vocab_size": None}), "gpt2", data__tokenizer="gpt2")
-  plan = train.plan(mine)
+  plan = plan_run(mine)
   assert equal_bits(plan.initial.params, params) and plan.data.tokenizer == tokenizer
   assert plan.initial.location.startswith("gpt2 (")
   heads = refusal(change(mine, {"model.num_heads": 2}))
@@ -542,7 +535,7 @@ def test_released_weights_with_gpt2s_own_tokenizer(released, base, monkeypatch, 
   hugging_face.write_safetensors(tmp_path / "released.safetensors", tensors, "float32")
   monkeypatch.setattr(weights_lib, "find_released", lambda name, *report: tmp_path / "released.safetensors")
   monkeypatch.setattr(weights_lib, "GPT2_SIZES", {"d2": {name.removeprefix("model."): v for name, v in sizes.items()}})
-  plan = train.plan(change(begin(base, "gpt2", data__tokenizer="gpt2"), sizes))
+  plan = plan_run(change(begin(base, "gpt2", data__tokenizer="gpt2"), sizes))
   assert plan.data.train.tokens[:6].tolist() == [2514, 307, 11, 393, 407, 284]  # "To be, or not to"
   assert plan.initial.params["tok_embed"].shape == (50257, 8)
 
@@ -550,9 +543,9 @@ def test_released_weights_with_gpt2s_own_tokenizer(released, base, monkeypatch, 
 def test_a_name_goes_before_a_folder_of_that_name(released, base, tmp_path, monkeypatch):
   (tmp_path / "gpt2").mkdir()
   monkeypatch.chdir(tmp_path)
-  assert weights_lib.open_weights("gpt2").location.startswith("gpt2 (")
+  assert open_weights("gpt2").location.startswith("gpt2 (")
   with pytest.raises(UserError, match=r"model\.safetensors"):
-    weights_lib.open_weights("./gpt2")
+    open_weights("./gpt2")
 
 
 # --- What is no weights ---
@@ -581,8 +574,8 @@ def test_what_is_no_weights_is_refused_in_one_line(name, words, base, tmp_path, 
   (tmp_path / "notes.txt").write_text("weights")
   (tmp_path / "model.pt").write_bytes(b"PK\x03\x04" + bytes(99))
   (tmp_path / "model.pkl").write_bytes(b"\x80\x04\x95.")
-  files = run_folder.RunFiles("other", resolve(base, 256), ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
-  run_folder.write_run_files(tmp_path / "begun", files)
+  files = RunFiles("other", resolve(base, 256), ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
+  write_run_files(tmp_path / "begun", files)
   message = refusal(begin(base, name))
   for word in words:
     assert word in message
@@ -608,7 +601,7 @@ EXPERIMENT = change(load_experiment("shakespeare_bytes"), {changes})
 
 
 def call(capsys, main, *args):
-  status = command.guard(lambda: main([str(a) for a in args]))
+  status = cli.guard(lambda: main([str(a) for a in args]))
   out, err = capsys.readouterr()
   return status, out, err
 
@@ -617,7 +610,7 @@ def call(capsys, main, *args):
 def verse(base, source, tmp_path, monkeypatch):
   """A working folder with an experiment file and weights for it: model.bin."""
   monkeypatch.chdir(tmp_path)
-  before, changed = settings(load_experiment("shakespeare_bytes")), settings(base)
+  before, changed = list_settings(load_experiment("shakespeare_bytes")), list_settings(base)
   changes = {name: value for name, value in changed.items() if value != before[name]} | {"data.heldout_fraction": 0.1}
   (tmp_path / "verse.py").write_text(EXPERIMENT_FILE.format(changes=changes), encoding="utf-8")
   return source[1]
@@ -648,7 +641,7 @@ def test_kept_weights_are_a_run_for_every_command(verse, capsys, tmp_path):
   assert (status, err) == (0, "") and out.startswith("To")
   status, out, err = call(capsys, evaluate.main, "--run", folder)
   assert (status, err) == (0, "") and f"{heldout:.4f}" in out
-  status, out, err = call(capsys, inspect.main, "--run", folder, "--text", "To be")
+  status, out, err = call(capsys, inspect_cli.main, "--run", folder, "--text", "To be")
   assert (status, err) == (0, "") and "at step 0" in out
   model = resolve(load_experiment(str(tmp_path / "verse.py")), 256).model
   logits = numpy_gpt.forward(to_oracle(verse, model), np.frombuffer(b"To b", np.uint8)[None].astype(int), model)[0]
@@ -658,7 +651,7 @@ def test_kept_weights_are_a_run_for_every_command(verse, capsys, tmp_path):
   assert call(capsys, export.main, "--run", folder, "--format", "llmc", "--out", "again.bin")[0] == 0
   assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "model.bin").read_bytes()
   assert call(capsys, export.main, "--run", folder, "--format", "hf", "--out", "hf")[0] == 0
-  again = train.plan(begin(load_experiment(str(tmp_path / "verse.py")), "hf"))
+  again = plan_run(begin(load_experiment(str(tmp_path / "verse.py")), "hf"))
   assert equal_bits(again.initial.params, verse) and isinstance(again.data.tokenizer, ByteTokenizer)
 
 
@@ -666,14 +659,14 @@ def test_kept_weights_are_a_run_for_every_command(verse, capsys, tmp_path):
 def test_a_trace_begins_with_the_imported_number(base, verse, capsys, tmp_path):
   result = start(begin(base, "model.bin", train__steps=2), "run")
   trace = ["--run", "run", "--trace", "blocks/w_up[0,3,5]", "--trace-steps", "2"]
-  status, out, err = call(capsys, inspect.main, *trace)
+  status, out, err = call(capsys, inspect_cli.main, *trace)
   assert (status, err) == (0, "") and f"initially {verse['blocks']['w_up'][0, 3, 5]:.6g}" in out
   assert f"{float(result.params['blocks']['w_up'][0, 3, 5]):.6g}" in out
 
   status, _, err = call(capsys, run.main, "--experiment", "verse.py", "--workdir", "run", "--steps", 2)
   assert (status, err.count("\n")) == (2, 1) and "train.init_from is model.bin there and None here" in err
   (tmp_path / "model.bin").rename(tmp_path / "moved.bin")
-  status, _, err = call(capsys, inspect.main, *trace)
+  status, _, err = call(capsys, inspect_cli.main, *trace)
   assert (status, err.count("\n")) == (2, 1) and "model.bin" in err
 
 
@@ -711,7 +704,7 @@ def test_gpt2s_number_of_ids_asks_for_gpt2s_tokenizer(base, tmp_path):
 def test_a_checkpoint_of_a_run_can_be_named(base, tmp_path):
   params = draw(resolve(base, 256).model)
   there = save_run(tmp_path / "run", resolve(base, 256), ByteTokenizer(), params, step=3)
-  plan = train.plan(begin(base, there / "checkpoints" / "3"))
+  plan = plan_run(begin(base, there / "checkpoints" / "3"))
   assert plan.initial.location == f"{there} at step 3" and equal_bits(plan.initial.params, params)
   assert "has no checkpoint of step 4; it has 3" in refusal(begin(base, there / "checkpoints" / "4"))
 
@@ -722,9 +715,9 @@ def test_an_empty_name_is_no_folder(base):
 
 def test_a_run_says_where_it_began_also_when_it_goes_on(base, source, tmp_path):
   experiment = change(begin(base, source[0]), {"train.steps": 0})
-  first = train.plan(experiment, workdir=tmp_path / "run")
-  train.train(first)
-  again = train.plan(experiment, workdir=tmp_path / "run")
+  first = plan_run(experiment, workdir=tmp_path / "run")
+  train.train_run(first)
+  again = plan_run(experiment, workdir=tmp_path / "run")
   assert again.initial is None and again.weights == first.weights
   (line,) = summary.describe_initial(again)
   assert line == ("weights", f"began from {source[0]} (SHA-256 {first.initial.sha256[:12]})")

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from small_runs import train_small, train_verse, train_words
 
-import jgpt.inspect
-from jgpt import command
+import jgpt.inspect.cli
+from jgpt import cli
 from jgpt.batches import Batch
-from jgpt.bpe import BpeTokenizer
-from jgpt.checks import UserError
-from jgpt.metrics import read_jsonl
-from jgpt.model import apply, init_params, stack_blocks
+from jgpt.config.settings import change
+from jgpt.errors import UserError
+from jgpt.inspect.predictions import frame_text, mean_loss, predict, show_context, show_token
+from jgpt.inspect.updates import trace_updates
+from jgpt.model import apply, init_params
 from jgpt.params import find_entry
-from jgpt.predictions import frame_text, mean_loss, predict, show_context, show_token
-from jgpt.settings import change
+from jgpt.runs.log import read_jsonl
+from jgpt.sharding import stack_blocks
 from jgpt.step import loss_fn
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
-from jgpt.updates import trace_updates
+from jgpt.text.bpe import BpeTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -45,7 +46,7 @@ jit_loss_fn = jax.jit(loss_fn, static_argnames="config")
 
 
 def call(capsys, *args):
-  status = command.guard(lambda: jgpt.inspect.main([str(a) for a in args]))
+  status = cli.guard(lambda: jgpt.inspect.cli.main([str(a) for a in args]))
   return status, *capsys.readouterr()
 
 
@@ -125,7 +126,7 @@ def test_the_table(capsys, words):
   for line, row, context in zip(lines, rows, ["BOS", "BOS 'b'", "BOS 'bw'", "BOS 'bwé'"], strict=True):
     assert line.split() == [
       str(row.position), *context.split(), row.target, f"{row.probability:.3f}", f"{row.nats:.4f}",
-      jgpt.inspect.format_count(row.one_in), *(w for g in row.guesses for w in (g.token, f"{g.probability:.3f}")),
+      jgpt.inspect.cli.format_count(row.one_in), *(w for g in row.guesses for w in (g.token, f"{g.probability:.3f}")),
     ]  # fmt: skip
   nats = [float(line[header.index("-log p") - 1 :].split()[0]) for line in lines]
   assert float(loss.split()[1]) == pytest.approx(np.mean(nats), abs=1e-4)
@@ -197,7 +198,7 @@ def test_contexts_are_shortened_from_the_left():
 
 def test_one_in_is_rounded_for_a_person():
   shown = {1.0: "1.0", 1.26: "1.3", 9.96: "10", 19.53: "20", 137.2: "140", 54321: "54,000", 2.1e9: "2e+09", math.inf: "inf"}
-  assert {n: jgpt.inspect.format_count(n) for n in shown} == shown
+  assert {n: jgpt.inspect.cli.format_count(n) for n in shown} == shown
 
 
 # --- Updates ---
@@ -352,7 +353,7 @@ def test_a_stream_needs_two_tokens(capsys, verse, tmp_path):
 
 def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
   """`python -m jgpt.inspect` is ours, `import inspect` Python's; no module of jgpt imports either by the short name."""
-  root = Path(jgpt.inspect.__file__).parent
+  root = Path(jgpt.inspect.cli.__file__).parent
   done = subprocess.run(
     [sys.executable, "-m", "jgpt.inspect", "--help"],
     cwd=tmp_path, env={"PYTHONPATH": str(root.parent)}, capture_output=True, text=True, check=False,
@@ -360,7 +361,7 @@ def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
   assert done.returncode == 0 and "usage: python -m jgpt.inspect" in done.stdout
   import inspect
 
-  assert Path(inspect.__file__) != Path(jgpt.inspect.__file__)
+  assert Path(inspect.__file__) != Path(jgpt.inspect.cli.__file__)
   for path in root.glob("*.py"):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
       names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
@@ -369,7 +370,7 @@ def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
 
 def test_in_the_packages_own_folder_the_cause_is_said():
   """There Python finds this file where it looks for its own `inspect`."""
-  folder = Path(jgpt.inspect.__file__).parent
+  folder = Path(jgpt.inspect.cli.__file__).parent
   done = subprocess.run(
     [sys.executable, "-c", "import inspect"], cwd=folder, env={}, capture_output=True, text=True, check=False
   )

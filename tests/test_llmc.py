@@ -21,17 +21,22 @@ from hypothesis import strategies as st
 from reference import llmc_files, numpy_gpt
 from switches import SYSTEMS, draw_params, make_experiment, make_model, to_oracle
 
-from jgpt import checkpoint, command, export, llmc, run_folder, weights
+from jgpt import cli, export
 from jgpt.batches import make_batch_fn
-from jgpt.checks import UserError
 from jgpt.config import OptimizerConfig
-from jgpt.data import find_data
-from jgpt.interop import build_params, refuse_other_settings
+from jgpt.config.settings import change
+from jgpt.data.corpus import find_data
+from jgpt.errors import UserError
 from jgpt.model import apply
 from jgpt.optim import make_optimizer
-from jgpt.settings import change
+from jgpt.runs import checkpoint
+from jgpt.runs.folder import RunFiles, write_run_files
+from jgpt.runs.open import Run
 from jgpt.step import begin_state
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.weights import llmc
+from jgpt.weights.gpt2 import build_params, check_weights_settings, to_gpt2
+from jgpt.weights.initial import open_weights
 
 SIZES = {"max_seq_len": 10, "num_layers": 3, "num_heads": 4, "d_model": 36, "d_ff": 144}
 MODELS = {
@@ -56,7 +61,7 @@ def draw(config):
 def make_run(config, tmp_path, tokenizer=None, params=None, step=7, **data):
   experiment = make_experiment(config, OPTIMIZER, batch_size=2)
   experiment = change(experiment, {f"data.{name}": value for name, value in data.items()})
-  return checkpoint.Run(params or draw(config), tokenizer or ByteTokenizer(), experiment, step, tmp_path / "run")
+  return Run(params or draw(config), tokenizer or ByteTokenizer(), experiment, step, tmp_path / "run")
 
 
 def arrange(params, config):
@@ -102,7 +107,7 @@ def check_equal(expected, got):
 def check_refused(path, *words):
   """The file is refused in one line that names it and has the words."""
   with pytest.raises(UserError) as refusal:
-    weights.open_weights(str(path))
+    open_weights(str(path))
   message = str(refusal.value)
   assert "\n" not in message and str(path) in message and len(message) < 500
   for word in words:
@@ -110,8 +115,8 @@ def check_refused(path, *words):
 
 
 def read_params(path, config):
-  found = weights.open_weights(str(path))
-  refuse_other_settings(found, config)
+  found = open_weights(str(path))
+  check_weights_settings(found, config)
   return build_params(found, config)
 
 
@@ -203,7 +208,7 @@ def test_models_that_llmc_cannot_hold_are_refused_by_their_settings(changes, nam
   "changes", [{"dropout": 0.1, "dropout_places": ("mlp_out",)}, {"biases": "mlp"}, {"init_std": 9.0}]
 )
 def test_what_llmc_need_not_know_is_no_reason_to_refuse(changes):
-  llmc.refuse(dataclasses.replace(SMALL, **changes))
+  llmc.check_llmc_model(dataclasses.replace(SMALL, **changes))
 
 
 # --- Weights that jgpt reads ---
@@ -247,7 +252,7 @@ def test_padding_in_the_file_may_be_of_any_length(tmp_path):
 def test_writing_reading_and_writing_gives_the_same_bytes(config, dtype, tmp_path):
   first, second = tmp_path / "a.bin", tmp_path / "b.bin"
   llmc.write_weights(first, draw(config), config, dtype)
-  assert weights.open_weights(str(first)).tokenizer is None
+  assert open_weights(str(first)).tokenizer is None
   llmc.write_weights(second, read_params(first, config), config, dtype)
   assert first.read_bytes() == second.read_bytes()
 
@@ -297,7 +302,7 @@ def test_files_of_the_wrong_length_are_refused(tmp_path):
   path = tmp_path / "m.bin"
   write_drawn(path, vocab_size=11, num_heads=2, d_model=8, max_seq_len=8, num_layers=2)
   content = path.read_bytes()
-  assert weights.open_weights(str(path)).model["d_model"] == 8
+  assert open_weights(str(path)).model["d_model"] == 8
   for damaged in (content[:-1], content[:-4], content + b"\0", content + content, content[:1024]):
     path.write_bytes(damaged)
     check_refused(path, f"{len(damaged):,} bytes", f"{len(content):,}")
@@ -364,7 +369,7 @@ def test_any_header_is_weights_or_a_user_error(numbers, rest, length, tmp_path_f
   path = tmp_path_factory.getbasetemp() / "any.bin"
   path.write_bytes((struct.pack("<256i", *header) + bytes(NUM_BYTES - 1024))[:length])
   try:
-    found = weights.open_weights(str(path))
+    found = open_weights(str(path))
   except UserError as error:
     assert "\n" not in str(error) and str(path) in str(error)
   else:
@@ -486,7 +491,7 @@ def test_the_batch_of_tokens_that_are_read_from_the_disk(devices, tmp_path, monk
   tokens = np.random.default_rng(6).integers(0, 256, 400).astype("<u2")
   with_header(tmp_path / "train.bin", [20240520, 1, 400], tokens.tobytes())
   run = make_run(SMALL, tmp_path, path=str(tmp_path / "train.bin"), batching="sequential", batch_size=2, seq_len=7)
-  monkeypatch.setattr("jgpt.data.RESIDENT_TOKENS", 10)
+  monkeypatch.setattr("jgpt.data.corpus.RESIDENT_TOKENS", 10)
   experiment = change(run.experiment, {"mesh.data": devices})
   batch = export.next_batch(experiment, find_data(experiment.data, seed=0), 31)
   for got, expected in zip(batch, sequential_batch(list(tokens), 31, 2, 7), strict=False):
@@ -502,16 +507,16 @@ def saved(text, tmp_path_factory):
   workdir, config = tmp_path_factory.mktemp("runs") / "saved", dataclasses.replace(SMALL, vocab_size=256)
   experiment = change(make_experiment(config, OPTIMIZER, seed=5), {"data.path": str(text)})
   data = {"kind": "path", "location": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
-  run_folder.write_run_files(workdir, run_folder.RunFiles("saved", experiment, ByteTokenizer(), data))
+  write_run_files(workdir, RunFiles("saved", experiment, ByteTokenizer(), data))
   params = draw(config)
   state = begin_state(jax.tree.map(jax.numpy.asarray, params), make_optimizer(experiment.optimizer, config))
   with checkpoint.open_checkpoints(workdir) as manager:
-    checkpoint.save(manager, state.replace(step=jax.numpy.int32(2)))
+    checkpoint.save_checkpoint(manager, state.replace(step=jax.numpy.int32(2)))
   return workdir, experiment, params
 
 
 def call(capsys, *args):
-  status = command.guard(lambda: export.main([str(a) for a in args]))
+  status = cli.guard(lambda: export.main([str(a) for a in args]))
   out, err = capsys.readouterr()
   return status, out, err
 
@@ -572,8 +577,8 @@ def test_what_the_command_cannot_do_leaves_nothing_behind(args, words, saved, tm
 @pytest.mark.parametrize("name", ["llmc", "llmc-state"])
 def test_a_run_of_another_model_is_refused_before_its_arrays_are_read(name, tmp_path, capsys):
   experiment = make_experiment(dataclasses.replace(SMALL, norm="rms", vocab_size=256), OPTIMIZER)
-  files = run_folder.RunFiles("other", experiment, ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
-  run_folder.write_run_files(tmp_path / "run", files)
+  files = RunFiles("other", experiment, ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
+  write_run_files(tmp_path / "run", files)
   status, _, err = call(capsys, "--run", tmp_path / "run", "--format", name, "--out", tmp_path / "m.bin")
   assert status == 2 and err.count("\n") == 1 and "model.norm=rms" in err
   assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -583,8 +588,8 @@ def test_documents_have_no_debug_state(tmp_path, capsys):
   config = dataclasses.replace(SMALL, vocab_size=3)
   experiment = change(make_experiment(config, OPTIMIZER), {"data.tokenizer": "characters"})
   experiment = change(experiment, {"data.batching": "documents"})
-  files = run_folder.RunFiles("names", experiment, CharTokenizer("ab", bos=True), {"kind": "path", "sha256": "0" * 64})
-  run_folder.write_run_files(tmp_path / "run", files)
+  files = RunFiles("names", experiment, CharTokenizer("ab", bos=True), {"kind": "path", "sha256": "0" * 64})
+  write_run_files(tmp_path / "run", files)
   status, _, err = call(capsys, "--run", tmp_path / "run", "--format", "llmc-state", "--out", tmp_path / "m.bin")
   assert status == 2 and err.count("\n") == 1 and "data.batching=documents" in err
   assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -596,14 +601,14 @@ class FullDiskError(OSError):
 
 def full_after(monkeypatch, num_tensors):
   """Makes writing fail after so many tensors; returns a list that gets an entry for each file."""
-  to_gpt2, seen = llmc.to_gpt2, []
+  right, seen = to_gpt2, []
 
   class Tensors(dict):
     def items(self):
       yield from list(super().items())[:num_tensors]
       raise FullDiskError(errno.ENOSPC, "No space left on device", "m.bin")
 
-  monkeypatch.setattr(llmc, "to_gpt2", lambda *args: seen.append(1) or Tensors(to_gpt2(*args)))
+  monkeypatch.setattr(llmc, "to_gpt2", lambda *args: seen.append(1) or Tensors(right(*args)))
   return seen
 
 

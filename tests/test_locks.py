@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import locks
-from jgpt.checks import UserError
+from jgpt.errors import UserError
+from jgpt.system import locks
 
 HOLD = """
 import sys, time, pathlib

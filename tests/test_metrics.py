@@ -11,9 +11,8 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import metrics
-from jgpt.log import Log
-from jgpt.metrics import Chunk, ConsoleWriter, JsonlWriter, draw_curve, format_line, format_step, read_jsonl, read_losses
+from jgpt.report.console import ConsoleWriter, draw_curve, format_line, format_perplexity, format_step
+from jgpt.runs.log import MAX_LINE, Chunk, JsonlWriter, Log, read_jsonl, read_lines, read_losses
 
 
 def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):
@@ -128,7 +127,7 @@ NO_ROWS = [
   '{"step": -3}',
   '{"train/loss": 2.5}',
   "[3]",
-  f'{{"step": 3, "train/loss": 2.5{" " * metrics.MAX_LINE}}}',
+  f'{{"step": 3, "train/loss": 2.5{" " * MAX_LINE}}}',
 ]
 
 
@@ -162,8 +161,8 @@ def test_a_line_is_read_in_bounded_memory(tmp_path):
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert read == [[{"step": 1, "train/loss": 2.5}], np.float32([2.5]), []]
-  assert peak < 20 * metrics.MAX_LINE
-  assert list(metrics.read_lines(path)) == [(50_000_001, None, True), (50_000_001 + len(row), read[0][0], True)]
+  assert peak < 20 * MAX_LINE
+  assert list(read_lines(path)) == [(50_000_001, None, True), (50_000_001 + len(row), read[0][0], True)]
 
 
 def write_steps(path, steps, tail=""):
@@ -365,7 +364,7 @@ def test_losses_without_a_curve_are_said_to_have_none(losses):
 def test_labels_of_the_curve_are_the_values_of_their_rows():
   """A straight line from 3 to 1: each label is near where the line crosses its row."""
   losses = np.linspace(3.0, 1.0, 1000)
-  rows = [line for line in metrics.draw_curve(losses, width=60, height=12).splitlines() if line.startswith("│")]
+  rows = [line for line in draw_curve(losses, width=60, height=12).splitlines() if line.startswith("│")]
   labelled = [(i, row, float(row.rsplit("│", 1)[1])) for i, row in enumerate(rows) if row.rsplit("│", 1)[1].strip()]
   assert len(rows) == 12 and len(labelled) == 4
   for _, row, label in labelled:
@@ -375,4 +374,4 @@ def test_labels_of_the_curve_are_the_values_of_their_rows():
 
 @pytest.mark.parametrize(("loss", "shown"), [(0.0, "1.00"), (2.39, "10.91"), (20.0, "4.852e+08"), (1e5, "inf")])
 def test_perplexity_for_a_person(loss, shown):
-  assert metrics.format_perplexity(loss) == shown
+  assert format_perplexity(loss) == shown

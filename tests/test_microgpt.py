@@ -12,10 +12,11 @@ from reference import numpy_gpt
 from switches import to_oracle
 
 from jgpt import train
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.microgpt import draw_microgpt_params
-from jgpt.settings import change, resolve
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
+from jgpt.weights.initial import draw_microgpt_params
 
 MICROGPT = load_experiment("microgpt")
 MODEL = resolve(MICROGPT, 27).model
@@ -145,7 +146,7 @@ def test_losses_are_those_of_the_program(tmp_path):
   documents = ["".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(400)] + ["abcdefghijklmnopqrstuvwxyz"]
   (tmp_path / "names.txt").write_text("\n".join(documents) + "\n", encoding="utf-8")
   changes = {"data.path": str(tmp_path / "names.txt"), "train.steps": 200, "optimizer.decay_steps": 1000}
-  result = train.train(train.plan(change(MICROGPT, changes)))
+  result = train.train_run(plan_run(change(MICROGPT, changes)))
   np.testing.assert_allclose(result.losses, oracle_losses(200, documents), atol=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_all_thousand_losses_with_the_original_names():
     pytest.skip("names.txt is not at hand: JGPT_DATA_DIR names no folder that has it")
   with open(os.path.join(folder, "names.txt"), encoding="utf-8") as file:
     documents = file.read().split()
-  result = train.train(train.plan(MICROGPT))
+  result = train.train_run(plan_run(MICROGPT))
   assert len(documents) == 32_033 and len(result.losses) == 1000
   np.testing.assert_allclose(result.losses, oracle_losses(1000, documents), atol=1e-5)
   assert jnp.isfinite(jax.tree.leaves(result.params)[0]).all()

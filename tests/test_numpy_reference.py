@@ -31,13 +31,15 @@ from switches import (
   numpy_oracle,
 )
 
+import jgpt.evaluation
 import jgpt.model
 import jgpt.sharding
 import jgpt.step
-from jgpt.catalog import list_experiments, load_experiment
-from jgpt.config import DROPOUT_PLACES, PARAM_KINDS, OptimizerConfig
+from jgpt.config import OptimizerConfig
+from jgpt.config.catalog import list_experiments, load_experiment
+from jgpt.config.experiment import DROPOUT_PLACES, PARAM_KINDS
+from jgpt.config.settings import resolve
 from jgpt.optim import make_schedule
-from jgpt.settings import resolve
 
 # Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it compiles instead.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -275,7 +277,7 @@ def test_without_a_key_or_a_probability_nothing_is_dropped(x64):
 def test_evaluation_of_a_model_with_dropout_drops_nothing():
   """`eval_step` is the oracle's sum of losses, whatever the model drops in training."""
   params, batch = draw_params(DROPPING), draw_batch(DROPPING)
-  eval_step = jax.jit(jgpt.step.eval_step, static_argnums=2, compiler_options=QUICK)
+  eval_step = jax.jit(jgpt.evaluation.eval_step, static_argnums=2, compiler_options=QUICK)
   nats, weight = eval_step(cast(params, "float32"), batch, DROPPING)
   assert weight == np.sum(batch.weights_BT)
   assert float(nats) == pytest.approx(float(weight * numpy_oracle(params, batch, DROPPING)["loss"]), rel=1e-5)

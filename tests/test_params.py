@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.catalog import experiments_dir, load_experiment
-from jgpt.config import PARAM_KINDS
+from jgpt.config.catalog import experiments_dir, load_experiment
+from jgpt.config.experiment import PARAM_KINDS
+from jgpt.config.settings import resolve
+from jgpt.devices.compute import QUICK_OPTIONS
 from jgpt.model import init_params
 from jgpt.params import Param, count_params, param_table
-from jgpt.settings import resolve
-from jgpt.tricks import QUICK_OPTIONS
 
 
 def make_config(**changes):

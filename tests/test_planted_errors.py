@@ -15,7 +15,8 @@ import pytest
 from equivalence import check_gradients, check_training, must_differ, names_experiment
 
 import jgpt.attention
-import jgpt.data
+import jgpt.data.corpus
+import jgpt.layers
 import jgpt.model
 import jgpt.optim
 import jgpt.step
@@ -47,23 +48,23 @@ def plant_mask(put, make_mask):
 
 
 def closing_bos_dropped(put):
-  right = jgpt.data.make_documents
+  right = jgpt.data.corpus.make_documents
 
   def make_documents(documents, tokenizer, seq_len):
     corpus = right(documents, tokenizer, seq_len)
     return corpus._replace(lengths=np.minimum(corpus.lengths, [len(document) for document in documents]))
 
-  put(jgpt.data, "make_documents", make_documents)
+  put(jgpt.data.corpus, "make_documents", make_documents)
 
 
 def padding_counted(put):
-  right = jgpt.data.make_documents
+  right = jgpt.data.corpus.make_documents
 
   def make_documents(documents, tokenizer, seq_len):
     corpus = right(documents, tokenizer, seq_len)
     return corpus._replace(lengths=np.full_like(corpus.lengths, seq_len))
 
-  put(jgpt.data, "make_documents", make_documents)
+  put(jgpt.data.corpus, "make_documents", make_documents)
 
 
 def positions_shifted_by_one(put):
@@ -76,11 +77,11 @@ def positions_shifted_by_one(put):
 
 
 def norm_epsilon_ten_times_smaller(put):
-  put(jgpt.model, "NORM_EPS", jgpt.model.NORM_EPS / 10)
+  put(jgpt.layers, "NORM_EPS", jgpt.layers.NORM_EPS / 10)
 
 
 def norm_not_differentiated(put):  # the loss stays right: only gradients can show it
-  right = jgpt.model.rms_norm
+  right = jgpt.layers.rms_norm
   put(jgpt.model, "rms_norm", lambda x_BTD: x_BTD * jax.lax.stop_gradient(right(x_BTD) / x_BTD))
 
 
@@ -88,7 +89,7 @@ def norm_not_differentiated(put):  # the loss stays right: only gradients can sh
 
 
 def b1_and_b2_swapped(put):
-  right = jgpt.step.make_optimizer
+  right = jgpt.optim.make_optimizer
   put(
     jgpt.step, "make_optimizer", lambda config, model: right(dataclasses.replace(config, b1=config.b2, b2=config.b1), model)
   )

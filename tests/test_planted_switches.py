@@ -28,10 +28,12 @@ from switches import (
 )
 
 import jgpt.attention
+import jgpt.layers
 import jgpt.model
 import jgpt.optim
 import jgpt.step
-from jgpt.config import DROPOUT_PLACES, OptimizerConfig
+from jgpt.config import OptimizerConfig
+from jgpt.config.experiment import DROPOUT_PLACES
 
 # Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it compiles instead.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
@@ -69,26 +71,26 @@ def micro_batches_are_averaged(put):  # right where all of them weigh the same
 
 
 def tanh_for_erf(put):
-  put(jgpt.model, "ACTIVATIONS", jgpt.model.ACTIVATIONS | {"gelu_erf": jgpt.model.ACTIVATIONS["gelu_tanh"]})
+  put(jgpt.model, "ACTIVATIONS", jgpt.layers.ACTIVATIONS | {"gelu_erf": jgpt.layers.ACTIVATIONS["gelu_tanh"]})
 
 
 def erf_for_tanh(put):
-  put(jgpt.model, "ACTIVATIONS", jgpt.model.ACTIVATIONS | {"gelu_tanh": jgpt.model.ACTIVATIONS["gelu_erf"]})
+  put(jgpt.model, "ACTIVATIONS", jgpt.layers.ACTIVATIONS | {"gelu_tanh": jgpt.layers.ACTIVATIONS["gelu_erf"]})
 
 
 def norm_epsilon_of_1e_6(put):
-  put(jgpt.model, "NORM_EPS", 1e-6)
+  put(jgpt.layers, "NORM_EPS", 1e-6)
 
 
 def no_gradient_for_the_bias_of_a_norm(put):  # the loss stays right: only gradients can show it
-  right = jgpt.model.layer_norm
+  right = jgpt.layers.layer_norm
   put(jgpt.model, "layer_norm", lambda x, gain, bias: right(x, gain, bias if bias is None else stop(bias)))
 
 
 def no_gradient_through_the_mean_of_a_norm(put):
   def layer_norm(x_BTD, gain_D, bias_D):
     y_BTD = x_BTD - stop(jnp.mean(x_BTD, axis=-1, keepdims=True))
-    scale_BT1 = jax.lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + jgpt.model.NORM_EPS)
+    scale_BT1 = jax.lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + jgpt.layers.NORM_EPS)
     return y_BTD * scale_BT1 * gain_D[None, None] + bias_D[None, None]
 
   put(jgpt.model, "layer_norm", layer_norm)
@@ -103,7 +105,7 @@ def norm_after_the_embedding_missing(put):
 
 
 def sines_and_cosines_swapped(put):
-  right = jgpt.model.sinusoidal_positions
+  right = jgpt.layers.sinusoidal_positions
 
   def swapped(num_positions, d_model):
     return right(num_positions, d_model).reshape(num_positions, -1, 2)[:, :, ::-1].reshape(num_positions, d_model)
@@ -112,7 +114,7 @@ def sines_and_cosines_swapped(put):
 
 
 def sines_first_then_cosines(put):  # as tensor2tensor lays them out
-  right = jgpt.model.sinusoidal_positions
+  right = jgpt.layers.sinusoidal_positions
 
   def halves(num_positions, d_model):
     return right(num_positions, d_model).reshape(num_positions, -1, 2).swapaxes(1, 2).reshape(num_positions, d_model)
@@ -179,7 +181,7 @@ def bias_of_attention_left_out(put):
 
 
 def dropout_kept_at_evaluation(put):
-  right = jgpt.model.make_drop
+  right = jgpt.layers.make_drop
   put(jgpt.model, "make_drop", lambda config, key: right(config, jax.random.key(0) if key is None else key))
 
 
@@ -225,7 +227,7 @@ def a_tenth_more_dropped_than_asked_for(put):
 
 
 def change_drop(put, change):
-  right = jgpt.model.make_drop
+  right = jgpt.layers.make_drop
 
   def make_drop(config, key):
     drop = right(config, key)
@@ -254,7 +256,7 @@ def embeddings_left_out_of_decay(put):
 
 
 def change_kinds(put, change):
-  right = jgpt.step.make_optimizer
+  right = jgpt.optim.make_optimizer
 
   def make_optimizer(config, model):
     return right(dataclasses.replace(config, decay_kinds=change(config.decay_kinds)), model)

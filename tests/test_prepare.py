@@ -17,16 +17,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jgpt import command, documents, locks, preparation, prepare, shards
-from jgpt.bpe import END_OF_TEXT, train_bpe_tokenizer
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.data import encode_paragraphs, find_data
-from jgpt.documents import Position, parse_block, read_blocks
-from jgpt.encoding import DocumentEncoder
-from jgpt.preparation import Preparation
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
-from jgpt.tokenizer_files import hugging_face_files
+from jgpt import cli, prepare
+from jgpt.config.catalog import load_experiment
+from jgpt.data import preparation
+from jgpt.data.corpus import encode_paragraphs, find_data
+from jgpt.data.preparation import Preparation
+from jgpt.data.token_files import TokenWriter
+from jgpt.errors import UserError
+from jgpt.system import files, locks
+from jgpt.text import documents
+from jgpt.text.bpe import END_OF_TEXT, train_bpe_tokenizer
+from jgpt.text.documents import KINDS, DocumentEncoder, Position, check_jsonl, parse_block, read_blocks, split_paragraphs
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.text.tokenizer_files import hugging_face_files
 
 ROOT = Path(__file__).parent.parent
 PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
@@ -51,7 +54,7 @@ def folder(folder):
 
 
 def small_blocks(monkeypatch, block=16, word=1 << 20):
-  monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+  monkeypatch.setattr(documents, "TEXT_BLOCK_BYTES", block)
   monkeypatch.setattr(documents, "MAX_WORD_BYTES", word)
 
 
@@ -120,7 +123,7 @@ def test_paragraphs_are_cut_at_blank_lines_from_the_left_whatever_the_blocks(fol
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_blank_lines_of_windows_end_paragraphs_too_whatever_the_blocks(folder, text, block, word):
   path = folder({"a.txt": text.encode()})
-  assert documents.split_paragraphs(text) == cut_paragraphs(text)
+  assert split_paragraphs(text) == cut_paragraphs(text)
   with pytest.MonkeyPatch.context() as monkeypatch:
     small_blocks(monkeypatch, block, word)
     assert all_documents(path, "paragraphs") == (cut_paragraphs(text) if text else [])
@@ -130,7 +133,7 @@ def test_blank_lines_of_windows_end_paragraphs_too_whatever_the_blocks(folder, t
 def test_a_text_with_line_ends_of_windows_has_its_paragraphs_in_files_and_in_memory(folder, monkeypatch):
   small_blocks(monkeypatch, 16)
   text = PLAY[:300].replace("\n", "\r\n")
-  assert documents.split_paragraphs("a\r\n\r\nb") == ["a\r\n\r\n", "b"]
+  assert split_paragraphs("a\r\n\r\nb") == ["a\r\n\r\n", "b"]
   folder({"a.txt": text.encode()})
   make(["a.txt"], tokenizer=marked())
   assert read_ids() == encode_paragraphs(text, marked())
@@ -141,7 +144,7 @@ def test_a_text_with_line_ends_of_windows_has_its_paragraphs_in_files_and_in_mem
 def test_a_byte_order_mark_goes_and_newlines_stay(folder):
   assert all_documents(folder({"a.txt": b"\xef\xbb\xbfa\r\n\r\nb\n\nc"}), "paragraphs") == ["a\r\n\r\n", "b\n\n", "c"]
   for content in (b"", b"\xef\xbb\xbf"):
-    for kind in documents.KINDS:
+    for kind in KINDS:
       assert all_documents(folder({"a.txt": content}), kind) == []
 
 
@@ -216,7 +219,7 @@ def test_a_byte_that_is_no_text_is_named_by_its_place(folder, monkeypatch):
     make(["a.txt", "b.txt"])
 
 
-@pytest.mark.parametrize("kind", documents.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_nul_says_that_a_file_is_no_text(folder, monkeypatch, kind):
   small_blocks(monkeypatch)
   folder({"a.txt": b"fine\n\n" * 10, "tokens.dat": b"fine\n\n" * 50 + b"a\0b" + b"fine\n\n" * 50})
@@ -242,7 +245,7 @@ def test_json_under_another_name_is_not_taken_for_text(folder, name, content, co
     make([name])
   assert not Path("out").exists()
   with pytest.raises(UserError, match=r"^cannot read absent\.json: No such file"):
-    documents.refuse_other_json(Path("absent.json"))
+    check_jsonl(Path("absent.json"))
 
 
 def test_a_file_that_changes_its_size_meanwhile_is_refused(folder, monkeypatch):
@@ -424,7 +427,7 @@ def test_a_beginning_without_a_shard_is_replaced_by_another_wish(folder, monkeyp
   """Killed before the manifest records a shard, which may be complete by then."""
   folder({"a.txt": "0123456789"})
   chars = CharTokenizer("0123456789", bos=False)
-  write, count = preparation.write_json, 0
+  write, count = files.write_json, 0
 
   def kill(path, value):
     nonlocal count
@@ -499,7 +502,7 @@ def test_interrupted_anywhere_and_started_again_it_makes_the_same_bytes(texts, m
     try:
       finished = make(texts, "out", **options)["finished"]
     except KilledError:
-      assert not preparation.read_manifest(Path("out"))["finished"]
+      assert not preparation.read_preparation(Path("out"))["finished"]
     assert starts < 100
   assert starts >= min(num_files, 5) and contents("out") == whole
 
@@ -606,7 +609,7 @@ def test_a_lost_or_damaged_file_of_the_folder_is_named(folder):
 
 def test_a_file_has_its_name_for_good_before_the_manifest_says_so(folder, monkeypatch):
   """After a power cut the manifest may not name a file that the disk has under its temporary name."""
-  said, sync = [], preparation.sync_folder
+  said, sync = [], files.sync_folder
 
   def look(path):
     sync(path)
@@ -633,7 +636,7 @@ def test_more_inputs_than_a_manifest_can_list_are_refused_before_anything_is_mad
 def test_a_name_that_is_too_long_ends_with_status_2_and_one_line(folder, capsys, option):
   folder({"a.txt": PLAY})
   given = {"--data": "a.txt", "--tokenizer": "bytes", "--out": "out"} | {option: "x" * 300}
-  assert command.guard(lambda: prepare.main([word for pair in given.items() for word in pair])) == 2
+  assert cli.guard(lambda: prepare.main([word for pair in given.items() for word in pair])) == 2
   said = capsys.readouterr()
   assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
   assert os.listdir() == ["a.txt"]
@@ -655,7 +658,7 @@ def test_a_full_disk_is_said_with_the_folder(folder, monkeypatch):
     raise OSError(28, "No space left on device")
 
   with monkeypatch.context() as patched:
-    patched.setattr(shards.TokenWriter, "append", full)
+    patched.setattr(TokenWriter, "append", full)
     with pytest.raises(UserError, match=r"cannot write to --out out: No space left on device\. The same command goes on"):
       make(["a.txt"])
   assert make(["a.txt"])["finished"]
@@ -721,7 +724,7 @@ def test_a_users_errors_end_with_status_2_and_one_line(folder, capsys, arguments
   folder({"a.txt": PLAY, "empty/a.md": "x", "names/tokenizer.json": json.dumps(CharTokenizer("ab", bos=True).to_json())})
   defaults = {"--data": "a.txt", "--tokenizer": "bytes", "--out": "out"}
   given = [word for pair in (defaults | {arguments[0]: arguments[1]}).items() for word in pair]
-  assert command.guard(lambda: prepare.main(given)) == 2
+  assert cli.guard(lambda: prepare.main(given)) == 2
   said = capsys.readouterr()
   assert re.match(f"error: {complaint}", said.err) and said.err.count("\n") == 1 and not said.out
   assert not Path("out").exists()

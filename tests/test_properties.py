@@ -23,7 +23,7 @@ from equivalence import (
   names_experiment,
 )
 
-from jgpt import batches, model, step
+from jgpt import batches, generate, model, step
 from jgpt.params import count_params
 
 quick_jit = partial(jax.jit, compiler_options=QUICK)
@@ -45,11 +45,11 @@ def logits_one_by_one(params, tokens_BT, config):
 
   def add_token(cache, position_and_tokens):
     position, tokens_B = position_and_tokens
-    logits_BV, cache = model.decode_step(params, tokens_B, cache, position, config)
+    logits_BV, cache = generate.decode_step(params, tokens_B, cache, position, config)
     return cache, logits_BV
 
   B, T = tokens_BT.shape
-  cache = model.init_cache(params, B, config.max_seq_len, config)
+  cache = generate.init_cache(params, B, config.max_seq_len, config)
   return jax.lax.scan(add_token, cache, (jnp.arange(T), tokens_BT.T))[1].swapaxes(0, 1)
 
 
@@ -83,9 +83,11 @@ def test_cached_logits_are_those_of_the_full_pass(request, dtype):
   one_by_one_BTV = quick_jit(logits_one_by_one, static_argnums=2)(params, tokens_BT, config)
   compare(f"full pass, {dtype}: cached", {"logits": full_BTV}, {"logits": one_by_one_BTV}, tolerance)
 
-  decode_step = quick_jit(model.decode_step, static_argnums=4)
+  decode_step = quick_jit(generate.decode_step, static_argnums=4)
   for prompt_len in (1, 7, config.max_seq_len - 1):
-    cache = quick_jit(model.prefill, static_argnums=(2, 3))(params, tokens_BT[:, :prompt_len], config.max_seq_len, config)
+    cache = quick_jit(generate.prefill, static_argnums=(2, 3))(
+      params, tokens_BT[:, :prompt_len], config.max_seq_len, config
+    )
     for position in range(prompt_len, config.max_seq_len):
       logits_BV, cache = decode_step(params, tokens_BT[:, position], cache, jnp.int32(position), config)
       expected, got = {"logits": full_BTV[:, position]}, {"logits": logits_BV}
@@ -96,9 +98,9 @@ def test_decoding_ignores_what_the_cache_holds_from_its_position_on():
   """What an earlier, longer text or a padded prompt left in the cache does not change one bit of the logits."""
   config = names_experiment().model
   params, tokens_BT = cast(initial_params(config), "float32"), tokens_for(config)
-  clean = model.prefill(params, tokens_BT[:, :5], config.max_seq_len, config)
+  clean = generate.prefill(params, tokens_BT[:, :5], config.max_seq_len, config)
   stale = jax.tree.map(lambda c_LBSNH: c_LBSNH.at[:, :, 5:].set(1e3), clean)
-  decode_step = quick_jit(model.decode_step, static_argnums=4)
+  decode_step = quick_jit(generate.decode_step, static_argnums=4)
   from_clean, from_stale = (decode_step(params, tokens_BT[:, 5], c, jnp.int32(5), config)[0] for c in (clean, stale))
   np.testing.assert_array_equal(from_clean, from_stale)
 

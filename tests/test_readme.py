@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import catalog, run, settings
+from jgpt import run
+from jgpt.config import catalog
+from jgpt.config.settings import resolve
+from jgpt.data.sources import SOURCES, expected_vocab_size
 from jgpt.params import count_params
-from jgpt.sources import SOURCES, expected_vocab_size
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,7 +43,7 @@ def test_the_added_experiment_runs(tmp_path, monkeypatch, capsys):
 def test_the_table_has_every_experiment_with_its_parameters():
   for name in catalog.list_experiments():
     experiment = catalog.load_experiment(name)
-    count = count_params(settings.resolve(experiment, expected_vocab_size(experiment.data)).model)
+    count = count_params(resolve(experiment, expected_vocab_size(experiment.data)).model)
     assert f"| `{name}` | {count:,} |" in README
 
 

@@ -16,13 +16,15 @@ import pytest
 import tensorstore
 from test_digest import digest_by_hand
 
-from jgpt import checkpoint, manifest, train
-from jgpt import run_folder as run_folder_lib
-from jgpt.checks import UserError
+from jgpt import train
+from jgpt.errors import UserError
 from jgpt.generate import generate_texts
 from jgpt.keys import SAMPLE, derive_key
-from jgpt.metrics import read_jsonl
-from jgpt.run_folder import read_run_files
+from jgpt.plan import plan_run
+from jgpt.runs import manifest
+from jgpt.runs.folder import MAX_SETTINGS, MAX_STARTS, append_env, read_run_files
+from jgpt.runs.log import read_jsonl
+from jgpt.runs.open import load_run
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMAT_1 = FIXTURES / "run_format_1"
@@ -62,7 +64,7 @@ def test_a_stranger_reads_every_array_and_finds_its_digest():
 
 
 def test_it_is_read_whole_and_sampled(run_folder):
-  run = checkpoint.load_run(run_folder)
+  run = load_run(run_folder)
   assert run.step == 3 and run.experiment.model.d_model == 8 and run.tokenizer.vocab_size == 17
   for name in ("tok_embed", "pos_embed", "unembed"):
     np.testing.assert_array_equal(np.asarray(run.params[name]), read_leaf(f"params/{name}"))
@@ -81,9 +83,9 @@ def test_it_is_whole_and_says_what_it_is(run_folder):
 def test_training_goes_on(run_folder, quick):
   """Its own log has the rows of the run that was not stopped, which a run that goes on writes again."""
   losses = [row["train/loss"] for row in read_jsonl(FORMAT_1 / "metrics.jsonl") if "train/loss" in row]
-  plan = train.plan(read_run_files(run_folder).experiment, workdir=run_folder, name="names")
+  plan = plan_run(read_run_files(run_folder).experiment, workdir=run_folder, name="names")
   assert plan.start_step == 3
-  result = train.train(plan)
+  result = train.train_run(plan)
   assert int(result.state.step) == 6 and manifest.list_steps(run_folder) == [3, 6]
   np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
@@ -92,7 +94,7 @@ def test_training_goes_on(run_folder, quick):
 def test_a_start_is_recorded_whatever_the_names_of_its_files(tmp_path):
   """A name that is no UTF-8 reaches Python with halves of pairs in it, which UTF-8 cannot hold."""
   for number in range(3):
-    run_folder_lib.append_env(tmp_path, {"number": number, "command": ["--workdir", "w\udcff", "é"]})
+    append_env(tmp_path, {"number": number, "command": ["--workdir", "w\udcff", "é"]})
   starts = json.loads((tmp_path / "env.json").read_text(encoding="utf-8"))
   assert [start["number"] for start in starts] == [0, 1, 2]
   assert {tuple(start["command"]) for start in starts} == {("--workdir", "w\udcff", "é")}
@@ -101,12 +103,12 @@ def test_a_start_is_recorded_whatever_the_names_of_its_files(tmp_path):
 def test_files_are_read_no_further_than_they_can_mean(run_folder):
   """Small pieces of JSON take 25 times their bytes of memory: settings of 60 MB would take 1.5 GB."""
   path = run_folder / "experiment.json"
-  path.write_text(path.read_text() + " " * run_folder_lib.MAX_SETTINGS)
+  path.write_text(path.read_text() + " " * MAX_SETTINGS)
   with pytest.raises(UserError, match=r"experiment\.json has .* bytes; at most 1,048,576 are read of such a file"):
     read_run_files(run_folder)
   path = run_folder / "env.json"
-  path.write_text("[" + "[]," * (run_folder_lib.MAX_STARTS // 3) + "[]]")
-  run_folder_lib.append_env(run_folder, {"number": 1})
+  path.write_text("[" + "[]," * (MAX_STARTS // 3) + "[]]")
+  append_env(run_folder, {"number": 1})
   assert json.loads(path.read_text()) == [{"number": 1}]
 
 
@@ -136,5 +138,5 @@ def test_starts_that_cannot_be_read_just_now_are_not_forgotten(run_folder):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(os, "open", refuse)
     with pytest.raises(UserError, match=r"env\.json: Too many open files"):
-      run_folder_lib.append_env(run_folder, {"command": []})
+      append_env(run_folder, {"command": []})
   assert (run_folder / "env.json").read_bytes() == before

@@ -10,8 +10,31 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import catalog, config, settings
-from jgpt.checks import UserError
+from jgpt.config import (
+  DataConfig,
+  Experiment,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  TrainConfig,
+  catalog,
+  checks,
+)
+from jgpt.config.experiment import DROPOUT_PLACES, PARAM_KINDS
+from jgpt.config.settings import (
+  SECTIONS,
+  change,
+  differences,
+  experiment_from_json,
+  experiment_to_json,
+  format_value,
+  is_circumstance,
+  list_settings,
+  parse_setting,
+  setting_names,
+)
+from jgpt.errors import UserError
 
 NAMES = catalog.load_experiment("names")
 
@@ -90,7 +113,7 @@ OTHER_VALUES = {
 
 def set_(*texts, base=NAMES):
   """What `--set` does with each of the texts, together."""
-  return settings.change(base, dict(settings.parse_setting(text) for text in texts))
+  return change(base, dict(parse_setting(text) for text in texts))
 
 
 # --- Refusals ---
@@ -167,19 +190,19 @@ def test_wrong_value_is_refused_with_the_setting_and_what_it_needs(text, need):
 )
 def test_values_from_python_and_json_are_not_converted_to_the_declared_type(name, value):
   with pytest.raises(UserError, match=rf"{name}=.* must be"):
-    settings.change(NAMES, {name: value})
+    change(NAMES, {name: value})
 
 
 def test_code_as_a_value_is_text_and_never_executed(tmp_path):
   """Neither a number's parser nor a text's evaluates anything: the file that the code would make is not there."""
   marker = tmp_path / "executed"
   code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
-  for name in settings.setting_names():
+  for name in setting_names():
     try:
       changed = set_(f"{name}={code}")
     except UserError:
       continue
-    assert settings.settings(changed)[name] == code  # a field for text takes it as it is
+    assert list_settings(changed)[name] == code  # a field for text takes it as it is
     assert name in ("data.source", "data.path", "train.init_from", "sample.prompt")
   assert not marker.exists()
 
@@ -241,10 +264,10 @@ def test_changes_are_made_at_once_so_their_order_does_not_matter():
 
 
 def test_change_leaves_the_original_as_it_was():
-  before = settings.to_json(NAMES)
-  changed = settings.change(NAMES, {"train.steps": 7})
+  before = experiment_to_json(NAMES)
+  changed = change(NAMES, {"train.steps": 7})
   assert changed.train.steps == 7
-  assert settings.to_json(NAMES) == before
+  assert experiment_to_json(NAMES) == before
 
 
 # --- Round trips ---
@@ -257,7 +280,7 @@ def experiments(draw):
   def count(most=2**31 - 1):
     return draw(st.integers(1, most))
 
-  def number(least=0.0, most=config.FLOAT32_MAX, exclude_max=False):
+  def number(least=0.0, most=checks.FLOAT32_MAX, exclude_max=False):
     return draw(st.floats(least, most, exclude_max=exclude_max))
 
   def maybe(value):
@@ -273,8 +296,8 @@ def experiments(draw):
   tokenizer = "characters" if batching == "documents" else draw(st.sampled_from(streams))
   heldout_tokens = None if batching == "documents" else maybe(count())
   epochs = maybe(count())
-  return config.Experiment(
-    model=config.ModelConfig(
+  return Experiment(
+    model=ModelConfig(
       vocab_size=maybe(count()),
       vocab_multiple=count(),
       max_seq_len=seq_len + draw(st.integers(0, 5)),
@@ -291,11 +314,11 @@ def experiments(draw):
       tied_head=draw(st.booleans()),
       scale_embed=draw(st.booleans()),
       dropout=number(0, 1, exclude_max=True),
-      dropout_places=tuple(draw(st.lists(st.sampled_from(config.DROPOUT_PLACES), min_size=1, max_size=3))),
+      dropout_places=tuple(draw(st.lists(st.sampled_from(DROPOUT_PLACES), min_size=1, max_size=3))),
       init_std=number(),
       scale_residual_init=draw(st.booleans()),
     ),
-    data=config.DataConfig(
+    data=DataConfig(
       source=draw(text),
       path=maybe(draw(text)),
       tokenizer=tokenizer,
@@ -308,7 +331,7 @@ def experiments(draw):
       heldout_tokens=heldout_tokens,
       num_batches=maybe(count()),
     ),
-    optimizer=config.OptimizerConfig(
+    optimizer=OptimizerConfig(
       peak_lr=number(),
       schedule=draw(st.sampled_from(["linear", "cosine", "constant", "wsd"])),
       warmup_steps=count() - 1,
@@ -318,12 +341,12 @@ def experiments(draw):
       cooldown_steps=maybe(count()),
       b1=number(0, 1 - 2**-24),
       b2=number(0, 1 - 2**-24),
-      eps=number(config.FLOAT32_TINY),
+      eps=number(checks.FLOAT32_TINY),
       weight_decay=number(),
-      decay_kinds=tuple(draw(st.lists(st.sampled_from(config.PARAM_KINDS), max_size=3))),
+      decay_kinds=tuple(draw(st.lists(st.sampled_from(PARAM_KINDS), max_size=3))),
       clip_norm=maybe(number(1e-300)),
     ),
-    train=config.TrainConfig(
+    train=TrainConfig(
       steps=maybe(count() - 1) if epochs and batching == "epochs" else count() - 1,
       epochs=epochs,
       seed=count() - 1,
@@ -335,7 +358,7 @@ def experiments(draw):
       sample_every=maybe(count()),
       save_every=maybe(count()),
     ),
-    sample=config.SampleConfig(
+    sample=SampleConfig(
       prompt=draw(st.text().map(str.strip)),
       num=count(1_000_000),
       temperature=number(0, 1e6),
@@ -343,7 +366,7 @@ def experiments(draw):
       top_p=number(0, 1),
       max_tokens=maybe(count(100)),
     ),
-    mesh=config.MeshConfig(data=mesh, scan_layers=maybe(draw(st.booleans()))),
+    mesh=MeshConfig(data=mesh, scan_layers=maybe(draw(st.booleans()))),
   )
 
 
@@ -351,8 +374,8 @@ def experiments(draw):
 @given(experiments())
 def test_experiment_survives_json_and_set(experiment):
   """Bitwise, floats included; equal experiments are also equal as static arguments of jit, which go by the hash."""
-  through_json = settings.from_json(json.loads(json.dumps(settings.to_json(experiment))))
-  texts = [f"{name}={settings.format_value(value)}" for name, value in settings.settings(experiment).items()]
+  through_json = experiment_from_json(json.loads(json.dumps(experiment_to_json(experiment))))
+  texts = [f"{name}={format_value(value)}" for name, value in list_settings(experiment).items()]
   through_set = set_(*texts, base=dataclasses.replace(NAMES, expected=()))
   assert through_json == through_set == experiment
   assert hash(through_json) == hash(through_set) == hash(experiment)
@@ -370,17 +393,17 @@ def test_values_written_by_hand_are_read_as_meant():
 
 
 def test_optional_fields_that_an_older_file_lacks_count_as_their_defaults():
-  value = settings.to_json(settings.change(NAMES, {"optimizer.clip_norm": 2.0, "mesh.data": 1}))
+  value = experiment_to_json(change(NAMES, {"optimizer.clip_norm": 2.0, "mesh.data": 1}))
   del value["optimizer"]["clip_norm"], value["train"]["seed"], value["mesh"]
-  read = settings.from_json(value)
+  read = experiment_from_json(value)
   assert read.optimizer.clip_norm is None
   assert read.train.seed == 0
-  assert read.mesh == config.MeshConfig(data=None)
+  assert read.mesh == MeshConfig(data=None)
 
 
 def replaced(section, field=None, value=None):
   """The JSON of `names` with one thing put in, or taken out where the value is `...`."""
-  top = settings.to_json(NAMES)
+  top = experiment_to_json(NAMES)
   inside, key = (top, section) if field is None else (top[section], field)
   if value is ...:
     del inside[key]
@@ -408,7 +431,7 @@ def replaced(section, field=None, value=None):
 )
 def test_json_that_is_no_experiment_is_refused(value, complaint):
   with pytest.raises(UserError, match=complaint):
-    settings.from_json(value)
+    experiment_from_json(value)
 
 
 ANY_NUMBER = st.one_of(st.integers(), st.integers(2**30, 2**70), st.floats(), st.just(10**400))
@@ -420,27 +443,27 @@ ANY_JSON = st.recursive(
 
 
 @hypothesis_settings(deadline=None, max_examples=200)
-@given(st.one_of(ANY_JSON, st.dictionaries(st.sampled_from([*settings.SECTIONS, "other"]), ANY_JSON)))
+@given(st.one_of(ANY_JSON, st.dictionaries(st.sampled_from([*SECTIONS, "other"]), ANY_JSON)))
 def test_any_json_is_an_experiment_or_a_user_error(value):
   with pytest.raises(UserError):  # nothing drawn here has every field that is needed
-    settings.from_json(value)
+    experiment_from_json(value)
 
 
 @hypothesis_settings(deadline=10_000, max_examples=300)
-@given(st.dictionaries(st.sampled_from(settings.setting_names()), ANY_JSON, min_size=1, max_size=4))
+@given(st.dictionaries(st.sampled_from(setting_names()), ANY_JSON, min_size=1, max_size=4))
 @example({"model.d_model": 2**61 - 1, "model.num_heads": 2**60})
 def test_an_experiments_json_with_any_values_is_an_experiment_or_a_user_error(values):
   """What is accepted is valid: it survives JSON. The deadline catches checks whose cost grows with a value."""
-  value = settings.to_json(NAMES)
+  value = experiment_to_json(NAMES)
   for name, field_value in values.items():
     section, field = name.split(".")
     value[section][field] = field_value
   try:
-    read = settings.from_json(value)
+    read = experiment_from_json(value)
   except UserError as error:
-    assert any(section in str(error) for section in settings.SECTIONS)
+    assert any(section in str(error) for section in SECTIONS)
   else:
-    assert settings.from_json(settings.to_json(read)) == read
+    assert experiment_from_json(experiment_to_json(read)) == read
 
 
 @hypothesis_settings(deadline=10_000, max_examples=300)
@@ -449,7 +472,7 @@ def test_an_experiments_json_with_any_values_is_an_experiment_or_a_user_error(va
     st.text(),
     st.builds(
       "{}={}".format,
-      st.one_of(st.sampled_from(settings.setting_names()), st.text()),
+      st.one_of(st.sampled_from(setting_names()), st.text()),
       st.one_of(ANY_NUMBER, st.text(), st.sampled_from(["none", "true", "1_0", "٣", "0x10", "1e999", "1" * 5000])),
     ),
   )
@@ -457,11 +480,11 @@ def test_an_experiments_json_with_any_values_is_an_experiment_or_a_user_error(va
 def test_any_text_is_a_setting_or_a_user_error(text):
   """What is accepted can be printed and set again (`--print-config` says what to give to `--set`)."""
   try:
-    name, value = settings.parse_setting(text)
-    changed = settings.change(NAMES, {name: value})
+    name, value = parse_setting(text)
+    changed = change(NAMES, {name: value})
   except UserError:
     return
-  assert set_(f"{name}={settings.format_value(value)}") == changed
+  assert set_(f"{name}={format_value(value)}") == changed
 
 
 # --- Identity and circumstance ---
@@ -469,12 +492,12 @@ def test_any_text_is_a_setting_or_a_user_error(text):
 
 def test_every_setting_is_either_identity_or_circumstance():
   """A run is refused on resume for exactly those settings that change what is learned, with both values."""
-  assert list(OTHER_VALUES) == settings.setting_names()
+  assert list(OTHER_VALUES) == setting_names()
   # From here each setting can be changed alone.
   changes = {"data.batch_size": 8, "data.batching": "random", "data.tokenizer": "gpt2", "data.heldout_fraction": 0.0}
-  base = settings.change(NAMES, changes | {"model.norm_embed": False, "model.dropout_places": ("attention",)})
+  base = change(NAMES, changes | {"model.norm_embed": False, "model.dropout_places": ("attention",)})
   for name, (value, may_change) in OTHER_VALUES.items():
-    changed = settings.change(base, {name: value})
-    expected = {} if may_change else {name: (settings.settings(base)[name], value)}
-    assert settings.differences(base, changed) == expected
-    assert settings.is_circumstance(name) == may_change
+    changed = change(base, {name: value})
+    expected = {} if may_change else {name: (list_settings(base)[name], value)}
+    assert differences(base, changed) == expected
+    assert is_circumstance(name) == may_change

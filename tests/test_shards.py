@@ -16,13 +16,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jgpt import files, paths, shards
-from jgpt.bpe import BpeTokenizer
-from jgpt.checks import UserError
 from jgpt.config import DataConfig
-from jgpt.shards import check_files, check_ids, open_files, parse_header, read_header, write_tokens
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer
-from jgpt.tokenizer_files import hugging_face_files
+from jgpt.data import paths
+from jgpt.data import token_files as shards
+from jgpt.data.token_files import (
+  TokenFiles,
+  check_files,
+  check_ids,
+  id_bytes,
+  open_files,
+  parse_header,
+  read_header,
+  write_tokens,
+)
+from jgpt.errors import UserError
+from jgpt.system import files
+from jgpt.text.bpe import BpeTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.text.tokenizer_files import hugging_face_files
 
 ENGLISH = [15496, 995, 11, 262, 286, 198, 290, 50256]  # ids of GPT-2's
 GPT2_SIZE = 50257
@@ -157,7 +168,7 @@ def test_a_file_cut_anywhere_is_refused(length):
 @pytest.mark.parametrize(("write", "offset"), [(file16, 1024), (file32, 1024), (lambda ids: file16(ids)[1024:], 0)])
 @pytest.mark.parametrize("place", [0, 6, 7, 8, 20])
 def test_an_id_beyond_the_vocabulary_is_named_with_its_place(folder, monkeypatch, write, offset, place):
-  monkeypatch.setattr(shards, "BLOCK_BYTES", 16)  # places before, at and after the border of what is read at once
+  monkeypatch.setattr(shards, "CHECK_BLOCK_BYTES", 16)  # places before, at and after the border of what is read at once
   ids = [5] * 21
   ids[place] = 100
   (path,) = folder({"a.bin": write(ids)})
@@ -219,7 +230,7 @@ def test_checking_takes_no_more_memory_than_a_block(tmp_path):
 def test_read_is_that_of_the_joined_ids(parts, data):
   whole = np.concatenate([np.array(part, np.int32) for part in parts])
   maps = tuple(np.array(part, np.uint16 if n % 2 else np.uint32) for n, part in enumerate(parts))
-  stream = shards.TokenFiles(maps, np.cumsum([len(part) for part in parts], dtype=np.int64))
+  stream = TokenFiles(maps, np.cumsum([len(part) for part in parts], dtype=np.int64))
   assert len(stream) == len(whole)
   start = data.draw(st.integers(0, len(whole)))
   stop = data.draw(st.integers(start, len(whole)))
@@ -250,7 +261,7 @@ def test_writer_writes_llm_cs_bytes_and_the_vocabulary_chooses_the_width(tmp_pat
     writer.append(np.array(ids[2:], np.int64))
     assert writer.count == 5 and not path.exists()
   assert path.read_bytes() == expected(ids)
-  assert shards.id_bytes(vocab_size) == (len(expected(ids)) - 1024) // 5
+  assert id_bytes(vocab_size) == (len(expected(ids)) - 1024) // 5
   assert files.digest_file(path) == hashlib.sha256(expected(ids)).hexdigest()
 
 
@@ -356,8 +367,8 @@ def test_a_finished_folder_is_the_files_of_its_manifest_whatever_else_lies_there
 def test_a_manifest_of_100000_shards_is_read_and_none_that_unpacks_to_gigabytes(folder):
   names = [{"name": f"shards_train_{n:06}.bin", "tokens": 100_000_000, "sha256": "0" * 64} for n in range(100_000)]
   content = json.dumps({"finished": True, "files": names}, indent=2).encode()
-  assert len(content) * 1.9 < paths.MAX_MANIFEST  # with as many inputs
-  folder({"s/prepare.json": b"[" + b"[]," * (paths.MAX_MANIFEST // 3) + b"[]]"})
+  assert len(content) * 1.9 < paths.MAX_PREPARATION_BYTES  # with as many inputs
+  folder({"s/prepare.json": b"[" + b"[]," * (paths.MAX_PREPARATION_BYTES // 3) + b"[]]"})
   with pytest.raises(UserError, match=r"^s/prepare\.json has .* bytes; at most 33,554,432 are read of such a file\. Make"):
     paths.find_token_files("s")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from jgpt import download, sources
-from jgpt.checks import UserError
 from jgpt.config import DataConfig
-from jgpt.download import DownloadError
-from jgpt.sources import GPT2_FILES, SOURCES, PinnedFile, Text, expected_vocab_size, find_gpt2_files, find_text
+from jgpt.data import download, sources
+from jgpt.data.download import DownloadError, PinnedFile
+from jgpt.data.sources import GPT2_FILES, SOURCES, Text, expected_vocab_size, find_gpt2_files, find_text
+from jgpt.errors import UserError
 
 BUNDLED = Path(sources.__file__).parent / "bundled" / "names.txt"
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt import spikes
-from jgpt.spikes import DECAY, MIN_COUNT, LossStats, observe, z_score, z_scores
+from jgpt.optim import DECAY, MIN_COUNT, LossStats, observe, z_score
+from jgpt.runs import health
+from jgpt.runs.health import z_scores
 
 
 def observed(losses):
@@ -47,7 +48,7 @@ def test_losses_that_are_all_alike_have_finite_scores():
   """Without any deviation a rise of 0.07 nats is the least that counts as a spike."""
   stats = observed([2.5] * 100)
   assert stats.variance == 0 and z_score(stats, 2.5) == 0
-  assert z_score(stats, 2.5 + 0.069) < spikes.SPIKE < z_score(stats, 2.5 + 0.071)
+  assert z_score(stats, 2.5 + 0.069) < health.SPIKE < z_score(stats, 2.5 + 0.071)
 
 
 @pytest.mark.parametrize("height", [2.0, 10.0, 1e6])

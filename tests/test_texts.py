@@ -17,9 +17,9 @@ from switches import SYSTEMS, make_model
 import jgpt.step
 from jgpt.batches import Batch
 from jgpt.config import OptimizerConfig
-from jgpt.metrics import format_perplexity
 from jgpt.optim import make_optimizer, make_schedule
 from jgpt.params import param_table
+from jgpt.report.console import format_perplexity
 
 
 def about(value, rel=1e-4):

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt import tokenizer
-from jgpt.bpe import BpeTokenizer
-from jgpt.checks import UserError
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, show_chars, train_char_tokenizer
+from jgpt.errors import UserError
+from jgpt.text.bpe import BpeTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, show_chars, tokenizer_from_json, train_char_tokenizer
 
 LETTERS = train_char_tokenizer(["abcdefghijklmnopqrstuvwxyz"], bos=True)
 WITHOUT_BOS = CharTokenizer("\nab", False)
@@ -101,7 +100,7 @@ def test_kinds_describe_themselves():
 
 
 def test_importing_tokenizers_imports_no_package_that_may_be_absent():
-  code = "import sys, jgpt.tokenizer; assert not {'tokenizers', 'tiktoken', 'jax', 'numpy'} & sys.modules.keys()"
+  code = "import sys, jgpt.text.tokenizer; assert not {'tokenizers', 'tiktoken', 'jax', 'numpy'} & sys.modules.keys()"
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -128,7 +127,7 @@ def test_ids_that_the_tokenizer_does_not_have_decode_to_nothing():
 @pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: type(kind).__name__)
 def test_json_reads_back_equal(kind):
   """Equal values are equal in every respect: a run's tokenizer is found again by its digest."""
-  again = tokenizer.from_json(json.loads(json.dumps(kind.to_json())))
+  again = tokenizer_from_json(json.loads(json.dumps(kind.to_json())))
   assert again == kind
   assert hash(again) == hash(kind)
   assert again.digest == kind.digest
@@ -140,7 +139,7 @@ def test_json_reads_back_equal(kind):
 def test_json_and_digest_tell_tokenizers_apart(a, b, bos_a, bos_b):
   """What was written reads back equal, with the same digest; the digests of two tokenizers are equal if they are."""
   first, second = (CharTokenizer("".join(sorted(chars)), bos) for chars, bos in ((a, bos_a), (b, bos_b)))
-  again = tokenizer.from_json(json.loads(json.dumps(first.to_json())))
+  again = tokenizer_from_json(json.loads(json.dumps(first.to_json())))
   assert again == first
   assert again.digest == first.digest
   assert (first.digest == second.digest) == (first == second)
@@ -182,7 +181,7 @@ def test_digest_is_that_of_the_json_and_never_changes():
 )
 def test_json_that_is_no_tokenizer_is_refused(value):
   with pytest.raises(UserError, match="character"):
-    tokenizer.from_json(value)
+    tokenizer_from_json(value)
 
 
 ANY_JSON = st.recursive(
@@ -210,7 +209,7 @@ def with_one_part_replaced(value):
 def test_any_json_is_a_tokenizer_or_a_user_error(value):
   """What is accepted is exactly what would be written again."""
   with contextlib.suppress(UserError):
-    assert tokenizer.from_json(value).to_json() == value
+    assert tokenizer_from_json(value).to_json() == value
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,10 @@ from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt.bpe import BpeTokenizer, make_gpt2_tokenizer
-from jgpt.checks import UserError
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, kind_of, train_char_tokenizer
-from jgpt.tokenizer_files import (
-  hugging_face_files,
-  llmc_tokenizer_bytes,
-  read_hugging_face_tokenizer,
-)
+from jgpt.errors import UserError
+from jgpt.text.bpe import BpeTokenizer, make_gpt2_tokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, kind_of, train_char_tokenizer
+from jgpt.text.tokenizer_files import hugging_face_files, llmc_tokenizer_bytes, read_hugging_face_tokenizer
 
 NO_DEADLINE = hypothesis_settings(deadline=None)
 SLOW_EXAMPLES = hypothesis_settings(deadline=None, max_examples=25)
@@ -205,7 +201,9 @@ def test_which_files_there_are():
 
 
 def test_importing_imports_no_package_that_may_be_absent():
-  code = "import sys, jgpt.tokenizer_files; assert not {'tokenizers', 'transformers', 'jax', 'numpy'} & sys.modules.keys()"
+  code = (
+    "import sys, jgpt.text.tokenizer_files; assert not {'tokenizers', 'transformers', 'jax', 'numpy'} & sys.modules.keys()"
+  )
   subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -40,8 +40,9 @@ from switches import (
 )
 
 import jgpt.step
-from jgpt.catalog import load_experiment
-from jgpt.config import DROPOUT_PLACES, PARAM_KINDS, OptimizerConfig
+from jgpt.config import OptimizerConfig
+from jgpt.config.catalog import load_experiment
+from jgpt.config.experiment import DROPOUT_PLACES, PARAM_KINDS
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 

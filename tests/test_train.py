@@ -10,12 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from jgpt import checkpoint, manifest, program, run_folder, sharding, train
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.download import DownloadError
-from jgpt.metrics import read_jsonl
-from jgpt.settings import change, settings
+from jgpt import program, sharding, train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, list_settings
+from jgpt.data.download import DownloadError
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
+from jgpt.runs import manifest
+from jgpt.runs.folder import read_run_files
+from jgpt.runs.log import read_jsonl
+from jgpt.runs.open import load_run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -42,7 +46,7 @@ def equal_bits(a, b) -> bool:
 
 
 def run(experiment, workdir=None, **options):
-  return train.train(train.plan(experiment, workdir=workdir, name="words"), **options)
+  return train.train_run(plan_run(experiment, workdir=workdir, name="words"), **options)
 
 
 def test_the_same_run_twice_is_equal_bit_by_bit(experiment):
@@ -125,7 +129,7 @@ def test_eight_devices_train_as_one(experiment):
 
 def test_a_batch_is_divided_over_the_devices(experiment):
   """The placement is real: each device gets its rows of the batch, and the state lies on all of them."""
-  plan = train.plan(change(experiment, {"data.batch_size": 16, "mesh.data": 4}))
+  plan = plan_run(change(experiment, {"data.batch_size": 16, "mesh.data": 4}))
   mesh = sharding.make_mesh(plan.experiment, jax.devices())
   assert sharding.batch_sharding(mesh).shard_shape((16, 16)) == (4, 16)
   made = program.compile_program(plan.experiment, plan.data)
@@ -156,7 +160,7 @@ def test_another_identity_in_a_folder_is_refused_naming_the_fields(experiment, t
     UserError, match=r"optimizer.peak_lr is 0.01 there and 0.02 here, train.seed is 0 there and 3 here\. .*--fresh"
   ):
     run(change(experiment, {"optimizer.peak_lr": 0.02, "train.seed": 3}), tmp_path)
-  assert settings(run_folder.read_run_files(tmp_path).experiment)["optimizer.peak_lr"] == 0.01
+  assert list_settings(read_run_files(tmp_path).experiment)["optimizer.peak_lr"] == 0.01
 
 
 def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_path, monkeypatch):
@@ -164,16 +168,16 @@ def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_p
   folder = tmp_path / "data"
   folder.mkdir()
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
-  monkeypatch.setattr("jgpt.download.download", Mock(side_effect=DownloadError("no network")))
+  monkeypatch.setattr("jgpt.data.download.download", Mock(side_effect=DownloadError("no network")))
   monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
   base = change(experiment, {"data.path": None, "train.steps": 20})
-  first = train.plan(base, workdir=tmp_path / "run")
+  first = plan_run(base, workdir=tmp_path / "run")
   assert first.data.text.kind == "bundled"
-  train.train(first)
+  train.train_run(first)
   (folder / "names.txt").write_text("anna\nbob\n", encoding="utf-8")
   monkeypatch.setenv("JGPT_DATA_DIR", str(folder))
-  assert train.plan(base, workdir=tmp_path / "run").data.text.kind == "bundled"
-  assert train.plan(base).data.text.kind == "JGPT_DATA_DIR"
+  assert plan_run(base, workdir=tmp_path / "run").data.text.kind == "bundled"
+  assert plan_run(base).data.text.kind == "JGPT_DATA_DIR"
 
 
 def test_more_steps_at_a_rate_of_zero_are_refused(experiment, tmp_path):
@@ -239,15 +243,15 @@ def test_training_works_outside_the_main_thread(experiment):
 
 def test_zero_steps_make_a_run_folder_that_can_be_sampled(experiment, tmp_path):
   result = run(change(experiment, {"train.steps": 0}), tmp_path)
-  assert len(result.losses) == 0 and checkpoint.load_run(tmp_path).step == 0
+  assert len(result.losses) == 0 and load_run(tmp_path).step == 0
 
 
 @pytest.mark.slow
 def test_the_folder_alone_is_enough_to_sample(experiment, tmp_path, words):
   result = run(experiment, tmp_path)
-  loaded = checkpoint.load_run(tmp_path)
+  loaded = load_run(tmp_path)
   assert equal_bits(loaded.params, result.params)
-  assert loaded.tokenizer == result.tokenizer and settings(loaded.experiment) == settings(result.experiment)
+  assert loaded.tokenizer == result.tokenizer and list_settings(loaded.experiment) == list_settings(result.experiment)
   data = json.loads((tmp_path / "experiment.json").read_text())["data"]
   assert data["kind"] == "path" and data["location"] == str(words) and len(data["sha256"]) == 64
 
@@ -257,8 +261,8 @@ def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
   from jgpt.batches import Batch
   from jgpt.step import loss_fn
 
-  plan = train.plan(experiment)
-  result = train.train(plan)
+  plan = plan_run(experiment)
+  result = train.train_run(plan)
   tokens, lengths = plan.data.heldout
   weights = (np.arange(16)[None] < lengths[:, None]).astype(np.float32)
   losses = [
@@ -294,7 +298,7 @@ def test_checkpoints_that_nothing_describes_are_refused(experiment, tmp_path):
 
 def test_the_steady_loop_moves_nothing_unasked(experiment):
   """After the first call nothing moves between host and device but what is asked for."""
-  plan = train.plan(experiment)
+  plan = plan_run(experiment)
   made = program.compile_program(plan.experiment, plan.data)
   state, run_steps, corpus = made.state, made.run_steps, made.feed.corpus_at(0)
   num = jax.device_put(np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices())))
@@ -342,12 +346,12 @@ def stream(play):
 @pytest.mark.slow
 def test_a_run_in_epochs_evaluates_samples_and_prints_by_epochs(stream, capsys):
   """Three epochs of 9 updates: evaluated before the first and after each, sampled after each but the last."""
-  from jgpt.metrics import ConsoleWriter
+  from jgpt.report.console import ConsoleWriter
 
-  plan = train.plan(change(stream, {"train.steps": None, "train.epochs": 3}))
+  plan = plan_run(change(stream, {"train.steps": None, "train.epochs": 3}))
   assert plan.epoch_steps == 9 and plan.experiment.train.steps == 27 and plan.experiment.optimizer.decay_steps == 27
   recorder, console = Recorder(), ConsoleWriter(steps=27, log_every=4, epoch_steps=9, terminal=False)
-  result = train.train(plan, writers=[recorder, console])
+  result = train.train_run(plan, writers=[recorder, console])
   assert [c.step for c in recorder.chunks if c.heldout_loss is not None] == [0, 9, 18, 27]
   assert [c.step for c in recorder.chunks if c.texts] == [9, 18]
   assert result.heldout_losses[-1] == (27, result.heldout_loss)
@@ -388,7 +392,7 @@ def test_layers_scanned_or_written_out_are_one_run(stream, tmp_path):
   assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
   run(change(written, {"train.steps": 13}), tmp_path)
   np.testing.assert_allclose(run(scanned, tmp_path).losses, b.losses, rtol=1e-5)
-  assert checkpoint.load_run(tmp_path).params["blocks"]["w_up"].shape == (2, 16, 32)
+  assert load_run(tmp_path).params["blocks"]["w_up"].shape == (2, 16, 32)
 
 
 @pytest.mark.slow
@@ -403,8 +407,8 @@ def test_the_whole_heldout_part_is_evaluated_window_by_window(stream):
   from jgpt.batches import Batch
   from jgpt.step import loss_fn
 
-  plan = train.plan(stream)
-  result = train.train(plan)
+  plan = plan_run(stream)
+  result = train.train_run(plan)
   tokens, T, nats = plan.data.heldout.tokens, 16, 0.0
   for start in range(0, len(tokens) - 1, T):
     window = tokens[start : start + T + 1]
@@ -421,5 +425,5 @@ def test_a_run_keeps_its_tokenizer_when_it_goes_on(stream, tmp_path, monkeypatch
   base = change(stream, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 260, "data.seq_len": 8, "train.steps": 5})
   base = change(base, {"optimizer.decay_steps": 10})
   first = run(base, tmp_path / "run")
-  monkeypatch.setattr("jgpt.data.train_bpe_tokenizer", lambda *args: pytest.fail("learned again"))
+  monkeypatch.setattr("jgpt.text.bpe.train_bpe_tokenizer", lambda *args: pytest.fail("learned again"))
   assert run(change(base, {"train.steps": 10}), tmp_path / "run").tokenizer == first.tokenizer

@@ -21,13 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import compiled_quickly
 
-from jgpt import batches, program, tricks
+from jgpt import batches, program
 from jgpt.attention import attend_causally, attend_in_blocks
-from jgpt.catalog import list_experiments, load_experiment
-from jgpt.model import stack_blocks, unstack_blocks
-from jgpt.settings import change, resolve
-from jgpt.step import loss_and_grads, loss_fn, skip_padding
-from jgpt.train import plan, train
+from jgpt.batches import skip_padding
+from jgpt.config.catalog import list_experiments, load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.devices.compute import PLAIN, choose_tricks, has_padding
+from jgpt.plan import plan_run
+from jgpt.sharding import stack_blocks, unstack_blocks
+from jgpt.step import loss_and_grads, loss_fn
+from jgpt.train import train_run
 
 # Four groups of documents: cut at the context, shorter than half of it, and one that fits half of it exactly.
 DOCUMENTS = (*NAMES, "a", "ab", "abcdefg", "abcdefgh", "zoe", "o", "mary", "bartholomewjames")
@@ -49,8 +52,8 @@ def test_one_setting_turns_all_of_them_off(name):
   for batch_size in (1, 64):
     experiment = resolved(name, data__batch_size=batch_size, train__micro_batch_size=None, mesh__tricks=False)
     for platform in ("cpu", "gpu", "tpu"):
-      chosen = tricks.choose_tricks(experiment, platform)
-      assert chosen == tricks.PLAIN
+      chosen = choose_tricks(experiment, platform)
+      assert chosen == PLAIN
       assert (chosen.layout, chosen.grads_fn) == (stack_blocks, loss_and_grads)
       assert not chosen.step_options and not chosen.init_options
 
@@ -58,18 +61,18 @@ def test_one_setting_turns_all_of_them_off(name):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_they_switch_themselves_off_where_they_were_not_measured(platform):
   for name in list_experiments():
-    assert tricks.choose_tricks(resolved(name), platform) == tricks.PLAIN
+    assert choose_tricks(resolved(name), platform) == PLAIN
 
 
 def test_each_is_chosen_where_it_helps():
   names, batch, gpt2 = resolved("names"), resolved("names", data__batch_size=16), resolved("gpt2_shakespeare")
-  names, batch, gpt2 = (tricks.choose_tricks(e, "cpu") for e in (names, batch, gpt2))
+  names, batch, gpt2 = (choose_tricks(e, "cpu") for e in (names, batch, gpt2))
   assert (names.layout, gpt2.layout) == (stack_blocks, unstack_blocks)
   assert names.step_options["xla_cpu_multi_thread_eigen"] is False and gpt2.step_options == {}
   assert names.grads_fn is loss_and_grads and gpt2.grads_fn is loss_and_grads
   assert batch.grads_fn is not loss_and_grads and batch.loss_fn is not loss_fn
   for seq_len, blocks in ((64, False), (254, False), (256, True)):
-    chosen = tricks.choose_tricks(resolved("shakespeare_char", data__seq_len=seq_len), "cpu")
+    chosen = choose_tricks(resolved("shakespeare_char", data__seq_len=seq_len), "cpu")
     assert (chosen.grads_fn is not loss_and_grads) == blocks
 
 
@@ -78,7 +81,7 @@ def test_a_layout_that_was_asked_for_is_taken(scan):
   layout = stack_blocks if scan else unstack_blocks
   for on in (True, False):
     experiment = resolved("gpt2_shakespeare", mesh__scan_layers=scan, mesh__tricks=on)
-    assert tricks.choose_tricks(experiment, "cpu").layout is layout
+    assert choose_tricks(experiment, "cpu").layout is layout
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,8 @@ def test_a_layout_that_was_asked_for_is_taken(scan):
   ids=lambda changes: next(iter(changes)),
 )
 def test_padding_is_not_skipped_where_that_would_be_wrong_or_slower(changes):
-  assert tricks.has_padding(resolved("names", data__batch_size=16))
-  assert not tricks.has_padding(resolved("names", **{"data__batch_size": 16} | changes))
+  assert has_padding(resolved("names", data__batch_size=16))
+  assert not has_padding(resolved("names", **{"data__batch_size": 16} | changes))
 
 
 # --- The same ---
@@ -187,10 +190,10 @@ def test_a_run_with_and_without_is_one_run(name, tmp_path):
   fast = change(load_experiment(name), changes)
   plain = change(fast, {"mesh.tricks": False})
   with compiled_quickly():
-    whole = {way: train(plan(change(e, {"train.steps": 12}))) for way, e in (("fast", fast), ("plain", plain))}
+    whole = {way: train_run(plan_run(change(e, {"train.steps": 12}))) for way, e in (("fast", fast), ("plain", plain))}
     np.testing.assert_allclose(whole["fast"].losses, whole["plain"].losses, rtol=2e-5)
-    train(plan(fast, workdir=tmp_path))
-    went_on = train(plan(change(plain, {"train.steps": 12}), workdir=tmp_path))
+    train_run(plan_run(fast, workdir=tmp_path))
+    went_on = train_run(plan_run(change(plain, {"train.steps": 12}), workdir=tmp_path))
   np.testing.assert_allclose(went_on.losses, whole["plain"].losses, rtol=2e-5)
 
 
@@ -200,9 +203,9 @@ def test_a_run_with_attention_in_blocks_is_one_run():
   changes = {"train.steps": 4, "data.batch_size": 4, "mesh.data": 1, "train.micro_batch_size": 2, "model.dropout": 0.2}
   changes |= {"model.max_seq_len": 256, "data.seq_len": 256, "model.dropout_places": ("attention", "mlp_out")}
   fast = change(load_experiment("shakespeare_bytes"), changes)
-  assert tricks.choose_tricks(resolve(fast, 256, 10), "cpu").grads_fn is not loss_and_grads
+  assert choose_tricks(resolve(fast, 256, 10), "cpu").grads_fn is not loss_and_grads
   with compiled_quickly():
-    losses = [train(plan(change(fast, {"mesh.tricks": on}))).losses for on in (True, False)]
+    losses = [train_run(plan_run(change(fast, {"mesh.tricks": on}))).losses for on in (True, False)]
   np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
@@ -213,9 +216,9 @@ def test_a_run_that_stops_and_goes_on_has_the_bits_of_one_that_did_not(on, tmp_p
   changes = {"train.steps": 8, "data.batch_size": 16, "optimizer.decay_steps": 8, "mesh.tricks": on}
   experiment = change(load_experiment("names"), changes)
   with compiled_quickly():
-    whole = train(plan(experiment))
-    train(plan(change(experiment, {"train.steps": 3}), workdir=tmp_path))
-    resumed = train(plan(experiment, workdir=tmp_path))
+    whole = train_run(plan_run(experiment))
+    train_run(plan_run(change(experiment, {"train.steps": 3}), workdir=tmp_path))
+    resumed = train_run(plan_run(experiment, workdir=tmp_path))
   for a, b in zip(*(jax.tree.leaves(r.state) for r in (whole, resumed)), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -225,7 +228,7 @@ def test_the_program_is_made_as_chosen(monkeypatch):
   """`compile_program` asks `choose_tricks` and nobody else: plain layers stay stacked."""
   experiment = change(load_experiment("shakespeare_bytes"), {"mesh.data": 1, "model.num_layers": 2, "train.steps": 1})
   for on, kind in ((True, list), (False, dict)):
-    made = plan(change(experiment, {"mesh.tricks": on}))
+    made = plan_run(change(experiment, {"mesh.tricks": on}))
     monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
     state = program.compile_program(made.experiment, made.data, num_steps=0).state
     assert isinstance(state.params["blocks"], kind)

@@ -170,19 +170,21 @@ def _changed(case: Case) -> Iterator[None]:
     if case.slow_names:
       stack.enter_context(mock.patch.object(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(10)))
     if case.plan_only:
-      from jgpt import runtime, sharding, train
-      from jgpt.checks import UserError
+      from jgpt import sharding, train
+      from jgpt.devices import runtime
+      from jgpt.errors import UserError
+      from jgpt.plan import Plan
 
-      def stand_in(plan: train.Plan, **kwargs: object) -> None:
+      def stand_in(plan: Plan, **kwargs: object) -> None:
         sharding.make_mesh(plan.experiment, runtime.devices())
         raise UserError(TRAINS)
 
-      stack.enter_context(mock.patch.object(train, "train", stand_in))
+      stack.enter_context(mock.patch.object(train, "train_run", stand_in))
     yield
 
 
 def _call(case: Case, compiled: _Compiled) -> dict:
-  from jgpt import command
+  from jgpt import cli
 
   before, began = _files(), time.monotonic()
   num_compiled, num_cached = compiled.count, compiled.cached
@@ -190,7 +192,7 @@ def _call(case: Case, compiled: _Compiled) -> dict:
   with _changed(case), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     try:
       verb, *argv = case.argv
-      status = command.guard(lambda: importlib.import_module(f"jgpt.{verb}").main(argv))
+      status = cli.guard(lambda: importlib.import_module(f"jgpt.{verb}").main(argv))
     except SystemExit as stop:  # the parser of arguments
       status = stop.code
     except BaseException:

@@ -13,7 +13,7 @@ IN_CI = (
   "test_row_03_killed_at[manifest:3]",
   "test_row_03_killed_at[deleting:3]",
   "test_row_04_a_signal_at[save]",
-  "test_row_04_a_signal_at[call=train.evaluate_heldout]",
+  "test_row_04_a_signal_at[call=evaluation.evaluate_heldout]",
   "test_row_04_a_signal_while_something_takes_long_is_heard_at_once[compile-term]",
   "test_row_04_a_signal_while_something_takes_long_is_heard_at_once[final evaluation-int]",
   "test_row_05_as_commands",

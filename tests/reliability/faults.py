@@ -3,7 +3,7 @@
     JGPT_FAULT=kill@commit:2       SIGKILL right before the second rename that gives a step's folder its number
     JGPT_FAULT=kill@manifest+      ... right after the first step's manifest is there, before anything else is done
     JGPT_FAULT=full@json           the operation fails as on a full disk
-    JGPT_FAULT=term@call=program.begin_evaluation    SIGTERM to itself where that function is called
+    JGPT_FAULT=term@call=evaluation.begin_evaluation    SIGTERM to itself where that function is called
     JGPT_FAULT=freeze@any          stopped before every operation in the run folder, until the parent lets it go on
     JGPT_FAULT=mark@call=...       nothing but the mark
 

@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jgpt.checks import UserError
+from jgpt.errors import UserError
 
 MAX_SECONDS = 1.0  # of CPU for one input
 MAX_MESSAGE = 500  # characters of a refusal

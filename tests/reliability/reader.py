@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jgpt import checkpoint
+from jgpt.runs.open import load_run
 
 
 def main(workdir: str, digests: str) -> None:
@@ -27,7 +27,7 @@ def main(workdir: str, digests: str) -> None:
   def read() -> None:
     while not over.exists():
       try:
-        run = checkpoint.load_run(workdir)
+        run = load_run(workdir)
       except Exception as error:
         errors.append(repr(error)[:300])
         continue

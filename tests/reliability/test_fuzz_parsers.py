@@ -17,14 +17,29 @@ import numpy as np
 import pytest
 from fuzzing import Parser, any_bytes, edit_bytes, edit_json
 
-from jgpt import data, documents, hugging_face, interop, llmc, paths, preparation, settings, shards
-from jgpt.bpe import BpeTokenizer
-from jgpt.catalog import list_experiments, load_experiment
-from jgpt.checks import UserError
 from jgpt.config import DataConfig
-from jgpt.settings import change
-from jgpt.tokenizer import ByteTokenizer, CharTokenizer, from_json
-from jgpt.tokenizer_files import hugging_face_files
+from jgpt.config.catalog import list_experiments, load_experiment
+from jgpt.config.settings import (
+  SIZE,
+  change,
+  experiment_from_json,
+  experiment_to_json,
+  format_value,
+  list_settings,
+  parse_setting,
+  setting_names,
+)
+from jgpt.data import paths, preparation
+from jgpt.data import token_files as shards
+from jgpt.data.corpus import find_data
+from jgpt.data.token_files import read_header
+from jgpt.errors import UserError
+from jgpt.text.bpe import BpeTokenizer
+from jgpt.text.documents import Position, parse_block, read_blocks
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_from_json
+from jgpt.text.tokenizer_files import hugging_face_files
+from jgpt.weights import hugging_face, llmc
+from jgpt.weights.gpt2 import GPT2, GPT2_NAMES, build_params, flatten, gpt2_shapes, make_gpt2_config
 
 QUICK = 100
 V, S, D, F, L = 5, 4, 4, 8, 2  # vocabulary, positions, width, MLP, layers
@@ -79,9 +94,9 @@ def token_files(folder, bases):
 
   def read(content):
     fuzzing.write(path, content)
-    found = data.find_data(config, 0)
+    found = find_data(config, 0)
     tokens = np.asarray(found.train.tokens)
-    file = shards.read_header(path)
+    file = read_header(path)
     assert file.offset + file.count * file.dtype.itemsize == len(content) and file.count == len(tokens)
     assert tokens.dtype == np.int32 and 0 <= tokens.min() <= tokens.max() < 256
     assert np.array_equal(tokens, np.frombuffer(content, file.dtype, file.count, file.offset))
@@ -100,12 +115,12 @@ def prepared(folder):
   os.utime(text, (1, 1))  # the manifest says when, and an input is to be the same each time
   wanted = preparation.Preparation(inputs=[text], tokenizer=ByteTokenizer(), out=out, heldout_tokens=50, shard_tokens=200)
   preparation.prepare(wanted)
-  base = (out / paths.MANIFEST_FILE).read_bytes()
+  base = (out / paths.PREPARATION_FILE).read_bytes()
   config = change_data(path=str(out))
 
   def read(content):
-    fuzzing.write(out / paths.MANIFEST_FILE, content)
-    tokens = data.find_data(config, 0).train.tokens
+    fuzzing.write(out / paths.PREPARATION_FILE, content)
+    tokens = find_data(config, 0).train.tokens
     assert 0 <= tokens.min() <= tokens.max() < 256
 
   return Parser(mostly(lambda rng: edit_json(rng, base)), read, "made", block=3 << 20)
@@ -120,7 +135,7 @@ def going_on(folder):
   wanted = preparation.Preparation(inputs=[text], tokenizer=ByteTokenizer(), out=out, heldout_tokens=50, shard_tokens=200)
   preparation.prepare(wanted)
   kept = {file.name: file.read_bytes() for file in out.iterdir()}
-  base = kept[paths.MANIFEST_FILE]
+  base = kept[paths.PREPARATION_FILE]
   value = json.loads(base)
   half = dump(value | {"files": value["files"][:2], "finished": False, "next": {"start": {}, "skip": 250}})
 
@@ -130,10 +145,10 @@ def going_on(folder):
         file.unlink()
       for name, there in kept.items():
         (out / name).write_bytes(there)
-      (out / paths.MANIFEST_FILE).write_bytes(content)
+      (out / paths.PREPARATION_FILE).write_bytes(content)
     manifest = preparation.prepare(wanted)
     assert manifest["finished"] and outside.read_text() == "keep"
-    assert preparation.read_manifest(out) is not None
+    assert preparation.read_preparation(out) is not None
 
   def make(rng):
     return edit_json(rng, rng.choice((base, half)), (base,))
@@ -145,9 +160,9 @@ def going_on(folder):
 
 
 def gpt2_tensors():
-  config = interop.make_gpt2_config(vocab_size=V, max_seq_len=S, num_layers=L, d_model=D, d_ff=F)
-  rng, names, tensors = np.random.default_rng(0), dict(interop.NAMES), {}
-  for name, shape in interop.gpt2_shapes(config).items():
+  config = make_gpt2_config(vocab_size=V, max_seq_len=S, num_layers=L, d_model=D, d_ff=F)
+  rng, names, tensors = np.random.default_rng(0), dict(GPT2_NAMES), {}
+  for name, shape in gpt2_shapes(config).items():
     layered = "/" in name
     for i in range(L if layered else 1):
       tensors["transformer." + names[name].format(i)] = rng.normal(size=shape[layered:]).astype("<f4")
@@ -188,9 +203,9 @@ def edit_safetensors(rng):
 def take_weights(path, opened):
   """Reads all that was found: what is taken is a model's parameters, float32, finite and of the model's shapes."""
   assert opened.location == str(path)
-  config = interop.make_gpt2_config(**{name: v for name, v in opened.model.items() if name not in interop.GPT2})
-  params = interop.build_params(opened, config)
-  for name, array in interop.flatten(params, config).items():
+  config = make_gpt2_config(**{name: v for name, v in opened.model.items() if name not in GPT2})
+  params = build_params(opened, config)
+  for name, array in flatten(params, config).items():
     assert array.shape == opened.shapes[name] and array.dtype == np.float32 and np.isfinite(array).all()
 
 
@@ -199,7 +214,7 @@ def safetensors(folder):
 
   def read(content):
     fuzzing.write(path, content)
-    take_weights(path, hugging_face.open_weights(path))
+    take_weights(path, hugging_face.open_hugging_face(path))
 
   return Parser(mostly(edit_safetensors, begin=[pack(HEADER, VALUES)]), read, "model.safetensors")
 
@@ -220,7 +235,7 @@ def hugging_face_folder(folder, base):
 
   def read(content):
     fuzzing.write(folder / base, content)
-    take_weights(folder, hugging_face.open_weights(folder))
+    take_weights(folder, hugging_face.open_hugging_face(folder))
 
   return Parser(mostly(lambda rng: edit_json(rng, files[base])), read, str(folder))
 
@@ -229,8 +244,8 @@ def llmc_weights(folder):
   # llm.c's d_ff is four times the width: other sizes than those above, and their values do not matter here.
   path, bases = folder / "model.bin", []
   for dtype, version in ((np.dtype("<f4"), 3), (np.dtype(ml_dtypes.bfloat16), 5)):
-    config = interop.make_gpt2_config(vocab_size=V, max_seq_len=S, num_layers=L, num_heads=2, d_model=D, d_ff=4 * D)
-    count = sum(int(np.prod(shape)) for shape in interop.gpt2_shapes(config).values()) + (128 - V) * D
+    config = make_gpt2_config(vocab_size=V, max_seq_len=S, num_layers=L, num_heads=2, d_model=D, d_ff=4 * D)
+    count = sum(int(np.prod(shape)) for shape in gpt2_shapes(config).values()) + (128 - V) * D
     header = struct.pack("<256i", 20240326, version, S, V, L, 2, D, 128, *[0] * 248)
     bases.append(header + np.random.default_rng(0).normal(size=count).astype(dtype).tobytes())
 
@@ -247,7 +262,7 @@ def llmc_weights(folder):
 
   def read(content):
     fuzzing.write(path, content)
-    take_weights(path, llmc.open_weights(path))
+    take_weights(path, llmc.open_llmc(path))
 
   return Parser(mostly(make, begin=bases), read, "model.bin")
 
@@ -257,7 +272,7 @@ def llmc_weights(folder):
 
 def take_tokenizer(tokenizer):
   """What is taken has distinct ids, keeps text, and is the same tokenizer when it is written and read."""
-  again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+  again = tokenizer_from_json(json.loads(json.dumps(tokenizer.to_json())))
   assert again.digest == tokenizer.digest and again.vocab_size == tokenizer.vocab_size == len(tokenizer.token_bytes)
   text = tokenizer.chars[:50] if isinstance(tokenizer, CharTokenizer) else SAMPLE
   ids = tokenizer.encode(text) if not isinstance(tokenizer, BpeTokenizer) else list(range(tokenizer.vocab_size))[:300]
@@ -283,7 +298,7 @@ def hugging_face_tokenizer(folder):
 
   def read(content):
     fuzzing.write(path, content)
-    take_tokenizer(hugging_face.read_tokenizer(folder))
+    take_tokenizer(hugging_face.read_folder_tokenizer(folder))
 
   return Parser(mostly(lambda rng: edit_json(rng, rng.choice(bases), bases)), read, "tokenizer.json")
 
@@ -304,7 +319,7 @@ def older_tokenizer(folder):
     first, _, second = content.partition(part)
     fuzzing.write(folder / "vocab.json", first)
     fuzzing.write(folder / "merges.txt", second)
-    take_tokenizer(hugging_face.read_tokenizer(folder))
+    take_tokenizer(hugging_face.read_folder_tokenizer(folder))
 
   return Parser(mostly(make), read, str(folder))
 
@@ -313,14 +328,14 @@ def older_tokenizer(folder):
 
 
 def experiment_json(folder):
-  bases = [dump(settings.to_json(load_experiment(name))) for name in list_experiments()]
+  bases = [dump(experiment_to_json(load_experiment(name))) for name in list_experiments()]
 
   def read(content):
     try:
       value = json.loads(content)
     except (ValueError, RecursionError):
       raise UserError("not JSON: whoever reads the file says so") from None
-    take_experiment(settings.from_json(value))
+    take_experiment(experiment_from_json(value))
 
   return Parser(mostly(lambda rng: edit_json(rng, rng.choice(bases), bases)), read)
 
@@ -328,8 +343,8 @@ def experiment_json(folder):
 def take_experiment(experiment):
   """It survives JSON and `--set`, and its whole numbers are such as arrays and schedules can hold."""
   plain = dataclasses.replace(experiment, expected=())  # which are documentation
-  assert settings.from_json(json.loads(json.dumps(settings.to_json(plain)))) == plain
-  for name, value in settings.settings(experiment).items():
+  assert experiment_from_json(json.loads(json.dumps(experiment_to_json(plain)))) == plain
+  for name, value in list_settings(experiment).items():
     assert type(value) is not int or 0 <= value < 2**31, (name, value)
     assert type(value) is not float or np.isfinite(value), (name, value)
   hash(experiment)
@@ -338,7 +353,7 @@ def take_experiment(experiment):
 def one_setting(folder):
   """A few `--set`, in one text by NUL."""
   bases = {name: load_experiment(name) for name in list_experiments()}
-  names = [*settings.setting_names(), settings.SIZE]
+  names = [*setting_names(), SIZE]
   words = ["none", "null", "true", "False", "relu", "layer", "bpe", "gpt2", "epochs", "d12", "embedding,matrix", "a,,b"]
   edges = [str(n) for n in (*fuzzing.INTS, *fuzzing.FLOATS)] + [
     "nan",
@@ -355,8 +370,8 @@ def one_setting(folder):
     name = rng.choice(names)
     if rng.random() < 0.15:
       name = rng.choice((name.upper(), name[1:], name + rng.choice(fuzzing.TEXTS), rng.choice(fuzzing.TEXTS), f" {name} "))
-    known = settings.settings(rng.choice(list(bases.values()))).get(name)
-    value = rng.choice((settings.format_value(known), rng.choice(words), rng.choice(edges), rng.choice(fuzzing.TEXTS)))
+    known = list_settings(rng.choice(list(bases.values()))).get(name)
+    value = rng.choice((format_value(known), rng.choice(words), rng.choice(edges), rng.choice(fuzzing.TEXTS)))
     if rng.random() < 0.1:
       value += rng.choice((*fuzzing.TEXTS, "a" * 10_000))
     return name + ("=" if rng.random() < 0.97 else " ") + value
@@ -367,7 +382,7 @@ def one_setting(folder):
     return "\0\0".join(one(rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
 
   def read(content):
-    changes = dict(map(settings.parse_setting, content.split("\0\0")))
+    changes = dict(map(parse_setting, content.split("\0\0")))
     base = bases[sorted(bases)[len(content) % len(bases)]]
     take_experiment(change(base, changes))
 
@@ -392,7 +407,7 @@ def text_data(folder, **changes):
 
   def read(content):
     fuzzing.write(path, content)
-    found = data.find_data(config, 0)
+    found = find_data(config, 0)
     tokens = np.asarray(found.train.tokens)
     assert tokens.dtype == np.int32 and 0 <= tokens.min() <= tokens.max() < found.tokenizer.vocab_size
     text = content.decode("utf-8-sig")
@@ -416,8 +431,8 @@ def json_lines(folder):
 
   def read(content):
     fuzzing.write(path, content)
-    for block in documents.read_blocks([path], [len(content)], "paragraphs", documents.Position()):
-      for text in documents.parse_block(block, "text", part=True):
+    for block in read_blocks([path], [len(content)], "paragraphs", Position()):
+      for text in parse_block(block, "text", part=True):
         assert text.encode()
 
   return Parser(mostly(make), read, "lines.jsonl", block=3 << 20)
@@ -448,7 +463,7 @@ PARSERS = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
   """Token files are read in several blocks, although they are small."""
-  monkeypatch.setattr(shards, "BLOCK_BYTES", 256)
+  monkeypatch.setattr(shards, "CHECK_BLOCK_BYTES", 256)
 
 
 @pytest.mark.parametrize("name", PARSERS)

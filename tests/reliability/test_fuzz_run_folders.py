@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from fuzzing import Parser, any_bytes, edit_bytes, edit_json
 
-from jgpt import locks, manifest, metrics, run_folder
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.diagnosis import continuation
-from jgpt.health import Health
-from jgpt.settings import resolve
-from jgpt.tokenizer import CharTokenizer
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import resolve
+from jgpt.doctor import continuation
+from jgpt.errors import UserError
+from jgpt.runs import manifest
+from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
+from jgpt.runs.health import Health
+from jgpt.runs.log import Chunk, JsonlWriter, read_jsonl, read_losses
+from jgpt.system import locks
+from jgpt.text.tokenizer import CharTokenizer
 
 QUICK = 100
 
@@ -24,7 +27,7 @@ def write_run(folder, tokenizer=None):
   tokenizer = tokenizer or CharTokenizer("\n abc", True)
   experiment = resolve(load_experiment("names"), tokenizer.vocab_size)
   data = {"kind": "path", "location": "x", "sha256": "0" * 64}
-  run_folder.write_run_files(folder, run_folder.RunFiles("names", experiment, tokenizer, data))
+  write_run_files(folder, RunFiles("names", experiment, tokenizer, data))
   return {name: (folder / name).read_bytes() for name in ("experiment.json", "tokenizer.json")}
 
 
@@ -38,7 +41,7 @@ def run_file(folder, name):
 
   def read(content):
     fuzzing.write(folder / name, content)
-    files = run_folder.read_run_files(folder)
+    files = read_run_files(folder)
     assert files.experiment.model.vocab_size >= files.tokenizer.vocab_size
     assert all(isinstance(v, str) for v in files.data.values())
     assert files.name.isprintable() and len(files.name) < 500
@@ -54,7 +57,7 @@ def environment(folder):
 
   def read(content):
     fuzzing.write(path, content)
-    run_folder.append_env(folder, {"new": 1})
+    append_env(folder, {"new": 1})
     there = json.loads(path.read_bytes())
     assert isinstance(there, list) and there[-1] == {"new": 1}
     if len(there) == 1:
@@ -116,9 +119,9 @@ def metrics_file(folder):
 
   def read(content):
     fuzzing.write(path, content)
-    found = metrics.read_jsonl(path)
+    found = read_jsonl(path)
     assert all(type(value) in (int, float) for row in found for value in row.values())
-    losses, heldout_losses = metrics.read_losses(path, 10**60)
+    losses, heldout_losses = read_losses(path, 10**60)
     assert len(losses) == sum("train/loss" in row for row in found)
     assert [loss for _, loss in heldout_losses] == pytest.approx(
       [row["heldout/loss"] for row in found if "heldout/loss" in row], nan_ok=True
@@ -129,14 +132,14 @@ def metrics_file(folder):
 
   def go_on(content, found):
     """As a run that was restored at step 4 does: what stands before its first row stood there, and half of it is right."""
-    writer = metrics.JsonlWriter(path, 4)
+    writer = JsonlWriter(path, 4)
     assert path.read_bytes() == content
     watch = Health(writer.kept, 3)
     new = {name: np.float32([2.5]) for name in ("train/loss", "train/grad_norm")} | {"train/skipped": np.int32([0])}
     watch.observe(5, new)
-    writer.write(metrics.Chunk(5, new, 1.0))
+    writer.write(Chunk(5, new, 1.0))
     writer.close()
-    *old, last = metrics.read_jsonl(path)
+    *old, last = read_jsonl(path)
     assert last["step"] == 5 and last["train/loss"] == 2.5
     assert repr(old) == repr(found[: len(old)]) and repr([row for row in old if row["step"] <= 4]) == repr(writer.kept)
     written = path.read_bytes()

@@ -16,9 +16,10 @@ import small_runs
 
 from jgpt import train
 from jgpt.batches import make_batch_fn
-from jgpt.catalog import load_experiment
-from jgpt.metrics import Chunk, JsonlWriter
-from jgpt.settings import change
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.plan import plan_run
+from jgpt.runs.log import Chunk, JsonlWriter
 
 STEPS = 21
 EPOCH = 7  # of `epochs`: 1,163 bytes in windows of 16, 10 at a time
@@ -42,7 +43,7 @@ def run(chosen, workdir, **changes):
   """Trains in this process, and keeps samples as the command does."""
   chosen = change(chosen, {k.replace("__", "."): v for k, v in changes.items()})
   with small_runs.compiled_quickly():
-    result = train.train(train.plan(chosen, workdir=workdir, name="small"))
+    result = train.train_run(plan_run(chosen, workdir=workdir, name="small"))
   return result
 
 
@@ -88,7 +89,7 @@ def test_row_01_the_next_batches_are_those_of_the_step(texts):
   """What batch n holds is asked of a corpus that was loaded anew, in any order: it depends on n alone."""
   for name in ("names", "bytes", "epochs"):
     chosen = experiment(name)
-    plans = [train.plan(chosen, workdir=None) for _ in range(2)]
+    plans = [plan_run(chosen, workdir=None) for _ in range(2)]
     first, second = (make_batch_fn(plan.experiment.data, plan.experiment.train.seed) for plan in plans)
     forward = [read_batch(first, plans[0], n) for n in range(STEPS)]
     for n in np.random.default_rng(0).permutation(STEPS):

@@ -14,9 +14,12 @@ import children
 import pytest
 import small_runs
 
-from jgpt import checkpoint, manifest, train
-from jgpt.catalog import load_experiment
-from jgpt.settings import change
+from jgpt import train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.plan import plan_run
+from jgpt.runs import manifest
+from jgpt.runs.open import load_run
 
 STEPS, EVERY = 30, 6
 KILLED = 128 + signal.SIGKILL
@@ -31,7 +34,7 @@ def read_as_others_do(workdir):
   for step in steps:
     assert manifest.find_damage(workdir / "checkpoints" / str(step)) is None
   if steps:
-    assert checkpoint.load_run(workdir).step == steps[-1]
+    assert load_run(workdir).step == steps[-1]
   assert sorted((str(p), p.lstat().st_mtime_ns) for p in workdir.rglob("*")) == before
   return steps
 
@@ -103,9 +106,9 @@ def test_row_03_killed_before_any_operation_on_a_file(tmp_path, monkeypatch):
     seen.add(tuple(steps))
     if number % 8 == 0 or mark.endswith(decisive):
       with small_runs.compiled_quickly():
-        plan = train.plan(change(load_experiment(base), changes), workdir=image, name="names")
+        plan = plan_run(change(load_experiment(base), changes), workdir=image, name="names")
         assert plan.start_step == (steps[-1] if steps else 0), mark
-        train.train(plan)
+        train.train_run(plan)
       got = children.bits(image)
       assert (got.step, got.leaves, got.digests) == (12, expected.leaves, expected.digests), mark
       assert got.metrics == expected.metrics, mark

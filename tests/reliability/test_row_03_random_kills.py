@@ -11,7 +11,7 @@ import time
 import children
 import pytest
 
-from jgpt import manifest
+from jgpt.runs import manifest
 
 COMMON = {"train__save_every": 3, "train__keep_latest": 2, "train__log_every": 10, "sample__num": 2}
 # name -> seed of the moments and of the run, and the run: long enough for all kills.

@@ -11,7 +11,7 @@ import time
 import children
 import pytest
 
-from jgpt import manifest
+from jgpt.runs import manifest
 
 RUN = {
   "train__steps": 30,
@@ -26,9 +26,9 @@ SOON = 4.0  # seconds on a machine that is busy with other tests; on an idle one
 
 EARLY = [
   "call=runtime.set_up",
-  "call=train.plan",
-  "call=data.find_data",
-  "call=summary.describe",
+  "call=plan.plan_run",
+  "call=corpus.find_data",
+  "call=summary.describe_plan",
   "settings",
   "lock",
   "env",
@@ -38,16 +38,16 @@ EARLY = [
 ]
 # Where, and which steps may be the newest that is saved then.
 LATE = [
-  ("call=program.begin_evaluation:2", (1, 10)),
+  ("call=evaluation.begin_evaluation:2", (1, 10)),
   ("call=generate.begin_texts:1", (15, 20)),
   ("save", (10, 20)),
   ("commit", (10, 20, 30)),
   ("manifest:2", (20, 30)),
-  ("call=train.evaluate_heldout", (30,)),
+  ("call=evaluation.evaluate_heldout", (30,)),
   ("call=train.sample_texts", (30,)),
   ("samples", (30,)),
-  ("call=run.print_result", (30,)),
-  ("call=run.print_next", (30,)),
+  ("call=summary.print_result", (30,)),
+  ("call=summary.print_next", (30,)),
 ]
 
 
@@ -105,9 +105,12 @@ BIG = {"model__d_model": 256, "model__d_ff": 1024, "model__num_layers": 4, "data
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 LONG = {
   "compile": (BIG | {"train__steps": 5, "model__num_layers": 12, "mesh__scan_layers": "false"}, "program._lower_steps"),
-  "final evaluation": ({"train__steps": 2, "train__eval_every": None, "data__path": "long.txt"}, "train.evaluate_heldout"),
+  "final evaluation": (
+    {"train__steps": 2, "train__eval_every": None, "data__path": "long.txt"},
+    "evaluation.evaluate_heldout",
+  ),
   "sampling": ({"train__steps": 2, "train__eval_every": None, "sample__max_tokens": 20000}, "train.sample_texts"),
-  "compiler's check": (BIG | {"train__steps": 2, "train__eval_every": None}, "canary.check_compiler"),
+  "compiler's check": (BIG | {"train__steps": 2, "train__eval_every": None}, "canary.compare_compiled"),
 }
 
 
@@ -174,7 +177,7 @@ def test_row_04_a_second_signal_during_the_save_leaves_the_one_before(texts, exp
   """The save that the first signal began is held up, and the second comes meanwhile."""
   workdir = texts / "held up"
   args = children.arguments("names", workdir, **RUN)
-  fault = "int@call=program.begin_evaluation:2;freeze@commit:2"
+  fault = "int@call=evaluation.begin_evaluation:2;freeze@commit:2"
   with children.Child("jgpt.run", *args, cwd=texts, fault=fault, folder=workdir.name) as child:
     stops = []
 
@@ -229,7 +232,7 @@ def test_row_04_ignored_signals_stay_ignored(texts):
 def test_row_04_a_last_save_that_failed_is_no_stop(texts):
   """The signal comes in the final evaluation, while the last save has failed: status 1, whoever waits is told."""
   args = children.arguments("names", "failed", **(RUN | {"train__steps": 35}))
-  fault = "full@commit:4;term@call=train.evaluate_heldout"
+  fault = "full@commit:4;term@call=evaluation.evaluate_heldout"
   child = children.run("jgpt.run", *args, cwd=texts, fault=fault, folder="failed")
   assert len(child.fired) == 2 and child.status == 1, (child.status, child.err)
   assert "error: a checkpoint could not be written" in child.err and "Traceback" not in child.err

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import small_runs
 
-from jgpt import checkpoint, manifest, train
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.settings import change
+from jgpt import train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
+from jgpt.runs import manifest
+from jgpt.runs.open import load_run
 
 STEPS = 18
 CHANGES = {"train.save_every": 4, "train.keep_latest": 2, "optimizer.decay_steps": STEPS, "train.log_every": 5}
@@ -30,7 +33,7 @@ def experiment(steps):
 
 def go_on(workdir, steps=STEPS):
   with small_runs.compiled_quickly():
-    return train.train(train.plan(experiment(steps), workdir=workdir, name="names"))
+    return train.train_run(plan_run(experiment(steps), workdir=workdir, name="names"))
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +151,10 @@ def test_row_05_a_leaf_that_reads_otherwise_than_recorded_is_named(copy, capfd):
     value["leaves"][name]["digest"] = ("0" if digest[0] != "0" else "1") + digest[1:]
     write_sealed(path, value)
     if item == "params":  # all that a reader needs
-      assert checkpoint.load_run(copy).step == 8
+      assert load_run(copy).step == 8
       assert name in capfd.readouterr().err
       with pytest.raises(UserError, match=re.escape(name.removeprefix("params/"))):
-        checkpoint.load_run(copy, 12)
+        load_run(copy, 12)
     value["leaves"][name]["digest"] = digest
   try:
     go_on(copy)
@@ -179,11 +182,11 @@ def test_row_05_a_run_goes_on_from_the_one_before_to_the_same_bits(made, tmp_pat
     # A reader: falls back where it reads that file, and changes nothing. An explicit step is an error.
     if not name.startswith("train_state"):
       before = {n: (workdir / n).read_bytes() for n in files_of(workdir)}
-      assert checkpoint.load_run(workdir).step == 8, (name, how)
+      assert load_run(workdir).step == 8, (name, how)
       warning = capfd.readouterr().err
       assert warning.count("\n") == 1 and name in warning and "step 12 is damaged" in warning, (name, how, warning)
       with pytest.raises(UserError, match=re.escape(name)):
-        checkpoint.load_run(workdir, 12)
+        load_run(workdir, 12)
       assert {n: (workdir / n).read_bytes() for n in files_of(workdir)} == before
     result = go_on(workdir)
     warning = capfd.readouterr().err
@@ -254,7 +257,7 @@ def test_row_06_where_every_checkpoint_is_bad_nothing_begins_anew(copy, name, ho
     go_on(copy)
   if not name.startswith("train_state"):
     with pytest.raises(UserError):
-      checkpoint.load_run(copy)
+      load_run(copy)
 
 
 def test_row_06_where_every_manifest_is_gone_nothing_begins_anew_without_a_word(copy, capfd):
@@ -341,7 +344,7 @@ def test_row_05_what_the_system_does_not_read_now_is_no_damage(copy, monkeypatch
   monkeypatch.setattr(os, "open", functools.partial(refuse, _open=real[0]))
   monkeypatch.setattr("builtins.open", functools.partial(refuse, _open=real[1]))
   with pytest.raises(OSError, match=re.escape(os.strerror(number))) as raised:
-    train.plan(experiment(STEPS), workdir=copy, name="names")
+    plan_run(experiment(STEPS), workdir=copy, name="names")
   assert raised.value.filename == str(path)
   monkeypatch.undo()
   assert children.steps_there(copy) == [8, 12] and manifest.find_damage(path.parents[name.count("/")]) is None
@@ -399,7 +402,7 @@ def test_row_05_settings_that_cannot_be_read_just_now_are_no_damage(copy, monkey
     return real(given, *args, **kwargs)
 
   monkeypatch.setattr(os, "open", refuse)
-  for read in (checkpoint.load_run, lambda workdir: train.plan(experiment(STEPS), workdir=workdir, name="names")):
+  for read in (load_run, lambda workdir: plan_run(experiment(STEPS), workdir=workdir, name="names")):
     with pytest.raises(UserError, match=re.escape(f"cannot read {path}: Too many open files")):
       read(copy)
   assert capfd.readouterr().err == "" and children.steps_there(copy) == [8, 12]

@@ -13,8 +13,10 @@ import stat
 import children
 import pytest
 
-from jgpt import command, files, manifest
-from jgpt.metrics import read_jsonl
+from jgpt import cli
+from jgpt.runs import manifest
+from jgpt.runs.log import read_jsonl
+from jgpt.system import files
 
 RUN = {"train__steps": 40, "train__save_every": 10, "train__log_every": 10}
 NOISE = re.compile(r"Traceback|Exception ignored|Fatal Python error")
@@ -91,7 +93,7 @@ def test_row_07_what_cannot_be_written_is_named(tmp_path, capsys):
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
   try:
-    status = command._call(lambda: files.write_file(path, bytes(10_000)) or 0)
+    status = cli._call(lambda: files.write_file(path, bytes(10_000)) or 0)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert (status, capsys.readouterr().err) == (1, f"error: {path}: File too large\n")
@@ -103,13 +105,13 @@ def test_row_07_what_cannot_be_written_is_named(tmp_path, capsys):
         raise OSError(number, os.strerror(number))
 
       patch.setattr(os, "fsync", fail)
-      assert command._call(lambda: files.write_file(path, b"{}") or 0) == 1
+      assert cli._call(lambda: files.write_file(path, b"{}") or 0) == 1
       assert capsys.readouterr().err == f"error: {path}: {os.strerror(number)}\n"
 
   def unnamed():
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-  assert command._call(unnamed) == 1
+  assert cli._call(unnamed) == 1
   assert capsys.readouterr().err == f"error: [Errno {errno.EDQUOT}] {os.strerror(errno.EDQUOT)}\n"
 
 

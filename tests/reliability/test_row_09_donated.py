@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import small_runs
 
-from jgpt import manifest, program, train
-from jgpt.catalog import load_experiment
-from jgpt.model import stack_blocks
-from jgpt.settings import change
+from jgpt import program, train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.plan import plan_run
+from jgpt.runs import manifest
+from jgpt.sharding import stack_blocks
 
 
 def reference(experiment, steps):
   """Leaves after each update, copied to the host before the next one is begun: name -> array, as on disk."""
-  plan = train.plan(experiment)
+  plan = plan_run(experiment)
   made = program.compile_program(plan.experiment, plan.data, num_steps=steps)
   state, found = made.state, []
   for step in range(steps):
@@ -53,7 +55,7 @@ def test_row_09_saving_every_step_of_a_small_state(tmp_path, monkeypatch, name):
   experiment = change(load_experiment(base), settings | changes)
   with small_runs.compiled_quickly():
     expected = reference(experiment, 25)
-    train.train(train.plan(experiment, workdir=tmp_path / "run", name=name))
+    train.train_run(plan_run(experiment, workdir=tmp_path / "run", name=name))
   assert_every_step_is_its_own(tmp_path / "run", expected)
 
 
@@ -72,6 +74,6 @@ def test_row_09_saving_every_step_of_a_state_of_231_megabytes(tmp_path, monkeypa
     expected = reference(experiment, 4)
     assert sum(x.nbytes for x in expected[0].values()) > 200e6
     began = time.monotonic()
-    train.train(train.plan(experiment, workdir=tmp_path / "run", name="names"))
+    train.train_run(plan_run(experiment, workdir=tmp_path / "run", name="names"))
   print(f"\n4 steps, each saved: {time.monotonic() - began:.1f} s")
   assert_every_step_is_its_own(tmp_path / "run", expected)

@@ -10,7 +10,7 @@ import time
 import children
 import pytest
 
-from jgpt import manifest
+from jgpt.runs import manifest
 
 LONG = {"train__steps": 200_000, "train__log_every": 100}
 

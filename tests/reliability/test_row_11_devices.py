@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import small_runs
 
-from jgpt import checkpoint, program, sharding, train
+from jgpt import program, sharding, train
 from jgpt.batches import make_batch_fn
-from jgpt.catalog import load_experiment
-from jgpt.metrics import read_jsonl
-from jgpt.settings import change
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.plan import plan_run
+from jgpt.runs import checkpoint
+from jgpt.runs.log import read_jsonl
+from jgpt.runs.open import load_run
 
 DEVICES = (1, 2, 4, 8)
 
@@ -36,7 +39,7 @@ def runs(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch, small_runs.compiled_quickly():
     patch.chdir(folder)
     for n in DEVICES:
-      train.train(train.plan(experiment(n, train__steps=6), workdir=folder / str(n), name="bytes"))
+      train.train_run(plan_run(experiment(n, train__steps=6), workdir=folder / str(n), name="bytes"))
   return folder
 
 
@@ -50,7 +53,7 @@ def test_row_11_restored_on_other_devices_the_leaves_are_the_same(runs, tmp_path
   """Read onto the other mesh and written from there: every digest is the first one's, and so is every byte."""
   monkeypatch.chdir(runs)
   with small_runs.compiled_quickly():
-    plan = train.plan(experiment(after, train__steps=12), workdir=runs / str(before), name="bytes")
+    plan = plan_run(experiment(after, train__steps=12), workdir=runs / str(before), name="bytes")
     mesh = sharding.make_mesh(plan.experiment, jax.devices())
     assert mesh.devices.size == after and plan.start_step == 6
     workdir = tmp_path / "run"
@@ -73,7 +76,7 @@ def test_row_11_the_next_batches_are_the_same_on_any_devices(runs, monkeypatch):
   monkeypatch.chdir(runs)
   found = {}
   for n in DEVICES:
-    plan = train.plan(experiment(n, train__steps=12))
+    plan = plan_run(experiment(n, train__steps=12))
     mesh = sharding.make_mesh(plan.experiment, jax.devices())
     corpus = jax.device_put(plan.data.train, sharding.replicated(mesh))
     batch_fn = jax.jit(make_batch_fn(plan.experiment.data, plan.experiment.train.seed))
@@ -112,7 +115,7 @@ def test_row_11_processes_with_other_numbers_of_devices(tmp_path):
 def test_row_11_any_reader_has_one_device(runs, monkeypatch):
   """A run of eight devices is sampled on one."""
   monkeypatch.chdir(runs)
-  params = checkpoint.load_run(runs / "8").params
+  params = load_run(runs / "8").params
   assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(params))
   expected = children.read_leaves(runs / "8" / "checkpoints" / "6", ("params",))
   assert np.asarray(params["tok_embed"]).tobytes() == expected["params/tok_embed"].tobytes()

@@ -10,11 +10,11 @@ import children
 import pytest
 import small_runs
 
-from jgpt import settings as settings_lib
 from jgpt import train
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.settings import change, is_circumstance, settings
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, experiment_from_json, experiment_to_json, is_circumstance, list_settings
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
 
 STEPS = 6
 
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch, small_runs.compiled_quickly():
     patch.chdir(folder)
     for name in ("names", "bytes"):
-      train.train(train.plan(experiment(name), workdir=folder / name, name=name))
+      train.train_run(plan_run(experiment(name), workdir=folder / name, name=name))
   return folder
 
 
@@ -96,7 +96,7 @@ NOT_ALONE = {
 
 def test_row_12_every_setting_is_tried_here():
   """A new setting must be decided about: identity or circumstance, and a value for the test below."""
-  identity = {name for name in settings(experiment("bytes")) if not is_circumstance(name)}
+  identity = {name for name in list_settings(experiment("bytes")) if not is_circumstance(name)}
   assert identity - OTHERS.keys() - NOT_ALONE.keys() == set()
 
 
@@ -108,7 +108,7 @@ def test_row_12_a_changed_setting_of_the_identity_is_refused_by_name(runs, monke
   other = experiment("bytes", **{name: OTHERS[name]})
   before = {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()}
   with pytest.raises(UserError) as error:
-    train.plan(other, workdir=runs / "bytes")
+    plan_run(other, workdir=runs / "bytes")
   assert f"{name} is " in str(error.value) and "--fresh" in str(error.value) and "\n" not in str(error.value)
   assert {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()} == before
 
@@ -120,13 +120,13 @@ def test_row_12_a_changed_setting_that_goes_with_others_is_refused_by_name(runs,
   base, other = NOT_ALONE[name]
   run = shutil.copytree(runs / ("names" if name == "train.init" else "bytes"), tmp_path / "run")
   path = run / "experiment.json"
-  recorded = settings_lib.from_json(json.loads(path.read_text())["experiment"])
+  recorded = experiment_from_json(json.loads(path.read_text())["experiment"])
   ours = change(recorded, base)
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"experiment": settings_lib.to_json(ours)}))
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"experiment": experiment_to_json(ours)}))
   before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
   with pytest.raises(UserError) as error:
-    train.plan(change(ours, {name: other}), workdir=run)
-  was = settings(ours)[name]
+    plan_run(change(ours, {name: other}), workdir=run)
+  was = list_settings(ours)[name]
   assert f"holds a run with other settings: {name} is {was} there and {other} here. Choose" in str(error.value)
   assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
@@ -137,15 +137,15 @@ def test_row_12_a_checkpoint_of_another_run_is_not_gone_on_from(tmp_path, monkey
   children.write_texts(tmp_path)
   changes = {"train__save_every": 2, "train__keep_latest": 3, "optimizer__decay_steps": STEPS}
   with small_runs.compiled_quickly():
-    train.train(train.plan(experiment("names", **changes), workdir=tmp_path / "straight"))
-    train.train(train.plan(experiment("names", train__steps=4, **changes), workdir=tmp_path / "run"))
-    train.train(train.plan(experiment("names", train__steps=4, train__seed=7, **changes), workdir=tmp_path / "other"))
+    train.train_run(plan_run(experiment("names", **changes), workdir=tmp_path / "straight"))
+    train.train_run(plan_run(experiment("names", train__steps=4, **changes), workdir=tmp_path / "run"))
+    train.train_run(plan_run(experiment("names", train__steps=4, train__seed=7, **changes), workdir=tmp_path / "other"))
     foreign = tmp_path / "run" / "checkpoints" / "4"
     shutil.rmtree(foreign)
     shutil.copytree(tmp_path / "other" / "checkpoints" / "4", foreign)
     manifest = (foreign / "manifest.json").read_bytes()
     capfd.readouterr()
-    result = train.train(train.plan(experiment("names", **changes), workdir=tmp_path / "run"))
+    result = train.train_run(plan_run(experiment("names", **changes), workdir=tmp_path / "run"))
   warning = capfd.readouterr().err
   assert warning.count("\n") == 1 and warning.startswith("WARNING: ") and "train.seed is 7" in warning, warning
   assert "going on from step 2" in warning and "4.damaged" in warning
@@ -158,10 +158,10 @@ def test_row_12_several_changed_settings_are_all_named(runs, monkeypatch):
   monkeypatch.chdir(runs)
   changed = {name: OTHERS[name] for name in ("model.dropout", "optimizer.b1", "train.seed", "data.heldout_fraction")}
   with pytest.raises(UserError) as error:
-    train.plan(experiment("bytes", **changed), workdir=runs / "bytes")
+    plan_run(experiment("bytes", **changed), workdir=runs / "bytes")
   assert all(f"{name} is " in str(error.value) for name in changed)
   with pytest.raises(UserError, match=r"train\.init is normal there and microgpt here"):
-    train.plan(experiment("names", train__init="microgpt"), workdir=runs / "names")
+    plan_run(experiment("names", train__init="microgpt"), workdir=runs / "names")
 
 
 CIRCUMSTANCES = {
@@ -193,19 +193,19 @@ def test_row_12_circumstances_are_free_and_recorded(tmp_path, monkeypatch):
   """Each start lists its own in env.json; those that only watch leave the bits alone."""
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
-  free = {name for name in settings(experiment("bytes")) if is_circumstance(name)} - {"train.epochs"}
+  free = {name for name in list_settings(experiment("bytes")) if is_circumstance(name)} - {"train.epochs"}
   assert {name.replace("__", ".") for name in CIRCUMSTANCES} == free
   watching = {k: v for k, v in CIRCUMSTANCES.items() if not k.startswith("mesh") and k not in
               ("train__micro_batch_size", "train__steps")}  # fmt: skip
   held = {"optimizer__decay_steps": 12}
   with small_runs.compiled_quickly():
-    train.train(train.plan(experiment("bytes", train__steps=12, **held), workdir=tmp_path / "straight"))
-    train.train(train.plan(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "run"))
-    train.train(train.plan(experiment("bytes", **(watching | held | {"train__steps": 12})), workdir=tmp_path / "run"))
+    train.train_run(plan_run(experiment("bytes", train__steps=12, **held), workdir=tmp_path / "straight"))
+    train.train_run(plan_run(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "run"))
+    train.train_run(plan_run(experiment("bytes", **(watching | held | {"train__steps": 12})), workdir=tmp_path / "run"))
     children_bits = [children.bits(tmp_path / name) for name in ("straight", "run")]
     assert children_bits[0].leaves == children_bits[1].leaves
-    train.train(train.plan(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "other"))
-    train.train(train.plan(experiment("bytes", **(CIRCUMSTANCES | held)), workdir=tmp_path / "other"))
+    train.train_run(plan_run(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "other"))
+    train.train_run(plan_run(experiment("bytes", **(CIRCUMSTANCES | held)), workdir=tmp_path / "other"))
   starts = json.loads((tmp_path / "other" / "env.json").read_text())
   assert [start["start_step"] for start in starts] == [0, 5]
   for name, value in CIRCUMSTANCES.items():
@@ -234,12 +234,12 @@ def test_row_12_changed_data_is_refused(runs, tmp_path, monkeypatch, how):
         path.unlink()
         path.mkdir()
     with pytest.raises(UserError, match=r"words\.txt"):
-      train.plan(experiment("names"), workdir=runs / "names")
+      plan_run(experiment("names"), workdir=runs / "names")
   finally:
     if path.is_dir():
       path.rmdir()
     path.write_bytes(content)
-  assert train.plan(experiment("names"), workdir=runs / "names").start_step == STEPS
+  assert plan_run(experiment("names"), workdir=runs / "names").start_step == STEPS
 
 
 @pytest.mark.slow
@@ -250,15 +250,15 @@ def test_row_12_a_changed_byte_of_a_shard_is_refused(tmp_path, monkeypatch, plac
   children.write_texts(tmp_path)
   path = tmp_path / "shards" / "train.bin"
   with small_runs.compiled_quickly():
-    train.train(train.plan(experiment("shards", train__steps=2, optimizer__decay_steps=6), workdir=tmp_path / "run"))
+    train.train_run(plan_run(experiment("shards", train__steps=2, optimizer__decay_steps=6), workdir=tmp_path / "run"))
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="changed"):
-      train.plan(experiment("shards", optimizer__decay_steps=6), workdir=tmp_path / "run")
+      plan_run(experiment("shards", optimizer__decay_steps=6), workdir=tmp_path / "run")
   (tmp_path / "shards" / "more.bin").write_bytes(bytes(content))
   with pytest.raises(UserError):
-    train.plan(experiment("shards", optimizer__decay_steps=6), workdir=tmp_path / "run")
+    plan_run(experiment("shards", optimizer__decay_steps=6), workdir=tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import small_runs
 
-from jgpt import checkpoint, manifest, train
-from jgpt.catalog import load_experiment
+from jgpt import train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
 from jgpt.keys import INIT, derive_key
 from jgpt.optim import make_optimizer
-from jgpt.run_folder import RunFiles, write_run_files
-from jgpt.settings import change, resolve
+from jgpt.plan import plan_run
+from jgpt.runs import checkpoint, manifest
+from jgpt.runs.folder import RunFiles, write_run_files
 from jgpt.step import init_state
-from jgpt.tokenizer import CharTokenizer
+from jgpt.text.tokenizer import CharTokenizer
 
 EXPERIMENT = resolve(load_experiment("names"), 27)
 FILES = RunFiles("names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True), {"kind": "path", "sha256": "0" * 64})  # fmt: skip  # noqa: E501
@@ -71,7 +73,7 @@ def test_row_13_through_saving(tmp_path, keep_latest, keep_best):
   for part in (losses[:4], losses[4:]):
     with checkpoint.open_checkpoints(tmp_path, keep_latest=keep_latest, keep_best=keep_best) as manager:
       for step, loss in part:
-        checkpoint.save(manager, state.replace(step=np.int32(step)), loss)
+        checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), loss)
   steps = manifest.list_steps(tmp_path)
   assert steps == expected_steps(losses, keep_latest, keep_best)
   for step in steps:
@@ -94,7 +96,7 @@ def test_row_13_a_run_that_gets_worse_keeps_its_best(tmp_path, monkeypatch, save
   with small_runs.compiled_quickly():
     for steps in (25, 50):
       experiment = change(load_experiment(base), settings | changes | {"train.steps": steps})
-      train.train(train.plan(experiment, workdir=tmp_path / "run", name="names"))
+      train.train_run(plan_run(experiment, workdir=tmp_path / "run", name="names"))
   rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   evaluated = {row["step"]: row["heldout/loss"] for row in rows if "heldout/loss" in row}
   assert list(evaluated) == list(range(0, 51, 5)) and list(evaluated.values()) != sorted(evaluated.values())

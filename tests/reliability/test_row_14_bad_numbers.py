@@ -15,12 +15,14 @@ import pytest
 import small_runs
 from equivalence import NAMES, QUICK, compare, corpus_of, initial_state, leaves_by_name, names_experiment
 
-from jgpt import checkpoint, train
-from jgpt.catalog import load_experiment
-from jgpt.metrics import read_jsonl
-from jgpt.settings import change
+from jgpt import train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.devices.compute import keep_one_by_one
+from jgpt.plan import plan_run
+from jgpt.runs.log import read_jsonl
+from jgpt.runs.open import load_run
 from jgpt.step import keep_unless, make_train_steps
-from jgpt.tricks import keep_one_by_one
 
 SETTINGS = {"optimizer__clip_norm": 1.0, "optimizer__weight_decay": 0.1}
 STEPS = 12
@@ -45,7 +47,7 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
   limit = {"optimizer__skip_spikes": 5.0} if way == "loss of 50" else {}
   experiment = names_experiment(**SETTINGS, **limit)
   if limit:
-    monkeypatch.setattr("jgpt.spikes.MIN_COUNT", 3)
+    monkeypatch.setattr("jgpt.optim.MIN_COUNT", 3)
   bad_numbers.plant(monkeypatch.setattr, way, [7])
   run = compile_steps(experiment)
   before, first = run(initial_state(experiment), 6)
@@ -111,7 +113,7 @@ def run_words(workdir, folder, **changes):
   base = {"data.path": str(path), "train.steps": 60, "optimizer.decay_steps": 60, "data.heldout_fraction": 0.2}
   experiment = change(load_experiment("names"), base | {k.replace("__", "."): v for k, v in changes.items()})
   with small_runs.compiled_quickly():
-    return train.train(train.plan(experiment, workdir=workdir, name="words"))
+    return train.train_run(plan_run(experiment, workdir=workdir, name="words"))
 
 
 def without(rows, name):
@@ -154,13 +156,13 @@ def test_row_14_skipped_spikes_stop_and_go_on_bit_by_bit(monkeypatch, tmp_path, 
 def test_row_14_so_many_in_a_row_stop_the_run(monkeypatch, tmp_path):
   """The error names the step and says that it is finite now; what is saved is the state of before the series."""
   bad_numbers.plant(monkeypatch.setattr, "nan", range(20, 61))
-  from jgpt.checks import TrainingError
+  from jgpt.errors import TrainingError
 
   with pytest.raises(TrainingError, match=r"the update of step 20 was skipped.*finite now.*checkpoint \d+ in ") as error:
     run_words(tmp_path / "run", tmp_path, train__max_consecutive_skips=5)
   assert error.value.status == 1
   good = run_words(None, tmp_path, train__steps=19)
-  assert_equal_bits(checkpoint.load_run(tmp_path / "run").params, good.params)
+  assert_equal_bits(load_run(tmp_path / "run").params, good.params)
 
 
 # --- Processes ---

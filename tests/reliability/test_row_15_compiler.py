@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from jgpt import canary
-from jgpt.catalog import load_experiment
-from jgpt.model import init_params, stack_blocks, unstack_blocks
-from jgpt.settings import change, resolve
-from jgpt.sources import expected_vocab_size
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.data.sources import expected_vocab_size
+from jgpt.devices import canary
+from jgpt.devices.compute import FUSIONS
+from jgpt.model import init_params
+from jgpt.sharding import stack_blocks, unstack_blocks
 from jgpt.step import loss_and_grads
-from jgpt.tricks import FUSIONS
 
 TOLERANCE = 1e-5  # of a leaf's largest entry
 PIECES = {"model.num_layers": 2, "model.dropout": 0.0, "model.dropout_places": (), "data.batch_size": 1}

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from equivalence import QUICK, cast, compare, initial_params
 
-from jgpt import model, sharding
+from jgpt import generate, model, sharding
 from jgpt.attention import attend_in_blocks
 from jgpt.batches import Batch
-from jgpt.catalog import load_experiment
-from jgpt.model import stack_blocks, unstack_blocks
-from jgpt.settings import change, resolve
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.sharding import stack_blocks, unstack_blocks
 from jgpt.step import loss_and_grads
 
 TOLERANCE = 1e-10  # of a leaf's largest entry, float64
@@ -77,8 +77,8 @@ def test_row_16_cached_decoding_is_the_full_pass(x64, prompt_len):
   params, batch = cast(initial_params(MODEL), "float64"), draw_batch()
   tokens_BT = batch.inputs_BT
   full_BTV = jax.jit(model.apply, static_argnums=2, compiler_options=QUICK)(params, tokens_BT, MODEL)
-  decode_step = jax.jit(model.decode_step, static_argnums=4, compiler_options=QUICK)
-  cache = model.prefill(params, tokens_BT[:, :prompt_len], MODEL.max_seq_len, MODEL)
+  decode_step = jax.jit(generate.decode_step, static_argnums=4, compiler_options=QUICK)
+  cache = generate.prefill(params, tokens_BT[:, :prompt_len], MODEL.max_seq_len, MODEL)
   for position in range(prompt_len, 32):
     logits_BV, cache = decode_step(params, tokens_BT[:, position], cache, jnp.int32(position), MODEL)
     compare("full pass, float64: cached, LayerNorm", {"logits": full_BTV[:, position]}, {"logits": logits_BV}, TOLERANCE)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from equivalence import NAMES, QUICK, batch_of, initial_state, leaves_by_name, names_experiment
 
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.errors import UserError
 from jgpt.optim import make_schedule
-from jgpt.settings import change
 from jgpt.step import loss_and_grads, make_train_step
 
 

@@ -14,8 +14,9 @@ import pytest
 import small_runs
 
 from jgpt import train
-from jgpt.catalog import load_experiment
-from jgpt.settings import change
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
+from jgpt.plan import plan_run
 
 # Lines, evaluations, samples and checkpoints at every beat: calls of 1 to 13 updates.
 CADENCES = {"train.log_every": 7, "train.eval_every": 5, "train.sample_every": 9, "train.save_every": 13}
@@ -58,7 +59,7 @@ def test_row_18_one_program_trains_and_one_evaluates(tmp_path, compilations):
   def run(experiment, name):
     jax.clear_caches()
     compilations.clear()
-    result = train.train(train.plan(experiment, workdir=tmp_path / name, name="words"))
+    result = train.train_run(plan_run(experiment, workdir=tmp_path / name, name="words"))
     return result, compilations.copy()
 
   whole, once = run(plain, "plain")

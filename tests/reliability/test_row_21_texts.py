@@ -92,7 +92,7 @@ def test_row_21_one_line_of_100_megabytes_is_read(tmp_path, kind):
     for _ in range(100):
       file.write(b"to be or not to be " * 52_632)
   argv = settings(*KINDS[kind], *SMALL, "data.path=line.txt", "data.heldout_fraction=0")
-  program = "import sys; from jgpt import command, run; sys.exit(command.guard(lambda: run.main(sys.argv[1:])))"
+  program = "import sys; from jgpt import cli, run; sys.exit(cli.guard(lambda: run.main(sys.argv[1:])))"
   env = {"PYTHONPATH": str(Path(jgpt.__file__).parent.parent), "JAX_PLATFORMS": "nowhere"}
   before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
   done = subprocess.run(

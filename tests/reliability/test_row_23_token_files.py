@@ -12,8 +12,9 @@ import children
 import numpy as np
 import pytest
 
-from jgpt import command, run, shards
-from jgpt.tokenizer import CharTokenizer
+from jgpt import cli, run
+from jgpt.data.token_files import read_header
+from jgpt.text.tokenizer import CharTokenizer
 
 IDS = [ord(c) for c in "To be, or not to be: that is the question.\n" * 4]
 SETTINGS = {"data.path": "tokens", "data.heldout_fraction": 0, "train.steps": 2}
@@ -82,7 +83,7 @@ def test_row_23_every_kind_of_damage_names_file_and_field(tokens, part, capsys):
   for name, (content, words) in BAD.items():
     path = tokens / f"c_{part}_2.bin"
     path.write_bytes(content)
-    status = command.guard(lambda: run.main(arguments()))
+    status = cli.guard(lambda: run.main(arguments()))
     assert_refused(status, *capsys.readouterr(), path.name, words)
     assert sorted(os.listdir()) == ["tokens"], name
 
@@ -112,7 +113,7 @@ def test_row_23_a_tokenizer_beside_the_files_decides_which_ids_there_are(tokens,
   for path in tokens.glob("*.bin"):
     path.write_bytes(pack([0, 1, 2] * 30))
   (tokens / "b_train_1.bin").write_bytes(pack([0, 1, 2] * 30 + [3]))
-  status = command.guard(lambda: run.main(arguments(data__tokenizer="characters")))
+  status = cli.guard(lambda: run.main(arguments(data__tokenizer="characters")))
   assert_refused(status, *capsys.readouterr(), "b_train_1.bin", "has id 3 at position 90")
 
 
@@ -120,12 +121,12 @@ def test_row_23_a_pipe_in_the_place_of_a_file_does_not_hang(tokens, capsys):
   os.mkfifo(tokens / "c_train_2.bin")
   (tokens / "prepare.json").write_text(json.dumps({"finished": True, "files": [{"name": "c_train_2.bin"}]}))
   for path in ("tokens", "tokens/c_train_2.bin"):
-    status = command.guard(lambda path=path: run.main(arguments(data__path=path)))
+    status = cli.guard(lambda path=path: run.main(arguments(data__path=path)))
     assert_refused(status, *capsys.readouterr(), "c_train_2.bin", "no plain file")
   (tokens / "prepare.json").unlink()
   os.mkfifo(tokens / "prepare.json")
-  assert shards.read_header(tokens / "a_train_0.bin").count == len(IDS)
-  status = command.guard(lambda: run.main(arguments()))
+  assert read_header(tokens / "a_train_0.bin").count == len(IDS)
+  status = cli.guard(lambda: run.main(arguments()))
   assert_refused(status, *capsys.readouterr(), "prepare.json", "no plain file")
 
 

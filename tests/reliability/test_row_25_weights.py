@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import test_hostile_weights as made
 
-from jgpt import weights
-from jgpt.checks import UserError
-from jgpt.settings import format_value
+from jgpt.config.settings import format_value
+from jgpt.errors import UserError
+from jgpt.weights.initial import open_weights
 
 LIMIT = 8 << 30  # bytes of address space of a command; jax reserves 2 GB or more of it, by the cores there are
 BOMB = 10 << 30  # more than that
@@ -156,14 +156,14 @@ def test_row_25_a_pipe_or_a_hole_beside_the_weights_neither_hangs_nor_fills_memo
   with open(folder / name, "wb") as file:
     file.truncate(1 << 40)
   with pytest.raises(UserError, match=rf"{name} has 1,099,511,627,776 bytes; at most"):
-    weights.open_weights(str(folder))
+    open_weights(str(folder))
   (folder / name).unlink()
   os.mkfifo(folder / name)
   if name in ("config.json", "tokenizer.json"):
     with pytest.raises(UserError, match=rf"cannot read .*{name}: it is no plain file"):
-      weights.open_weights(str(folder))
+      open_weights(str(folder))
   elif name == "vocab.json":
-    assert weights.open_weights(str(folder)).tokenizer is None
+    assert open_weights(str(folder)).tokenizer is None
   else:
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
-      weights.open_weights(str(folder))
+      open_weights(str(folder))

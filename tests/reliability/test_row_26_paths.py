@@ -22,11 +22,17 @@ import pytest
 import small_runs
 from test_hostile_weights import Evil
 
-from jgpt import checkpoint, command, export, locks, manifest, metrics, run, run_folder, sample, train
-from jgpt.catalog import load_experiment
-from jgpt.checks import UserError
-from jgpt.settings import change, resolve
-from jgpt.tokenizer import CharTokenizer
+from jgpt import cli, export, run, sample, train
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
+from jgpt.runs import digest, manifest
+from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
+from jgpt.runs.log import read_jsonl
+from jgpt.runs.open import load_run
+from jgpt.system import locks
+from jgpt.text.tokenizer import CharTokenizer
 
 STEPS = 18
 CHANGES = {"train.save_every": 4, "train.keep_latest": 2, "optimizer.decay_steps": STEPS, "train.log_every": 5}
@@ -39,7 +45,7 @@ def go_on(workdir, steps=STEPS):
   base, settings = children.EXPERIMENTS["names"]
   experiment = change(load_experiment(base), settings | CHANGES | {"train.steps": steps})
   with small_runs.compiled_quickly():
-    return train.train(train.plan(experiment, workdir=workdir, name="names"))
+    return train.train_run(plan_run(experiment, workdir=workdir, name="names"))
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +151,8 @@ def files(tmp_path):
   experiment = resolve(load_experiment("names"), tokenizer.vocab_size)
   data = {"kind": "path", "location": "x", "sha256": "0" * 64}
   for folder in (tmp_path / "run", tmp_path / "elsewhere"):
-    run_folder.write_run_files(folder, run_folder.RunFiles("names", experiment, tokenizer, data))
-    run_folder.append_env(folder, {"time": "now"})
+    write_run_files(folder, RunFiles("names", experiment, tokenizer, data))
+    append_env(folder, {"time": "now"})
     (folder / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0}\n')
     for step in (8, 12):
       inside = folder / "checkpoints" / str(step)
@@ -161,8 +167,8 @@ def files(tmp_path):
 READERS = {
   "list_steps": manifest.list_steps,
   "find_damage": lambda run: manifest.find_damage(run / "checkpoints" / "12"),
-  "read_run_files": run_folder.read_run_files,
-  "read_jsonl": lambda run: metrics.read_jsonl(run / "metrics.jsonl"),
+  "read_run_files": read_run_files,
+  "read_jsonl": lambda run: read_jsonl(run / "metrics.jsonl"),
   "is_held": locks.is_held,
   "describe_holder": locks.describe_holder,
 }
@@ -220,7 +226,7 @@ def test_row_26_nothing_is_read_through_a_link_or_waited_for(folders, made, kind
     was = look(run)
     with alarm():
       try:
-        taken[place] = checkpoint.load_run(run).step
+        taken[place] = load_run(run).step
       except UserError as error:
         taken[place] = None
         assert str(run) in str(error) and str(error).isprintable() and len(str(error)) < 800, (place, error)
@@ -341,7 +347,7 @@ def test_row_26_words_in_experiment_json_name_no_file(folders, field, tmp_path):
   write_manifest(run / "checkpoints" / "12")
   os.mkfifo(tmp_path / "pipe")
   with alarm():
-    assert checkpoint.load_run(run).step == 12
+    assert load_run(run).step == 12
 
 
 @pytest.mark.slow
@@ -370,7 +376,7 @@ def test_row_26_a_name_out_of_a_manifest_gives_a_terminal_no_orders(files, capfd
   folder, _ = files
   step = folder / "checkpoints" / "12"
   write_manifest(step, leaves={f"params/{ESCAPES}": {"dtype": "float32", "shape": [1], "digest": "0"}})
-  assert command.guard(lambda: sample.main(["--run", str(folder), "--step", "12"])) == 2
+  assert cli.guard(lambda: sample.main(["--run", str(folder), "--step", "12"])) == 2
   said = capfd.readouterr()
   assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
   assert said.err[:-1].isprintable() and f"params/{ESCAPED} is float32[1] there" in said.err
@@ -387,7 +393,7 @@ def test_row_26_names_that_are_no_words(tmp_path):
   assert "this run is finished" in again.out
   starts = json.loads((tmp_path / "run" / "env.json").read_text(encoding="utf-8"))
   assert [f"data.path={name}" in start["command"] for start in starts] == [True, True]
-  assert run_folder.read_run_files(tmp_path / "run").data["location"] == name
+  assert read_run_files(tmp_path / "run").data["location"] == name
   read = [children.run(f"jgpt.{verb}", "--run", "run", cwd=tmp_path) for verb in ("sample", "evaluate")]
   assert [child.status for child in read] == [0, 0], read[0].err + read[1].err
   assert all(rf" t\udcff{ESCAPED}.txt (path" in child.out for child in (first, again, read[1])), first.out
@@ -401,7 +407,7 @@ def test_row_26_names_that_are_no_words(tmp_path):
 def test_row_26_a_run_folder_that_is_not_called_in_utf8_is_refused(tmp_path, monkeypatch, capfd):
   """TensorStore opens none; it is said before anything is made or computed."""
   monkeypatch.chdir(tmp_path)
-  assert command.guard(lambda: run.main(["--experiment", "names", "--steps", "1", "--workdir", "w\udcff"])) == 2
+  assert cli.guard(lambda: run.main(["--experiment", "names", "--steps", "1", "--workdir", "w\udcff"])) == 2
   said = capfd.readouterr()
   assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
   assert r"w\udcff" in said.err and "UTF-8" in said.err and not os.listdir(tmp_path)
@@ -410,7 +416,7 @@ def test_row_26_a_run_folder_that_is_not_called_in_utf8_is_refused(tmp_path, mon
 @pytest.mark.parametrize("name", ["x" * 300, "d/" * 3000, "x" * 300 + ".bin", f"{'x' * 300}/model.safetensors"])
 def test_row_26_weights_with_a_name_that_is_too_long(tmp_path, monkeypatch, capfd, name):
   monkeypatch.chdir(tmp_path)
-  assert command.guard(lambda: run.main(["--experiment", "names", "--workdir", "run", "--init-from", name])) == 2
+  assert cli.guard(lambda: run.main(["--experiment", "names", "--workdir", "run", "--init-from", name])) == 2
   said = capfd.readouterr()
   assert said.out == "" and said.err.startswith("error: train.init_from=") and said.err.count("\n") == 1
   assert "too long" in said.err and not os.listdir(tmp_path)
@@ -422,7 +428,7 @@ def test_row_26_an_export_to_where_no_file_can_be(tmp_path, monkeypatch, capfd, 
   monkeypatch.chdir(tmp_path)
   (tmp_path / "text").write_text("")
   kind = "llmc" if name.endswith(".bin") else "hf"
-  assert command.guard(lambda: export.main(["--run", "absent", "--format", kind, "--out", name])) == 2
+  assert cli.guard(lambda: export.main(["--run", "absent", "--format", kind, "--out", name])) == 2
   said = capfd.readouterr()
   assert said.out == "" and said.err.startswith("error: --out ") and said.err.count("\n") == 1
   assert "cannot be written" in said.err and os.listdir(tmp_path) == ["text"]
@@ -437,18 +443,18 @@ def test_row_26_a_pickle_in_the_place_of_any_file_is_not_opened(folders, tmp_pat
   """With a manifest that calls it sound, so that it reaches whatever reads that file."""
   run, _ = folders
   step, marker = run / "checkpoints" / "12", tmp_path / "executed"
-  names = sorted(name for name, _ in manifest.walk(step, ["params"]) if name != "manifest.json")
+  names = sorted(name for name, _ in manifest.walk_files(step, ["params"]) if name != "manifest.json")
   assert len(names) > 5
   for name in names:
     before = (step / name).read_bytes()
     (step / name).write_bytes(pickle.dumps(Evil(marker)))
     write_manifest(step)
     with fuzzing.watched_for_code(), contextlib.suppress(UserError):  # some of orbax's files decide nothing
-      checkpoint.load_run(run, 12)
+      load_run(run, 12)
     assert not marker.exists(), name
     (step / name).write_bytes(before)
   write_manifest(step)
-  assert checkpoint.load_run(run, 12).step == 12
+  assert load_run(run, 12).step == 12
   capfd.readouterr()
   gc.collect()
   pickle.loads(pickle.dumps(Evil(marker)))
@@ -492,9 +498,9 @@ def test_row_26_any_edit_of_what_orbax_reads_is_refused_or_harmless(folders, cap
   """Edits that a manifest calls sound: the arrays are then those that were saved, or one line says what is wrong."""
   run, _ = folders
   step = run / "checkpoints" / "12"
-  names = sorted(name for name, _ in manifest.walk(step, ["params"]) if name.startswith("params/"))
+  names = sorted(name for name, _ in manifest.walk_files(step, ["params"]) if name.startswith("params/"))
   good = {name: (step / name).read_bytes() for name in names}
-  sound = {name: np.asarray(a) for name, a in checkpoint.name_leaves(checkpoint.load_run(run, 12).params).items()}
+  sound = {name: np.asarray(a) for name, a in digest.name_leaves(load_run(run, 12).params).items()}
   faults, refused = {}, 0
   for number in range(200):
     rng = random.Random(f"orbax {number}")
@@ -506,7 +512,7 @@ def test_row_26_any_edit_of_what_orbax_reads_is_refused_or_harmless(folders, cap
     write_manifest(step)
     try:
       with fuzzing.watched_for_code(), alarm():
-        there = checkpoint.name_leaves(checkpoint.load_run(run, 12).params)
+        there = digest.name_leaves(load_run(run, 12).params)
       assert all(np.array_equal(np.asarray(there[n]), a) for n, a in sound.items())
     except UserError as error:
       refused += 1

@@ -78,7 +78,7 @@ def test_row_28_a_run_needs_none_of_this(folder, name):
 
 def test_row_28_an_isolated_python_runs_the_console_script(folder):
   """Without the environment and without the current folder in the way, as an installed command is run."""
-  program = f"import sys; sys.path.insert(0, {ROOT!r}); from jgpt.command import main; sys.exit(main())"
+  program = f"import sys; sys.path.insert(0, {ROOT!r}); from jgpt.cli import main; sys.exit(main())"
   assert_trained(folder, run(folder, python=("-I", "-c", program), module=["run", *COMMAND]))
 
 

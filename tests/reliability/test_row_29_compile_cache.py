@@ -15,7 +15,7 @@ import pytest
 from bad_input import Case, give
 from children import arguments, write_texts
 
-from jgpt import runtime
+from jgpt.devices import runtime
 
 NUM_SEEDS = 2
 

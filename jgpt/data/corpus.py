@@ -1,0 +1,373 @@
+"""From a text or token files to what a run reads: documents or a stream, their tokenizer, and the held-out part.
+
+Responsible for loading: what is done once, on the host. Not responsible for where the text comes from (`sources.py`), for
+the bytes of token files (`shards.py`) or for cutting batches (`batches.py`).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jgpt.batches import Corpus, Documents, Stream, count_epoch_steps
+from jgpt.config import DataConfig
+from jgpt.data import paths, sources
+from jgpt.data.sources import Text
+from jgpt.data.token_files import check_files, open_files, read_header
+from jgpt.errors import UserError
+from jgpt.text.bpe import BpeTokenizer, import_tokenizers, make_gpt2_tokenizer, train_bpe_tokenizer
+from jgpt.text.documents import split_paragraphs
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
+
+DATA_PARTS = {"heldout": "held out", "test": "a test file"}
+MAX_WORD = 1 << 17  # learning merges takes the square of a word's length: 2 s for this one
+_LONG_WORD = re.compile(rf"[^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|[^\s\w]{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")
+MAX_BATCH_TOKENS = 1 << 30  # devices count positions, and those a batch further, by 32 bits
+RESIDENT_TOKENS = 1 << 26  # 256 MB on a device; more are read from their files, a block of steps at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """A loaded text, or loaded token files: what a run trains on, and what there is to say about it.
+
+  Attributes:
+    text: where it came from; of token files the kind is "token files", and there are no characters.
+    label: its source by name, "(bundled)" added for the list that comes with jgpt; None for a path of the user's.
+    tokenizer: of the run.
+    train: the training part's tokens (NumPy arrays).
+    heldout: the held-out part's.
+    documents: the training documents in the order they are taken; [] for a stream.
+    summary: lines for a person: sizes of the text and its parts.
+  """
+
+  text: Text
+  label: str | None
+  tokenizer: Tokenizer
+  train: Corpus
+  heldout: Corpus
+  documents: list[str]
+  summary: list[str]
+
+
+def find_data(config: DataConfig, seed: int, *, sha256: str | None = None, tokenizer: Tokenizer | None = None) -> Data:
+  """Finds the text or the token files that `config` names and loads them.
+
+  Args:
+    config: where and how.
+    seed: of the documents' order.
+    sha256: digest that the data must have, as recorded by a run; None takes the first text found.
+    tokenizer: the run's, where it has one already.
+
+  Raises:
+    UserError: as `sources.find_text` and `load_data` do, or `load_token_files`.
+  """
+  if files := paths.find_token_files(config.path):
+    data = load_token_files(files, config, tokenizer)
+    advice = "Put the old files back, or start over with --fresh"
+    sources.check_same_text(data.text, sha256, f"the content of {config.path}", advice)
+    return data
+  return load_data(sources.find_text(config, sha256=sha256), config, seed, tokenizer)
+
+
+def check_path(config: DataConfig) -> None:
+  """Notices early, in milliseconds, what `find_data` would not find: opens files and reads no text or ids.
+
+  Raises:
+    UserError: as `find_data` does, if `data.path` names nothing that can be read, or `data.source` is not known.
+  """
+  if config.path is None:
+    sources.get_source(config.source)
+  elif files := paths.find_token_files(config.path):
+    for file in files:
+      if paths.part_of(file, config.path) != "test":
+        read_header(file)
+  else:
+    sources.check_text_path(config.path)
+
+
+def load_data(text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Data:
+  """Turns a text into tokens.
+
+  Args:
+    text: from `sources.find_text`.
+    config: how.
+    seed: of the documents' order.
+    tokenizer: the run's, where it has one already; None makes the one that `config` asks for.
+
+  Raises:
+    UserError: if there is too little text for a window, or too much for 32-bit arithmetic.
+  """
+  label = None if config.path is not None else config.source + (" (bundled)" if text.kind == "bundled" else "")
+  load = _load_documents if config.batching == "documents" else _load_stream
+  return load(text, label, config, seed, tokenizer)
+
+
+# --- Documents ---
+
+
+def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
+  """Lines, stripped and not empty, are shuffled once by `random.Random(seed)`; then held-out documents are removed."""
+  documents = text.documents()
+  if not documents:
+    raise UserError(f"{text.location} holds no text: it needs one document a line.")
+  if len(documents) * config.batch_size >= 2**31:
+    raise UserError(f"{len(documents):,} documents times data.batch_size={config.batch_size} must stay below 2**31.")
+  random.Random(seed).shuffle(documents)
+  is_heldout = {d: in_heldout(d, config.heldout_fraction) for d in set(documents)}
+  train = [d for d in documents if not is_heldout[d]]
+  heldout = [d for d in documents if is_heldout[d]]
+  if not train:
+    raise UserError(
+      f"all {len(documents)} documents of {text.location} are held out by data.heldout_fraction={config.heldout_fraction}, "
+      "and none is left to train on. Try --set data.heldout_fraction=0"
+    )
+  made = tokenizer or train_char_tokenizer(documents, bos=True)
+  with _explain_unknown(tokenizer, text.location):
+    corpora = [make_documents(part, made, config.seq_len) for part in (train, heldout)]
+  longest, num_cut = max(map(len, documents)), sum(len(d) + 1 > config.seq_len for d in documents)
+  num_chars = sum(map(len, documents))
+  return Data(
+    text=text,
+    label=label,
+    tokenizer=made,
+    train=corpora[0],
+    heldout=corpora[1],
+    documents=train,
+    summary=[
+      f"{len(documents):,} documents, {num_chars:,} characters, longest {longest}, "
+      f"{num_cut:,} cut at the context of {config.seq_len}",
+      f"{len(train):,} for training, {len(heldout):,} held out",
+    ],
+  )
+
+
+@contextlib.contextmanager
+def _explain_unknown(given: Tokenizer | None, location: str) -> Iterator[None]:
+  """Says whose vocabulary lacks a text's characters, where a tokenizer was given and not made from the text."""
+  try:
+    yield
+  except UserError as error:
+    if not isinstance(given, CharTokenizer):
+      raise
+    raise UserError(
+      f"{location}: {error}. That is the run's, or that of the weights to begin from, and a text adds nothing to it. Try "
+      "a text of these characters, or begin without --init-from"
+    ) from None
+
+
+def in_heldout(document: str, fraction: float) -> bool:
+  """Whether a document is held out: its SHA-256, read as a number in [0, 1), is below `fraction`; repeats stay together."""
+  return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def make_documents(documents: list[str], tokenizer: CharTokenizer, seq_len: int) -> Documents:
+  """Tokenizes documents into rows of `seq_len` + 1 ids (NumPy arrays)."""
+  width = seq_len + 1
+  texts = [document[:seq_len] for document in documents]
+  counts = np.fromiter(map(len, texts), np.int32, len(texts))
+  tokens = np.full((len(documents), width), tokenizer.bos_id, np.int32)
+  is_text = (np.arange(width) >= 1) & (np.arange(width) <= counts[:, None])  # after BOS; the closing BOS stands already
+  tokens[is_text] = tokenizer.encode("".join(texts))
+  return Documents(tokens, np.minimum(np.fromiter(map(len, documents), np.int32, len(documents)) + 1, seq_len))
+
+
+# --- Streams ---
+
+
+def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
+  """The held-out part is the last share of characters, or the first `heldout_tokens` tokens."""
+  num_train = int((1 - config.heldout_fraction) * len(text.text))
+  train_text, heldout_text = text.text[:num_train], text.text[num_train:]
+  made = tokenizer or _make_tokenizer_of(text, train_text, config)
+  with _explain_unknown(tokenizer, text.location):
+    train, heldout = (_encode(part, made, config) for part in (train_text, heldout_text))
+  if config.heldout_tokens is not None:
+    heldout, train = train[: config.heldout_tokens], train[config.heldout_tokens :]
+  _check_lengths(len(train), len(heldout), text.location, config)
+  streams = Stream(train), Stream(heldout)
+  summary = [f"{len(text.text):,} characters", _describe_parts(*streams, config)]
+  return Data(text, label, made, *streams, documents=[], summary=summary)
+
+
+def _make_tokenizer_of(text: Text, train_text: str, config: DataConfig) -> Tokenizer:
+  """As `make_tokenizer`; what is wrong is said of the text that it is wrong with."""
+  if config.tokenizer != "bpe":
+    return make_tokenizer(config, text.text, train_text)
+  import_tokenizers()  # that it is not installed is no fault of the text
+  if not train_text:
+    raise _too_short("training", 0, config.seq_len + 1, text.location, config, "")
+  if word := _LONG_WORD.search(train_text):
+    raise UserError(
+      f"{text.location} has a word of more than {MAX_WORD:,} characters, {word.group()[:20]!r}..., in which pairs would be "
+      "merged for hours. Try --set data.tokenizer=characters or --set data.tokenizer=bytes"
+    )
+  try:
+    return make_tokenizer(config, text.text, train_text)
+  except UserError as error:
+    raise UserError(f"{text.location}: {error}") from None
+
+
+def make_tokenizer(config: DataConfig, text: str, train_text: str) -> Tokenizer:
+  """Makes the tokenizer of a stream: characters are those of the whole text, merges are learned from its training part."""
+  if config.tokenizer == "characters":
+    return train_char_tokenizer([text], bos=False)
+  if config.tokenizer == "bytes":
+    return ByteTokenizer()
+  if config.tokenizer == "bpe":
+    return train_bpe_tokenizer(train_text, config.bpe_vocab_size)
+  return make_gpt2_tokenizer(*sources.find_gpt2_files())
+
+
+def _encode(text: str, tokenizer: Tokenizer, config: DataConfig) -> np.ndarray:
+  if not config.mark_paragraphs:
+    return np.asarray(tokenizer.encode(text), np.int32)
+  return np.asarray(encode_paragraphs(text, tokenizer), np.int32)
+
+
+def encode_paragraphs(text: str, tokenizer: BpeTokenizer) -> list[int]:
+  """Encodes each paragraph by itself, the end-of-text token before it and the blank line after it (llm.c's convention)."""
+  return [i for p in split_paragraphs(text) for i in (tokenizer.eot_id, *tokenizer.encode(p))] if text else []
+
+
+def _check_lengths(num_train: int, num_heldout: int, location: str, config: DataConfig, *, is_own: bool = False) -> None:
+  """Raises `UserError` unless a stream's parts are long enough for a batch, and what lies on a device can be counted.
+
+  Args:
+    num_train: tokens of the training part.
+    num_heldout: tokens of the held-out part, 0 where there is none.
+    location: for errors.
+    config: `seq_len` and `batch_size` say what is needed.
+    is_own: whether the held-out part has files of its own, and is not cut from the stream.
+  """
+  if config.batch_size * config.seq_len > MAX_BATCH_TOKENS:
+    raise UserError(
+      f"data.batch_size={config.batch_size} times data.seq_len={config.seq_len} must be at most {MAX_BATCH_TOKENS:,}. "
+      f"Try --set data.batch_size={max(1, MAX_BATCH_TOKENS // config.seq_len)}"
+    )
+  is_sequential, limit = config.batching == "sequential", config.heldout_tokens
+  need = config.seq_len * config.batch_size + 1 if is_sequential else config.seq_len + 1
+  if num_train < need:
+    mend = " and --set data.batch_size=1" if is_sequential and num_train > 1 else ""
+    if limit is not None and not is_own:
+      total, enough = num_train + num_heldout, config.seq_len + 1
+      mend += f"; data.heldout_tokens={limit} takes {num_heldout:,} of {total:,} tokens"
+      mend += f". Try --set data.heldout_tokens={max(enough, total // 10)}" if total >= 2 * max(enough, need) else ""
+    raise _too_short("training", num_train, need, location, config, mend)
+  if num_heldout and num_heldout < config.seq_len + 1:
+    if limit is not None and limit <= config.seq_len:
+      mend = f" or --set data.heldout_tokens={config.seq_len + 1}"
+    elif is_own:
+      mend = ", or leave the held-out files out: --set data.path= with a glob for the others"
+    else:
+      mend = " or --set data.heldout_fraction=0"
+    raise _too_short("held-out", num_heldout, config.seq_len + 1, location, config, mend)
+  if num_heldout >= 2**31 - config.seq_len * config.batch_size:
+    raise UserError(
+      f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count, and an evaluation reads "
+      "them all. Try --set data.heldout_fraction=0 --set data.heldout_tokens=1000000"
+    )
+
+
+def _too_short(part: str, count: int, need: int, location: str, config: DataConfig, mend: str) -> UserError:
+  seq_len = f", or --set data.seq_len={min(config.seq_len, count // 2)}" if count > 1 else ""
+  return UserError(
+    f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer text{seq_len}{mend}"
+  )
+
+
+def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
+  """The line of the summary that counts tokens."""
+  epoch = count_epoch_steps(train, config)
+  counts = f"{len(train.tokens):,} tokens for training, {len(heldout.tokens):,} held out"
+  return counts + (f"; {epoch:,} steps an epoch" if epoch else "")
+
+
+# --- Token files ---
+
+
+def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
+  """Loads token files as one stream; every id is checked against the vocabulary.
+
+  Files whose names say so (`paths.part_of`) are the held-out part, all of it or its first `heldout_tokens` tokens. Where
+  there are none, it is the stream's first `heldout_tokens` tokens, or the last `heldout_fraction` of it. Test files are
+  left out: they stand beside the others in many data sets, and no glob names the others alone.
+
+  Args:
+    files: in order.
+    config: how. `mark_paragraphs` has no effect: the ids are taken as they are.
+    tokenizer: the run's, where it has one already; None takes the one beside the files, or that `config` asks for.
+
+  Raises:
+    UserError: if a file is damaged, holds ids that the tokenizer does not have, or there are too few or too many ids.
+  """
+  location = f"{config.path} ({len(files)} {'file' if len(files) == 1 else 'files'})"
+  if config.batching == "documents":
+    raise UserError(
+      f"data.batching=documents needs text, one document a line, and {location} holds tokens in one stream. Try --set "
+      "data.batching=random with a data.tokenizer and an experiment for streams"
+    )
+  found = paths.find_tokenizer(files, config)
+  if tokenizer and found and tokenizer.digest != found.digest:
+    raise UserError(
+      f"the token files of {location} were made with another tokenizer than the run's, which came with its folder or its "
+      f"weights. Make them again: python -m jgpt.prepare --tokenizer with the path of that {paths.TOKENIZER_FILE}"
+    )
+  tokenizer = tokenizer or found or make_tokenizer(config, "", "")
+  named = [(paths.part_of(file, config.path), file) for file in files]
+  if all(part != "train" for part, _ in named):
+    raise UserError(
+      f"{location} holds nothing to train on: {files[0].name} is {DATA_PARTS[named[0][0]]} by its name. Name other files too."
+    )
+  parts = [[read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")]
+  sha256 = check_files(*parts, tokenizer.vocab_size)
+  train, heldout = map(open_files, parts)
+  num_left = len(files) - len(parts[0]) - len(parts[1])
+  line = _describe_files(*map(len, parts), num_left, len(heldout), config)
+  is_own = len(heldout) > 0
+  if is_own:
+    bounds, heldout_bounds = (0, len(train)), (0, min(len(heldout), config.heldout_tokens or len(heldout)))
+  else:
+    heldout = train
+    bounds, heldout_bounds = _split(len(train), config)
+  _check_lengths(bounds[1] - bounds[0], heldout_bounds[1] - heldout_bounds[0], location, config, is_own=is_own)
+  is_large = bounds[1] - bounds[0] > RESIDENT_TOKENS
+  streams = (
+    Stream(train.part(*bounds) if is_large else train.read(*bounds)),  # a large one is read while it is trained on
+    Stream(heldout.read(*heldout_bounds)),
+  )
+  summary = [line, _describe_parts(*streams, config)]
+  return Data(Text("", "token files", location, sha256), None, tokenizer, *streams, documents=[], summary=summary)
+
+
+def _describe_files(train: int, heldout: int, left: int, num_tokens: int, config: DataConfig) -> str:
+  """The line of the summary that counts files of each part, and says what names or settings leave out.
+
+  Args:
+    train: files for training.
+    heldout: files held out.
+    left: test files.
+    num_tokens: of the files held out.
+    config: how.
+  """
+  line = f"{train} token {'file' if train == 1 else 'files'} for training"
+  if heldout:
+    line += f", {heldout} held out"
+    if config.heldout_fraction:
+      line += " in the place of data.heldout_fraction"
+    elif config.heldout_tokens and config.heldout_tokens < num_tokens:
+      line += f" (data.heldout_tokens: the first {config.heldout_tokens:,} of {num_tokens:,} tokens)"
+  return line + (f"; {left} left out, test by name" if left else "")
+
+
+def _split(num_tokens: int, config: DataConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+  """Where the training part and the held-out part of a stream begin and end."""
+  if config.heldout_tokens is not None:
+    first = min(config.heldout_tokens, num_tokens)
+    return (first, num_tokens), (0, first)
+  num_train = int((1 - config.heldout_fraction) * num_tokens)
+  return (0, num_train), (num_train, num_tokens)

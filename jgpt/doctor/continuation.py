@@ -1,0 +1,211 @@
+"""Checks of what a run needs to go on: its log, its data, room for the next checkpoint.
+
+Responsible for reading these without changing anything, without network, and within bounds: a stranger's run folder may
+name any file, and claim any number. Not responsible for checkpoints (`soundness.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import itertools
+import math
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from jgpt.data import sources
+from jgpt.data.paths import list_files
+from jgpt.data.sources import PinnedText
+from jgpt.doctor.findings import Finding, format_bytes, from_error, note, ok, problem
+from jgpt.errors import UserError
+from jgpt.plan import plan_run
+from jgpt.runs import manifest
+from jgpt.runs.folder import RunFiles
+from jgpt.runs.log import read_lines
+from jgpt.system.cache import cache_dir, digest_bytes
+from jgpt.system.memory import measure_memory
+from jgpt.weights.initial import RELEASED
+
+STATE_BYTES = 12  # of a parameter and its two moments
+MAX_LOG = 10**10  # bytes of metrics.jsonl
+MAX_FILES = 100_000  # of a folder of data
+MAX_SHOWN = 10  # of what there may be any number
+
+# --- The log ---
+
+
+@dataclasses.dataclass
+class _Rows:
+  """What reading metrics.jsonl came to: the last update, and what was not as expected."""
+
+  last: int = 0
+  updates: int = 0
+  evaluations: int = 0
+  skipped: int = 0
+  not_finite: int = 0
+  gaps: list[str] = dataclasses.field(default_factory=list)
+
+  def add(self, row: dict) -> None:
+    """Takes the next row."""
+    step, loss = row["step"], row.get("train/loss")
+    self.evaluations += "heldout/loss" in row
+    if loss is None:
+      return
+    if step != self.last + 1 and len(self.gaps) < MAX_SHOWN:
+      self.gaps.append(f"step {step:,} follows step {self.last:,}")
+    self.last, self.updates = step, self.updates + 1
+    self.skipped += bool(row.get("train/skipped"))
+    self.not_finite += not math.isfinite(loss)
+
+
+def check_metrics(path: Path, newest: int) -> list[Finding]:
+  """Whether the log can be read, has a row for each update, and reaches the newest checkpoint.
+
+  Args:
+    path: metrics.jsonl.
+    newest: step of the newest checkpoint.
+  """
+  if not os.path.lexists(path):
+    return [note("metrics", f"{path} is not there: the losses of {newest:,} steps are lost")] if newest else []
+  if (size := path.lstat().st_size) > MAX_LOG:
+    return [note("metrics", f"{path} has {format_bytes(size)}, and at most {format_bytes(MAX_LOG)} are read here")]
+  rows, unreadable, first, is_torn = _Rows(), 0, 0, False
+  for number, line in enumerate(read_lines(path), 1):
+    if line.row is not None:
+      rows.add(line.row)
+    elif line.is_whole:
+      unreadable, first = unreadable + 1, first or number
+    else:
+      is_torn = True
+  parts = [f"{rows.updates:,} updates", f"{rows.evaluations:,} evaluations"]
+  parts += [f"{rows.skipped:,} updates were skipped"] if rows.skipped else []
+  parts += [f"{rows.not_finite:,} losses are not finite"] if rows.not_finite else []
+  words = f"{path}: {', '.join(parts)}, to step {rows.last:,}"
+  found = [note("metrics", words) if rows.not_finite else ok("metrics", words)]
+  if unreadable:
+    words = f"lines that cannot be read and are passed over: {unreadable:,}, the first is line {first:,}"
+    found.append(note("metrics", f"{path}: {words}"))
+  if is_torn:
+    found.append(note("metrics", f"{path}: its last line is torn, and dropped when the run goes on"))
+  if rows.gaps:
+    found.append(
+      note("metrics", f"{path} has gaps: {'; '.join(rows.gaps)}. Writing it may have failed; training is not concerned")
+    )
+  if rows.last < newest:
+    found.append(note("metrics", f"{path} ends at step {rows.last:,}, and the newest checkpoint is of step {newest:,}"))
+  return found
+
+
+# --- Going on ---
+
+
+def check_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Finding]:
+  """Whether the run can go on: its data are found, with the digest it recorded, and its settings go together.
+
+  Args:
+    workdir: a run folder.
+    files: its settings.
+    has_steps: whether there is a checkpoint; otherwise the run begins anew.
+  """
+  recorded, config = files.data["sha256"], files.experiment.data
+  if reason := _find_risk(config.path):
+    return [note("going on", f"the data were not looked at: {reason}")]
+  if config.path is None and _needs_download(files):
+    return [
+      note("going on", f"the text {config.source} (SHA-256 {recorded[:12]}) is not here: going on begins with a download")
+    ]
+  if not has_steps and files.experiment.train.init_from in RELEASED:
+    return [
+      note("going on", f"it begins with the weights {files.experiment.train.init_from}, which are not looked for here")
+    ]
+  try:
+    plan = plan_run(files.experiment, workdir=workdir, name=files.name)
+  except UserError as error:
+    mend = f"put the data back where they were, {files.data.get('location', config.path)}, or start over with --fresh"
+    return [from_error("going on", error, mend)]
+  text, steps = plan.data.text, plan.experiment.train.steps
+  where = f"data: {text.location} ({text.kind}, SHA-256 {text.sha256[:12]}, as recorded)"
+  if plan.start_step >= steps:
+    return [ok("going on", f"finished at step {plan.start_step:,}; {where}")]
+  return [ok("going on", f"from step {plan.start_step:,} of {steps:,}; {where}")]
+
+
+def _needs_download(files: RunFiles) -> bool:
+  """Whether the text that a run recorded is nowhere on this machine."""
+  source, wanted = sources.get_source(files.experiment.data.source), files.data["sha256"]
+  if not isinstance(source, PinnedText):
+    return False
+  bundled = sources.BUNDLED_DIR / source.filename
+  places = [sources.own_file(source), cache_dir() / source.filename, bundled if source.bundled else None]
+  return not any(place is not None and place.is_file() and digest_bytes(place.read_bytes()) == wanted for place in places)
+
+
+def _find_risk(path: str | None) -> str | None:
+  """Why what `data.path` names is better not read: a stranger's run may name anything on this machine."""
+  if path is None:
+    return None
+  expanded = os.path.expanduser(path)
+  if _lists_too_many(expanded):
+    return f"{path} may stand for more than {MAX_FILES:,} files"
+  try:
+    files = list_files(path, ["*.txt", "*.bin"])
+  except UserError:
+    return None  # it is said when the data are looked for
+  total = 0
+  for file in [Path(expanded)] if files is None else files:
+    try:
+      info = file.stat()
+    except (OSError, ValueError):
+      continue
+    if not stat.S_ISREG(info.st_mode):
+      return f"{file} is no plain file"
+    total += info.st_size if file.suffix != ".bin" else 0
+  there = measure_memory()[0]
+  if there is not None and total > (most := there // 8):
+    return f"{path} has {format_bytes(total)}, and at most {format_bytes(most)} are read here"
+  return None
+
+
+def _lists_too_many(path: str) -> bool:
+  """Whether finding the files of a folder or glob looks at more than `MAX_FILES` names, folders on the way included."""
+  if os.path.isdir(path):
+    return _are_many(name for _, folders, names in os.walk(path) for name in (*folders, *names))
+  if os.path.exists(path):
+    return False
+  parts = Path(path).parts
+  for n, part in enumerate(parts):
+    if glob.has_magic(part):  # what has to be listed to see which names match
+      pattern = os.path.join(*parts[:n], "**" if part == "**" else "*")
+      with contextlib.suppress(ValueError):  # a NUL in the path
+        if _are_many(glob.iglob(pattern, recursive=True, include_hidden=True)):
+          return True
+  return False
+
+
+def _are_many(names: Iterable[str]) -> bool:
+  """Whether there are more than `MAX_FILES`, without looking at those beyond."""
+  return sum(1 for _ in itertools.islice(names, MAX_FILES + 1)) > MAX_FILES
+
+
+def check_next_save(workdir: Path, newest: int | None, num_params: int) -> list[Finding]:
+  """Whether the disk has room for another checkpoint.
+
+  Args:
+    workdir: a run folder.
+    newest: step of the newest checkpoint that is sound, which the next one will be as large as; None where there is none.
+    num_params: of the model.
+  """
+  size = num_params * STATE_BYTES
+  if newest is not None:
+    folder = workdir / "checkpoints" / str(newest)
+    with contextlib.suppress(OSError, UserError):  # what is wrong there is said elsewhere
+      size = max(size, sum(path.lstat().st_size for _, path in manifest.walk_files(folder)))
+  free = shutil.disk_usage(workdir).free
+  text = f"{format_bytes(free)} free, a checkpoint takes {format_bytes(size)}"
+  if free < size:
+    return [problem("room", text, f"make room on the disk of {workdir}: the next save would fail")]
+  return [note("room", text, "make room soon") if free < 3 * size else ok("room", text)]

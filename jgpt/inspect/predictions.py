@@ -1,0 +1,182 @@
+"""What a model predicts at each position of a text, in a form that a person can read.
+
+Responsible for framing a text as training does, for the probability of each of its tokens, and for showing tokens so that
+blanks, control characters and parts of a character can be told apart. Pure. Not responsible for the table (`inspect.py`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgpt.batches import Batch, documents_in_order
+from jgpt.config import Experiment, ModelConfig
+from jgpt.data.corpus import make_documents
+from jgpt.errors import UserError
+from jgpt.model import apply
+from jgpt.text.tokenizer import CharTokenizer, Tokenizer
+
+CONTEXT_WIDTH = 24  # characters of the context that a row shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+  """A token that the model thinks may come next.
+
+  Attributes:
+    token: as `show_token` shows it.
+    id: of the token.
+    probability: that it comes next.
+  """
+
+  token: str
+  id: int
+  probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What the model predicts at one position, and what comes.
+
+  Attributes:
+    position: from 0; the row of the position embedding.
+    context: the end of the text so far, as `show_context` shows it.
+    target: the token that comes next, as `show_token` shows it.
+    target_id: its id.
+    probability: that the model gives to the target.
+    nats: -log(probability), the target's loss.
+    guesses: the most probable tokens, best first.
+  """
+
+  position: int
+  context: str
+  target: str
+  target_id: int
+  probability: float
+  nats: float
+  guesses: tuple[Guess, ...]
+
+  @property
+  def one_in(self) -> float:
+    """1 / probability: the target comes once in so many draws."""
+    return math.exp(self.nats) if self.nats < 700 else math.inf
+
+
+def frame_text(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch:
+  """Makes the batch of one sequence that training makes of a text.
+
+  Where batches are documents: BOS, characters, BOS, cut at `data.seq_len` predictions; what is missing to that length
+  weighs nothing. Otherwise each token of the text predicts the next one, for at most `model.max_seq_len` predictions.
+
+  Args:
+    text: one document, or a piece of a stream.
+    tokenizer: of the run.
+    experiment: resolved.
+
+  Raises:
+    UserError: naming the characters that the tokenizer does not know, or if nothing can be predicted.
+  """
+  if experiment.data.batching == "documents":
+    documents = make_documents([text], tokenizer, experiment.data.seq_len)
+    return documents_in_order(jax.tree.map(jnp.asarray, documents), 0, 1)
+  ids = tokenizer.encode(text)
+  if len(ids) < 2:
+    raise UserError(
+      f"the text {text!r} has {len(ids)} token{'s' * (len(ids) != 1)}, and each token predicts the next: it needs 2. "
+      "Try a longer --text"
+    )
+  tokens = jnp.asarray([ids[: experiment.model.max_seq_len + 1]], jnp.int32)
+  return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))
+
+
+def predict(
+  params: dict, batch: Batch, tokenizer: Tokenizer, config: ModelConfig, *, num_guesses: int = 3
+) -> list[Prediction]:
+  """Computes what the model predicts at each position of one sequence; drops nothing out.
+
+  Args:
+    params: as `init_params` returns them, or with unstacked blocks.
+    batch: of one sequence, from `frame_text`; positions that weigh nothing have no row.
+    tokenizer: of the run.
+    config: sizes and switches.
+    num_guesses: most probable tokens of each row, fewer where the vocabulary is smaller.
+  """
+  log_probs_TV = np.asarray(_log_probs(params, batch.inputs_BT, config)[0], np.float64)
+  inputs, targets = (np.asarray(ids)[0].tolist() for ids in (batch.inputs_BT, batch.targets_BT))
+  rows = []
+  for t in range(int(np.sum(batch.weights_BT))):
+    log_probs_V = log_probs_TV[t, : config.vocab_size]
+    best = np.argsort(-log_probs_V, kind="stable")[:num_guesses].tolist()
+    rows.append(
+      Prediction(
+        position=t,
+        context=show_context(inputs[: t + 1], tokenizer),
+        target=show_token(targets[t], tokenizer),
+        target_id=targets[t],
+        probability=math.exp(log_probs_V[targets[t]]),
+        nats=-log_probs_V[targets[t]].item(),
+        guesses=tuple(Guess(show_token(i, tokenizer), i, math.exp(log_probs_V[i])) for i in best),
+      )
+    )
+  return rows
+
+
+@jax.jit(static_argnames="config")
+def _log_probs(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+  return jax.nn.log_softmax(apply(params, tokens_BT, config))
+
+
+def mean_loss(rows: Sequence[Prediction]) -> float:
+  """The loss of the text, nats per token: the mean of the rows' `nats`, which `step.loss_fn` computes of the same batch."""
+  return math.fsum(row.nats for row in rows) / len(rows)
+
+
+# --- Tokens for a person ---
+
+
+def show_token(token_id: int, tokenizer: Tokenizer) -> str:
+  r"""Shows a token: `'a'`, `' the'`, `'\n'`, `byte 0xe2` (part of a character), `BOS`, or `id 27` where it has no text.
+
+  Args:
+    token_id: any id of the model.
+    tokenizer: of the run.
+  """
+  if token_id >= tokenizer.vocab_size:
+    return f"id {token_id}"
+  content = tokenizer.token_bytes[token_id]
+  if not content:
+    return "BOS" if isinstance(tokenizer, CharTokenizer) else "end of text"
+  return f"byte 0x{content[0]:02x}" if len(content) == 1 and content[0] >= 128 else _quote(_show_characters(content))
+
+
+def show_context(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+  """Shows the text so far, its beginning left out where it is long: `BOS`, `BOS 'em'`, `…'e or not to be'`.
+
+  Args:
+    ids: the tokens so far.
+    tokenizer: of the run.
+  """
+  contents = tokenizer.token_bytes
+  content = b"".join(contents[i] for i in ids)
+  pieces = _show_characters(content[-4 * CONTEXT_WIDTH - 3 :])  # a character has 4 bytes at most, the first may be cut
+  shown = len(pieces)
+  while sum(map(len, pieces[-shown:])) > CONTEXT_WIDTH:
+    shown -= 1
+  if shown < len(pieces):
+    return f"…{_quote(pieces[-shown:])}"
+  mark = [show_token(ids[0], tokenizer)] if not contents[ids[0]] else []
+  return " ".join([*mark, _quote(pieces)] if pieces else mark)
+
+
+def _show_characters(content: bytes) -> list[str]:
+  r"""Each character as Python's `repr` writes it; a byte that is not part of one as `\xe2`."""
+  text = content.decode(errors="surrogateescape")
+  return [f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text]
+
+
+def _quote(pieces: Sequence[str]) -> str:
+  quote = '"' if "'" in pieces and '"' not in pieces else "'"
+  return f"{quote}{''.join(pieces)}{quote}"

@@ -1,0 +1,1 @@
+"""Tokenizers and their files; text cut into documents."""

@@ -1,0 +1,1 @@
+"""Initial weights, and weights in the formats of others."""

@@ -1,0 +1,250 @@
+"""GPT-2's parameters by other programs' names: which of jgpt's each is, in which order and shape.
+
+Responsible for the table that relates the two, for turning parameters into GPT-2's tensors, and for building parameters
+out of weights that are read one at a time. Pure: files are read and written by `hugging_face.py` and `llmc.py`.
+
+Hugging Face stores a matrix as (in, out), which is jgpt's memory in another shape: `w_qkv` [D, 3, N, H] is `c_attn.weight`
+[D, 3D] and `w_out` [N, H, D] is `c_proj.weight` [D, D]. llm.c stores it as (out, in).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jgpt.config import ModelConfig
+from jgpt.config.experiment import GPT2_SIZES
+from jgpt.config.settings import format_value
+from jgpt.errors import UserError
+from jgpt.params import Param, param_table, walk
+from jgpt.text.tokenizer import Tokenizer
+
+# jgpt's name and Hugging Face's, {} being the layer; in llm.c's order, which has no head of its own.
+GPT2_NAMES = (
+  ("tok_embed", "wte.weight"),
+  ("pos_embed", "wpe.weight"),
+  ("blocks/norm_attn_gain", "h.{}.ln_1.weight"),
+  ("blocks/norm_attn_bias", "h.{}.ln_1.bias"),
+  ("blocks/w_qkv", "h.{}.attn.c_attn.weight"),
+  ("blocks/b_qkv", "h.{}.attn.c_attn.bias"),
+  ("blocks/w_out", "h.{}.attn.c_proj.weight"),
+  ("blocks/b_out", "h.{}.attn.c_proj.bias"),
+  ("blocks/norm_mlp_gain", "h.{}.ln_2.weight"),
+  ("blocks/norm_mlp_bias", "h.{}.ln_2.bias"),
+  ("blocks/w_up", "h.{}.mlp.c_fc.weight"),
+  ("blocks/b_up", "h.{}.mlp.c_fc.bias"),
+  ("blocks/w_down", "h.{}.mlp.c_proj.weight"),
+  ("blocks/b_down", "h.{}.mlp.c_proj.bias"),
+  ("norm_final_gain", "ln_f.weight"),
+  ("norm_final_bias", "ln_f.bias"),
+  ("unembed", "lm_head.weight"),
+)
+# The settings that say which function a model computes; the others are about memory, dropout and the first values.
+FUNCTION = (
+  *("vocab_size", "max_seq_len", "num_layers", "num_heads", "d_model", "d_ff", "norm", "norm_embed", "norm_final"),
+  *("activation", "positions", "biases", "tied_head", "scale_embed"),
+)
+BIASES = ("none", "mlp", "all")  # each has those of the one before
+# What a GPT-2 has, whoever wrote it down.
+GPT2 = {"norm": "layer", "norm_embed": False, "norm_final": True, "positions": "learned", "scale_embed": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A model's weights in a file or folder, to be read one parameter at a time.
+
+  Attributes:
+    location: for a person.
+    model: the settings of `ModelConfig` that they decide, by name.
+    shapes: jgpt's name ("blocks/w_up" in blocks) -> shape in GPT-2, the layers in front, without padding.
+    read: returns the parameter of a name, float32 of that shape, in memory of its own.
+    tokenizer: that comes with them; None where they have none.
+  """
+
+  location: str
+  model: dict[str, Any]
+  shapes: dict[str, tuple[int, ...]]
+  read: Callable[[str], np.ndarray]
+  tokenizer: Tokenizer | None = None
+
+
+# --- To GPT-2 ---
+
+
+def check_is_gpt2(config: ModelConfig, what: str, needs: dict[str, Any]) -> None:
+  """Raises `UserError` naming each setting that is not as `needs` says; `what` needs them so."""
+  others = [f"{n}={format_value(getattr(config, n))} (it has {format_value(v)})" for n, v in _unmet(config, needs)]
+  if others:
+    raise UserError(f"{what} cannot hold this model: {', '.join(f'model.{other}' for other in others)}.")
+
+
+def _unmet(config: ModelConfig, needs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+  for name, value in needs.items():
+    got = getattr(config, name)
+    if got != value and not (name == "norm" and got == "layer_no_bias"):  # that is a bias of zeros
+      yield name, value
+
+
+def to_gpt2(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
+  """Turns parameters into GPT-2's tensors by jgpt's names, in the order of `NAMES`, matrices as (in, out).
+
+  Args:
+    params: as `init_params` returns them (blocks stacked), or their gradients.
+    config: sizes and switches.
+
+  Returns:
+    float32 arrays, the layers in front in blocks, rows of padding left out; biases that the model lacks are zeros. The
+    others are views where the parameters are on the host.
+  """
+  there = flatten(params, config)
+  shapes = gpt2_shapes(config)
+  return {name: there[name] if name in there else np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def flatten(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
+  """A model's parameters by name, in the shapes of `flat_shapes`; without padding."""
+  tensors = {}
+  for name, shape in flat_shapes(config).items():
+    section, _, inner = name.rpartition("/")
+    array = np.asarray((params[section] if section else params)[inner])
+    tensors[name] = (array if section else array[: shape[0]]).reshape(shape)
+  return tensors
+
+
+def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """The shapes of a model's parameters with their heads side by side, the layers in front in blocks, without padding."""
+  return {
+    name: (num_layers, *_flat(param)) if "/" in name else (param.shape[0] - param.padding, *param.shape[1:])
+    for name, param, num_layers in walk(config)
+  }
+
+
+def gpt2_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """The shapes of GPT-2's tensors by jgpt's names, in the order of `NAMES`: `flat_shapes` with all biases."""
+  shapes = flat_shapes(dataclasses.replace(config, norm="layer", biases="all"))
+  return {name: shapes[name] for name, _ in GPT2_NAMES if name in shapes}
+
+
+def make_gpt2_config(**sizes: Any) -> ModelConfig:
+  """Makes the model that a file of GPT-2's weights describes; a switch that is not given is GPT-2's own."""
+  own = GPT2 | {"activation": "gelu_tanh", "tied_head": True, "num_heads": 1, "biases": "all"}
+  return ModelConfig(**own | sizes, init_std=0.02, scale_residual_init=True)
+
+
+def find_shapes(location: Path, sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The `gpt2_shapes` of sizes that a file says; raises `UserError` naming it where no model has them."""
+  try:
+    return gpt2_shapes(make_gpt2_config(**sizes))
+  except UserError as error:
+    raise UserError(f"{location} has sizes that no model has: {str(error).partition(' Try ')[0]}") from None
+
+
+def _flat(param: Param) -> tuple[int, ...]:
+  """The shape of a parameter with its heads side by side: a matrix from or to the width, or a bias."""
+  if "heads" not in param.axes:
+    return param.shape
+  if "embed" not in param.axes:
+    return (math.prod(param.shape),)
+  width = param.axes.index("embed")
+  before, after = math.prod(param.shape[:width]), math.prod(param.shape[width + 1 :])
+  return (before, param.shape[width]) if width else (param.shape[width], after)
+
+
+# --- From weights ---
+
+
+def check_weights_settings(weights: Weights, config: ModelConfig) -> None:
+  """Raises `UserError` where weights are those of another model, naming each setting and how to make them equal.
+
+  Fewer positions than the weights have are allowed: the first ones are taken. Biases that the model lacks may be there if
+  they are zero, which `build_params` sees.
+  """
+  differing = {}
+  for name, value in weights.model.items():
+    got = getattr(config, name)
+    fewer = name == "max_seq_len" and got < value
+    no_bias = (name == "norm" and (got, value) == ("layer_no_bias", "layer")) or (
+      name == "biases" and BIASES.index(got) < BIASES.index(value)
+    )
+    if got != value and not fewer and not no_bias:
+      differing[name] = value, got
+  if not differing:
+    return
+  said = ", ".join(f"model.{n}={format_value(a)} there and {format_value(b)} here" for n, (a, b) in differing.items())
+  for size, sizes in GPT2_SIZES.items():
+    # A file by itself does not say how many heads there are.
+    if all(weights.model.get(name, value) == value for name, value in sizes.items()) and differing.keys() & sizes.keys():
+      changes = [f"model.size={size}", *(f"model.{n}={format_value(differing[n][0])}" for n in differing.keys() - sizes)]
+      break
+  else:
+    changes = [f"model.{name}={format_value(value)}" for name, (value, _) in differing.items()]
+  tries = " ".join(f"--set {change}" for change in changes)
+  raise UserError(f"{weights.location} holds another model: {said}. Try {tries}")
+
+
+def build_params(weights: Weights, config: ModelConfig) -> dict:
+  """Reads weights as a model's parameters.
+
+  Args:
+    weights: of a model with these settings, as `refuse_other_settings` checks.
+    config: sizes and switches; `vocab_size` resolved.
+
+  Returns:
+    A pytree shaped like `param_table(config)`, float32 (NumPy arrays), blocks stacked; rows of padding are zero.
+
+  Raises:
+    UserError: if a parameter is missing, has another shape, or holds numbers that are not finite; or if the weights have
+      one that the model lacks, unless it is a bias of zeros.
+  """
+  wanted = {name: (param, num) for name, param, num in walk(config)}
+  for name in weights.shapes.keys() - wanted.keys():
+    if "bias" not in name and "/b_" not in name:
+      raise UserError(f"{weights.location} has {name}, which this model lacks.")
+    if np.any(weights.read(name)):
+      raise UserError(
+        f"{weights.location} has {name}, a bias that is not zero, and this model has none. Try "
+        + ("--set model.norm=layer" if "norm" in name else "--set model.biases=all")
+      )
+  tree: dict = {"blocks": {}}
+  for name, (param, num) in wanted.items():
+    array = _read(weights, name, param, num)
+    section, _, inner = name.rpartition("/")
+    (tree[section] if section else tree)[inner] = array
+  return {name: tree[name] for name in param_table(config)}
+
+
+def _read(weights: Weights, name: str, param: Param, num_layers: int) -> np.ndarray:
+  """One parameter in its shape in memory, checked."""
+  if name.startswith("blocks/"):
+    full, need = (num_layers, *param.shape), (num_layers, *_flat(param))
+  else:
+    full, need = param.shape, (param.shape[0] - param.padding, *param.shape[1:])
+  there = weights.shapes.get(name, ())
+  fewer = name == "pos_embed" and there[1:] == need[1:] and there[0] > need[0]
+  if there != need and not fewer:
+    raise UserError(f"{weights.location}: {name} must be {list(need)} for this model, and is {list(there) or 'missing'}.")
+  array = weights.read(name)[: need[0]]
+  with np.errstate(invalid="ignore"):  # infinities of both signs
+    finite = np.isfinite(np.sum(array, dtype=np.float64))
+  if not finite:
+    where = np.unravel_index(np.argmin(np.isfinite(array)), array.shape)
+    raise UserError(f"{weights.location}: {name}{[int(i) for i in where]} is {array[where]}: the weights are damaged.")
+  if param.padding:
+    array = np.pad(array, [(0, param.padding), (0, 0)])
+  return array.reshape(full)
+
+
+def digest_params(params: dict) -> str:
+  """SHA-256 over the names, shapes and values of parameters (NumPy arrays, blocks stacked), in hexadecimal."""
+  digest = hashlib.sha256()
+  for name, value in sorted(params.items()):
+    for inner, array in sorted(value.items()) if name == "blocks" else [("", value)]:
+      digest.update(f"{name}/{inner}{array.dtype}{array.shape}".encode())
+      digest.update(np.ascontiguousarray(array))
+  return digest.hexdigest()
