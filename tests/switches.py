@@ -430,7 +430,7 @@ def every_drop(visit: Callable[[str, Callable, str, jax.Array], jax.Array]) -> I
 
   Layers are counted as they come, so the blocks must be unstacked.
   """
-  right, layer = jgpt.layers.make_drop, -1
+  right, layer = jgpt.model.make_drop, -1
 
   def make_drop(config: ModelConfig, key: jax.Array | None) -> Callable:
     drop = right(config, key)

@@ -303,8 +303,8 @@ def test_a_command_ends_without_looking_for_garbage():
   program = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))  # called after what is registered later
-from jgpt import command
-print(gc.get_freeze_count(), command.guard(lambda: 0))
+from jgpt import cli
+print(gc.get_freeze_count(), cli.guard(lambda: 0))
 """
   env = os.environ | {"PYTHONPATH": str(Path(run.__file__).parent.parent)}
   done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)

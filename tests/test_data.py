@@ -20,9 +20,10 @@ from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.data import corpus as corpus_lib
+from jgpt.data import token_files
 from jgpt.data.corpus import check_path, find_data, in_heldout, load_data, make_documents
 from jgpt.data.preparation import Preparation, prepare
-from jgpt.data.sources import Text, expected_vocab_size, find_text, read_text
+from jgpt.data.sources import BUNDLED_DIR, Text, expected_vocab_size, find_text, read_text
 from jgpt.errors import UserError
 from jgpt.evaluation import count_bytes
 from jgpt.plan import plan_run
@@ -117,9 +118,7 @@ def test_heldout_split_keeps_repeats_together_and_is_near_its_fraction():
 
 
 def test_five_percent_of_the_bundled_names_are_held_out():
-  import jgpt.data.sources
-
-  names = read_text(Path(jgpt.data.sources.__file__).parent / "bundled" / "names.txt", "path").documents()
+  names = read_text(BUNDLED_DIR / "names.txt", "path").documents()
   share = sum(in_heldout(name, 0.05) for name in names) / len(names)
   assert abs(share - 0.05) < 4 * (0.05 * 0.95 / len(names)) ** 0.5  # 4 standard deviations
 
@@ -557,7 +556,8 @@ def test_a_path_that_can_be_read_is_checked_without_reading(write_ids, monkeypat
   write_ids(a=range(60), my_test=[])  # a test file is not read
   Path("texts").mkdir()
   Path("texts/a.txt").write_bytes(b"\xff")
-  monkeypatch.setattr(corpus_lib, "check_files", None)
+  for module in (corpus_lib, token_files):
+    monkeypatch.setattr(module, "check_files", None)
   for path in ("ids", "ids/*.bin", "texts", "texts/*", "texts/a.txt", None):
     check_path(dataclasses.replace(BYTES, path=path))
   with pytest.raises(UserError, match=r"data\.source='shakespere' is not known"):
@@ -566,7 +566,8 @@ def test_a_path_that_can_be_read_is_checked_without_reading(write_ids, monkeypat
 
 def test_vocabulary_is_counted_without_reading_an_id(write_ids, monkeypatch):
   write_ids(a=range(60))
-  monkeypatch.setattr(corpus_lib, "read_header", None)
+  for module in (corpus_lib, token_files):
+    monkeypatch.setattr(module, "read_header", None)
   config = dataclasses.replace(BYTES, path="ids")
   assert expected_vocab_size(config) == 256
   assert expected_vocab_size(dataclasses.replace(config, tokenizer="gpt2")) == 50257

@@ -17,6 +17,7 @@ from small_runs import compiled_quickly, train_words
 
 from jgpt import cli, train
 from jgpt.config.catalog import load_experiment
+from jgpt.data import sources
 from jgpt.devices import canary
 from jgpt.doctor import cli as doctor_cli
 from jgpt.doctor import continuation, findings, machine, packages, probe, soundness, storage
@@ -31,7 +32,7 @@ from jgpt.system import cache as cache_lib
 from jgpt.system import locks, memory
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
-ROOT = Path(doctor_cli.__file__).parent.parent
+ROOT = Path(doctor_cli.__file__).parents[2]
 CPU = Probe([{"platform": "cpu", "kind": "cpu", "memory": None}], "", 1.0)
 H200 = "NVIDIA H200, driver 570.86, 143771 MiB, 0 MiB used"
 
@@ -390,7 +391,8 @@ def test_a_cache_that_cannot_be_made_or_written_is_a_problem(cache, monkeypatch)
   def no_home():
     raise RuntimeError
 
-  monkeypatch.setattr(cache_lib, "cache_dir", no_home)
+  for module in (cache_lib, sources, storage):
+    monkeypatch.setattr(module, "cache_dir", no_home)
   assert "HOME" in only_problem(storage.check_caches({})).text
   assert storage.check_downloads(0.0) == [] and "problem" not in levels(storage.check_data({}))
 

@@ -278,13 +278,13 @@ def https_required(serve, monkeypatch):
 
   def start(answer):
     server, source = serve(answer)
-    monkeypatch.setattr(download, "_check_https", lambda url: None if url == source.url else require_https(url))
+    monkeypatch.setattr(download, "_check_https", lambda url: None if url == source.url else check_https(url))
     return server, source
 
   return start
 
 
-require_https = download._check_https  # before a fixture replaces it
+check_https = download._check_https  # before a fixture replaces it
 
 
 @pytest.mark.parametrize("to", ["/elsewhere", "ftp://127.0.0.1/names.txt", "file:///etc/passwd"])
@@ -298,7 +298,7 @@ def test_redirect_to_anything_but_https_is_refused_before_it_is_followed(https_r
 
 def test_source_that_is_not_https_is_refused_without_a_request(serve, monkeypatch):
   server, source = serve()
-  monkeypatch.setattr(download, "_check_https", require_https)
+  monkeypatch.setattr(download, "_check_https", check_https)
   with pytest.raises(DownloadError, match="is not https"):
     download.download(source)
   assert server.requests == 0
@@ -678,7 +678,7 @@ def test_redirect_keeps_the_part_asked_for_and_https(serve_weights, monkeypatch)
     (send_part(asked=asked) if elsewhere else send(b"", status=302, Location="/elsewhere"))(handler)
 
   server.answer = answer
-  monkeypatch.setattr(download, "_check_https", lambda url: None if url == file.url else require_https(url))
+  monkeypatch.setattr(download, "_check_https", lambda url: None if url == file.url else check_https(url))
   with pytest.raises(DownloadError, match="is not https"):
     download.download_file(file, silent)
   assert asked == []
@@ -707,16 +707,17 @@ def test_large_file_is_never_held_in_memory(serve_weights, tmp_path):
     digest.update(WEIGHTS)
   code = f"""
 from pathlib import Path
-from jgpt import download, released
-from jgpt.sources import PinnedFile
+from jgpt.data import download
+from jgpt.data.download import PinnedFile
+from jgpt.weights import initial
 def peak():
   return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-download._require_https = lambda url: None
+download._check_https = lambda url: None
 pinned = dict(url="{file.url}", sha256="{digest.hexdigest()}", num_bytes={blocks} * 2**20)
-released.RELEASED["gpt2"] = PinnedFile(filename="x", **pinned)
+initial.RELEASED["gpt2"] = PinnedFile(filename="x", **pinned)
 before = peak()
-found = released.find_released("gpt2")
-assert released.find_released("gpt2") == found
+found = initial.find_released("gpt2")
+assert initial.find_released("gpt2") == found
 print(found.stat().st_size, peak() - before)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -311,13 +311,13 @@ def test_refused_without_large_allocation(tmp_path):
   os.truncate(large, large.stat().st_size + 2**31 * D)
   code = """
 import resource, sys
-from jgpt import weights
-from jgpt.checks import UserError
+from jgpt.errors import UserError
+from jgpt.weights.initial import open_weights
 from safetensors import safe_open
 from safetensors.numpy import save_file
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-  weights.open_weights(sys.argv[1])
+  open_weights(sys.argv[1])
   sys.exit("8 GB were taken")
 except UserError as error:
   assert "vocab_size=257, and the tensors have 536870912" in str(error), error
@@ -325,7 +325,7 @@ own = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (own + 200 * 2**20,) * 2)
 for path in sys.argv[2:]:
   try:
-    weights.open_weights(path)
+    open_weights(path)
   except UserError:
     continue
   sys.exit(f"{path} was taken")

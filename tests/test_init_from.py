@@ -593,8 +593,8 @@ def test_it_excludes_the_other_ways_to_begin(base, source):
 EXPERIMENT_FILE = """\
 '''Verse: a test's.'''
 
-from jgpt.catalog import load_experiment
-from jgpt.settings import change
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
 
 EXPERIMENT = change(load_experiment("shakespeare_bytes"), {changes})
 """

@@ -353,7 +353,7 @@ def test_a_stream_needs_two_tokens(capsys, verse, tmp_path):
 
 def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
   """`python -m jgpt.inspect` is ours, `import inspect` Python's; no module of jgpt imports either by the short name."""
-  root = Path(jgpt.inspect.cli.__file__).parent
+  root = Path(jgpt.__file__).parent
   done = subprocess.run(
     [sys.executable, "-m", "jgpt.inspect", "--help"],
     cwd=tmp_path, env={"PYTHONPATH": str(root.parent)}, capture_output=True, text=True, check=False,
@@ -361,16 +361,16 @@ def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
   assert done.returncode == 0 and "usage: python -m jgpt.inspect" in done.stdout
   import inspect
 
-  assert Path(inspect.__file__) != Path(jgpt.inspect.cli.__file__)
-  for path in root.glob("*.py"):
+  assert Path(inspect.__file__) != Path(jgpt.inspect.__file__)
+  for path in root.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
       names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
       assert "inspect" not in names and getattr(node, "module", "") != "inspect", path
 
 
 def test_in_the_packages_own_folder_the_cause_is_said():
-  """There Python finds this file where it looks for its own `inspect`."""
-  folder = Path(jgpt.inspect.cli.__file__).parent
+  """There Python finds this package where it looks for its own `inspect`."""
+  folder = Path(jgpt.__file__).parent
   done = subprocess.run(
     [sys.executable, "-c", "import inspect"], cwd=folder, env={}, capture_output=True, text=True, check=False
   )

@@ -14,7 +14,7 @@ from jgpt.system import locks
 
 HOLD = """
 import sys, time, pathlib
-from jgpt import locks
+from jgpt.system import locks
 with locks.hold(pathlib.Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)
@@ -24,7 +24,7 @@ with locks.hold(pathlib.Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
   """Another process that holds the folder."""
-  env = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parent.parent)}
+  env = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parents[2])}
   process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env)
   assert process.stdout.readline() == "held\n"
   yield process

@@ -12,15 +12,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def leave_out(folder, names):
+  """What is no part of the source; of folders called `runs` only the one at the top, for jgpt has one too."""
+  found = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "dist")(folder, names)
+  return found | {name for name in names if name == "runs" and Path(folder) == ROOT}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
   """A folder with the wheel's files, as pip lays them out."""
   pytest.importorskip("hatchling", reason="the wheel is built by hatchling (the test extra)")
   folder = tmp_path_factory.mktemp("wheel")
   source = folder / "source"
-  shutil.copytree(
-    ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", "dist")
-  )
+  shutil.copytree(ROOT, source, ignore=leave_out)
   build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
   done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
@@ -39,6 +43,7 @@ def run_there(installed, folder, *args):
 def test_the_wheel_holds_what_it_needs_and_nothing_else(installed):
   names = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file()}
   assert {"jgpt/experiments/names.py", "jgpt/bundled/names.txt", "jgpt/py.typed"} <= names
+  assert {str(p.relative_to(ROOT)) for p in (ROOT / "jgpt").rglob("*.py")} <= names
   assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"jgpt"}
 
 
@@ -56,7 +61,7 @@ def test_posix_only_modules_are_not_imported_at_the_top():
   import ast
 
   posix_only = {"fcntl", "pty", "pwd", "grp", "resource", "termios", "tty"}
-  for path in (ROOT / "jgpt").glob("*.py"):
+  for path in (ROOT / "jgpt").rglob("*.py"):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
       names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
       assert not posix_only & set(names), path

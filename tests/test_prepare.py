@@ -517,15 +517,17 @@ def test_killed_in_the_middle_of_a_shard_it_goes_on_after_the_last_complete_one(
   arguments = ["--data", "in", "--tokenizer", "tokenizer.json", "--heldout-tokens", "100", "--shard-tokens", "300"]
   code = """if True:
     import os, signal, sys
-    from jgpt import documents, prepare, shards
-    documents.BLOCK_BYTES, documents.MAX_WORD_BYTES, done = 64, 256, int(sys.argv.pop(1))
-    append = shards.TokenWriter.append
+    from jgpt import prepare
+    from jgpt.data.token_files import TokenWriter
+    from jgpt.text import documents
+    documents.TEXT_BLOCK_BYTES, documents.MAX_WORD_BYTES, done = 64, 256, int(sys.argv.pop(1))
+    append = TokenWriter.append
     def append_or_die(writer, ids):
       append(writer, ids)
       writer._file.flush()
       if len([name for name in os.listdir("out") if name.endswith(".bin")]) == done and writer.count > 50:
         os.kill(os.getpid(), signal.SIGKILL)
-    shards.TokenWriter.append = append_or_die
+    TokenWriter.append = append_or_die
     sys.exit(prepare.main())
   """
   command_line = [sys.executable, "-c", code, str(shards_done), *arguments, "--out", "out"]
@@ -624,7 +626,7 @@ def test_a_file_has_its_name_for_good_before_the_manifest_says_so(folder, monkey
 
 def test_more_inputs_than_a_manifest_can_list_are_refused_before_anything_is_made(folder, monkeypatch):
   """Else it would be made, and never read."""
-  monkeypatch.setattr(preparation, "MAX_MANIFEST", 4000)
+  monkeypatch.setattr(preparation, "MAX_PREPARATION_BYTES", 4000)
   folder({f"in/{n}.txt": "words" for n in range(40)})
   with pytest.raises(UserError, match=r"^--data is 40 files, more than prepare\.json can list\. Join them, as JSON lines$"):
     make([f"in/{n}.txt" for n in range(40)])

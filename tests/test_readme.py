@@ -48,8 +48,8 @@ def test_the_table_has_every_experiment_with_its_parameters():
 
 
 def test_the_map_has_every_module():
-  for path in (ROOT / "jgpt").glob("*.py"):
-    assert path.stem == "__init__" or f"{path.stem}.py" in README, path
+  for path in (ROOT / "jgpt").rglob("*.py"):
+    assert path.stem in ("__init__", "__main__") or f"`{path.relative_to(ROOT).as_posix()}`" in README, path
 
 
 def test_the_size_of_the_bundled_list_is_true():

@@ -211,11 +211,11 @@ def test_checking_takes_no_more_memory_than_a_block(tmp_path):
   code = """if True:
     import re, sys
     from pathlib import Path
-    from jgpt import shards
-    file = shards.read_header(Path(sys.argv[1]))
+    from jgpt.data.token_files import check_files, read_header
+    file = read_header(Path(sys.argv[1]))
     peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
     before = peak()
-    shards.check_files([file], [], 65536)
+    check_files([file], [], 65536)
     print(peak() - before)
   """
   done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.bin")], capture_output=True, text=True, check=True)

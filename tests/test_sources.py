@@ -17,7 +17,7 @@ from jgpt.data.download import DownloadError, PinnedFile
 from jgpt.data.sources import GPT2_FILES, SOURCES, Text, expected_vocab_size, find_gpt2_files, find_text
 from jgpt.errors import UserError
 
-BUNDLED = Path(sources.__file__).parent / "bundled" / "names.txt"
+BUNDLED = sources.BUNDLED_DIR / "names.txt"
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names
 
 

@@ -425,5 +425,5 @@ def test_a_run_keeps_its_tokenizer_when_it_goes_on(stream, tmp_path, monkeypatch
   base = change(stream, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 260, "data.seq_len": 8, "train.steps": 5})
   base = change(base, {"optimizer.decay_steps": 10})
   first = run(base, tmp_path / "run")
-  monkeypatch.setattr("jgpt.text.bpe.train_bpe_tokenizer", lambda *args: pytest.fail("learned again"))
+  monkeypatch.setattr("jgpt.data.corpus.train_bpe_tokenizer", lambda *args: pytest.fail("learned again"))
   assert run(change(base, {"train.steps": 10}), tmp_path / "run").tokenizer == first.tokenizer

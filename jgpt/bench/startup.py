@@ -1,7 +1,7 @@
 """Where the time of a whole command goes: `run`, timed in a fresh process from its start to its end.
 
-Responsible for starting such processes, and (as `python -m jgpt.bench.startup`) for being one: it calls `run` with clocks around
-the functions that a run consists of. The parts add up to the whole, because at every moment one of them is counted:
+Responsible for starting such processes, and (as `python -m jgpt.bench.startup`) for being one: it calls `run` with clocks
+around the functions that a run consists of. The parts add up to the whole, because at every moment one of them is counted:
 
   import   from the process's start until every module is imported
   plan     finding the text, tokenizing it, resolving settings, the first look at the devices
@@ -138,12 +138,12 @@ def main(argv: list[str]) -> int:
   """
   began, report, *args = argv
   recorder = Recorder(float(began), "import")
-  names = ("run", "train", "summary", "checkpoint")
-  run, train, summary, checkpoint = (importlib.import_module(f"jgpt.{name}") for name in names)
+  names = ("run", "plan", "train", "report.summary", "runs.checkpoint")
+  run, plan, train, summary, checkpoint = (importlib.import_module(f"jgpt.{name}") for name in names)
   recorder.switch("other")
-  recorder.wrap(train, "plan", "plan")
-  recorder.wrap(summary, "describe", "plan")
-  recorder.wrap(train, "train", "train")
+  recorder.wrap(plan, "plan_run", "plan")
+  recorder.wrap(summary, "describe_plan", "plan")
+  recorder.wrap(train, "train_run", "train")
   recorder.wrap(train, "compile_program", "compile")
   recorder.wrap(train, "save", "save")
   recorder.wrap_context(checkpoint, "open_checkpoints", "save")

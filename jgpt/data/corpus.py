@@ -320,9 +320,8 @@ def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Token
   tokenizer = tokenizer or found or make_tokenizer(config, "", "")
   named = [(paths.part_of(file, config.path), file) for file in files]
   if all(part != "train" for part, _ in named):
-    raise UserError(
-      f"{location} holds nothing to train on: {files[0].name} is {DATA_PARTS[named[0][0]]} by its name. Name other files too."
-    )
+    kind = DATA_PARTS[named[0][0]]
+    raise UserError(f"{location} holds nothing to train on: {files[0].name} is {kind} by its name. Name other files too.")
   parts = [[read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")]
   sha256 = check_files(*parts, tokenizer.vocab_size)
   train, heldout = map(open_files, parts)

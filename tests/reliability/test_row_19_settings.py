@@ -58,7 +58,7 @@ WRONG = {
 }
 EXPERIMENTS = {
   "nmaes": "no experiment 'nmaes'. Did you mean names?",
-  "jgpt.config.experiment": "no experiment 'jgpt.config.experiment'",
+  "jgpt.config": "no experiment 'jgpt.config'",
   "os.system": "no experiment 'os.system'",
   "../experiments/names": "no experiment '../experiments/names'",
   "": "choose an experiment",

@@ -66,13 +66,13 @@ def write_lies(folder):
 # Calls the command for one path after another, in a process that may not have much memory.
 SCRIPT = """
 import contextlib, io, json, resource, sys
-from jgpt import command, run
+from jgpt import cli, run
 task = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_AS, (task["limit"], task["limit"]))
 rows = []
 for path in task["paths"]:
   with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-    status = command.guard(lambda: run.main([*task["args"], "--init-from", path]))
+    status = cli.guard(lambda: run.main([*task["args"], "--init-from", path]))
   rows.append((status, path, out.getvalue(), err.getvalue()))
   if len(rows) == 1:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
