@@ -1,18 +1,31 @@
 """Shakespeare by characters: nanoGPT's preset for one GPU.
 
-10,745,088 parameters: 6 layers of width 384, context 256, 65 characters, dropout 0.2. 5,000 steps of 64 random windows of
-tiny Shakespeare, 10% held out. AdamW 1e-3, decay 0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) /
-(warmup + 1), then cosine to 1e-4; clipped to 1. Every 250 steps the held-out loss over 50 random batches.
+Model: 10,745,088 parameters: 6 layers of width 384, context 256, 65 characters, dropout 0.2.
 
-Not run to its end here: on 2 CPU cores a step takes 12 s (17 hours in all) and 8 GB, and an evaluation over 50 batches more
-than a minute. The first 14 steps, still in the warmup, go from 4.24 to 2.97. nanoGPT reports 1.47 held out on a GPU.
-Guessing uniformly is ln 65 = 4.17.
+Training: 5,000 steps of 64 random windows of tiny Shakespeare, 10% held out. AdamW at 1e-3, decay
+0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1), then cosine to
+1e-4; clipped to 1. Every 250 steps the held-out loss over 50 random batches.
 
-Differs from nanoGPT in random numbers, in evaluating 50 batches and the same ones each time (there 200 drawn anew, of the
-training part too), and in float32 throughout. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_char`.
+Cost on 2 CPU cores: 12 s a step (17 hours in total) and 8 GB of memory; an evaluation over 50
+batches takes more than a minute.
+
+Expected: not measured to the end here. In the first 14 steps, still in the warmup, the loss falls
+from 4.24 to 2.97. nanoGPT reports 1.47 held out on a GPU. A uniform guess has ln 65 = 4.17.
+
+Differs from nanoGPT in random numbers, in float32 throughout, and in evaluating the same 50 batches
+each time (nanoGPT draws 200 new ones, of the training part too).
+
+Run: `python -m jgpt.run --experiment shakespeare_char`, seed 0.
 """
 
-from jgpt.config import DataConfig, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from jgpt.config import (
+  DataConfig,
+  Experiment,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  TrainConfig,
+)
 
 EXPERIMENT = Experiment(
   model=ModelConfig(

@@ -1,15 +1,22 @@
 """Shakespeare by characters on a laptop: nanoGPT's preset for a CPU.
 
-804,096 parameters: 4 layers of width 128, context 64, 65 characters, no dropout. 2,000 steps of 12 random windows of tiny
-Shakespeare, 10% held out. AdamW 1e-3, decay 0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup +
-1), then cosine to 1e-4; clipped to 1. Every 250 steps the held-out loss over 20 random batches.
+Model: 804,096 parameters: 4 layers of width 128, context 64, 65 characters, no dropout.
 
-On 2 CPU cores 34 ms a step, 90 s in all. Expected on tiny Shakespeare, seeds 0 and 1: a held-out loss of 1.90 nats per
-character over all of it (1.904 and 1.900; the band is put at 0.03), training 1.76. Guessing uniformly is ln 65 = 4.17.
+Training: 2,000 steps of 12 random windows of tiny Shakespeare, 10% held out. AdamW at 1e-3, decay
+0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1), then cosine to
+1e-4; clipped to 1. Every 250 steps the held-out loss over 20 random batches.
 
-Differs from nanoGPT in random numbers and in evaluating the same windows each time; nanoGPT reports about 1.88, over 20
-batches. Seed 0; reproduce with `python -m jgpt.run --experiment shakespeare_char_cpu`, speed with `python -m jgpt.bench
---only shakespeare_char_cpu --peer torch`.
+Cost: 34 ms a step and 90 s in total on 2 CPU cores.
+
+Expected on tiny Shakespeare, seeds 0 and 1: a loss of 1.90 nats per character over the whole
+held-out part (1.904 and 1.900; the band is set to 0.03), and a training loss of 1.76. A uniform
+guess has ln 65 = 4.17.
+
+Differs from nanoGPT in random numbers, and in evaluating the same windows each time; nanoGPT
+reports about 1.88, over 20 batches.
+
+Run: `python -m jgpt.run --experiment shakespeare_char_cpu`, seed 0; `python -m jgpt.bench --only
+shakespeare_char_cpu --peer torch` measures its speed.
 """
 
 import dataclasses
@@ -21,9 +28,18 @@ GPU = load_experiment("shakespeare_char")
 EXPERIMENT = dataclasses.replace(
   GPU,
   model=dataclasses.replace(
-    GPU.model, max_seq_len=64, num_layers=4, num_heads=4, d_model=128, d_ff=512, dropout=0.0, dropout_places=()
+    GPU.model,
+    max_seq_len=64,
+    num_layers=4,
+    num_heads=4,
+    d_model=128,
+    d_ff=512,
+    dropout=0.0,
+    dropout_places=(),
   ),
   data=dataclasses.replace(GPU.data, seq_len=64, batch_size=12),
-  train=dataclasses.replace(GPU.train, steps=2000, log_every=100, eval_every=250, eval_batches=20, save_every=None),
+  train=dataclasses.replace(
+    GPU.train, steps=2000, log_every=100, eval_every=250, eval_batches=20, save_every=None
+  ),
   expected=(Expected(data="tiny_shakespeare", heldout=True, loss_nats_per_token=1.90, band=0.03),),
 )

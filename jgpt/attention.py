@@ -1,80 +1,141 @@
-"""Ways to attend.
+"""Attention: its definition, faster forms that equal it, and decoding with a cache.
 
-Responsible for scaled dot-product attention and for the three ways in which a block uses it: in training, while a prompt
-is read, and token by token with a cache. Each is a function `attend(memory, q, k, v, drop) -> (y, memory)` that a block
-receives, so the network is written once. Not responsible for projections, which belong to the block (`model.py`).
+`attention` is what the network calls; `compute.attention` chooses the form. Projections belong to
+the block (`model.py`).
 
-Dimensions are those of `jax.nn.dot_product_attention`: B batch, T query positions, S key positions, N heads, H head size.
+Dimensions are those of `jax.nn.dot_product_attention`: B batch, T query positions, S key positions,
+N heads, H head size.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# (place, x) -> x with entries dropped out, or x itself: what `model.make_drop` returns.
-Drop = Callable[[str, jax.Array], jax.Array]
-# (memory, q_BTNH, k_BTNH, v_BTNH, drop) -> (y_BTNH, memory): what is attended to, and what is kept of it for later.
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Drop], tuple[jax.Array, Any]]
+from jgpt.layers import dropout
+
+NUM_BLOCKS = 4  # of queries, in `attend_in_blocks`
 
 
-def dot_product_attention(
-  q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, visible_TS: jax.Array, drop: Drop
+def attention(
+  q_BTNH: jax.Array,
+  k_BSNH: jax.Array,
+  v_BSNH: jax.Array,
+  *,
+  is_causal: bool = True,
+  rate: float = 0.0,
+  key: jax.Array | None = None,
+  implementation: str = "plain",
 ) -> jax.Array:
-  """Computes softmax(q k^T / sqrt(H)) v; the definition that faster implementations are tested against.
+  """Computes softmax(q k^T / sqrt(H)) v.
 
   Args:
     q_BTNH: queries, floating point.
     k_BSNH: keys, same dtype.
     v_BSNH: values, same dtype.
-    visible_TS: bool; False removes a key from a query's softmax. Each query must see at least one key.
-    drop: applied to the softmax's probabilities, as "attention".
+    is_causal: whether a query sees only the keys at its own and earlier positions; then S = T.
+    rate: of dropout on the softmax's probabilities.
+    key: of dropout, consumed; None drops nothing.
+    implementation: "blocks" computes causal attention by `attend_in_blocks` where T is a multiple
+      of `NUM_BLOCKS`. Every other value is the definition.
 
   Returns:
-    [B, T, N, H] in the dtype of `v_BSNH`. The softmax is computed in float32, or in float64 for float64 inputs.
+    [B, T, N, H] in the dtype of `v_BSNH`.
+  """
+  T, S = q_BTNH.shape[1], k_BSNH.shape[1]
+  if implementation == "blocks" and is_causal and T % NUM_BLOCKS == 0:
+    return attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, rate=rate, key=key)
+  visible_TS = jnp.tril(jnp.ones((T, S), bool)) if is_causal else jnp.ones((T, S), bool)
+  weights_BNTS = attention_weights(q_BTNH, k_BSNH, visible_TS).astype(v_BSNH.dtype)
+  return jnp.einsum("BNTS,BSNH->BTNH", dropout(weights_BNTS, rate, key), v_BSNH)
+
+
+def attention_weights(q_BTNH: jax.Array, k_BSNH: jax.Array, visible_TS: jax.Array) -> jax.Array:
+  """Computes softmax(q k^T / sqrt(H)), in float32, or in float64 for float64 inputs.
+
+  Args:
+    q_BTNH: queries, floating point.
+    k_BSNH: keys, same dtype.
+    visible_TS: bool; False removes a key from a query's softmax. Each query must see a key.
+
+  Returns:
+    Probabilities [B, N, T, S].
 
   Source: Vaswani et al. 2017, "Attention Is All You Need", equation 1.
   """
   scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
   scores_BNTS = scores_BNTS.astype(jnp.promote_types(scores_BNTS.dtype, jnp.float32))
-  weights_BNTS = jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf))
-  return jnp.einsum("BNTS,BSNH->BTNH", drop("attention", weights_BNTS.astype(v_BSNH.dtype)), v_BSNH)
-
-
-def attend_causally(
-  memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop
-) -> tuple[jax.Array, None]:
-  """Attends to this and earlier positions, and keeps nothing: training and evaluation."""
-  T = q_BTNH.shape[1]
-  return dot_product_attention(q_BTNH, k_BTNH, v_BTNH, jnp.tril(jnp.ones((T, T), bool)), drop), memory
+  return jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf))
 
 
 def attend_in_blocks(
-  memory: None, q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, drop: Drop, *, num_blocks: int = 4
-) -> tuple[jax.Array, None]:
-  """Attends like `attend_causally`, a block of queries at a time: what stands after the block is not computed.
+  q_BTNH: jax.Array,
+  k_BTNH: jax.Array,
+  v_BTNH: jax.Array,
+  *,
+  rate: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """Computes causal attention a block of queries at a time, without the keys after the block.
 
-  Of T * T scores 5/8 are left with four blocks. What is dropped out is the same.
-
-  Args:
-    memory: as in `attend_causally`.
-    q_BTNH: queries.
-    k_BTNH: keys.
-    v_BTNH: values.
-    drop: of "attention"; called once, for all blocks.
-    num_blocks: divides T.
+  With four blocks 5/8 of the T * T scores are computed. The dropout mask is the definition's: it is
+  drawn whole. Arguments and result are those of `attention`; T is a multiple of `NUM_BLOCKS`.
   """
   B, T, N, _ = q_BTNH.shape
-  size = T // num_blocks
-  kept_BNTS = drop("attention", jnp.ones((B, N, T, T), v_BTNH.dtype))
+  size = T // NUM_BLOCKS
+  kept_BNTS = dropout(jnp.ones((B, N, T, T), v_BTNH.dtype), rate, key)
   blocks = []
   for begin in range(0, T, size):
     end = begin + size
     visible_TS = jnp.tril(jnp.ones((size, end), bool), k=begin)
+    weights_BNTS = attention_weights(q_BTNH[:, begin:end], k_BTNH[:, :end], visible_TS)
+    weights_BNTS = weights_BNTS.astype(v_BTNH.dtype) * kept_BNTS[:, :, begin:end, :end]
+    blocks.append(jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BTNH[:, :end]))
+  return jnp.concatenate(blocks, axis=1)
 
-    def drop_block(place: str, weights: jax.Array, rows=slice(begin, end), columns=slice(end)) -> jax.Array:
-      return weights * kept_BNTS[:, :, rows, columns]
 
-    blocks.append(dot_product_attention(q_BTNH[:, begin:end], k_BTNH[:, :end], v_BTNH[:, :end], visible_TS, drop_block))
-  return jnp.concatenate(blocks, axis=1), memory
+# --- Decoding ---
+
+
+class KVCache(NamedTuple):
+  """Keys and values of the positions seen so far.
+
+  Heads come before positions, so that what one query reads of a head is contiguous in memory.
+
+  Attributes:
+    k: keys, [B, N, S, H]; [L, B, N, S, H] where all layers are stacked.
+    v: values, of the same shape.
+  """
+
+  k: jax.Array
+  v: jax.Array
+
+
+def attend_to_cache(
+  q_BTNH: jax.Array,
+  k_BTNH: jax.Array,
+  v_BTNH: jax.Array,
+  cache: KVCache,
+  position: int | jax.Array,
+) -> tuple[jax.Array, KVCache]:
+  """Adds T positions to the cache and attends from them to themselves and the positions before.
+
+  Args:
+    q_BTNH: queries of the new positions.
+    k_BTNH: their keys.
+    v_BTNH: their values.
+    cache: of S positions; entries at `position` + T and later are not read.
+    position: int32 scalar, of the first new position; `position` + T <= S.
+
+  Returns:
+    [B, T, N, H], and the cache with the new positions.
+  """
+  new = KVCache(jnp.swapaxes(k_BTNH, 1, 2), jnp.swapaxes(v_BTNH, 1, 2))
+  cache = jax.tree.map(
+    lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=2), cache, new
+  )
+  T, S = q_BTNH.shape[1], cache.k.shape[2]
+  visible_TS = jnp.arange(S)[None] <= position + jnp.arange(T)[:, None]
+  k_BSNH, v_BSNH = (jnp.swapaxes(c, 1, 2) for c in cache)
+  weights_BNTS = attention_weights(q_BTNH, k_BSNH, visible_TS).astype(v_BSNH.dtype)
+  return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH), cache

@@ -1,31 +1,30 @@
-"""Batches as functions of the step.
+"""Batches as pure functions of the step, inside jit.
 
-Responsible for what a batch is, for the forms of a tokenized text (documents, a stream, batches that were cut from a stream
-too large for the device), and for cutting the batch of any step from them, inside jit. Nothing here has a state: a
-checkpoint holds no iterator. Not responsible for how a text becomes tokens (`data.py`) or for reading them from the disk
-(`feed.py`).
+The batch of a step is cut from tokenized documents or from a stream of tokens; there is no
+iterator, and so none in a checkpoint. Tokens are made in `data/corpus.py` and read from disk in
+`data/feed.py`.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jgpt.config import DataConfig, ModelConfig
+from jgpt.config import DataConfig, Experiment
+from jgpt.config.experiment import NUM_GROUPS, Hyper
 from jgpt.keys import DATA, EVAL, derive_key
+from jgpt.sharding import constrain
 
-EVAL_DOCUMENTS = 256  # a batch in evaluation: documents are short
+EVAL_DOCUMENTS = 256  # in a batch of evaluation
 
 
 class Batch(NamedTuple):
-  """What one update learns from.
+  """The inputs and targets of one update.
 
   Attributes:
     inputs_BT: int32 token ids.
     targets_BT: int32 token ids, the next token at each position.
-    weights_BT: float32, 1 where the target counts and 0 at padding.
+    weights_BT: float32, 1 where the target counts in the loss and 0 at padding.
   """
 
   inputs_BT: jax.Array
@@ -34,11 +33,11 @@ class Batch(NamedTuple):
 
 
 class Documents(NamedTuple):
-  """Tokenized documents, one a row.
+  """Tokenized documents, one per row.
 
   Attributes:
-    tokens: int32 [documents, seq_len + 1], BOS + text + BOS, cut at the end or filled up with BOS.
-    lengths: int32 [documents], predictions in each: min(seq_len, tokens - 1).
+    tokens: int32 [documents, seq_len + 1], BOS + text + BOS, truncated or padded with BOS.
+    lengths: int32 [documents], the number of predictions in each, at most seq_len.
   """
 
   tokens: jax.Array
@@ -49,19 +48,20 @@ class Stream(NamedTuple):
   """A tokenized text in one piece.
 
   Attributes:
-    tokens: int32 [tokens]; or `shards.TokenFiles`, of which `feed.py` cuts batches, where it is too large for a device.
+    tokens: int32 [tokens]; or `data.token_files.TokenFiles`, from which `data/feed.py` cuts
+      batches.
   """
 
   tokens: jax.Array
 
 
-class Cut(NamedTuple):
-  """The batches of steps that follow each other, cut on the host from a stream that stays on the disk.
+class CutBatches(NamedTuple):
+  """The batches of consecutive steps, cut on the host from a stream on disk.
 
   Attributes:
     windows: int32 [steps, B, seq_len + 1].
-    counts: bool [steps, B], whether a row counts: an epoch's last batch may be short.
-    first_step: int32 scalar, the step of the first.
+    counts: bool [steps, B], false for the rows that an epoch's short last batch lacks.
+    first_step: int32 scalar, the step of the first batch.
   """
 
   windows: jax.Array
@@ -69,41 +69,47 @@ class Cut(NamedTuple):
   first_step: jax.Array
 
 
-Corpus = Documents | Stream | Cut
+Corpus = Documents | Stream | CutBatches
 
 
-def make_batch_fn(config: DataConfig, seed: int) -> Callable[[Corpus, jax.Array], Batch]:
-  """Makes the function (corpus, step) -> batch of training; B = `batch_size`, T = `seq_len`.
+def batch(
+  corpus: Corpus, step: jax.Array, experiment: Experiment, hyper: Hyper | None = None
+) -> Batch:
+  """Makes the training batch of a step: B = `data.batch_size` sequences of T = `data.seq_len`.
 
   Args:
-    config: `batching` chooses the function; `num_batches` makes the step start over.
-    seed: of random windows and of the order of epochs.
+    corpus: on the device.
+    step: int32 scalar, updates applied before this one.
+    experiment: `data` and `train.seed` are read; with `data.num_batches` the batches repeat.
+    hyper: `seed` replaces `train.seed`; None takes the experiment's.
   """
-
-  def batch(corpus: Corpus, step: jax.Array) -> Batch:
-    if isinstance(corpus, Cut):
-      return _cut_batch(corpus, step)
-    if config.num_batches:
-      step = step % config.num_batches
+  config = experiment.data
+  seed = experiment.train.seed if hyper is None else hyper.seed
+  if isinstance(corpus, CutBatches):
+    made = _take_batch(corpus, step)
+  else:
+    step = step % config.num_batches if config.num_batches else step
     if isinstance(corpus, Documents):
-      return next_documents(corpus, step, config)
-    starts_B, counts_B = window_starts(corpus.tokens.shape[0], step, seed, config)
-    return _windows(corpus, starts_B, config.seq_len, counts_B)
+      made = next_documents(corpus, step, config)
+    else:
+      starts_B, counts_B = window_starts(corpus.tokens.shape[0], step, seed, config)
+      made = _windows(corpus, starts_B, config.seq_len, counts_B)
+  return jax.tree.map(lambda x: constrain(x, ("batch", None)), made)
 
-  return batch
 
-
-def window_starts(num_tokens: int, step: jax.Array, seed: int, config: DataConfig) -> tuple[jax.Array, jax.Array]:
-  """Decides where the windows of a step begin in a stream.
+def window_starts(
+  num_tokens: int, step: jax.Array, seed: int, config: DataConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Computes where the windows of a step begin in a stream.
 
   Args:
-    num_tokens: of the stream.
+    num_tokens: length of the stream.
     step: integer scalar, updates applied before this one.
     seed: of random windows and of the order of epochs.
-    config: `batching`, `batch_size` and `seq_len`.
+    config: `batching`, `batch_size` and `seq_len` are read.
 
   Returns:
-    Positions [B], and bool [B], whether a row counts.
+    Positions [B], and bool [B], false for the rows that a short batch lacks.
   """
   if config.batching == "epochs":
     return permuted_starts(num_tokens, step, seed, config)
@@ -113,27 +119,27 @@ def window_starts(num_tokens: int, step: jax.Array, seed: int, config: DataConfi
   return random_starts(num_tokens, derive_key(seed, DATA, step), config), every_B
 
 
-def make_eval_batch_fn(config: DataConfig, seed: int, *, whole: bool) -> Callable[[Corpus, jax.Array], Batch]:
-  """Makes the function (corpus, number) -> batch of evaluation; the same batches at every evaluation of a run.
+def eval_batch(corpus: Corpus, number: jax.Array, experiment: Experiment, *, whole: bool) -> Batch:
+  """Makes a batch for evaluation, the same in every evaluation of a run.
 
   Args:
-    config: as for training.
-    seed: of random windows.
-    whole: whether the batches, in order, are to hold every prediction once; otherwise "random" data is sampled.
+    corpus: on the device.
+    number: int32 scalar, index of the batch.
+    experiment: `data` and `train.seed` are read.
+    whole: true takes the batches in order, so that together they hold every prediction once; false
+      draws random windows where `data.batching` is "random".
   """
-
-  def batch(corpus: Corpus, number: jax.Array) -> Batch:
-    if isinstance(corpus, Documents):
-      return documents_in_order(corpus, number, EVAL_DOCUMENTS)
-    if whole or config.batching != "random":
-      return windows_in_order(corpus, number, config)
-    return _windows(corpus, random_starts(corpus.tokens.shape[0], derive_key(seed, EVAL, number), config), config.seq_len)
-
-  return batch
+  config = experiment.data
+  if isinstance(corpus, Documents):
+    return documents_in_order(corpus, number, EVAL_DOCUMENTS)
+  if whole or config.batching != "random":
+    return windows_in_order(corpus, number, config)
+  key = derive_key(experiment.train.seed, EVAL, number)
+  return _windows(corpus, random_starts(corpus.tokens.shape[0], key, config), config.seq_len)
 
 
 def count_eval_batches(corpus: Corpus, config: DataConfig) -> int:
-  """How many batches of `make_eval_batch_fn` hold every prediction of a corpus once; 0 for an empty one."""
+  """Counts the batches of `eval_batch` that hold every prediction of a corpus once."""
   if isinstance(corpus, Documents):
     return -(-len(corpus.tokens) // EVAL_DOCUMENTS)
   num_windows = -(-max(0, len(corpus.tokens) - 1) // config.seq_len)
@@ -141,54 +147,74 @@ def count_eval_batches(corpus: Corpus, config: DataConfig) -> int:
 
 
 def count_epoch_steps(corpus: Corpus, config: DataConfig) -> int | None:
-  """Batches in an epoch of windows that do not overlap, the short last one included; None for other data."""
+  """Counts the batches of an epoch, the short last one included.
+
+  Returns:
+    None where `data.batching` is not "epochs".
+  """
   if config.batching != "epochs":
     return None
   return -(-count_windows(len(corpus.tokens), config) // config.batch_size)
 
 
 def count_windows(num_tokens: int, config: DataConfig) -> int:
-  """Windows of `seq_len` that do not overlap, each with its targets."""
+  """Counts the windows of `seq_len` tokens, with their targets, that do not overlap."""
   return (num_tokens - 1) // config.seq_len
 
 
 def next_documents(corpus: Documents, step: jax.Array, config: DataConfig) -> Batch:
-  """Cuts the next `batch_size` documents in turn, starting over after the last.
+  """Takes the next `batch_size` documents in order, starting over after the last.
 
   Args:
     corpus: on the device.
     step: int32 scalar, updates applied before this one.
-    config: `batch_size`.
+    config: `batch_size` is read.
   """
   num_documents = corpus.tokens.shape[0]
-  step = step % num_documents  # the order repeats after so many steps: no overflow below
+  # The order repeats after `num_documents` steps, and the product below must not overflow.
+  step = step % num_documents
   rows_B = (step * config.batch_size + jnp.arange(config.batch_size)) % num_documents
-  return _rows(corpus.tokens[rows_B], corpus.lengths[rows_B])
+  return _documents_batch(corpus.tokens[rows_B], corpus.lengths[rows_B])
 
 
 def documents_in_order(corpus: Documents, number: jax.Array, batch_size: int) -> Batch:
-  """Cuts the documents from `number` * `batch_size` on; rows past the last weigh nothing."""
+  """Takes the documents from `number` * `batch_size` on; rows after the last have weight 0."""
   rows_B = number * batch_size + jnp.arange(batch_size)
-  lengths_B = jnp.where(rows_B < corpus.tokens.shape[0], corpus.lengths.at[rows_B].get(mode="clip"), 0)
-  return _rows(corpus.tokens.at[rows_B].get(mode="clip"), lengths_B)
+  lengths_B = jnp.where(
+    rows_B < corpus.tokens.shape[0], corpus.lengths.at[rows_B].get(mode="clip"), 0
+  )
+  return _documents_batch(corpus.tokens.at[rows_B].get(mode="clip"), lengths_B)
 
 
 def random_starts(num_tokens: int, key: jax.Array, config: DataConfig) -> jax.Array:
-  """Draws where windows begin, evenly from all places there are (nanoGPT's get_batch)."""
+  """Draws where windows begin, uniformly from all positions.
+
+  Source: nanoGPT, train.py, `get_batch`.
+  """
   return jax.random.randint(key, (config.batch_size,), 0, num_tokens - config.seq_len)
 
 
 def sequential_starts(num_tokens: int, step: jax.Array, config: DataConfig) -> jax.Array:
-  """Takes the next batch_size * seq_len tokens, starting over where no whole batch is left (llm.c's loader)."""
+  """Computes where the next batch_size * seq_len tokens begin, starting over at the end.
+
+  Tokens after the last whole batch are not used.
+
+  Source: llm.c, llmc/dataloader.h.
+  """
   stride = config.batch_size * config.seq_len
   position = step % ((num_tokens - 1) // stride) * stride
   return position + jnp.arange(config.batch_size) * config.seq_len
 
 
-def permuted_starts(num_tokens: int, step: jax.Array, seed: int, config: DataConfig) -> tuple[jax.Array, jax.Array]:
-  """Takes windows that do not overlap, each once an epoch, in an order drawn anew for each epoch.
+def permuted_starts(
+  num_tokens: int, step: jax.Array, seed: int, config: DataConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Computes where windows begin that do not overlap, each once an epoch, in a new order each time.
 
-  The last batch of an epoch is short: its missing rows do not count. What is left after the last whole window is unused.
+  The last batch of an epoch may be short. Tokens after the last whole window are not used.
+
+  Returns:
+    Positions [B], and bool [B], false for the rows that a short batch lacks.
   """
   num_windows = count_windows(num_tokens, config)
   num_steps = -(-num_windows // config.batch_size)
@@ -198,18 +224,26 @@ def permuted_starts(num_tokens: int, step: jax.Array, seed: int, config: DataCon
 
 
 def epoch_order(num_windows: int, epoch: jax.Array, seed: int) -> jax.Array:
-  """Draws the order of an epoch's windows, [num_windows]."""
+  """Draws the order of an epoch's windows: a permutation [num_windows]."""
   return jax.random.permutation(derive_key(seed, DATA, epoch), num_windows)
 
 
 def windows_in_order(corpus: Stream, number: jax.Array, config: DataConfig) -> Batch:
-  """Cuts the windows from `number` * `batch_size` on: each prediction of the text once; what is past it weighs nothing."""
+  """Takes the windows from `number` * `batch_size` on, which do not overlap.
+
+  Targets after the end of the text have weight 0.
+  """
   rows_B = number * config.batch_size + jnp.arange(config.batch_size)
   return _windows(corpus, rows_B * config.seq_len, config.seq_len)
 
 
-def _windows(corpus: Stream, starts_B: jax.Array, seq_len: int, counts_B: jax.Array | None = None) -> Batch:
-  """The windows of seq_len + 1 tokens at `starts_B`; targets past the end weigh nothing, nor do rows that do not count."""
+def _windows(
+  corpus: Stream, starts_B: jax.Array, seq_len: int, counts_B: jax.Array | None = None
+) -> Batch:
+  """Cuts the windows of seq_len + 1 tokens that begin at `starts_B`.
+
+  Targets after the end have weight 0, and so have rows where `counts_B` is false.
+  """
   positions = starts_B[:, None] + jnp.arange(seq_len + 1)[None]
   tokens = corpus.tokens.at[positions].get(mode="clip")
   weights_BT = positions[:, 1:] < corpus.tokens.shape[0]
@@ -218,51 +252,45 @@ def _windows(corpus: Stream, starts_B: jax.Array, seq_len: int, counts_B: jax.Ar
   return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))
 
 
-def _cut_batch(corpus: Cut, step: jax.Array) -> Batch:
-  """The batch of a step that was cut before."""
-  windows, counts_B = (jax.lax.dynamic_index_in_dim(x, step - corpus.first_step, keepdims=False) for x in corpus[:2])
+def _take_batch(corpus: CutBatches, step: jax.Array) -> Batch:
+  """Takes the batch of a step from batches that were cut on the host."""
+  windows, counts_B = (
+    jax.lax.dynamic_index_in_dim(x, step - corpus.first_step, keepdims=False) for x in corpus[:2]
+  )
   weights_BT = jnp.broadcast_to(counts_B[:, None], windows[:, 1:].shape)
   return Batch(windows[:, :-1], windows[:, 1:], weights_BT.astype(jnp.float32))
 
 
-def _rows(tokens: jax.Array, lengths_B: jax.Array) -> Batch:
-  """The batch of documents' rows."""
+def _documents_batch(tokens: jax.Array, lengths_B: jax.Array) -> Batch:
+  """Makes a batch of rows of documents; targets after a row's length have weight 0."""
   weights_BT = jnp.arange(tokens.shape[1] - 1)[None] < lengths_B[:, None]
   return Batch(tokens[:, :-1], tokens[:, 1:], weights_BT.astype(jnp.float32))
 
 
-NUM_GROUPS = 4  # of documents in a batch, where padding is skipped
+# --- Parts of a batch ---
 
 
-def skip_padding(fn: Callable) -> Callable:
-  """Turns `loss_fn`, or its value and gradient, into one that leaves out the second half of short documents.
+def split(batch: Batch, micro_batch_size: int) -> Batch:
+  """Splits a batch into micro-batches, [B / micro_batch_size, micro_batch_size, T].
 
-  The rows are sorted by length and taken in groups; a group that needs no position of the second half gets none.
-
-  Args:
-    fn: (params, batch, config, key, total_weight) -> a sum over the batch's rows.
-
-  Returns:
-    A function of params, a batch of B rows (a multiple of `NUM_GROUPS`) of T positions (an even number), config, and a key
-    that is None: nothing is dropped out. A number of micro-batches is taken and ignored: the groups are what they would be.
+  Each takes every (B / micro_batch_size)-th sequence, so that it lies on all devices that the batch
+  is divided over.
   """
+  num_micro = batch.inputs_BT.shape[0] // micro_batch_size
 
-  def in_groups(
-    params: dict, batch: Batch, config: ModelConfig, key: jax.Array | None = None, micro_batch_size: int | None = None
-  ) -> Any:
-    B, T = batch.inputs_BT.shape
-    order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
-    groups = jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
-    total_weight = jnp.sum(batch.weights_BT)
+  def take(x: jax.Array) -> jax.Array:
+    return x.reshape(micro_batch_size, num_micro, *x.shape[1:]).swapaxes(0, 1)
 
-    def first(width: int, group: Batch) -> Any:
-      return fn(params, jax.tree.map(lambda x: x[:, :width], group), config, key, total_weight)
+  return jax.tree.map(take, batch)
 
-    def add(total: Any, group: Batch) -> tuple[Any, None]:
-      needs_all = jnp.any(group.weights_BT[:, T // 2 :] > 0)
-      return jax.tree.map(jnp.add, total, jax.lax.cond(needs_all, partial(first, T), partial(first, T // 2), group)), None
 
-    shapes = jax.eval_shape(partial(first, T), jax.tree.map(lambda x: x[0], groups))
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), groups)[0]
+def group_by_length(batch: Batch) -> Batch:
+  """Sorts a batch of documents by length into groups, [NUM_GROUPS, B / NUM_GROUPS, T]."""
+  B, T = batch.inputs_BT.shape
+  order_B = jnp.argsort(jnp.sum(batch.weights_BT, axis=1))
+  return jax.tree.map(lambda x: x[order_B].reshape(NUM_GROUPS, B // NUM_GROUPS, T), batch)
 
-  return in_groups
+
+def needs_all_positions(batch: Batch) -> jax.Array:
+  """Returns whether a target in the second half of the positions has a weight, as a bool scalar."""
+  return jnp.any(batch.weights_BT[:, batch.weights_BT.shape[1] // 2 :] > 0)

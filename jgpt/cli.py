@@ -1,6 +1,6 @@
-"""What the commands share: how a command ends, and `jgpt <verb>`.
+"""What the commands share: errors as one line and an exit status, Ctrl-C, and `jgpt <verb>`.
 
-Responsible for turning errors that a user can mend into one line and an exit status. Imports no jax.
+Imports no jax.
 """
 
 from __future__ import annotations
@@ -21,32 +21,45 @@ from pathlib import Path
 
 from jgpt.errors import TrainingError, UserError, first_line, printable
 
-LESS_MEMORY = "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
+LESS_MEMORY = (
+  "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
+)
 VERBS = {
-  "run": "train an experiment, or go on with a run",
+  "run": "train an experiment, or resume a run",
   "sample": "draw texts from a run",
   "bench": "measure how fast this machine trains",
-  "doctor": "say what is here, what is wrong, and what to do about it",
+  "doctor": "report what is installed, what is wrong, and what to do about it",
   "prepare": "make token files from text of any size, to train on",
   "export": "write a run's weights for Hugging Face's Transformers or for llm.c",
   "evaluate": "measure a run's loss over the whole of its held-out text",
-  "inspect": "see what a run predicts for each token of a text, or follow one of its parameters through training",
+  "inspect": (
+    "see what a run predicts for each token of a text, or follow one of its parameters through "
+    "training"
+  ),
 }
 
 
-def guard(main: Callable[[], int]) -> int:
-  """Calls a command's `main` and returns its exit status: 2 for a user's error, 1 where training broke off, no stack trace.
+def guard(command: Callable[[], int]) -> int:
+  """Calls a command, and prints errors that a user can correct without a stack trace.
 
-  Ctrl-C ends the process at once with status 130, whatever is being imported or compiled; while training, `train` takes the
-  first one and saves. Characters that the output's encoding lacks are replaced.
+  Ctrl-C ends the process at once with status 130, also during imports and compilation. In training
+  the handlers of `system/signals.py` take its place. Characters that the output's encoding lacks
+  are replaced.
+
+  Args:
+    command: returns an exit status.
+
+  Returns:
+    The exit status: that of `command`, 2 after a user's error, 1 after other failures.
   """
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="replace")
-  _collect_seldom()
+  _reduce_garbage_collection()
   with _quit_on_ctrl_c():
-    status = _call(main)
-  atexit.register(_ignore_ctrl_c)  # last in, first out: what is left to do is to end, and nothing to say about it
+    status = run_command(command)
+  # Registered last and so called first: from there on the process only ends.
+  atexit.register(_ignore_ctrl_c)
   return status
 
 
@@ -55,24 +68,28 @@ def _ignore_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collect_seldom() -> None:
-  """Has Python look for cyclic garbage less often, and not at all when the process ends.
+def _reduce_garbage_collection() -> None:
+  """Makes Python collect cyclic garbage less often, and not at all at the end of the process.
 
-  Importing jax and tracing make hundreds of thousands of objects that stay: looking through them again and again took 0.2 s
-  of `names`, and once more at the end as much. Files are complete by then, and the memory goes with the process.
+  Importing jax and tracing make hundreds of thousands of objects that live until the end. Searching
+  them for garbage took 0.2 s of `names`, and as much again at exit, when all files are complete and
+  the memory is freed with the process.
   """
-  gc.set_threshold(100_000)  # objects made and not freed since the last look; of itself Python looks at every 700 to 2,000
+  gc.set_threshold(100_000)  # new objects between two collections; Python's default is 700 to 2,000
   atexit.register(gc.freeze)
 
 
 @contextlib.contextmanager
 def _quit_on_ctrl_c() -> Iterator[None]:
-  """Replaces Python's own handler, whose KeyboardInterrupt gets lost in imports and in other people's callbacks."""
+  """Installs a handler of Ctrl-C that ends the process at once.
+
+  Python's own raises a KeyboardInterrupt, which imports and other libraries' callbacks may swallow.
+  """
   if (
     threading.current_thread() is not threading.main_thread()
     or signal.getsignal(signal.SIGINT) != signal.default_int_handler
   ):
-    yield  # not ours to change, or told to ignore it
+    yield  # a caller's handler, or an ignored signal, stays as it is
     return
 
   def quit_at_once(number: int, frame: object) -> None:
@@ -88,9 +105,10 @@ def _quit_on_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _call(main: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int]) -> int:
+  """Calls a command; prints its errors as one line and returns its exit status."""
   try:
-    status = main()
+    status = command()
     if sys.stdout is not None:
       sys.stdout.flush()
     return status
@@ -103,26 +121,33 @@ def _call(main: Callable[[], int]) -> int:
     print("\ninterrupted", file=sys.stderr)
     return 130
   except (MemoryError, RuntimeError) as error:
-    if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+    if not isinstance(error, MemoryError) and not re.search(
+      "RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)
+    ):
       raise
-    print(f"error: there is not enough memory: {' '.join(str(error).split())[:200]}. {LESS_MEMORY}", file=sys.stderr)
+    print(
+      f"error: there is not enough memory: {' '.join(str(error).split())[:200]}. {LESS_MEMORY}",
+      file=sys.stderr,
+    )
     return 1
   except OSError as error:
     if error.filename is not None:
       print(f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
-    elif error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):  # our output: its reader left (`| head`), or it is full
+    # Standard output: its reader has ended (`| head`), or the disk is full.
+    elif error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
       if error.errno != errno.EPIPE:
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
-      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # keep Python from complaining again at exit
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would print the error again at exit
     else:
       print(f"error: {first_line(error)}", file=sys.stderr)
     return 1
 
 
 def _exit_without_joining(status: int) -> None:
-  """Ends the process at once where others' threads are left.
+  """Ends the process at once where non-daemon threads of other libraries are left.
 
-  After a save that failed, orbax's wait for ever for a folder that could not be made, or print what has been said.
+  After a failed save, orbax's threads may wait forever for a folder that could not be created, or
+  print the error again.
   """
   if threading.current_thread() is not threading.main_thread() or all(
     thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()
@@ -134,8 +159,13 @@ def _exit_without_joining(status: int) -> None:
   os._exit(status)
 
 
-def python_word() -> str:
-  """How to call the Python that is running: "python" where that is it, else its path, relative where it is below."""
+def python_command() -> str:
+  """Returns the command that starts the running Python, for commands that are printed.
+
+  Returns:
+    "python" where the shell finds the running one by that name; else its path, relative where it is
+    below the current folder.
+  """
   found = shutil.which("python")
   if found and os.path.abspath(found) == os.path.abspath(sys.executable):
     return "python"
@@ -146,7 +176,7 @@ def python_word() -> str:
 
 
 def main() -> int:
-  """The console script `jgpt`: `jgpt run --experiment names` is `python -m jgpt.run --experiment names`."""
+  """Runs the console script `jgpt`: `jgpt run ...` is the same as `python -m jgpt.run ...`."""
   verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if verb in ("-h", "--help"):
     print("usage: jgpt <verb> [options]\n")

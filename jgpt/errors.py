@@ -1,7 +1,6 @@
-"""What a setting may hold, and the error that says what is wrong with it.
+"""Errors that a user can correct, and how values are shown in their messages.
 
-Responsible for checking values against declared types and ranges, and for the words of such errors. Not responsible for
-which settings there are or which go together (`config.py`). Imports no jax.
+How a command ends after an error is in `cli.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from typing import Any
 
 
 class UserError(ValueError):
-  """An error that a user can mend. Its text says what, got, need and how; commands print it without a stack trace.
+  """An error that a user can correct; commands print it without a stack trace.
+
+  The text says what is wrong, what was given, what is needed and how to correct it.
 
   Attributes:
     status: the exit status of a command that ends with it.
@@ -22,31 +23,43 @@ class UserError(ValueError):
 
 
 class TrainingError(UserError):
-  """Training that cannot go on. What it had reached is saved."""
+  """Training that cannot continue; the steps up to then are saved."""
 
   status = 1
 
 
 def show(value: Any) -> str:
-  """A value out of somebody's file or command as an error names it: printable, on one line, at most 80 characters."""
+  """Formats a value from a file or a command line for an error message.
+
+  Returns:
+    Printable text on one line, of at most 80 characters.
+  """
   try:
     text = repr(value)
-  except (RecursionError, ValueError):  # nested too deep; a whole number of more digits than Python prints
+  except (RecursionError, ValueError):  # nested too deep; an int of more digits than Python prints
     return f"a {type(value).__name__} that cannot be shown"
   return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def first_line(error: BaseException) -> str:
-  """The first line of what an error says; its type where it says nothing."""
+  """Returns the first line of an error's message, or its type where the message is empty."""
   return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def printable(text: str) -> str:
-  """One line without control codes, however long: somebody else may have chosen the words."""
+  """Replaces control characters by their escapes, so that untrusted text is safe to print."""
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def near_matches(word: str, known: typing.Iterable[str]) -> str:
-  """Words the user may have meant, as the end of an error: " Did you mean a or b?", or "" where none is near."""
+  """Returns the end of an error message that names similar words.
+
+  Args:
+    word: as the user wrote it.
+    known: the words that are allowed.
+
+  Returns:
+    " Did you mean a or b?", with at most three words; "" where none is similar.
+  """
   matches = difflib.get_close_matches(word[:100], list(known), n=3, cutoff=0.5)
   return f" Did you mean {' or '.join(matches)}?" if matches else ""

@@ -1,8 +1,7 @@
-"""python -m jgpt.evaluate: the loss of a run over the whole of its held-out text.
+"""Runs `python -m jgpt.evaluate`: computes the loss of a run over its whole held-out text.
 
-Reads the run folder's parameters and settings, and the text that they were trained on, found by its digest. Responsible for
-the command line and for the figures that follow from the loss; the loss is computed as at the end of training
-(`program.py`).
+Reads the run folder's parameters and settings, and the text that they were trained on, found by its
+digest. From Python call `evaluate_loss`, in `evaluation.py`.
 """
 
 from __future__ import annotations
@@ -26,36 +25,34 @@ PART_NAMES = {"heldout": "held-out part", "train": "training part"}
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
-  from jgpt.data.corpus import find_data
   from jgpt.data.token_files import TokenFiles
   from jgpt.devices import runtime
-  from jgpt.evaluation import evaluate_text_corpus
-  from jgpt.runs.folder import read_run_files
-  from jgpt.runs.open import load_run
+  from jgpt.evaluation import evaluate_loss
+  from jgpt.runs.open import open_run
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  run = load_run(args.run, args.step)
-  settings = run.experiment.data
-  sha256 = read_run_files(run.workdir).data["sha256"]
-  data = find_data(settings, run.experiment.train.seed, sha256=sha256, tokenizer=run.tokenizer)
-  corpus = data.train if args.part == "train" else data.heldout
+  run = open_run(args.run, args.step)
+  loaded = run.data()
+  corpus = loaded.train if args.part == "train" else loaded.heldout
   if not len(corpus.tokens):
     raise UserError(
-      f"{args.run} holds no text out: data.heldout_fraction={settings.heldout_fraction}. Train with a share of it held "
-      "out, for example --set data.heldout_fraction=0.1, or evaluate on the training part with --part train"
+      f"{args.run} holds no text out: data.heldout_fraction="
+      f"{run.experiment.data.heldout_fraction}. Train with a share of it held out, for example "
+      "--set data.heldout_fraction=0.1, or evaluate on the training part with --part train"
     )
   if isinstance(corpus.tokens, TokenFiles):
     raise UserError(
-      f"the training part of {args.run} has {len(corpus.tokens):,} tokens and stays on the disk. Evaluate the held-out part"
+      f"the training part of {args.run} has {len(corpus.tokens):,} tokens and stays on the disk. "
+      "Evaluate the held-out part"
     )
-  evaluation = evaluate_text_corpus(run.params, corpus, run.tokenizer, run.experiment)
+  evaluation = evaluate_loss(run.params, corpus, run.tokenizer, run.experiment)
   if args.json:
     print(json.dumps(evaluation_to_json(evaluation, run.workdir, run.step, args.part)))
     return 0
   lines = [
     ("run", f"{run.workdir} at step {run.step:,}"),
-    ("data", f"{data.text.location} ({data.text.kind}), {PART_NAMES[args.part]}"),
+    ("data", f"{loaded.text.location} ({loaded.text.kind}), {PART_NAMES[args.part]}"),
     *format_evaluation(evaluation, run.experiment.model.vocab_size),
   ]
   for label, line in lines:
@@ -63,45 +60,75 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def evaluation_to_json(evaluation: Evaluation, workdir: Path, step: int, part: str) -> dict[str, Any]:
-  """The evaluation as a dict that `json` can write; a number that is not finite becomes None."""
+def evaluation_to_json(
+  evaluation: Evaluation, workdir: Path, step: int, part: str
+) -> dict[str, Any]:
+  """Converts an evaluation to a dict that `json` can write.
+
+  Args:
+    evaluation: from `evaluate_loss`; numbers that are not finite become None.
+    workdir: the run folder.
+    step: of the checkpoint.
+    part: a key of `PART_NAMES`.
+  """
   numbers = {
     "loss_nats_per_token": evaluation.loss_nats_per_token,
     "perplexity": evaluation.perplexity,
     "bits_per_byte": evaluation.bits_per_byte,
   }
   finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-  counts = {"tokens": evaluation.num_tokens, "bytes": evaluation.num_bytes, "documents": evaluation.num_documents}
+  counts = {
+    "tokens": evaluation.num_tokens,
+    "bytes": evaluation.num_bytes,
+    "documents": evaluation.num_documents,
+  }
   return {"run": str(workdir), "step": step, "part": part, **finite, **counts}
 
 
 def format_evaluation(evaluation: Evaluation, vocab_size: int) -> list[tuple[str, str]]:
-  """The evaluation as labelled lines; `vocab_size` gives the loss of guessing uniformly, to hold it against."""
+  """Formats an evaluation as labelled lines, beside the loss of uniform guessing.
+
+  Args:
+    evaluation: from `evaluate_loss`.
+    vocab_size: of the model.
+  """
   from jgpt.report.console import format_perplexity, uniform_loss
 
-  documents = "" if evaluation.num_documents is None else f"{evaluation.num_documents:,} documents, "
+  documents = (
+    "" if evaluation.num_documents is None else f"{evaluation.num_documents:,} documents, "
+  )
   guessing = f"uniform guessing: {uniform_loss(vocab_size):.4f}"
   return [
     ("", f"{documents}{evaluation.num_tokens:,} tokens, {evaluation.num_bytes:,} bytes"),
     ("loss", f"{evaluation.loss_nats_per_token:.4f} nats per token ({guessing})"),
-    ("perplexity", f"{format_perplexity(evaluation.loss_nats_per_token)} (uniform guessing: {vocab_size:,})"),
+    (
+      "perplexity",
+      f"{format_perplexity(evaluation.loss_nats_per_token)} (uniform guessing: {vocab_size:,})",
+    ),
     ("bits per byte", f"{evaluation.bits_per_byte:.4f}"),
   ]
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m jgpt.evaluate", description="Measure a run's loss over the whole of its held-out text."
+    prog="python -m jgpt.evaluate",
+    description="Measure a run's loss over the whole of its held-out text.",
   )
-  parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
-  parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+  parser.add_argument(
+    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+  )
+  parser.add_argument(
+    "--step", type=int, metavar="N", help="which checkpoint (default: the newest)"
+  )
   parser.add_argument(
     "--part",
     choices=PART_NAMES,
     default="heldout",
     help="which part of the run's text; train is all that it could learn from",
   )
-  parser.add_argument("--json", action="store_true", help="print one JSON object; what is not finite is null")
+  parser.add_argument(
+    "--json", action="store_true", help="print one JSON object; what is not finite is null"
+  )
   return parser
 
 

@@ -1,95 +1,119 @@
-"""One update, and many of them in one call.
+"""The loss over a corpus: batch by batch, as one compiled program, and as figures for a person.
 
-Responsible for `TrainState`, the loss, `train_step`, the loop over it inside jit, and evaluation. Everything is a pure
-function of arrays and static settings; where the arrays live is decided outside (`sharding.py`). Not responsible for
-time, files or printing (`train.py`).
+Nothing is dropped out in evaluation. Batches are made in `batches.py`; what is printed is in
+`evaluate.py` and `report/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jgpt.batches import Batch, Corpus, count_eval_batches, make_eval_batch_fn
-from jgpt.config import Experiment, ModelConfig
+from jgpt.batches import Batch, Corpus, Stream, count_eval_batches, eval_batch
+from jgpt.config import Experiment
 from jgpt.step import loss_fn
-
-if TYPE_CHECKING:  # jax is imported after the arguments are understood
-  from jgpt.text.tokenizer import Tokenizer
+from jgpt.text.tokenizer import Tokenizer
 
 
-def eval_step(params: dict, batch: Batch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """Computes the sum of -log p(target) over a batch's weighted tokens, in nats, and the sum of weights."""
-  return loss_fn(params, batch, config, total_weight=jnp.ones(())), jnp.sum(batch.weights_BT)
+def eval_step(params: dict, batch: Batch, experiment: Experiment) -> tuple[jax.Array, jax.Array]:
+  """Computes the sum of -log p(target) over a batch's weighted tokens, and the sum of weights.
+
+  Returns:
+    Scalars: nats, and the number of tokens.
+  """
+  nats = loss_fn(params, batch, experiment, total_weight=jnp.ones(()))
+  return nats, jnp.sum(batch.weights_BT)
 
 
+@partial(jax.jit, static_argnames=("experiment", "num_batches", "whole"))
 def evaluate(
-  params: dict, corpus: Corpus, config: ModelConfig, batch_fn: Callable[[Corpus, jax.Array], Batch], num_batches: int
+  params: dict, corpus: Corpus, experiment: Experiment, *, num_batches: int, whole: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes the mean loss over the tokens of batches 0 to `num_batches` - 1; drops nothing out.
+  """Computes the mean loss over the tokens of batches 0 to `num_batches` - 1.
 
   Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    corpus: what `batch_fn` cuts batches from.
-    config: sizes and switches.
-    batch_fn: the batch of a number, from `batches.make_eval_batch_fn`.
+    params: as `init_params` returns them; blocks stacked or a list.
+    corpus: on the device.
+    experiment: resolved.
     num_batches: at least 1.
+    whole: see `eval_batch`.
 
   Returns:
     Nats per token, and the number of tokens.
   """
 
   def add(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
-    return jax.tree.map(jnp.add, carry, eval_step(params, batch_fn(corpus, number), config)), None
+    batch = eval_batch(corpus, number, experiment, whole=whole)
+    return jax.tree.map(jnp.add, carry, eval_step(params, batch, experiment)), None
 
-  (nats, weight), _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), jnp.arange(num_batches))
+  zeros = jnp.zeros(()), jnp.zeros(())
+  (nats, weight), _ = jax.lax.scan(add, zeros, jnp.arange(num_batches))
   return nats / weight, weight
-
-
-@partial(jax.jit, static_argnames=("experiment", "num_batches", "whole"))
-def evaluate_compiled(
-  params: dict, corpus: Corpus, *, experiment: Experiment, num_batches: int, whole: bool
-) -> tuple[jax.Array, jax.Array]:
-  """`step.evaluate` as one compiled program."""
-  batch_fn = make_eval_batch_fn(experiment.data, experiment.train.seed, whole=whole)
-  return evaluate(params, corpus, experiment.model, batch_fn, num_batches)
 
 
 def begin_evaluation(
   params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes the loss over a corpus and returns at once: the arrays are there when they are read.
+  """Starts to compute the loss over a corpus; reading what is returned waits for it.
 
   Args:
-    params: as `init_params` returns them, or with unstacked blocks.
+    params: as `init_params` returns them; blocks stacked or a list.
     corpus: at least one prediction.
     experiment: resolved.
-    num_batches: how many batches; None, or more than there are, takes every prediction once.
+    num_batches: batches to take; None, or more than there are, takes every prediction once.
 
   Returns:
     Nats per token, and the number of tokens.
   """
-  return evaluate_compiled(params, corpus, **_eval_settings(experiment, corpus, num_batches))
+  return evaluate(params, corpus, experiment, **_choose_batches(corpus, experiment, num_batches))
 
 
-def _eval_settings(experiment: Experiment, corpus: Corpus, num_batches: int | None) -> dict:
+def begin_due_evaluation(
+  params: dict, heldout: Corpus, step: int, experiment: Experiment
+) -> tuple[jax.Array, jax.Array] | None:
+  """Starts the evaluation that `train.eval_every` asks for after a step; None where none is due."""
+  train = experiment.train
+  if not train.eval_every or step % train.eval_every or not len(heldout.tokens):
+    return None
+  return begin_evaluation(params, heldout, experiment, train.eval_batches)
+
+
+def compile_evaluation(
+  params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
+) -> None:
+  """Compiles what `begin_evaluation` calls with such arguments, and runs nothing."""
+  chosen = _choose_batches(corpus, experiment, num_batches)
+  evaluate.lower(params, corpus, experiment, **chosen).compile()
+
+
+def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | None) -> dict:
+  """Returns the static arguments of `evaluate`."""
   there = count_eval_batches(corpus, experiment.data)
-  whole = num_batches is None or (num_batches >= there and experiment.data.batching != "random")
-  return {"experiment": experiment, "num_batches": there if whole else num_batches, "whole": whole}
+  is_random = experiment.data.batching == "random"
+  whole = num_batches is None or (num_batches >= there and not is_random)
+  return {"num_batches": there if whole else num_batches, "whole": whole}
 
 
-def evaluate_heldout(params: dict, heldout: Corpus, experiment: Experiment) -> tuple[float | None, int]:
-  """Computes the loss over the held-out part, nats per token, and over how many tokens; (None, 0) without any."""
+def evaluate_heldout(
+  params: dict, heldout: Corpus, experiment: Experiment
+) -> tuple[float | None, int]:
+  """Computes the loss over the whole held-out part.
+
+  Returns:
+    Nats per token and the number of tokens; (None, 0) where nothing is held out.
+  """
   if not len(heldout.tokens):
     return None, 0
   loss, tokens = begin_evaluation(params, heldout, experiment)
   return float(loss), int(tokens)
+
+
+# --- Figures for a person ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +123,8 @@ class Evaluation:
   Attributes:
     loss_nats_per_token: mean of -log p(next token) over every prediction, nothing dropped out.
     num_tokens: predictions it is over.
-    num_bytes: UTF-8 bytes that these predictions stand for; the end of a document counts as one, its line's end.
+    num_bytes: UTF-8 bytes that these predictions stand for; the end of a document counts as one,
+      its line's end.
     num_documents: None for a stream.
   """
 
@@ -110,23 +135,29 @@ class Evaluation:
 
   @property
   def perplexity(self) -> float:
-    """exp(loss): the model is as unsure as an even choice among so many tokens."""
+    """Computes exp(loss): the number of equally likely tokens with the same loss."""
     return math.exp(self.loss_nats_per_token) if self.loss_nats_per_token < 700 else math.inf
 
   @property
   def bits_per_byte(self) -> float:
-    """The loss of the whole text in bits, for each of its bytes: comparable between tokenizers."""
+    """Computes the loss in bits per byte of text, comparable between tokenizers."""
     return self.loss_nats_per_token * self.num_tokens / math.log(2) / self.num_bytes
 
 
-def evaluate_text_corpus(params: dict, corpus: Corpus, tokenizer: Tokenizer, experiment: Experiment) -> Evaluation:
+def evaluate_loss(
+  params: dict, corpus: Corpus, tokenizer: Tokenizer, experiment: Experiment
+) -> Evaluation:
   """Evaluates a model on every prediction of a corpus, each once.
 
   Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    corpus: `Data.heldout` or `Data.train`; at least one prediction.
+    params: as `init_params` returns them; blocks stacked or a list.
+    corpus: NumPy arrays, `Data.heldout` or `Data.train`; at least one prediction.
     tokenizer: of the run.
     experiment: resolved.
+
+  Example:
+    >>> run = jgpt.open_run("runs/names")
+    >>> jgpt.evaluate_loss(run.params, run.data().heldout, run.tokenizer, run.experiment)
   """
   loss, _ = begin_evaluation(params, corpus, experiment)
   is_stream = experiment.data.batching != "documents"
@@ -141,17 +172,13 @@ def evaluate_text_corpus(params: dict, corpus: Corpus, tokenizer: Tokenizer, exp
 def count_bytes(corpus: Corpus, tokenizer: Tokenizer) -> int:
   """Counts the UTF-8 bytes that a corpus's predictions stand for.
 
-  The first token of a stream is not predicted. The end of a document counts as one byte, its line's end; an end-of-text
-  token stands for none.
+  The first token of a stream is not predicted. The end of a document counts as one byte, its line's
+  end; an end-of-text token stands for none.
 
   Args:
     corpus: NumPy arrays, as `load_data` returns them.
     tokenizer: of the run.
   """
-  import numpy as np
-
-  from jgpt.batches import Stream
-
   sizes = np.array([len(content) for content in tokenizer.token_bytes])
   if isinstance(corpus, Stream):
     return int(sizes[corpus.tokens[1:]].sum())

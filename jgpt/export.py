@@ -1,7 +1,7 @@
-"""python -m jgpt.export: a run's weights as Hugging Face's Transformers or llm.c read them.
+"""Runs `python -m jgpt.export`: writes a run's weights for Hugging Face's Transformers or llm.c.
 
-Responsible for the command line, and for files that appear whole or not at all. The formats are in `hugging_face.py` and
-`llmc.py`.
+Also the functions that write each format, as a whole or not at all. The formats themselves are in
+`weights/hugging_face.py` and `weights/llmc.py`.
 """
 
 from __future__ import annotations
@@ -41,23 +41,31 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError("--format llmc-state is float32 by its format. Leave --dtype out")
   from jgpt.devices import runtime
   from jgpt.runs.folder import read_run_files
-  from jgpt.runs.open import load_run
+  from jgpt.runs.open import open_run
   from jgpt.weights import hugging_face, llmc
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   files = read_run_files(Path(args.run))
-  refuse = hugging_face.check_hugging_face_model if args.format == "hf" else llmc.check_llmc_model
-  refuse(files.experiment.model)  # before any array is read
-  data = _find_data(files) if args.format == "llmc-state" else None
-  run = load_run(args.run, args.step)
-  if args.format == "hf":
+  is_hf = args.format == "hf"
+  check_model = hugging_face.check_hugging_face_model if is_hf else llmc.check_llmc_model
+  check_model(files.experiment.model)  # before any array is read
+  data = _find_stream(files) if args.format == "llmc-state" else None
+  run = open_run(args.run, args.step)
+  if is_hf:
     written = export_hugging_face(run, out, args.dtype)
-    how = f"open it with GPT2LMHeadModel.from_pretrained('{out}') and AutoTokenizer.from_pretrained('{out}')"
+    how = (
+      f"open it with GPT2LMHeadModel.from_pretrained('{out}') and "
+      f"AutoTokenizer.from_pretrained('{out}')"
+    )
   elif args.format == "llmc":
     written = export_llmc(run, out, args.dtype)
     is_float32 = args.dtype == "float32"
-    program = "train_gpt2.c, and train_gpt2cu built for FP32," if is_float32 else "train_gpt2cu, built for BF16,"
+    program = (
+      "train_gpt2.c, and train_gpt2cu built for FP32,"
+      if is_float32
+      else "train_gpt2cu, built for BF16,"
+    )
     name = "gpt2_124M.bin" if is_float32 else "gpt2_124M_bf16.bin"
     how = f"{program} reads GPT-2 124M as {name}, and the tokenizer as gpt2_tokenizer.bin"
   else:
@@ -74,12 +82,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def export_hugging_face(run: Run, out: Path, dtype: str) -> list[Path]:
-  """Writes a folder that Transformers opens; returns its files.
+  """Writes a folder that Transformers opens.
 
   Args:
-    run: from `checkpoint.load_run`.
-    out: a folder that does not exist yet, or is empty.
-    dtype: "float32" or "bfloat16".
+    run: from `open_run`.
+    out: a folder that does not exist or is empty.
+    dtype: of the weights, "float32" or "bfloat16".
+
+  Returns:
+    The files of the folder.
 
   Raises:
     UserError: naming the settings that the format cannot hold.
@@ -87,7 +98,7 @@ def export_hugging_face(run: Run, out: Path, dtype: str) -> list[Path]:
   from jgpt.weights import hugging_face
 
   temporary = out.with_name(f".{out.name}.tmp")
-  shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+  shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
   temporary.mkdir(parents=True)
   try:
     hugging_face.write_folder(temporary, run.params, run.experiment.model, run.tokenizer, dtype)
@@ -100,12 +111,15 @@ def export_hugging_face(run: Run, out: Path, dtype: str) -> list[Path]:
 
 
 def export_llmc(run: Run, out: Path, dtype: str) -> list[Path]:
-  """Writes llm.c's weights, and its tokenizer file beside them; returns both.
+  """Writes llm.c's weights, and its tokenizer file beside them.
 
   Args:
-    run: from `checkpoint.load_run`.
-    out: the weights' file, ending in .bin; the tokenizer's has "_tokenizer" added to its name.
-    dtype: "float32" or "bfloat16".
+    run: from `open_run`.
+    out: the file of weights, ending in .bin.
+    dtype: of the weights, "float32" or "bfloat16".
+
+  Returns:
+    The two files; the tokenizer's is `tokenizer_path(out)`.
 
   Raises:
     UserError: naming the settings that the format cannot hold.
@@ -116,7 +130,7 @@ def export_llmc(run: Run, out: Path, dtype: str) -> list[Path]:
   config = run.experiment.model
   tokenizer_out = tokenizer_path(out)
   tokenizer = llmc_tokenizer_bytes(run.tokenizer, config.vocab_size)
-  _write_whole(
+  write_atomically(
     {
       out: lambda path: llmc.write_weights(path, run.params, config, dtype),
       tokenizer_out: lambda path: path.write_bytes(tokenizer),
@@ -126,12 +140,17 @@ def export_llmc(run: Run, out: Path, dtype: str) -> list[Path]:
 
 
 def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
-  """Writes llm.c's debug state for the batch that the run would train on next; returns its file.
+  """Writes llm.c's debug state for the next batch of the run: logits, loss and gradients.
+
+  They are computed without tricks, dropout and micro-batches, in float32.
 
   Args:
-    run: from `checkpoint.load_run`.
+    run: from `open_run`.
     data: the run's, a stream.
     out: the file, ending in .bin.
+
+  Returns:
+    The file.
 
   Raises:
     UserError: naming the settings that the format cannot hold.
@@ -139,79 +158,125 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
   import jax
   import numpy as np
 
+  from jgpt.config.settings import change
   from jgpt.model import apply
   from jgpt.step import loss_and_grads
   from jgpt.weights import llmc
 
-  config = run.experiment.model
-  batch = next_batch(run.experiment, data, run.step)
-  loss, grads = jax.jit(lambda params, batch: loss_and_grads(params, batch, config))(run.params, batch)
-  logits_BTV = jax.jit(lambda params, tokens: apply(params, tokens, config)[..., : config.vocab_size])(
-    run.params, batch.inputs_BT
-  )
+  plain = {"compute.tricks": False, "model.dropout": 0.0, "train.micro_batch_size": None}
+  experiment = change(run.experiment, plain)
+  config, batch = experiment.model, make_next_batch(run.experiment, data, run.step)
+  loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, run.step, experiment)
+  logits_BTV = jax.jit(
+    lambda params, tokens: apply(params, tokens, config)[..., : config.vocab_size]
+  )(run.params, batch.inputs_BT)
   inputs_BT, targets_BT = np.asarray(batch.inputs_BT), np.asarray(batch.targets_BT)
   logits_BTV = np.asarray(logits_BTV)
-  _write_whole({out: lambda path: llmc.write_state(path, inputs_BT, targets_BT, logits_BTV, float(loss), grads, config)})
+  write_atomically(
+    {
+      out: lambda path: llmc.write_state(
+        path, inputs_BT, targets_BT, logits_BTV, float(loss), grads, config
+      )
+    }
+  )
   return [out]
 
 
-def next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
-  """The batch of the update after `step`, without the rows that weigh nothing: an epoch's last batch may be short."""
+def make_next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
+  """Makes the batch of the update after `step`, without rows of weight zero.
+
+  The last batch of an epoch may have such rows.
+
+  Args:
+    experiment: resolved.
+    data: the run's, a stream.
+    step: updates applied before.
+  """
   import jax
   import numpy as np
 
-  from jgpt.batches import make_batch_fn
+  from jgpt import batches
   from jgpt.data.feed import make_feed
   from jgpt.sharding import make_mesh
 
   alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
   mesh = make_mesh(alone, jax.devices()[:1])
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
-  batch = jax.jit(make_batch_fn(experiment.data, experiment.train.seed))(feed.corpus_at(step), np.int32(step))
+  make_batch = jax.jit(batches.batch, static_argnums=2)
+  batch = make_batch(feed.corpus_at(step), np.int32(step), experiment)
   rows = np.asarray(batch.weights_BT).all(axis=1)
   return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _find_data(files: RunFiles) -> Data:
+def _find_stream(files: RunFiles) -> Data:
+  """Finds the data of a run whose batches are not documents.
+
+  Raises:
+    UserError: if they are.
+  """
   from jgpt.data.corpus import find_data
 
   experiment = files.experiment
   if experiment.data.batching == "documents":
-    raise UserError("llm.c's debug state holds sequences of one length, and data.batching=documents has many.")
-  return find_data(experiment.data, experiment.train.seed, sha256=files.data["sha256"], tokenizer=files.tokenizer)
+    raise UserError(
+      "llm.c's debug state holds sequences of one length, and data.batching=documents has many."
+    )
+  return find_data(
+    experiment.data, experiment.train.seed, sha256=files.data["sha256"], tokenizer=files.tokenizer
+  )
 
 
 # --- Files ---
 
 
 def tokenizer_path(out: Path) -> Path:
-  """Where the tokenizer of llm.c's weights goes: gpt2_124M.bin has gpt2_124M_tokenizer.bin."""
+  """Returns the file of the tokenizer for a file of llm.c's weights.
+
+  For gpt2_124M.bin it is gpt2_124M_tokenizer.bin.
+  """
   return out.with_name(f"{out.stem}_tokenizer.bin")
 
 
 def _check_out(out: Path, name: str) -> None:
-  """Raises `UserError` where something is in the way, or the name is not the format's."""
+  """Checks that `--out` can be written, does not exist, and has the name that the format needs.
+
+  Args:
+    out: the path.
+    name: of the format, a key of `EXPORT_FORMATS`.
+
+  Raises:
+    UserError: otherwise.
+  """
   if out.name in ("", ".."):
     raise UserError(f"--out {out} must end in a name, for example {out / 'exported'}")
   try:
-    os.lstat(out.with_name(f".{out.name}.tmp"))  # under which it is written
+    os.lstat(out.with_name(f".{out.name}.tmp"))  # it is written under this name
   except FileNotFoundError:
     pass
   except OSError as error:
-    raise UserError(f"--out {str(out)[:200]} cannot be written: {error.strerror}. Choose another --out") from None
+    raise UserError(
+      f"--out {str(out)[:200]} cannot be written: {error.strerror}. Choose another --out"
+    ) from None
   if name == "hf":
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
       raise UserError(f"--out {out} is there already. Choose another name, or remove it")
     return
   if out.suffix != ".bin":
-    raise UserError(f"--out {out} must be a file ending in .bin for --format {name}. Try --out {out.with_suffix('.bin')}")
+    raise UserError(
+      f"--out {out} must be a file ending in .bin for --format {name}. Try --out "
+      f"{out.with_suffix('.bin')}"
+    )
   for path in [out, tokenizer_path(out)] if name == "llmc" else [out]:
     if path.exists():
       raise UserError(f"{path} is there already. Choose another --out, or remove it")
 
 
-def _write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
-  """Has files written under temporary names, and renames them when all are there."""
+def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
+  """Writes files under temporary names, and renames them once all are complete.
+
+  Args:
+    files: path -> a function that writes the file at the path that it is given.
+  """
   temporary = {path: path.with_name(f".{path.name}.tmp") for path in files}
   try:
     for path, write in files.items():
@@ -226,23 +291,30 @@ def _write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m jgpt.export", description="Write a run's weights as Hugging Face's Transformers or llm.c read them."
+    prog="python -m jgpt.export",
+    description="Write a run's weights as Hugging Face's Transformers or llm.c read them.",
   )
-  parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
+  parser.add_argument(
+    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+  )
   parser.add_argument(
     "--format",
     required=True,
     choices=EXPORT_FORMATS,
     help="; ".join(f"{name}: {what}" for name, what in EXPORT_FORMATS.items()),
   )
-  parser.add_argument("--out", required=True, metavar="PATH", help="hf: a new folder; the others: a file, NAME.bin")
+  parser.add_argument(
+    "--out", required=True, metavar="PATH", help="hf: a new folder; the others: a file, NAME.bin"
+  )
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
     default="float32",
     help="of the weights; bfloat16 rounds to nearest, ties to even (default: float32)",
   )
-  parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+  parser.add_argument(
+    "--step", type=int, metavar="N", help="which checkpoint (default: the newest)"
+  )
   return parser
 
 

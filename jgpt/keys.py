@@ -1,12 +1,12 @@
 """Random keys, derived and never stored.
 
-Every key is a function of the run's seed, a purpose and a step, so that a run resumed at any step draws what it would
-have drawn, and drawing for one purpose changes nothing drawn for another.
+Every key is a function of the seed, a purpose and a step. So a run that is resumed draws the same
+numbers as one that was not interrupted, and draws for one purpose do not affect those for another.
 """
 
 import jax
 
-# Purposes. A number, once given, keeps its meaning: changing it changes every run.
+# Purposes. Never renumber them: that would change every run.
 INIT = 0
 SAMPLE = 1
 DROPOUT = 2
@@ -16,5 +16,11 @@ EVAL = 4
 
 @jax.jit
 def derive_key(seed: int, purpose: int, step: int | jax.Array = 0) -> jax.Array:
-  """Derives the key for one purpose at one step: `fold_in(fold_in(key(seed), purpose), step)`."""
+  """Derives the key for a purpose at a step: `fold_in(fold_in(key(seed), purpose), step)`.
+
+  Args:
+    seed: of the experiment.
+    purpose: one of the constants above.
+    step: updates applied before, or the number of the draw.
+  """
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

@@ -1,7 +1,7 @@
-"""The optimizer: one optax chain, and its schedule.
+"""The optimizer: one optax chain, its schedule, and the statistics of the losses it has seen.
 
-Responsible for turning `OptimizerConfig` into an `optax.GradientTransformation` whose state has names. Not responsible for
-applying it (`step.py`).
+The chain's state has names (`optax.named_chain`). Applying the update is in `step.py`; what is said
+about losses is in `runs/health.py`.
 """
 
 from functools import partial
@@ -11,21 +11,159 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jgpt.config import ModelConfig, OptimizerConfig
+from jgpt.config import Experiment, Hyper, OptimizerConfig
 from jgpt.params import param_at
 
-DECAY = 0.99  # losses of the last hundred updates count: a schedule's trend is slower, and one outlier is soon forgotten
-MIN_COUNT = 20  # the first losses fall too fast, and are too few, to say what is usual
-MIN_DEVIATION = 0.01  # nats per token: a rise of less than a few of these is no spike, however still the loss was before
+Transformation = optax.GradientTransformationExtraArgs
+AdamState = optax.ScaleByAdamState
+STATS_DECAY = 0.99  # losses of the last hundred updates count: one outlier is soon forgotten
+MIN_COUNT = 20  # the first losses are too few, and fall too fast, to say what is usual
+MIN_DEVIATION = 0.01  # nats per token: a rise of less than a few of these is no spike
+
+
+def make_schedule(config: OptimizerConfig, hyper: Hyper | None = None) -> optax.Schedule:
+  """Makes the learning rate as a function of the step.
+
+  While step < warmup_steps: peak_lr * step / warmup_steps, or with `warmup_from_zero=False`
+  peak_lr * (step + 1) / (warmup_steps + 1). Then, with r from 0 at warmup_steps to 1 at
+  decay_steps, and end_lr from there on:
+
+    linear    peak_lr + (end_lr - peak_lr) * r
+    cosine    end_lr + (peak_lr - end_lr) * (1 + cos(pi r)) / 2
+    constant  peak_lr, without an end
+    wsd       peak_lr, and linear over the last `cooldown_steps` before decay_steps
+
+  Args:
+    config: `decay_steps` and `cooldown_steps` resolved. A warmup longer than `decay_steps` is cut
+      there.
+    hyper: `peak_lr` in place of the config's.
+
+  Returns:
+    A function of an int32 step (updates applied before this one) to a float32 rate.
+
+  Source: Loshchilov and Hutter 2017, "SGDR", equation 5 (cosine); Hu et al. 2024, "MiniCPM",
+  section 4 (wsd).
+  """
+  peak = config.peak_lr if hyper is None else hyper.peak_lr
+  end, is_constant = config.end_lr, config.schedule == "constant"
+  warmup = config.warmup_steps if is_constant else min(config.warmup_steps, config.decay_steps)
+  rest = config.decay_steps - warmup
+  if is_constant:
+    after = optax.constant_schedule(peak)
+  elif not rest:
+    after = optax.constant_schedule(end)
+  elif config.schedule == "linear":
+    after = optax.linear_schedule(peak, end, rest)
+  elif config.schedule == "cosine":
+    # optax takes the floor as a share of the peak; at a peak of 0 any share will do.
+    if isinstance(peak, float):
+      share = end / peak if peak else 0.0
+    else:
+      share = jnp.where(peak == 0, 0.0, end / jnp.where(peak == 0, 1.0, peak))
+    after = optax.cosine_decay_schedule(peak, rest, alpha=share)
+  else:
+    cooldown = min(config.cooldown_steps, rest)
+    after = optax.linear_schedule(peak, end, cooldown, transition_begin=rest - cooldown)
+  if not config.warmup_steps:
+    return after
+  first = 0.0 if config.warmup_from_zero else peak / (config.warmup_steps + 1)
+  rising = optax.linear_schedule(first, peak, config.warmup_steps)
+  return optax.join_schedules([rising, after], [warmup])
+
+
+def make_optimizer(experiment: Experiment, hyper: Hyper | None = None) -> Transformation:
+  """Makes AdamW as the chain clip, adam, decay, lr; its state is a dict with these names.
+
+  update = -lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay for `decay_kinds` only.
+  Clipping divides by the exact norm (torch adds 1e-6 to it). `update` takes two more arguments:
+  `value`, the loss, which `skip_spikes` observes in a state called spikes, and `ok`, a bool scalar;
+  where it is False, Adam's state stays as it is.
+
+  Args:
+    experiment: resolved.
+    hyper: peak_lr, weight_decay, b1 and b2 in place of the experiment's.
+
+  Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
+  """
+
+  def is_decayed(path: tuple, leaf: Any) -> bool:
+    return param_at(path, experiment.model).kind in config.decay_kinds
+
+  config, numbers = experiment.optimizer, hyper or Hyper.of(experiment)
+  clip_norm, weight_decay = config.clip_norm, numbers.weight_decay
+  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+  decay = optax.identity()
+  if not isinstance(weight_decay, float) or weight_decay:
+    decay = optax.add_decayed_weights(weight_decay, partial(jax.tree.map_with_path, is_decayed))
+  return optax.named_chain(
+    *([] if config.skip_spikes is None else [("spikes", observe_losses())]),
+    ("clip", clip),
+    ("adam", scale_by_adam(numbers.b1, numbers.b2, config.eps, experiment.compute.select)),
+    ("decay", decay),
+    ("lr", optax.scale_by_learning_rate(make_schedule(config, hyper))),
+  )
+
+
+def scale_by_adam(b1: Any, b2: Any, eps: float, select: str = "plain") -> Transformation:
+  """Makes `optax.scale_by_adam`, whose state stays as it is where `ok` is False.
+
+  A copy of optax's few lines, because the update is computed from the moments that are kept. With
+  the selection outside, XLA computes the new moments once for the state and again for the
+  parameters: a step of `names` took 1.1 times as long at best.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    select: see `ComputeConfig.select`.
+  """
+
+  def update(
+    grads: dict, state: AdamState, params: Any = None, *, ok: Any = True, **_: Any
+  ) -> tuple[dict, AdamState]:
+    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+    new = AdamState(optax.safe_increment(state.count), mu, nu)
+    state = select_in_order(ok, new, state) if select == "ordered" else select_tree(ok, new, state)
+    mu_hat = optax.tree.bias_correction(state.mu, b1, state.count)
+    nu_hat = optax.tree.bias_correction(state.nu, b2, state.count)
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat), state
+
+  return Transformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def select_tree(ok: Any, new: Any, old: Any) -> Any:
+  """Returns the new tree where the bool scalar `ok` holds, else the old one, bit by bit."""
+  return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+
+def select_in_order(ok: Any, new: AdamState, old: AdamState) -> AdamState:
+  """Computes `select_tree` one parameter after the other.
+
+  Once `ok` is known all leaves are ready, and XLA:CPU hands more than eight ready operations to
+  other threads: a step of `names` took 50 us of processor time instead of 31. Each selection
+  therefore depends on the second moment before it, which is never negative. No compiler can know
+  that, so none may drop the dependency; XLA:CPU drops `optimization_barrier` before it schedules.
+  """
+  (mus, structure), nus = jax.tree.flatten(new.mu), jax.tree.leaves(new.nu)
+  kept = []
+  for m, v, m_old, v_old in zip(mus, nus, *map(jax.tree.leaves, (old.mu, old.nu)), strict=True):
+    kept.append((jnp.where(ok, m, m_old), jnp.where(ok, v, v_old)))
+    ok &= ~(kept[-1][1].ravel()[0] < 0)
+  mu, nu = (jax.tree.unflatten(structure, leaves) for leaves in zip(*kept, strict=True))
+  return AdamState(jnp.where(ok, new.count, old.count), mu, nu)
+
+
+# --- Losses ---
 
 
 class LossStats(NamedTuple):
-  """What is known of the losses so far: Python numbers, or scalars of JAX.
+  """Running statistics of the training loss: Python numbers, or scalars of JAX.
 
   Attributes:
     count: losses observed, int.
-    mean: of them, the i-th before the last weighted by DECAY^i, nats per token.
-    variance: about that mean, under the same weights.
+    mean: of them, the i-th before the last weighted by STATS_DECAY^i, nats per token.
+    variance: about that mean, with the same weights.
   """
 
   count: Any = 0
@@ -34,130 +172,50 @@ class LossStats(NamedTuple):
 
 
 def observe(stats: LossStats, loss: Any) -> LossStats:
-  """Takes one more loss, which must be finite, into account.
+  """Returns the statistics with one more loss, which must be finite.
 
-  With n losses, a = (1 - DECAY) / (1 - DECAY^n) is the newest one's share of all weights, and
-  mean += a (loss - mean);  variance = (1 - a) (variance + a (loss - mean)^2), with the mean before.
-  The share is 1 for the first loss, so nothing is biased towards what the statistics began with.
+  With n losses and d = STATS_DECAY, a = (1 - d) / (1 - d^n) is the newest one's share of the
+  weights; mean += a (loss - mean);  variance = (1 - a) (variance + a (loss - mean)^2), with the old
+  mean. The first loss has share 1, so nothing is biased towards the initial values.
 
-  A spike is observed like any other loss, so that a loss that rises for good is no spike for long: after a jump of any
-  height the z-score is below 10 at the second update and below 6 at the fourth.
+  A spike is observed like any other loss: after a jump of any height the z-score is below 10 at the
+  second update and below 6 at the fourth.
 
-  Source: Finch 2009, "Incremental calculation of weighted mean and variance"; the weights are normalised as Adam's are.
+  Source: Finch 2009, "Incremental calculation of weighted mean and variance"; the weights are
+  normalised as Adam's are.
   """
   count = stats.count + 1
-  share = (1 - DECAY) / (1 - DECAY**count)
+  share = (1 - STATS_DECAY) / (1 - STATS_DECAY**count)
   rise = loss - stats.mean
-  return LossStats(count, stats.mean + share * rise, (1 - share) * (stats.variance + share * rise * rise))
+  variance = (1 - share) * (stats.variance + share * rise * rise)
+  return LossStats(count, stats.mean + share * rise, variance)
 
 
 def z_score(stats: LossStats, loss: Any) -> Any:
-  """How many standard deviations a loss is above the mean of those before it; 0 for the first `MIN_COUNT` losses.
+  """Computes (loss - mean) / sqrt(variance + MIN_DEVIATION^2); 0 for the first `MIN_COUNT` losses.
 
-  z = (loss - mean) / sqrt(variance + MIN_DEVIATION^2), finite also where all losses were alike.
-
-  Source: Team OLMo 2025, "2 OLMo 2 Furious", counts as spikes what is seven standard deviations from the mean of the last
-  1,000 losses; Kumar et al. 2025, "ZClip", takes exponentially decayed mean and variance, of the gradient's norm.
+  Source: Team OLMo 2025, "2 OLMo 2 Furious", counts as spikes what is seven standard deviations
+    from
+  the mean of the last 1,000 losses; Kumar et al. 2025, "ZClip", uses exponentially decayed mean and
+  variance of the gradient's norm.
   """
-  return (stats.count >= MIN_COUNT) * (loss - stats.mean) / (stats.variance + MIN_DEVIATION**2) ** 0.5
+  is_known = stats.count >= MIN_COUNT
+  return is_known * (loss - stats.mean) / (stats.variance + MIN_DEVIATION**2) ** 0.5
 
 
-def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-  """Makes the learning rate as a function of the step.
+def observe_losses() -> Transformation:
+  """Makes a transformation that changes no gradient; its state is the `LossStats` of `value`.
 
-  While step < warmup_steps: peak_lr * step / warmup_steps, or peak_lr * (step + 1) / (warmup_steps + 1) where
-  `warmup_from_zero` is false. Then, with r running from 0 at warmup_steps to 1 at decay_steps, and end_lr from there on:
-  linear  peak_lr + (end_lr - peak_lr) * r;
-  cosine  end_lr + (peak_lr - end_lr) * (1 + cos(pi r)) / 2;
-  constant  peak_lr, for ever;
-  wsd  peak_lr, and linear over the last `cooldown_steps` before decay_steps.
-
-  Args:
-    config: `decay_steps` and `cooldown_steps` resolved. A warmup that outlasts `decay_steps` is cut there.
-
-  Returns:
-    A function of an int32 step (updates applied before this one) to a float32 rate.
-
-  Source: Loshchilov and Hutter 2017, "SGDR", equation 5 (cosine); Hu et al. 2024, "MiniCPM", section 4 (wsd).
-  """
-  peak, end, warmup = config.peak_lr, config.end_lr, config.warmup_steps
-  if config.schedule != "constant":
-    warmup = min(warmup, config.decay_steps)
-  rest = config.decay_steps - warmup
-  if config.schedule == "constant":
-    after = optax.constant_schedule(peak)
-  elif not rest:
-    after = optax.constant_schedule(end)
-  elif config.schedule == "linear":
-    after = optax.linear_schedule(peak, end, rest)
-  elif config.schedule == "cosine":
-    # Its floor is given as a share of the peak; at a peak of 0 any share will do.
-    after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak if peak else 0.0)
-  else:
-    cooldown = min(config.cooldown_steps, rest)
-    after = optax.linear_schedule(peak, end, cooldown, transition_begin=rest - cooldown)
-  if not config.warmup_steps:
-    return after
-  first = 0.0 if config.warmup_from_zero else peak / (config.warmup_steps + 1)
-  return optax.join_schedules([optax.linear_schedule(first, peak, config.warmup_steps), after], [warmup])
-
-
-def make_optimizer(config: OptimizerConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
-  """Makes AdamW as the chain clip, adam, decay, lr; its state is a dict with these names.
-
-  update = -lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay only for `decay_kinds`. Clipping divides by the
-  exact norm (torch adds 1e-6 to it). With `skip_spikes` the chain begins with spikes, whose state is the `LossStats` of the
-  losses so far; `update` then takes the loss as `value`.
-
-  Args:
-    config: `decay_steps` resolved.
-    model: sizes and switches; gives each parameter its kind.
-
-  Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
-  """
-
-  def decays(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: param_at(path, model).kind in config.decay_kinds, params)
-
-  return optax.named_chain(
-    *([] if config.skip_spikes is None else [("spikes", watch_losses())]),
-    ("clip", optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)),
-    ("adam", scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
-    ("decay", optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity()),
-    ("lr", optax.scale_by_learning_rate(make_schedule(config))),
-  )
-
-
-def watch_losses() -> optax.GradientTransformationExtraArgs:
-  """Changes no gradient; its state is the `LossStats` of the losses that `update` got as `value`.
-
-  A loss that is not finite, or whose square is not, is none that the statistics know of.
+  A loss that is not finite, or whose square is not, leaves the statistics as they are.
   """
 
   def init(params: dict) -> LossStats:
     return LossStats(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
 
-  def update(updates: dict, state: LossStats, params: dict | None = None, *, value: jax.Array, **_: Any) -> tuple:
-    observed = observe(state, value)
-    return updates, jax.tree.map(partial(jnp.where, jnp.isfinite(observed.variance)), observed, state)
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam`, where `update` may be given how its new state is kept: `keep(new, old)` -> state.
-
-  Parameters are then computed from what is kept. Kept from outside, XLA on a CPU computes moments once for the state and
-  once more for the parameters: 10% of a step of `names` and 13% of `gpt2_shakespeare`.
-  """
-
   def update(
-    grads: dict, state: optax.ScaleByAdamState, params: dict | None = None, *, keep: Any = lambda new, old: new, **_: Any
-  ) -> tuple[dict, optax.ScaleByAdamState]:
-    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
-    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    state = keep(optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), state)
-    mu_hat, nu_hat = (optax.tree.bias_correction(m, b, state.count) for m, b in ((state.mu, b1), (state.nu, b2)))
-    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat), state
+    updates: dict, state: LossStats, params: dict | None = None, *, value: jax.Array, **_: Any
+  ) -> tuple[dict, LossStats]:
+    new = observe(state, value)
+    return updates, select_tree(jnp.isfinite(new.variance), new, state)
 
-  return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+  return Transformation(init, update)

@@ -1,7 +1,7 @@
-"""What every parameter of the model is, declared once, and counted without arrays.
+"""The table of the model's parameters, from which initial values, shardings and decay are derived.
 
-Responsible for `param_table`: the shape, logical axes, initial distribution and kind of each parameter. Values,
-shardings, weight decay and counts are maps over the table. Not responsible for making arrays: this file imports no jax.
+`param_table` declares each parameter once: its shape, logical axes, kind and initial distribution.
+Arrays are made in `model.py`. Imports no jax, so that counting parameters takes no time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from jgpt.errors import UserError, near_matches
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-  """What one parameter is.
+  """The declaration of one parameter.
 
-  A frozen dataclass and not a tuple: a tuple would itself be a pytree and `tree.map` would walk into it.
+  A dataclass and not a tuple, so that `jax.tree.map` takes it as a leaf.
 
   Attributes:
-    shape: its dimensions in memory; in `blocks`, those of one layer.
-    axes: one logical axis per dimension (None: never divided); `sharding.py` maps them to the mesh.
-    kind: one of `jgpt.config.experiment.PARAM_KINDS`; decides what decays.
-    std: standard deviation of the normal distribution it is drawn from; 0 for a constant.
-    mean: of that distribution.
-    padding: rows at the end of dimension 0 that exist for compute only: zero, never updated, not counted.
+    shape: dimensions in memory; in "blocks", those of one layer.
+    axes: one logical axis per dimension, which `sharding.py` maps to the mesh; None is never
+      divided.
+    kind: one of `jgpt.config.experiment.PARAM_KINDS`; decides whether it decays.
+    std: standard deviation of the normal distribution of initial values; 0 for a constant.
+    mean: mean of that distribution.
+    padding: number of rows at the end of dimension 0 that are zero, never updated and not counted.
   """
 
   shape: tuple[int, ...]
@@ -39,12 +40,12 @@ class Param:
 
   @property
   def size(self) -> int:
-    """Entries that are learned."""
+    """Returns the number of entries that are learned, padding excluded."""
     return (self.shape[0] - self.padding) * math.prod(self.shape[1:])
 
 
 def param_table(config: ModelConfig) -> dict:
-  """Maps each parameter's name to its `Param`; under "blocks" stands one layer, of which there are `num_layers`.
+  """Maps each parameter's name to its `Param`; "blocks" maps the names of one layer.
 
   Raises:
     UserError: if `config.vocab_size` is not resolved.
@@ -60,9 +61,10 @@ def param_table(config: ModelConfig) -> dict:
   def bias(*shape: int, axes: tuple[str | None, ...]) -> Param:
     return Param(shape, axes, "bias", std=0.0)
 
-  # Every name with what asks for it: a parameter that a switch leaves out is not in the table.
   learned, gains = config.positions == "learned", config.norm != "rms"
-  norm_biases, biases, mlp_biases = config.norm == "layer", config.biases == "all", config.biases != "none"
+  norm_biases = config.norm == "layer"
+  biases, mlp_biases = config.biases == "all", config.biases != "none"
+  # A parameter that the config leaves out is False here, and is removed below.
   block = {
     "norm_attn_gain": gains and gain(),
     "norm_attn_bias": norm_biases and bias(D, axes=("embed",)),
@@ -83,7 +85,8 @@ def param_table(config: ModelConfig) -> dict:
     "blocks": {name: param for name, param in block.items() if param},
     "norm_final_gain": config.norm_final and gains and gain(),
     "norm_final_bias": config.norm_final and norm_biases and bias(D, axes=("embed",)),
-    "unembed": not config.tied_head and Param((V, D), ("vocab", "embed"), "head", std, padding=padding),
+    "unembed": not config.tied_head
+    and Param((V, D), ("vocab", "embed"), "head", std, padding=padding),
   }
   return {name: param for name, param in table.items() if param}
 
@@ -92,14 +95,20 @@ def count_params(config: ModelConfig, kinds: tuple[str, ...] | None = None) -> i
   """Counts the entries that are learned, all layers, without padding.
 
   Args:
-    config: sizes; `vocab_size` resolved.
-    kinds: count only these kinds of parameters; None counts all.
+    config: `vocab_size` resolved.
+    kinds: kinds of parameters to count; None counts all.
   """
-  return sum(layers * param.size for _, param, layers in walk(config) if kinds is None or param.kind in kinds)
+  return sum(
+    layers * param.size for _, param, layers in walk(config) if kinds is None or param.kind in kinds
+  )
 
 
 def walk(config: ModelConfig) -> Iterator[tuple[str, Param, int]]:
-  """Yields every parameter's name ("blocks/w_up" in blocks), what it is, and how many layers have one."""
+  """Iterates over the parameters.
+
+  Yields:
+    The name ("blocks/w_up" in blocks), the `Param`, and the number of layers that have it.
+  """
   table = param_table(config)
   for name, param in table.items():
     if isinstance(param, Param):
@@ -109,30 +118,30 @@ def walk(config: ModelConfig) -> Iterator[tuple[str, Param, int]]:
 
 
 def param_at(path: tuple, config: ModelConfig) -> Param:
-  """The table's entry for a leaf of the parameters; blocks may be stacked or a list.
+  """Looks up the `Param` of a leaf of the parameters; blocks may be stacked or a list.
 
   Args:
     path: of the leaf, as `jax.tree_util` gives it.
-    config: sizes and switches; `vocab_size` resolved.
+    config: `vocab_size` resolved.
   """
   entry = param_table(config)
   for key in path:
-    if hasattr(key, "key"):  # the others are the numbers of layers
+    if hasattr(key, "key"):  # other keys are numbers of layers
       entry = entry[key.key]
   return entry
 
 
-# --- One number ---
+# --- Single entries ---
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Where one number of the parameters stands.
+  """The place of one entry of a parameter.
 
   Attributes:
     name: of the parameter, as `walk` yields it.
-    param: what it is.
-    index: of the number; in blocks the layer comes first.
+    param: its declaration.
+    index: one number per dimension; in blocks the layer comes first.
   """
 
   name: str
@@ -141,14 +150,15 @@ class Entry:
 
 
 def find_entry(text: str, config: ModelConfig) -> Entry:
-  """Reads the place of one number: `tok_embed[4,2]`, or `blocks/w_up[0,3,5]` with the layer first.
+  """Parses the place of one entry: "tok_embed[4,2]", or "blocks/w_up[0,3,5]" with the layer first.
 
   Args:
-    text: the parameter's name and indices from 0.
-    config: sizes; `vocab_size` resolved.
+    text: the parameter's name, and indices from 0.
+    config: `vocab_size` resolved.
 
   Raises:
-    UserError: for an unknown parameter (with near matches), or indices that it does not have (with its shape).
+    UserError: for an unknown parameter (with near matches), or indices outside its shape (with the
+      shape).
   """
   params = {name: param for name, param, _ in walk(config)}
   name, _, inside = text.strip().partition("[")
@@ -160,7 +170,9 @@ def find_entry(text: str, config: ModelConfig) -> Entry:
   layers = (config.num_layers,) if name.startswith("blocks/") else ()
   shape = (*layers, param.shape[0] - param.padding, *param.shape[1:])
   example = f"{name}[{','.join(str(min(i, size - 1)) for i, size in enumerate(shape))}]"
-  need = f"{name} has the shape {list(shape)}{', the layer first' if layers else ''}. Try '{example}'"
+  need = (
+    f"{name} has the shape {list(shape)}{', the layer first' if layers else ''}. Try '{example}'"
+  )
   is_list = re.fullmatch(r"\s*-?[0-9]+\s*(,\s*-?[0-9]+\s*)*\]", inside)
   index = tuple(int(i) for i in inside.removesuffix("]").split(",")) if is_list else ()
   if len(index) != len(shape):

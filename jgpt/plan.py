@@ -1,8 +1,7 @@
-"""The host loop: the one place where time, files and printing meet the compiled step.
+"""Planning a run: data, resolved settings, initial weights, folder, and when something is due.
 
-Responsible for planning a run (its data, its resolved settings, its mesh), and for running it: restoring or initialising
-the state, calling `train_steps`, handing metrics to writers one call late, saving, stopping on a signal. Everything that
-is computed is in the pure files it calls.
+A plan is made without a device. Programs are compiled in `program.py`, and a run is trained in
+`train.py`.
 """
 
 from __future__ import annotations
@@ -24,17 +23,28 @@ import jax
 
 import jgpt
 from jgpt.batches import count_epoch_steps
-from jgpt.config import Experiment
-from jgpt.config.settings import change, differences, format_value, is_circumstance, list_settings, resolve
+from jgpt.config import Experiment, TrainConfig
+from jgpt.config.settings import (
+  change,
+  differences,
+  format_value,
+  is_circumstance,
+  list_settings,
+  resolve,
+)
 from jgpt.data.corpus import Data, check_path, find_data
+from jgpt.devices import runtime
+from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError, printable
 from jgpt.generate import check_prompt
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
 from jgpt.runs.manifest import Manifest
+from jgpt.sharding import make_mesh
+from jgpt.step import MAX_STEPS_PER_CALL
 from jgpt.system import locks
-from jgpt.system.files import may_pass
-from jgpt.system.signals import say
+from jgpt.system.files import is_temporary
+from jgpt.system.signals import print_stderr
 from jgpt.weights.initial import (
   InitialParams,
   check_same_weights,
@@ -47,17 +57,18 @@ from jgpt.weights.initial import (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A run that is about to begin or go on; nothing is on a device yet.
+  """A run that is about to start or to be resumed; nothing is on a device yet.
 
   Attributes:
     name: of the experiment.
     experiment: resolved.
     data: loaded.
-    workdir: the run folder, or None to leave nothing on disk.
-    start_step: updates that the folder's newest sound checkpoint holds; 0 without any.
-    epoch_steps: updates in an epoch, where the run is counted in epochs.
+    workdir: the run folder; None leaves nothing on disk.
+    start_step: updates of the folder's newest undamaged checkpoint; 0 where there is none.
+    epoch_steps: updates in an epoch; None where the run is not counted in epochs.
     initial: the parameters to begin from; None draws them, or restores a checkpoint.
-    weights: where the weights that it begins from, or began from, were found: location, sha256; None where they are drawn.
+    weights: where the weights that the run begins from, or began from, were found: location,
+      sha256; None for weights that are drawn.
   """
 
   name: str
@@ -77,16 +88,23 @@ def plan_run(
   name: str = "",
   report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
-  """Decides what a run will be, without touching a device.
+  """Plans a run: loads its data and resolves its settings, without a device.
 
   Args:
-    experiment: may leave open what `settings.resolve` fills in.
-    workdir: where the run is kept. A folder that holds the same run is resumed, with the data recorded there.
+    experiment: fields that `settings.resolve` fills in may be None.
+    workdir: the run folder; None leaves nothing on disk. A run in it with the same settings is
+      resumed, with the data recorded there.
     name: of the experiment, to be recorded.
-    report: told the bytes that are there and the bytes in all while weights to begin from are downloaded.
+    report: called with the bytes downloaded and the bytes in all, while weights to begin from are
+      downloaded.
 
   Raises:
-    UserError: if the settings, the data, the weights to begin from or the folder do not go together.
+    UserError: if the settings, the data, the weights to begin from and the folder do not fit
+      together.
+
+  Example:
+    >>> plan = jgpt.plan_run(jgpt.load_experiment("names"), workdir="runs/names")
+    >>> plan.start_step, plan.experiment.train.steps
   """
   workdir = Path(workdir) if workdir is not None else None
   recorded = None
@@ -94,12 +112,12 @@ def plan_run(
     check_workdir(workdir)
   if workdir is not None and os.path.lexists(workdir / "experiment.json"):
     recorded = read_run_files(workdir)
-    experiment = inherit(experiment, recorded)
+    experiment = resolve_as_recorded(experiment, recorded)
     check_same_run(experiment, recorded, workdir)
   elif workdir is not None and (steps := manifest.list_steps(workdir)):
     raise UserError(
-      f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in checkpoints/{steps[-1]}, or "
-      "choose another --workdir"
+      f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in "
+      f"checkpoints/{steps[-1]}, or choose another --workdir"
     )
   saved_step = find_sound_step(workdir)[0] if workdir is not None else None
   weights = None
@@ -122,48 +140,77 @@ def plan_run(
   initial = load_params(weights, experiment.model) if weights else None
   if initial and recorded and recorded.weights:
     initial = check_same_weights(initial, recorded.weights["sha256"])
-  found = {"location": initial.location, "sha256": initial.sha256} if initial else recorded.weights if recorded else None
-  check_prompt(experiment.sample, data.tokenizer)  # what it does not know would be noticed after the training
-  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, found)
+  origin = recorded.weights if recorded else None
+  if initial:
+    origin = {"location": initial.location, "sha256": initial.sha256}
+  check_prompt(experiment.sample, data.tokenizer)  # else the error would come after the training
+  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, origin)
 
 
-def claim_folder(plan: Plan, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack) -> int | None:
-  """Makes a run folder this process's alone until the stack closes; returns the step to restore, if any."""
+def claim_folder(plan: Plan, stack: contextlib.ExitStack) -> int | None:
+  """Locks a run folder until the stack closes, and records this start in it.
+
+  Damaged checkpoints are renamed, with a warning.
+
+  Returns:
+    The step to restore; None where there is no checkpoint.
+
+  Raises:
+    UserError: if another process writes to the folder, or it changed since the plan was made.
+  """
+  mesh = make_mesh(plan.experiment, runtime.devices())
   workdir = plan.workdir
   workdir.mkdir(parents=True, exist_ok=True)
   stack.enter_context(locks.hold(workdir))
-  if os.path.lexists(workdir / "experiment.json"):  # another run may have begun here since the plan was made
+  # Another run may have begun here since the plan was made.
+  if os.path.lexists(workdir / "experiment.json"):
     recorded = read_run_files(workdir)
     check_same_run(plan.experiment, recorded, workdir)
     if recorded.data["sha256"] != plan.data.text.sha256:
-      raise UserError(f"{workdir} holds a run on another text, {recorded.data.get('location')}. Choose another --workdir")
+      raise UserError(
+        f"{workdir} holds a run on another text, {recorded.data.get('location')}. Choose another "
+        "--workdir"
+      )
   saved_step, damaged = find_sound_step(workdir, trusted=plan.start_step)
   if plan.start_step and saved_step is None:
     raise UserError(
-      f"the checkpoint of step {plan.start_step} in {workdir} has gone since the run was planned. Plan it again"
+      f"the checkpoint of step {plan.start_step} in {workdir} has gone since the run was planned. "
+      "Plan it again"
     )
   for step, damage in damaged.items():
     aside, shown = manifest.set_checkpoint_aside(workdir, step), printable(damage)
-    say(f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step {saved_step}: {shown}")
+    print_stderr(
+      f"WARNING: the checkpoint of step {step} is damaged and kept as {aside}; going on from step "
+      f"{saved_step}: {shown}"
+    )
   _record_start(dataclasses.replace(plan, start_step=saved_step or 0), mesh)
   return saved_step
 
 
 def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
-  """Writes the run folder's settings where it is new, and what may differ between starts."""
+  """Writes the settings of a new run folder, and adds an entry to env.json."""
   text = plan.data.text
   if not os.path.lexists(plan.workdir / "experiment.json"):
     data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
-    write_run_files(plan.workdir, RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights))
+    write_run_files(
+      plan.workdir, RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights)
+    )
   devices = mesh.devices.flatten()
   entry = {
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "start_step": plan.start_step,
     "command": sys.argv,
-    "versions": {"jgpt": jgpt.__version__, "jax": jax.__version__, "python": platform.python_version()},
+    "versions": {
+      "jgpt": jgpt.__version__,
+      "jax": jax.__version__,
+      "python": platform.python_version(),
+    },
     "platform": platform.platform(),
     "devices": [f"{d.platform} {d.device_kind}" for d in devices],
-    "settings": {name: value for name, value in list_settings(plan.experiment).items() if is_circumstance(name)},
+    "settings": {
+      name: value for name, value in list_settings(plan.experiment).items() if is_circumstance(name)
+    },
+    "compute": dataclasses.asdict(resolve_compute(plan.experiment, devices[0].platform).compute),
   }
   append_env(plan.workdir, entry)
 
@@ -172,34 +219,38 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
 
 
 def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path:
-  """The folder of a run for which none was named.
+  """Returns the folder of a run for which `--workdir` names none.
 
-  `runs/<name>`; with changed settings their names and values are added, so that a changed run has a folder of its own. A
-  folder that holds another run all the same (the experiment's file was edited) is left alone, and a digest is added.
+  It is `runs/<name>`, followed by the names and values of changed settings, so that a changed run
+  has a folder of its own. A digest is added where that folder holds another run, because the
+  experiment's file was edited.
+
+  Args:
+    name: of the experiment.
+    base: the experiment of that name.
+    experiment: with the changed settings.
   """
   before, now = list_settings(base), list_settings(experiment)
   starts_anew = [n for n in now if not is_circumstance(n) or n in ("train.steps", "train.epochs")]
   changed = [f"{n}={format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
   label = ",".join([name, *changed])
   plain = re.sub(r"[^\w.,=-]+", "-", label)[:120]
-  if plain != label:  # what was replaced or cut must still tell two runs apart
+  if plain != label:  # two labels may differ only in characters that were replaced or cut
     plain += f"-{_short_digest(label)}"
   folder = Path("runs") / plain
-  if os.path.lexists(folder / "experiment.json") and not _holds(folder, experiment):
+  if os.path.lexists(folder / "experiment.json") and not _holds_run(folder, experiment):
     folder = Path("runs") / f"{plain}-{_short_digest({n: now[n] for n in starts_anew})}"
   return folder
 
 
-def _holds(folder: Path, experiment: Experiment) -> bool:
-  """Whether a run folder holds this experiment."""
-  from jgpt.runs.folder import read_run_files
-
+def _holds_run(folder: Path, experiment: Experiment) -> bool:
+  """Returns whether a run folder holds a run of this experiment."""
   try:
     recorded = read_run_files(folder)
     there, here = recorded.experiment.train, experiment.train
     if (there.epochs != here.epochs) if here.steps is None else (there.steps != here.steps):
       return False
-    return not differences(recorded.experiment, inherit(experiment, recorded))
+    return not differences(recorded.experiment, resolve_as_recorded(experiment, recorded))
   except UserError:
     return False
 
@@ -209,7 +260,11 @@ def _short_digest(value: Any) -> str:
 
 
 def check_workdir(workdir: Path) -> None:
-  """Raises `UserError` where something is in the way of a run folder, or the system takes no such name."""
+  """Checks that a path can be a run folder.
+
+  Raises:
+    UserError: if it is a file, or the system does not accept the name.
+  """
   try:
     reason = None if stat.S_ISDIR(os.stat(workdir).st_mode) else "it is a file"
   except FileNotFoundError:
@@ -222,29 +277,39 @@ def check_workdir(workdir: Path) -> None:
     except UnicodeEncodeError:
       reason = "its whole name is not UTF-8, and TensorStore, which writes arrays, opens no other"
   if reason:
-    raise UserError(f"{str(workdir)[:200]} cannot be a run folder: {reason}. Choose another --workdir")
+    raise UserError(
+      f"{str(workdir)[:200]} cannot be a run folder: {reason}. Choose another --workdir"
+    )
 
 
 def check_schedule(experiment: Experiment, saved_step: int, workdir: Path) -> None:
-  """Raises `UserError` where a run would get more updates, and its learning rate has come to its end."""
+  """Checks that the updates which a resumed run adds have a learning rate above zero.
+
+  Raises:
+    UserError: if its schedule has ended, or has no length.
+  """
   optimizer, steps = experiment.optimizer, experiment.train.steps
   if saved_step >= steps or optimizer.schedule == "constant":
     return
-  if not saved_step and optimizer.decay_steps == 1 and steps > 1:  # a length that nobody chose
+  # Made with train.steps=0: the schedule's length of 1 was not chosen.
+  if not saved_step and optimizer.decay_steps == 1 and steps > 1:
     raise UserError(
-      f"{workdir} was made without any update, so the schedule of its learning rate has no length. Begin a new run from "
-      f"it, in another --workdir, with --init-from {workdir}"
+      f"{workdir} was made without any update, so the schedule of its learning rate has no length. "
+      f"Begin a new run from it, in another --workdir, with --init-from {workdir}"
     )
   if saved_step and optimizer.decay_steps <= saved_step and optimizer.end_lr == 0:
     raise UserError(
-      f"train.steps={steps} would add updates to a run that is at step {saved_step}, but the schedule of its learning rate "
-      f"ends at optimizer.decay_steps={optimizer.decay_steps}. Begin a new run, in another --workdir, with "
-      f"--set optimizer.decay_steps={steps}"
+      f"train.steps={steps} would add updates to a run that is at step {saved_step}, but the "
+      f"schedule of its learning rate ends at optimizer.decay_steps={optimizer.decay_steps}. Begin "
+      f"a new run, in another --workdir, with --set optimizer.decay_steps={steps}"
     )
 
 
-def inherit(experiment: Experiment, recorded: RunFiles) -> Experiment:
-  """Fills in what was left open from what a run recorded: the schedule's length does not follow `train.steps`."""
+def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experiment:
+  """Resolves the settings of a recorded run; a schedule's length that is None is the recorded one.
+
+  So the schedule does not follow `train.steps`, which may have grown.
+  """
   optimizer = recorded.experiment.optimizer
   kept = {
     f"optimizer.{name}": getattr(experiment.optimizer, name) or getattr(optimizer, name)
@@ -254,21 +319,28 @@ def inherit(experiment: Experiment, recorded: RunFiles) -> Experiment:
 
 
 def check_same_run(experiment: Experiment, recorded: RunFiles, workdir: Path) -> None:
-  """Raises `UserError`, naming each field, if a folder holds a run of another identity."""
+  """Checks that the run in a folder differs only in settings that may change on resume.
+
+  Raises:
+    UserError: naming each other field that differs.
+  """
   differing = differences(recorded.experiment, experiment)
   if differing:
-    fields = ", ".join(f"{name} is {old} there and {new} here" for name, (old, new) in differing.items())
+    fields = ", ".join(
+      f"{name} is {old} there and {new} here" for name, (old, new) in differing.items()
+    )
     raise UserError(
-      f"{workdir} holds a run with other settings: {fields}. Choose another --workdir, or start over with --fresh"
+      f"{workdir} holds a run with other settings: {fields}. Choose another --workdir, or start "
+      "over with --fresh"
     )
 
 
 def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | None, dict[int, str]]:
-  """Finds the newest checkpoint that a run can go on from: its files are as they were written, and of this run.
+  """Finds the newest checkpoint that a run can resume from: undamaged, and of this run.
 
   Args:
     workdir: a run folder.
-    trusted: a step that was found sound before.
+    trusted: a step that was checked before.
 
   Returns:
     The step, None where the folder has no checkpoint; and what is wrong with each newer one.
@@ -278,49 +350,105 @@ def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | No
   """
   damaged: dict[int, str] = {}
   for step in reversed(manifest.list_steps(workdir)):
-    damage = None if step == trusted else _find_fault(workdir, manifest.checkpoints_dir(workdir) / str(step))
+    folder = manifest.checkpoints_dir(workdir) / str(step)
+    damage = None if step == trusted else _find_fault(workdir, folder)
     if damage is None:
       return step, damaged
     damaged[step] = damage
   if damaged:
     first = next(iter(damaged.values()))
     raise UserError(
-      f"every checkpoint of {workdir} is damaged ({', '.join(map(str, damaged))}): {first}. Nothing was changed; "
-      "put a backup in its place, or start over with --fresh"
+      f"every checkpoint of {workdir} is damaged ({', '.join(map(str, damaged))}): {first}. "
+      "Nothing was changed; put a backup in its place, or start over with --fresh"
     )
   return None, {}
 
 
 def _find_fault(workdir: Path, folder: Path) -> str | None:
-  """Why a run cannot go on from a checkpoint, or None."""
+  """Returns why a run cannot resume from a checkpoint; None where it can."""
   if damage := manifest.find_damage(folder):
     return damage
   recorded = read_run_files(workdir)
   try:
-    contradiction = find_contradiction(recorded, read_run_files(folder), manifest.read_manifest(folder))
+    contradiction = find_contradiction(
+      recorded, read_run_files(folder), manifest.read_manifest(folder)
+    )
   except UserError as error:
-    if may_pass(error):
+    if is_temporary(error):
       raise
     return str(error)
   return contradiction and f"{folder} is of another run: {contradiction}"
 
 
 def find_contradiction(recorded: RunFiles, copies: RunFiles, described: Manifest) -> str | None:
-  """In what a checkpoint is that of another run than its folder's, or None.
+  """Finds a difference that shows that a checkpoint belongs to another run than its folder.
 
   Args:
-    recorded: the run folder's.
+    recorded: the run folder's files.
     copies: the checkpoint's.
     described: the checkpoint's manifest.
+
+  Returns:
+    The first difference, for a person; None where there is none.
   """
   if differing := differences(recorded.experiment, copies.experiment):
     setting, (here, there) = next(iter(differing.items()))
     return f"{setting} is {there} in its experiment.json, and {here} in the run folder's"
   if copies.tokenizer.digest != recorded.tokenizer.digest:
     return "its tokenizer.json is not the run folder's"
-  if copies.data["sha256"] != recorded.data["sha256"] or described.data.get("sha256") != recorded.data["sha256"]:
+  if (
+    copies.data["sha256"] != recorded.data["sha256"]
+    or described.data.get("sha256") != recorded.data["sha256"]
+  ):
     return "it was trained on data with another SHA-256"
   sequences = described.step * recorded.experiment.data.batch_size
   if described.data.get("sequences") != sequences:
-    return f"its manifest counts {str(described.data.get('sequences'))[:20]} sequences, and its steps take {sequences}"
+    counted = str(described.data.get("sequences"))[:20]
+    return f"its manifest counts {counted} sequences, and its steps take {sequences}"
   return None
+
+
+# --- When the host looks at a run: no bit of the training depends on it ---
+
+SECONDS_PER_CALL = 8.0  # of training between two looks at signals and the clock
+
+
+def next_stop(
+  step: int, train: TrainConfig, epoch_steps: int | None = None, block_steps: int | None = None
+) -> int:
+  """Computes the step at which a call ends: the first, where something is due, or the last.
+
+  Args:
+    step: updates that are done.
+    train: says when what is due; `steps` resolved.
+    epoch_steps: updates in an epoch, where the run is counted in epochs.
+    block_steps: the corpus is on the devices up to the next multiple of this; None for all of it.
+  """
+  if step == 0:
+    return min(1, train.steps)
+  stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, epoch_steps)]
+  periods = (train.save_every, train.eval_every, train.sample_every, block_steps)
+  return min(stops + [(step // period + 1) * period for period in periods if period])
+
+
+def next_line(step: int, log_every: int, epoch_steps: int | None) -> int:
+  """Computes the first step after `step` at which a line of progress is due.
+
+  In a run counted in epochs the steps of each epoch are counted anew.
+  """
+  if epoch_steps is None:
+    return (step // log_every + 1) * log_every
+  begin = step // epoch_steps * epoch_steps
+  return min(begin + epoch_steps, begin + ((step - begin) // log_every + 1) * log_every)
+
+
+def is_sample_due(step: int, train: TrainConfig) -> bool:
+  """Returns whether texts are due after a step; at the end of the run its caller samples."""
+  return bool(train.sample_every and step % train.sample_every == 0 and step < train.steps)
+
+
+def is_save_due(step: int, train: TrainConfig, seconds: float) -> bool:
+  """Returns whether a checkpoint is due after a step, `seconds` after the one before."""
+  by_steps = train.save_every and step % train.save_every == 0
+  by_clock = train.save_every_seconds is not None and seconds >= train.save_every_seconds
+  return bool(by_steps or by_clock)

@@ -1,6 +1,6 @@
-"""python -m jgpt.prepare: token files from text or JSON lines of any size.
+"""Runs `python -m jgpt.prepare`: makes token files from text or JSON lines of any size.
 
-Responsible for the command line and for saying how far it is; the work is in `preparation.py`. Imports no jax.
+Prints progress and what was made; the work is in `data/preparation.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jgpt import cli
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.data.preparation import Preparation
 
-LINE_SECONDS = 10.0  # between two lines where there is no terminal
-BAR_SECONDS = 0.1
-# The experiment to try each kind of tokenizer with.
+LINE_SECONDS = 10.0  # between two lines of progress, where there is no terminal
+BAR_SECONDS = 0.1  # between two updates of the bar
+# The experiment that is suggested for each kind of tokenizer.
 EXPERIMENTS = {
   "gpt2": "gpt2_shakespeare",
   "bytes": "shakespeare_bytes",
@@ -43,18 +43,26 @@ def main(argv: list[str] | None = None) -> int:
   )
   before = preparation.read_preparation(wanted.out)
   began = time.perf_counter()
-  with _Progress(wanted.num_bytes) as progress:
+  with PreparationProgress(wanted.num_bytes) as progress:
     manifest = preparation.prepare(wanted, progress.update)
   if before is not None and before["finished"]:
     print(f"{wanted.out} is finished already: nothing was changed")
   for label, line in describe_preparation(wanted, manifest, time.perf_counter() - began):
     print(f"{label:<12}{line}")
-  print(f"\nnext:\n  {next_command(wanted)}")
+  print(f"\nnext:\n  {format_next_command(wanted)}")
   return 0
 
 
-def describe_preparation(wanted: Preparation, manifest: dict[str, Any], seconds: float) -> list[tuple[str, str]]:
-  """What was made, as labelled lines."""
+def describe_preparation(
+  wanted: Preparation, manifest: dict[str, Any], seconds: float
+) -> list[tuple[str, str]]:
+  """Describes the token files that were made, as labelled lines.
+
+  Args:
+    wanted: inputs, tokenizer and output.
+    manifest: from `preparation.prepare`.
+    seconds: that it took.
+  """
   tokens = {"val": 0, "train": 0}
   for file in manifest["files"]:
     tokens[file["name"].rsplit("_", 2)[1]] += file["tokens"]
@@ -64,13 +72,17 @@ def describe_preparation(wanted: Preparation, manifest: dict[str, Any], seconds:
     ("input", f"{num_inputs:,} {'file' if num_inputs == 1 else 'files'}, {num_bytes:,} bytes"),
     ("vocabulary", wanted.tokenizer.describe()),
     ("tokens", f"{tokens['train']:,} for training, {tokens['val']:,} held out"),
-    ("files", f"{wanted.out / names[0]}" + (f" ... {names[-1]} ({len(names):,} files)" if len(names) > 1 else "")),
+    (
+      "files",
+      f"{wanted.out / names[0]}"
+      + (f" ... {names[-1]} ({len(names):,} files)" if len(names) > 1 else ""),
+    ),
     ("time", f"{seconds:.1f} s"),
   ]
 
 
-def next_command(wanted: Preparation) -> str:
-  """How to train on what was made."""
+def format_next_command(wanted: Preparation) -> str:
+  """Formats the command that trains on the token files."""
   import shlex
 
   from jgpt.text.tokenizer import kind_of
@@ -78,11 +90,11 @@ def next_command(wanted: Preparation) -> str:
   kind = kind_of(wanted.tokenizer)
   size = f" --set data.bpe_vocab_size={wanted.tokenizer.vocab_size}" if kind == "bpe" else ""
   path = shlex.quote(f"data.path={wanted.out}")
-  return f"{cli.python_word()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
+  return f"{cli.python_command()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
 
 
-class _Progress:
-  """Says how far the work is: a bar on a terminal, else a line now and then, both on standard error."""
+class PreparationProgress:
+  """Progress on standard error: a bar on a terminal, otherwise a line every ten seconds."""
 
   def __init__(self, num_bytes: int):
     self._num_bytes = num_bytes
@@ -93,13 +105,16 @@ class _Progress:
       from rich import console, progress
 
       columns = (
-        *(progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), progress.DownloadColumn()),
-        *(progress.TransferSpeedColumn(), progress.TimeRemainingColumn()),
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
       )
       self._bar = progress.Progress(*columns, transient=True, console=console.Console(stderr=True))
       self._task = self._bar.add_task("tokens", total=num_bytes)
 
-  def __enter__(self) -> _Progress:
+  def __enter__(self) -> PreparationProgress:
     return self
 
   def __exit__(self, *exception: object) -> None:
@@ -107,7 +122,13 @@ class _Progress:
       self._bar.stop()
 
   def update(self, done: int, tokens: int) -> None:
-    """Takes the bytes of input and the ids that are done; what an earlier start did counts for no speed."""
+    """Shows the progress, if it is time to.
+
+    Args:
+      done: bytes of input that are encoded. Those of the first call, which an earlier start
+        encoded, do not count for the speed.
+      tokens: written so far.
+    """
     now = time.perf_counter()
     if self._first is None:
       self._first = done
@@ -120,15 +141,16 @@ class _Progress:
       return
     rate = max(done - self._first, 1) / max(now - self._began, 1e-9)
     left = f", {(self._num_bytes - done) / rate:,.0f} s left" if done < self._num_bytes else ""
-    share = f"{done / 1e6:,.1f} of {self._num_bytes / 1e6:,.1f} MB ({100 * done / max(1, self._num_bytes):.0f}%)"
-    print(f"{share}, {tokens:,} tokens, {rate / 1e6:.1f} MB/s{left}", file=sys.stderr, flush=True)
+    share = f"{100 * done / max(1, self._num_bytes):.0f}%"
+    size = f"{done / 1e6:,.1f} of {self._num_bytes / 1e6:,.1f} MB ({share})"
+    print(f"{size}, {tokens:,} tokens, {rate / 1e6:.1f} MB/s{left}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m jgpt.prepare",
-    description="Make token files, in llm.c's format, from text or JSON lines of any size; the same command goes on "
-    "where one was interrupted.",
+    description="Make token files, in llm.c's format, from text or JSON lines of any size; the "
+    "same command resumes one that was interrupted.",
   )
   parser.add_argument(
     "--data",
@@ -140,22 +162,38 @@ def _parser() -> argparse.ArgumentParser:
     "--tokenizer",
     required=True,
     metavar="NAME",
-    help="gpt2, bytes, or the path of a tokenizer.json, jgpt's or Hugging Face's, or of a folder with one, as a run's",
+    help="gpt2, bytes, or the path of a tokenizer.json, jgpt's or Hugging Face's, or of a folder "
+    "with one, such as a run folder",
   )
-  parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; begins the files' names")
+  parser.add_argument(
+    "--out",
+    required=True,
+    metavar="DIR",
+    help="folder to make; the files' names begin with its name",
+  )
   parser.add_argument(
     "--documents",
     choices=("paragraphs", "lines", "files"),
     default="paragraphs",
-    help="what a document of text is; the end-of-text token, where the tokenizer has one, is put before each (default: "
-    "paragraphs, parted by blank lines)",
-  )
-  parser.add_argument("--field", default="text", metavar="NAME", help="of the text in a line of JSON (default: text)")
-  parser.add_argument(
-    "--heldout-tokens", type=int, default=32_768, metavar="N", help="the first, for validation (default: 32768; 0: none)"
+    help="what a document of text is; the end-of-text token, where the tokenizer has one, is put "
+    "before each (default: paragraphs, separated by blank lines)",
   )
   parser.add_argument(
-    "--shard-tokens", type=int, default=100_000_000, metavar="N", help="in a training file (default: 100000000)"
+    "--field", default="text", metavar="NAME", help="of the text in a line of JSON (default: text)"
+  )
+  parser.add_argument(
+    "--heldout-tokens",
+    type=int,
+    default=32_768,
+    metavar="N",
+    help="the first, for validation (default: 32768; 0: none)",
+  )
+  parser.add_argument(
+    "--shard-tokens",
+    type=int,
+    default=100_000_000,
+    metavar="N",
+    help="in a training file (default: 100000000)",
   )
   return parser
 

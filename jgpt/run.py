@@ -1,6 +1,7 @@
-"""python -m jgpt.run: train an experiment, show what happens, keep it in a folder, and end with samples.
+"""Runs `python -m jgpt.run`: trains an experiment, prints its progress, keeps it, and samples.
 
-Responsible for the command line and for what a person sees. What it does is in `train.py` and can be called from Python.
+Arguments and what is printed. From Python call `plan_run`, in `plan.py`, and `train_run`, in
+`train.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   if not args.experiment:
     raise UserError(
-      f"choose an experiment: --experiment NAME, one of {', '.join(catalog.list_experiments())}; or see --list"
+      f"choose an experiment: --experiment NAME, one of {', '.join(catalog.list_experiments())}; "
+      "or see --list"
     )
   name = Path(args.experiment).stem
   base = catalog.load_experiment(args.experiment)
@@ -50,13 +52,19 @@ def main(argv: list[str] | None = None) -> int:
     print(format_config(name, experiment))
     return 0
   with signals.exit_on_signals() as stop:
-    with stop.leaving("stopped before training; nothing is lost, the same command begins again or goes on"):
+    with stop.leaving(
+      "stopped before training; nothing is lost, the same command begins again or goes on"
+    ):
       from jgpt.devices import runtime
       from jgpt.plan import default_workdir
 
       if note := runtime.set_up():
         print(note, file=sys.stderr)
-      workdir = Path(os.path.expanduser(args.workdir)) if args.workdir else default_workdir(name, base, experiment)
+      workdir = (
+        Path(os.path.expanduser(args.workdir))
+        if args.workdir
+        else default_workdir(name, base, experiment)
+      )
       plan = _plan(args, name, experiment, workdir)
     return _train(args, base, experiment, plan, stop)
 
@@ -64,26 +72,57 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m jgpt.run",
-    description="Train an experiment. The same command again goes on where it stopped, or samples when it is finished.",
+    description="Train an experiment. The same command again resumes where it stopped, or samples "
+    "when it is finished.",
   )
-  parser.add_argument("--experiment", metavar="NAME", help="an experiment of --list, or the path of a file ending in .py")
-  parser.add_argument("--list", action="store_true", help="list the experiments and stop")
-  parser.add_argument("--print-config", action="store_true", help="print every setting as --set takes it, and stop")
   parser.add_argument(
-    "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting; repeat for more"
+    "--experiment",
+    metavar="NAME",
+    help="an experiment of --list, or the path of a file ending in .py",
   )
-  parser.add_argument("--steps", type=int, metavar="N", help="updates in all (train.steps); 0 keeps weights as they are")
+  parser.add_argument("--list", action="store_true", help="list the experiments and stop")
+  parser.add_argument(
+    "--print-config", action="store_true", help="print every setting as --set takes it, and stop"
+  )
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="SECTION.FIELD=VALUE",
+    help="change a setting; repeat for more",
+  )
+  parser.add_argument(
+    "--steps",
+    type=int,
+    metavar="N",
+    help="updates in all (train.steps); 0 keeps weights as they are",
+  )
   parser.add_argument(
     "--init-from",
     metavar="PATH",
-    help="weights to begin from (train.init_from): a Hugging Face folder or model.safetensors, llm.c's .bin, a run folder "
-    "or its checkpoints/STEP, or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
+    help="weights to begin from (train.init_from): a Hugging Face folder or model.safetensors, "
+    "llm.c's .bin, a run folder or its checkpoints/STEP, or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
   )
-  parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)")
-  parser.add_argument("--workdir", metavar="DIR", help="run folder; without it runs/NAME, changed settings in the name")
-  parser.add_argument("--fresh", action="store_true", help="set the run folder aside and start over")
-  parser.add_argument("--resume", action="store_true", help="go on with the run in the folder; an error where none is")
-  parser.add_argument("--log-every", type=int, metavar="N", help="updates between two lines of progress (train.log_every)")
+  parser.add_argument(
+    "--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)"
+  )
+  parser.add_argument(
+    "--workdir",
+    metavar="DIR",
+    help="run folder; without it runs/NAME, changed settings in the name",
+  )
+  parser.add_argument(
+    "--fresh", action="store_true", help="set the run folder aside and start over"
+  )
+  parser.add_argument(
+    "--resume", action="store_true", help="resume the run in the folder; an error if there is none"
+  )
+  parser.add_argument(
+    "--log-every",
+    type=int,
+    metavar="N",
+    help="updates between two lines of progress (train.log_every)",
+  )
   return parser
 
 
@@ -91,47 +130,69 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def format_list() -> str:
-  """The table of experiments: name, parameters, data, description, expected result."""
+  """Formats the table of experiments: name, parameters, data, description, expected result."""
   rows = [("experiment", "parameters", "data", "what it is", "expected loss")]
   for name in catalog.list_experiments():
     experiment, doc = catalog.load_experiment_file(name)
     expected = "; ".join(
-      f"{'held out' if e.heldout else 'training'} {e.loss_nats_per_token:.2f} ± {e.band:.2f} on {e.data}"
+      f"{'held out' if e.heldout else 'training'} {e.loss_nats_per_token:.2f} ± {e.band:.2f} on "
+      f"{e.data}"
       for e in experiment.expected
     )
     what = doc.strip().splitlines()[0].partition(": ")[2] or doc.strip().splitlines()[0]
-    rows.append((name, f"{_num_params(experiment):,}", experiment.data.path or experiment.data.source, what, expected))
+    rows.append(
+      (
+        name,
+        f"{_count_resolved_params(experiment):,}",
+        experiment.data.path or experiment.data.source,
+        what,
+        expected,
+      )
+    )
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+  return "\n".join(
+    "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+  )
 
 
 def format_config(name: str, experiment: Experiment) -> str:
-  """Every setting as `--set` takes it."""
+  """Formats every setting as `--set` takes it."""
   sizes = {n: getattr(experiment.model, n) for n in GPT2_SIZES["d12"]}
   known = [f" ({SIZE}={size})" for size, there in GPT2_SIZES.items() if there == sizes]
-  lines = [f"# {name}: {_num_params(experiment):,} parameters{''.join(known)}"]
+  lines = [f"# {name}: {_count_resolved_params(experiment):,} parameters{''.join(known)}"]
   return "\n".join(lines + [f"{k}={format_value(v)}" for k, v in list_settings(experiment).items()])
 
 
-def _num_params(experiment: Experiment) -> int:
+def _count_resolved_params(experiment: Experiment) -> int:
+  """Counts the parameters of an experiment whose settings are not resolved, without its data."""
   return count_params(resolve(experiment, expected_vocab_size(experiment.data)).model)
 
 
 def set_run_aside(folder: Path) -> Path | None:
-  """Renames a run folder to a name that is free, and returns that; None where there is nothing.
+  """Renames a run folder to a free name.
+
+  Returns:
+    The new path; None where the folder is absent or empty.
 
   Raises:
-    UserError: if there is something else than a run folder.
+    UserError: if it is not a run folder, another process writes to it, or it is the current folder.
   """
   here, folder = Path.cwd(), folder.absolute()
   if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
     return None
   if not os.path.lexists(folder / "experiment.json"):
-    raise UserError(f"{folder} is not a run folder, so --fresh leaves it alone. Choose another --workdir")
+    raise UserError(
+      f"{folder} is not a run folder, so --fresh leaves it alone. Choose another --workdir"
+    )
   if locks.is_held(folder):
-    raise UserError(f"{folder} is being written by another process ({locks.describe_holder(folder)}). Wait until it ends")
+    raise UserError(
+      f"{folder} is being written by another process ({locks.describe_holder(folder)}). Wait until "
+      "it ends"
+    )
   if here.is_relative_to(folder):
-    raise UserError(f"--fresh cannot rename {folder}, the folder you are in. Go one up and name it with --workdir")
+    raise UserError(
+      f"--fresh cannot rename {folder}, the folder you are in. Go one up and name it with --workdir"
+    )
   number = 1
   while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
     number += 1
@@ -143,7 +204,12 @@ def set_run_aside(folder: Path) -> Path | None:
 
 
 def report_download(done: int, total: int) -> None:
-  """Says how much of a download is there: in one line that is written anew on a terminal, else at every tenth."""
+  """Prints the progress of a download: on a terminal in one line, otherwise every 10%.
+
+  Args:
+    done: bytes.
+    total: bytes.
+  """
   percent = 100 * done // total
   words = f"downloading weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB"
   if sys.stderr.isatty():
@@ -158,12 +224,20 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
   from jgpt.runs import manifest
 
   if args.fresh and args.resume:
-    raise UserError("--fresh and --resume exclude each other: the one starts over, the other goes on")
+    raise UserError(
+      "--fresh and --resume exclude each other: the one starts over, the other goes on"
+    )
   if args.fresh:
     source = experiment.train.init_from
-    if source is not None and Path(os.path.expanduser(source)).resolve().is_relative_to(workdir.resolve()):
-      raise UserError(f"--fresh would set {workdir} aside, where the weights to begin from are. Choose another --workdir")
-    plan_run(experiment, report=report_download)  # what is wrong with the settings is said before anything is moved
+    if source is not None and Path(os.path.expanduser(source)).resolve().is_relative_to(
+      workdir.resolve()
+    ):
+      raise UserError(
+        f"--fresh would set {workdir} aside, where the weights to begin from are. Choose another "
+        "--workdir"
+      )
+    # Raises what is wrong with the settings, before anything is moved.
+    plan_run(experiment, report=report_download)
     if old := set_run_aside(workdir):
       print(f"the old run is kept in {old}")
   if args.resume:
@@ -171,9 +245,12 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
   return plan_run(experiment, workdir=workdir, name=name, report=report_download)
 
 
-def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop) -> int:
-  """Trains, says what was learned and how to go on; returns the exit status."""
+def _train(
+  args: argparse.Namespace, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop
+) -> int:
+  """Trains, and prints what was learned and what to try next; returns the exit status."""
   from jgpt import train
+  from jgpt.generate import sample_texts
   from jgpt.report import summary
   from jgpt.report.console import ConsoleWriter
   from jgpt.report.verdict import compare_expected
@@ -188,7 +265,10 @@ def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, p
   if plan.start_step >= steps and not steps:
     print("no updates: this makes a run folder of the weights")
   elif plan.start_step >= steps:
-    print(f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh begins anew")
+    print(
+      f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh "
+      "begins anew"
+    )
   else:
     if plan.start_step:
       print(f"going on from step {plan.start_step:,}")
@@ -198,7 +278,9 @@ def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, p
       start_step=plan.start_step,
       epoch_steps=plan.epoch_steps,
     )
-    writers, sample_at = [console], console.is_line if console.wants_samples and plan.data.documents else None
+    writers = [console]
+    if console.wants_samples and plan.data.documents:
+      sample_at = console.is_line_due
   print(end="", flush=True)
   began = time.perf_counter()
   result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
@@ -207,31 +289,35 @@ def _train(args: argparse.Namespace, base: Experiment, experiment: Experiment, p
   if result.signal:
     stop.leave(saved)
   with stop.leaving(saved):
-    texts = train.sample_texts(plan, result.state.params, step)
+    texts = sample_texts(result.state.params, result.tokenizer, step, result.experiment)
     samples = make_subfolder(plan.workdir, "samples")
     files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
     summary.print_result(plan, result, texts, time.perf_counter() - began)
-    expected = base.expected if summary.comparable(base, experiment) else ()
+    expected = base.expected if summary.is_comparable(base, experiment) else ()
     if words := compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
       print(f"{words}\n")
-    summary.print_next(plan, texts, summary.command_line(args.experiment, base, experiment))
+    summary.print_next(plan, texts, summary.format_command(args.experiment, base, experiment))
     if plan.start_step < steps:
       print_compiler_check(plan)
   return 0
 
 
 def print_compiler_check(plan: Plan) -> None:
-  """After the first run on a machine, when nobody waits for anything: whether its compiler computes what is written."""
+  """Compares compiled gradients with a reference, once per machine, and prints the result.
+
+  Called after a run's results are printed, because it takes seconds.
+  """
   from jgpt.devices import canary, runtime
 
-  print(end="", flush=True)  # the check takes seconds
+  print(end="", flush=True)
   try:
-    check = canary.check_once(plan.experiment, runtime.devices()[0].platform)
-  except (RuntimeError, MemoryError) as error:  # the run is finished and saved whatever becomes of this
+    comparison = canary.compare_once(plan.experiment, runtime.devices()[0].platform)
+  except (RuntimeError, MemoryError) as error:  # the run itself is finished and saved
     print(f"\nthe compiler could not be checked: {first_line(error)[:200]}", file=sys.stderr)
     return
-  if check is not None:
-    print(f"\n{canary.describe_check(check)}", file=sys.stdout if check.passed else sys.stderr)
+  if comparison is not None:
+    file = sys.stdout if comparison.passed else sys.stderr
+    print(f"\n{canary.describe_comparison(comparison)}", file=file)
 
 
 if __name__ == "__main__":

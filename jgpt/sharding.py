@@ -1,7 +1,7 @@
-"""Where arrays live.
+"""The mesh, and how arrays lie over it and in memory.
 
-Responsible for the mesh and for mapping logical axes (those of `param_table`, and the batch) to mesh axes. Pure: given the
-devices, it decides placements and moves nothing. A new mesh axis is a new entry in `RULES`; the step does not change.
+Logical axes, those of `param_table` and of the batch, are mapped to mesh axes by `RULES`. Nothing
+is moved here: functions return shardings, or constrain traced arrays.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jgpt.batches import Cut
 from jgpt.config import Experiment, ModelConfig
 from jgpt.errors import UserError
 from jgpt.params import param_at
@@ -22,53 +21,73 @@ RULES = {"batch": "data"}
 
 
 def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
-  """Lays devices out as a mesh with the axis "data".
+  """Makes a mesh of devices with the axis "data".
 
   Args:
-    experiment: `mesh.data` says how many to use; None means all.
-    devices: those there are.
+    experiment: `mesh.data` is the number of devices to use; None uses all.
+    devices: all there are.
 
   Raises:
-    UserError: if there are fewer devices than asked for, or they do not divide the batch.
+    UserError: if there are fewer devices than `mesh.data`, or they do not divide the batch.
   """
   num_data = experiment.mesh.data or len(devices)
   batch, micro = experiment.data.batch_size, experiment.train.micro_batch_size
-  most = max(n for n in range(1, len(devices) + 1) if (micro or batch) % n == 0)  # micro-batches divide the batch
+  # Micro-batches divide the batch, so that what divides them divides it.
+  most = max(n for n in range(1, len(devices) + 1) if (micro or batch) % n == 0)
   if num_data > len(devices):
     raise UserError(
-      f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set mesh.data={most}"
+      f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set "
+      f"mesh.data={most}"
     )
   if (micro or batch) % num_data:
     name, size = ("train.micro_batch_size", micro) if micro else ("data.batch_size", batch)
     below, above = size // num_data * num_data, -(-size // num_data) * num_data
     nearest = f"{below} or {above}" if below else f"{above}"
-    batches = f" --set data.batch_size={-(-batch // above) * above}" if micro and batch % above else ""
+    batches = ""
+    if micro and batch % above:
+      batches = f" --set data.batch_size={-(-batch // above) * above}"
     raise UserError(
-      f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try --set {name}={above}{batches} "
-      f"or --set mesh.data={most}"
+      f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try "
+      f"--set {name}={above}{batches} or --set mesh.data={most}"
     )
-  return jax.make_mesh((num_data,), ("data",), devices=devices[:num_data], axis_types=(AxisType.Auto,))
+  return jax.make_mesh(
+    (num_data,), ("data",), devices=devices[:num_data], axis_types=(AxisType.Auto,)
+  )
 
 
 def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Maps logical axes to a partition spec; a dimension that its mesh axis does not divide is replicated."""
-  mesh_axes = (RULES.get(axis) if axis else None for axis in axes)
-  return P(*(m if m and size % mesh.shape[m] == 0 else None for m, size in zip(mesh_axes, shape, strict=True)))
+  """Maps logical axes to a partition spec.
+
+  A dimension that its mesh axis does not divide is replicated.
+  """
+  spec = []
+  for axis, size in zip(axes, shape, strict=True):
+    mesh_axis = RULES.get(axis)
+    divides = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
+    spec.append(mesh_axis if divides else None)
+  return P(*spec)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of every array of a `Batch`: dimension 0 is divided."""
+  """Returns the sharding of every array of a `Batch`: dimension 0 is divided."""
   return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def cut_shardings(mesh: Mesh) -> Cut:
-  """The shardings of a `Cut`: each device holds its rows of every batch."""
-  rows = NamedSharding(mesh, P(None, RULES["batch"]))
-  return Cut(windows=rows, counts=rows, first_step=replicated(mesh))
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Constrains how a traced array lies over the mesh that is set; without a mesh returns it.
+
+  Args:
+    x: inside jit.
+    axes: one logical axis per dimension; None is never divided.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
@@ -76,8 +95,9 @@ def param_shardings(params: dict, config: ModelConfig, mesh: Mesh) -> dict:
   """Derives the shardings of parameters from `param_table`.
 
   Args:
-    params: their shapes, blocks stacked or a list; stacked layers add a dimension in front that is not divided.
-    config: sizes and switches.
+    params: their shapes, blocks stacked or a list; stacked layers add a dimension in front that is
+      not divided.
+    config: of the network.
     mesh: from `make_mesh`.
   """
 
@@ -90,11 +110,11 @@ def param_shardings(params: dict, config: ModelConfig, mesh: Mesh) -> dict:
 
 
 def state_shardings(state: Any, config: ModelConfig, mesh: Mesh) -> Any:
-  """Derives the shardings of a whole state: each subtree shaped like the parameters lies as they do.
+  """Derives the shardings of a state: subtrees shaped like the parameters are sharded as they are.
 
   Args:
     state: its shapes, from `jax.eval_shape`.
-    config: sizes and switches.
+    config: of the network.
     mesh: from `make_mesh`.
   """
   shardings = param_shardings(state.params, config, mesh)
@@ -103,13 +123,20 @@ def state_shardings(state: Any, config: ModelConfig, mesh: Mesh) -> Any:
   def is_params(subtree) -> bool:
     return jax.tree.structure(subtree) == structure
 
-  return jax.tree.map(lambda subtree: shardings if is_params(subtree) else replicated(mesh), state, is_leaf=is_params)
+  return jax.tree.map(
+    lambda subtree: shardings if is_params(subtree) else replicated(mesh), state, is_leaf=is_params
+  )
+
+
+def arrange_blocks(tree: Any, layers: str) -> Any:
+  """Arranges blocks as `compute.layers` says: a list for "unroll", else stacked."""
+  return unstack_blocks(tree) if layers == "unroll" else stack_blocks(tree)
 
 
 def stack_blocks(tree: Any) -> Any:
-  """Turns every list named "blocks" in a pytree (parameters, moments, a whole state) into stacked arrays.
+  """Stacks every list named "blocks" in a pytree: parameters, moments or a whole state.
 
-  A tree whose blocks are stacked already comes back as it is.
+  Blocks that are stacked already stay as they are.
   """
 
   def stack(params: Any) -> Any:
@@ -121,13 +148,15 @@ def stack_blocks(tree: Any) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-  """Turns every "blocks" of stacked arrays in a pytree into a list with a dict for each layer: undoes `stack_blocks`."""
+  """Turns stacked "blocks" in a pytree into lists with a dict for each layer."""
 
   def unstack(params: Any) -> Any:
     if not _has_blocks(params) or not isinstance(params["blocks"], dict):
       return params
     num_layers = len(jax.tree.leaves(params["blocks"])[0])
-    return params | {"blocks": [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(num_layers)]}
+    return params | {
+      "blocks": [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(num_layers)]
+    }
 
   return jax.tree.map(unstack, tree, is_leaf=_has_blocks)
 

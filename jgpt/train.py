@@ -1,8 +1,8 @@
 """The host loop: the one place where time, files and printing meet the compiled step.
 
-Responsible for planning a run (its data, its resolved settings, its mesh), and for running it: restoring or initialising
-the state, calling `train_steps`, handing metrics to writers one call late, saving, stopping on a signal. Everything that
-is computed is in the pure files it calls.
+`train_run` restores or initialises the state, calls `train_steps`, hands metrics to writers one
+call late, saves, and stops on a signal. What is computed is in the pure files; deciding what a run
+will be is in `plan.py`, compiling it in `program.py`.
 """
 
 from __future__ import annotations
@@ -11,41 +11,37 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-import jax
 import numpy as np
 
 from jgpt import sharding
-from jgpt.config import Experiment, TrainConfig
-from jgpt.devices import runtime
+from jgpt.config import Experiment
 from jgpt.errors import TrainingError
-from jgpt.evaluation import begin_evaluation, evaluate_heldout
-from jgpt.generate import begin_texts
-from jgpt.keys import SAMPLE, derive_key
-from jgpt.plan import Plan, claim_folder
+from jgpt.evaluation import begin_due_evaluation, evaluate_heldout
+from jgpt.generate import begin_samples
+from jgpt.plan import SECONDS_PER_CALL, Plan, claim_folder, is_sample_due, is_save_due, next_stop
 from jgpt.program import Program, compile_program
 from jgpt.runs import checkpoint
-from jgpt.runs.health import explain
-from jgpt.runs.log import JsonlWriter, Log, Writer, read_losses
-from jgpt.sharding import stack_blocks
-from jgpt.step import MAX_STEPS_PER_CALL, TrainState
+from jgpt.runs.health import explain_stop
+from jgpt.runs.log import Call, JsonlWriter, Log, Writer, close_quietly, collect_losses
+from jgpt.step import TrainState
 from jgpt.system.signals import Stop, describe_stop, stop_signals
 from jgpt.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a run came to.
+  """The outcome of a run.
 
   Attributes:
-    state: after the last update; its blocks are stacked or a list, whichever the run used.
+    state: after the last update; blocks stacked or a list, as the run used them.
     losses: training loss of each update since the run first began, nats per token, float32.
-    heldout_losses: (updates, loss in nats per token) of each evaluation since the run first began.
-    heldout_loss: nats per token over the whole held-out part; None where nothing is held out or the run was interrupted.
-    heldout_tokens: how many tokens that is over.
+    heldout_losses: (updates, nats per token) of each evaluation since the run first began.
+    heldout_loss: nats per token over the whole held-out part; None where nothing is held out or the
+      run was interrupted.
+    heldout_tokens: predictions that `heldout_loss` is over.
     tokenizer: of the run.
-    experiment: resolved.
+    experiment: resolved, `compute` for the devices that the run used.
     signal: the signal that ended the run early, or None.
   """
 
@@ -60,8 +56,8 @@ class Result:
 
   @property
   def params(self) -> dict:
-    """The parameters after the last update, as `init_params` returns them."""
-    return stack_blocks(self.state.params)
+    """Returns the parameters after the last update, as `init_params` returns them."""
+    return sharding.stack_blocks(self.state.params)
 
 
 def train_run(
@@ -74,71 +70,73 @@ def train_run(
   """Trains to `train.steps` updates, or until a signal; then evaluates on the whole held-out part.
 
   Args:
-    plan: from `plan`.
-    writers: get the metrics of each compiled call; closed at the end. The run folder's metrics.jsonl is written besides.
-    sample_at: says after which updates texts are drawn for the writers, besides `train.sample_every`; that changes no
-      bit of the training.
-    stop: what signals mean; None collects the first, which ends the training, and lets the second interrupt Python.
+    plan: from `plan_run`.
+    writers: get the metrics of each compiled call, and are closed at the end. The run folder's
+      metrics.jsonl is written besides.
+    sample_at: says after which updates texts are drawn for the writers, besides
+      `train.sample_every`; it changes no bit of the training.
+    stop: what signals mean; None collects the first, which ends the training, and lets the second
+      interrupt Python.
 
   Raises:
-    UserError: if the devices do not fit the settings, another process writes to the run folder, or it cannot be read.
-    TrainingError: if updates were skipped `train.max_consecutive_skips` times in a row, or the parameters are not finite.
+    UserError: if the devices do not fit the settings, another process writes to the run folder, or
+      the folder cannot be read.
+    TrainingError: if `train.max_consecutive_skips` updates in a row were skipped, or the parameters
+      are not finite.
+
+  Example:
+    >>> plan = jgpt.plan_run(jgpt.load_experiment("names"))
+    >>> result = jgpt.train_run(plan)
+    >>> result.losses[-1]
   """
-  experiment, workdir = plan.experiment, plan.workdir
-  mesh = sharding.make_mesh(experiment, runtime.devices())
+  workdir, train = plan.workdir, plan.experiment.train
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     saved_step, manager, rows = None, None, ()
     for writer in writers:
-      stack.callback(_close_quietly, writer)
+      stack.callback(close_quietly, writer)
     if workdir is not None:
-      saved_step = claim_folder(plan, mesh, stack)
-      train = experiment.train
-      manager = stack.enter_context(
-        checkpoint.open_checkpoints(workdir, keep_latest=train.keep_latest, keep_best=train.keep_best)
-      )
+      saved_step = claim_folder(plan, stack)
+      keep = {"keep_latest": train.keep_latest, "keep_best": train.keep_best}
+      manager = stack.enter_context(checkpoint.open_checkpoints(workdir, **keep))
       log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
-      stack.callback(_close_quietly, log_file)
+      stack.callback(close_quietly, log_file)
       rows, writers = log_file.kept, [log_file, *writers]
-    plan = dataclasses.replace(plan, start_step=saved_step or 0)  # the folder may have moved on since the plan was made
+    # The folder may have moved on since the plan was made.
+    plan = dataclasses.replace(plan, start_step=saved_step or 0)
     with stop.leaving(describe_stop(plan.start_step, workdir)):
       program = compile_program(
-        experiment,
+        plan.experiment,
         plan.data,
         plan.initial.params if plan.initial else None,
         manager=manager,
         saved_step=saved_step,
-        num_steps=experiment.train.steps - plan.start_step,
+        num_steps=train.steps - plan.start_step,
       )
-    log = Log(list(writers), rows, experiment.train.max_consecutive_skips)  # its clock starts here: compiling is no step's
+    # The log's clock starts here, so that compiling counts for no step.
+    log = Log(list(writers), rows, train.max_consecutive_skips)
     state = _loop(plan, program, manager, log, stop, sample_at)
-    if manager is not None:
-      save(manager, state, log.find_heldout_loss(int(state.step)))  # goes on in the background during the evaluation
+    step = int(state.step)
+    if manager is not None:  # goes on in the background during the evaluation
+      checkpoint.save_checkpoint(manager, state, log.find_heldout_loss(step))
     heldout_loss, heldout_tokens = None, 0
     if not stop:
       finish = manager.wait if manager else lambda: None
-      with stop.leaving(describe_stop(int(state.step), workdir), finish):
-        done = log.whole_evaluation(experiment.train)
-        heldout_loss, heldout_tokens = done or evaluate_heldout(state.params, program.heldout, experiment)
-  losses, heldout_losses = log.losses, [(step, loss) for step, loss, _ in log.evaluations]
-  if workdir is not None:  # those of earlier starts too
-    losses, heldout_losses = read_losses(workdir / "metrics.jsonl", int(state.step))
+      with stop.leaving(describe_stop(step, workdir), finish):
+        heldout_loss, heldout_tokens = log.find_whole_evaluation(train) or evaluate_heldout(
+          state.params, program.heldout, program.experiment
+        )
+  losses, heldout_losses = collect_losses(log, workdir, step)
   return Result(
     state=state,
-    losses=np.asarray(losses, np.float32),
+    losses=losses,
     heldout_losses=heldout_losses,
     heldout_loss=heldout_loss,
     heldout_tokens=heldout_tokens,
     tokenizer=plan.data.tokenizer,
-    experiment=experiment,
+    experiment=program.experiment,
     signal=stop.signal,
   )
-
-
-def save(manager: checkpoint.Manager, state: TrainState, heldout_loss: float | None = None) -> None:
-  """Saves a state under its step; on disk blocks are always stacked."""
-  stacked = jax.jit(stack_blocks)(state) if isinstance(state.params["blocks"], list) else state
-  checkpoint.save_checkpoint(manager, stacked, heldout_loss)
 
 
 def _loop(
@@ -149,102 +147,38 @@ def _loop(
   stop: Stop,
   sample_at: Callable[[int], bool] | None,
 ) -> TrainState:
-  """Runs the compiled calls; returns the last state."""
-  train, state, step = plan.experiment.train, program.state, plan.start_step
+  """Runs the compiled calls and returns the last state.
 
-  def evaluation(step: int) -> tuple[jax.Array, jax.Array] | None:
-    if not (train.eval_every and step % train.eval_every == 0 and len(program.heldout.tokens)):
-      return None
-    return begin_evaluation(state.params, program.heldout, plan.experiment, train.eval_batches)
-
-  def texts(step: int) -> Callable[[], list[str]] | None:
-    due = train.sample_every and step % train.sample_every == 0 and step < train.steps  # at the end the caller samples
-    return begin_samples(plan, state.params, step) if due or (sample_at and sample_at(step)) else None
-
-  pending, last_save = None, time.monotonic()
-  if train.steps and step not in log.evaluated and (first := evaluation(step)):  # a stop may have come before it was done
-    pending = step, 0, {}, first, None
+  A call's metrics are written while the device is busy with the next one.
+  """
+  train, tokenizer, feed = program.experiment.train, plan.data.tokenizer, program.feed
+  state, step, last_save = program.state, plan.start_step, time.monotonic()
+  pending = None
+  if train.steps and step not in log.evaluated:  # a stop may have come before it was done
+    evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
+    pending = None if evaluation is None else Call(step, 0, {}, evaluation, None)
   while step < train.steps and not stop and not log.health.exhausted:
-    num = min(next_stop(step, train, plan.epoch_steps, program.feed.block_steps) - step, log.count_steps(SECONDS_PER_CALL))
-    state, metrics = program.run_steps(program.feed.corpus_at(step), state, np.int32(num))
-    step += num
-    due = step, num, metrics, evaluation(step), texts(step)
-    if pending:  # the previous call's: the device is busy with this one meanwhile
-      log.write(*pending, stop)
-    pending = due
+    num_steps = next_stop(step, train, plan.epoch_steps, feed.block_steps) - step
+    num_steps = min(num_steps, log.count_steps(SECONDS_PER_CALL))
+    state, metrics = program.run_steps(feed.corpus_at(step), state, np.int32(num_steps))
+    step += num_steps
+    evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
+    texts = None
+    if is_sample_due(step, train) or (sample_at and sample_at(step)):
+      texts = begin_samples(state.params, tokenizer, step, program.experiment)
+    log.write(pending, stop)
+    pending = Call(step, num_steps, metrics, evaluation, texts)
     if manager is not None and is_save_due(step, train, time.monotonic() - last_save):
-      log.write(*pending, stop)  # first the rows up to here, then the checkpoint
+      log.write(pending, stop)  # the rows up to here are on disk before the checkpoint
       log.sync()
-      save(manager, state, log.find_heldout_loss(step))
+      checkpoint.save_checkpoint(manager, state, log.find_heldout_loss(step))
       pending, last_save = None, time.monotonic()
-  if pending:
-    log.write(*pending, stop)
+  log.write(pending, stop)
   log.sync()
   if log.health.exhausted:
-    _stop_training(plan, program, manager, state, log)
+    if manager is not None:
+      checkpoint.save_checkpoint(manager, state)
+      manager.wait()
+    corpus = feed.corpus_at(log.health.exhausted - 1)
+    raise TrainingError(explain_stop(program.experiment, state, corpus, log.health, plan.workdir))
   return state
-
-
-def _stop_training(
-  plan: Plan, program: Program, manager: checkpoint.Manager | None, state: TrainState, log: Log
-) -> NoReturn:
-  """Saves a state after a series of skipped updates, and says why they were skipped."""
-  first, step, kept, advice = log.health.exhausted, int(state.step), "Nothing was kept", ""
-  if manager is not None:
-    save(manager, state)
-    manager.wait()
-    last = "of the last good update" if log.health.is_skipping else "of the good updates that followed"
-    kept = f"The parameters {last} are saved as checkpoint {step} in {plan.workdir}"
-    advice = f", in another --workdir with --init-from {plan.workdir}/checkpoints/{step}"
-  words = explain(plan.experiment, state, program.feed.corpus_at(first - 1), first)
-  lower = plan.experiment.optimizer.peak_lr / 10
-  raise TrainingError(f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}{advice}")
-
-
-def sample_texts(plan: Plan, params: dict, step: int) -> list[str]:
-  """Draws texts as the experiment says; a function of the seed and the step."""
-  return begin_samples(plan, params, step)()
-
-
-def begin_samples(plan: Plan, params: dict, step: int) -> Callable[[], list[str]]:
-  """Like `sample_texts`, and returns at once: calling what it returns waits for the texts."""
-  key = derive_key(plan.experiment.train.seed, SAMPLE, step)
-  return begin_texts(params, plan.data.tokenizer, key, plan.experiment.model, plan.experiment.sample)
-
-
-def _close_quietly(writer: Writer) -> None:
-  with contextlib.suppress(OSError):  # it was said when writing failed
-    writer.close()
-
-
-SECONDS_PER_CALL = 8.0  # of training between two looks at signals and the clock; two calls may be under way
-
-
-def next_stop(step: int, train: TrainConfig, epoch_steps: int | None = None, block_steps: int | None = None) -> int:
-  """The step at which the host looks next: after the first update, where something is due, or at the end.
-
-  Args:
-    step: updates that are done.
-    train: says when what is due; `steps` resolved.
-    epoch_steps: updates in an epoch, where the run is counted in epochs.
-    block_steps: the corpus is on the devices up to the next multiple of this only; None for all of it.
-  """
-  if step == 0:
-    return min(1, train.steps)
-  stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, epoch_steps)]
-  stops += [(step // p + 1) * p for p in (train.save_every, train.eval_every, train.sample_every, block_steps) if p]
-  return min(stops)
-
-
-def next_line(step: int, log_every: int, epoch_steps: int | None) -> int:
-  """The first step after `step` at which a line of progress is due; in epochs the steps of each are counted anew."""
-  if epoch_steps is None:
-    return (step // log_every + 1) * log_every
-  begin = step // epoch_steps * epoch_steps
-  return min(begin + epoch_steps, begin + ((step - begin) // log_every + 1) * log_every)
-
-
-def is_save_due(step: int, train: TrainConfig, seconds: float) -> bool:
-  """Whether a checkpoint is due after a step, `seconds` after the one before."""
-  by_steps = train.save_every and step % train.save_every == 0
-  return bool(by_steps or (train.save_every_seconds is not None and seconds >= train.save_every_seconds))

@@ -10,15 +10,22 @@ import signal
 import tempfile
 from pathlib import Path
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs in the background; children inherit it
+if (
+  signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # so a shell starts what runs in the background; children inherit it
   signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "JGPT_TEST_CACHE" not in os.environ:  # one for this run: pytest-xdist's workers and child processes inherit it
+if (
+  "JGPT_TEST_CACHE" not in os.environ
+):  # one for this run: pytest-xdist's workers and child processes inherit it
   cache = Path(tempfile.mkdtemp(prefix="jgpt-test-cache-"))
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
-  # Compiled programs are shared between tests. No test uses the network: a download is remembered to have failed.
+  # Compiled programs are shared between tests. No test uses the network: a download is remembered
+  # to have failed.
   (cache / "gpt2").mkdir()
-  weights = [f"gpt2/{name}.safetensors" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+  weights = [
+    f"gpt2/{name}.safetensors" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+  ]
   for name in ("names.txt", "tinyshakespeare.txt", "gpt2/encoder.json", "gpt2/vocab.bpe", *weights):
     (cache / f"{name}.failed").touch()
   os.environ |= {
@@ -36,9 +43,9 @@ import small_runs
 from jgpt.devices import canary
 
 # Runs under test do not check the compiler; `test_canary.py` does.
-canary._write(
+canary.write_sound(
   Path(os.environ["JGPT_CACHE_DIR"]) / "canary.json",
-  {f"{canary._describe_compiler()}, tricks {on}": "not checked: a test" for on in (True, False)},
+  {f"{canary.describe_compiler()}, tricks {on}": "not checked: a test" for on in (True, False)},
 )
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -56,7 +63,10 @@ def x64():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Writes files, name -> text or bytes, into an empty folder, the current one; returns their paths."""
+  """Writes files, name -> text or bytes, into an empty folder, the current one.
+
+  Returns their paths.
+  """
   monkeypatch.chdir(tmp_path)
 
   def write(contents):
@@ -70,14 +80,18 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def quick():
-  """Whole runs are compiled quickly, for tests in which the program that users run is not the point."""
+  """Whole runs are compiled quickly, for tests in which the program that users run is not the
+  point.
+  """
   with small_runs.compiled_quickly():
     yield
 
 
 @pytest.fixture(autouse=True)
 def _send_measured(request):
-  """Sends what a test measured along with its report, which comes back from pytest-xdist's workers too."""
+  """Sends what a test measured along with its report, which comes back from pytest-xdist's workers
+  too.
+  """
   equivalence.MEASURED.clear()
   yield
   request.node.user_properties.extend(("measured", list(row)) for row in equivalence.MEASURED)
@@ -85,7 +99,9 @@ def _send_measured(request):
 
 def pytest_runtest_logreport(report):
   if report.when == "teardown":
-    rows.extend(equivalence.Row(*value) for name, value in report.user_properties if name == "measured")
+    rows.extend(
+      equivalence.Row(*value) for name, value in report.user_properties if name == "measured"
+    )
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,6 @@
-"""Two small runs for the tests of commands that read a run folder: one on documents, one on a stream of bytes."""
+"""Two small runs for the tests of commands that read a run folder: one on documents, one on a
+stream of bytes.
+"""
 
 import contextlib
 import dataclasses
@@ -13,7 +15,6 @@ from jgpt.config import Experiment
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.data.corpus import Data
-from jgpt.devices import compute as tricks
 from jgpt.plan import plan_run
 
 # Words of 2 to 6 letters: at a context of 5, those of 5 and 6 are cut.
@@ -42,8 +43,8 @@ class SmallRun:
 def compiled_quickly() -> Iterator[None]:
   """Steps are compiled in a hurry, and sampling and evaluation only where they are called."""
   with (
-    mock.patch.object(program, "_compile_ahead", lambda *args: None),
-    mock.patch.object(tricks, "choose_options", lambda config: QUICK),
+    mock.patch.object(program, "compile_ahead", lambda *args: None),
+    mock.patch.object(program, "choose_step_options", lambda experiment: QUICK),
   ):
     yield
 
@@ -58,13 +59,20 @@ def train_words(folder: Path) -> SmallRun:
   """Names' model on words, some of which are cut at the context."""
   path = folder / "words.txt"
   path.write_text("".join(f"{word}\n" for word in WORDS), encoding="utf-8")
-  changes = {"data.heldout_fraction": 0.2, "data.seq_len": 5, "train.steps": 60, "train.save_every": 30}
+  changes = {
+    "data.heldout_fraction": 0.2,
+    "data.seq_len": 5,
+    "train.steps": 60,
+    "train.save_every": 30,
+  }
   changes |= {"data.path": str(path), "sample.num": 1}
   return train_small(change(load_experiment("names"), changes), folder / "words")
 
 
 def train_verse(folder: Path) -> SmallRun:
-  """Random windows of bytes, with dropout, clipping that acts, decay, two layers and a warmup that begins at 0."""
+  """Random windows of bytes, with dropout, clipping that acts, decay, two layers and a warmup that
+  begins at 0.
+  """
   path = folder / "verse.txt"
   path.write_text(VERSE, encoding="utf-8")
   changes = {

@@ -1,8 +1,10 @@
-"""What the tests of the network's switches share: models that cover them, the oracles' form, and the comparisons.
+"""What the tests of the network's switches share: models that cover them, the oracles' form, and
+the comparisons.
 
-The oracles name parameters as GPT-2 does and hold matrices as (in, out); `to_oracle` and `from_oracle` are the only places
-that know both forms. `check_network`, `check_training`, `check_schedule` and `check_masks` are the comparisons.
-test_numpy_reference.py and test_torch_reference.py expect them to pass; test_planted_switches.py plants errors in jgpt and
+The oracles name parameters as GPT-2 does and hold matrices as (in, out); `to_oracle` and
+`from_oracle` are the only places that know both forms. `check_network`, `check_training`,
+`check_schedule` and `check_masks` are the comparisons. test_numpy_reference.py and
+test_torch_reference.py expect them to pass; test_planted_switches.py plants errors in jgpt and
 expects the very same functions to fail.
 """
 
@@ -20,15 +22,23 @@ import numpy as np
 from equivalence import MEASURED, QUICK, Row, UnequalError, cast, compare
 from reference import numpy_gpt
 
-import jgpt.layers
+import jgpt.attention
+import jgpt.batches
 import jgpt.model
 import jgpt.optim
 import jgpt.sharding
 import jgpt.step
 from jgpt.batches import Batch
-from jgpt.config import DataConfig, Experiment, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from jgpt.config import (
+  DataConfig,
+  Experiment,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  TrainConfig,
+)
 from jgpt.config.experiment import DROPOUT_PLACES
-from jgpt.config.settings import resolve
+from jgpt.config.settings import change, resolve
 from jgpt.params import param_table, walk
 
 # Relative to the largest entry of the leaf.
@@ -47,7 +57,8 @@ SWITCHES = {
   "tied_head": (False, True),
   "scale_embed": (False, True),
 }
-# The five systems, as `names`, `shakespeare_bpe`, `shakespeare_bytes`, `shakespeare_char` and `gpt2_shakespeare` set them.
+# The five systems, as `names`, `shakespeare_bpe`, `shakespeare_bytes`, `shakespeare_char` and
+# `gpt2_shakespeare` set them.
 SYSTEMS = {
   "microgpt": ("rms", True, False, "relu", "learned", "none", False, False),
   "NumPy GPT": ("layer", False, True, "gelu_tanh", "sinusoidal", "none", True, False),
@@ -55,12 +66,22 @@ SYSTEMS = {
   "nanoGPT": ("layer_no_bias", False, True, "gelu_erf", "learned", "none", True, False),
   "GPT-2": ("layer", False, True, "gelu_tanh", "learned", "all", True, False),
 }
-SIZES = {"vocab_size": 11, "max_seq_len": 8, "num_layers": 2, "num_heads": 2, "d_model": 8, "d_ff": 20, "init_std": 0.4}
+SIZES = {
+  "vocab_size": 11,
+  "max_seq_len": 8,
+  "num_layers": 2,
+  "num_heads": 2,
+  "d_model": 8,
+  "d_ff": 20,
+  "init_std": 0.4,
+}
 
 
 def make_model(switches: tuple, **sizes: Any) -> ModelConfig:
   """A small model with the switches given in the order of `SWITCHES`."""
-  settings = SIZES | {"scale_residual_init": False} | dict(zip(SWITCHES, switches, strict=True)) | sizes
+  settings = (
+    SIZES | {"scale_residual_init": False} | dict(zip(SWITCHES, switches, strict=True)) | sizes
+  )
   return ModelConfig(**settings)
 
 
@@ -71,7 +92,9 @@ def all_switches() -> list[tuple]:
 
 @functools.cache
 def covering_switches() -> list[tuple]:
-  """Combinations beyond the systems, so that with them every two values of two switches occur together somewhere."""
+  """Combinations beyond the systems, so that with them every two values of two switches occur
+  together somewhere.
+  """
 
   def pairs(switches: tuple) -> set:
     return set(itertools.combinations(enumerate(switches), 2))
@@ -92,7 +115,9 @@ def label(switches: tuple) -> str:
 
 @functools.cache
 def draw_params(config: ModelConfig) -> dict:
-  """Parameters as NumPy float64 arrays that are float32 numbers too; gains and biases are drawn, where an error could hide.
+  """Parameters as NumPy float64 arrays that are float32 numbers too.
+
+  Gains and biases are drawn, where an error could hide.
 
   Drawn from `param_table`, not by `init_params`: that would have to be compiled for every model.
   """
@@ -103,11 +128,15 @@ def draw_params(config: ModelConfig) -> dict:
     value = param.mean + (param.std or 0.3) * rng.normal(size=(*layers, *param.shape))
     if param.padding:
       value[-param.padding :] = 0
-    (tree["blocks"] if layers else tree)[name.removeprefix("blocks/")] = value.astype(np.float32).astype(np.float64)
+    (tree["blocks"] if layers else tree)[name.removeprefix("blocks/")] = value.astype(
+      np.float32
+    ).astype(np.float64)
   return {name: tree[name] for name in param_table(config)}
 
 
-def draw_batch(config: ModelConfig, batch_size: int = 3, seed: int = 0, seq_len: int | None = None) -> Batch:
+def draw_batch(
+  config: ModelConfig, batch_size: int = 3, seed: int = 0, seq_len: int | None = None
+) -> Batch:
   """Random ids, as many as the context holds unless `seq_len` says; some targets weigh nothing."""
   rng, seq_len = np.random.default_rng(seed), seq_len or config.max_seq_len
   ids = rng.integers(0, config.vocab_size, (batch_size, seq_len + 1)).astype(np.int32)
@@ -149,7 +178,11 @@ def _oracle_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
 def to_oracle(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
   """Turns jgpt's parameters (blocks stacked) into the oracles', which know no padding."""
   params = without_padding(params, config)
-  flat = {OUTSIDE[name]: np.asarray(value, np.float64) for name, value in params.items() if name != "blocks"}
+  flat = {
+    OUTSIDE[name]: np.asarray(value, np.float64)
+    for name, value in params.items()
+    if name != "blocks"
+  }
   for name, stacked in params["blocks"].items():
     for layer, value in enumerate(np.asarray(stacked, np.float64)):
       flat[f"h.{layer}.{INSIDE[name]}"] = value.reshape(_oracle_shape(name, config) or value.shape)
@@ -157,7 +190,9 @@ def to_oracle(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.nd
 
 
 def from_oracle(flat: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict:
-  """Turns the oracles' parameters, gradients or moments into a tree shaped like `like`, but without padding."""
+  """Turns the oracles' parameters, gradients or moments into a tree shaped like `like`, but without
+  padding.
+  """
   tree = {name: np.asarray(flat[OUTSIDE[name]]) for name in like if name != "blocks"}
   layers = range(len(like["blocks"]["w_up"]))
   tree["blocks"] = {
@@ -181,27 +216,40 @@ def oracle_names(config: ModelConfig, kinds: tuple[str, ...]) -> set[str]:
 
 def without_padding(tree: Mapping[str, Any], config: ModelConfig) -> dict:
   """Cuts the rows that exist for compute only off parameters, gradients or moments."""
-  return {name: x[: config.vocab_size] if name in ("tok_embed", "unembed") else x for name, x in tree.items()}
+  return {
+    name: x[: config.vocab_size] if name in ("tok_embed", "unembed") else x
+    for name, x in tree.items()
+  }
 
 
 # --- The comparisons ---
 
+CONSTANT_RATE = OptimizerConfig(peak_lr=1.0, schedule="constant", b1=0.9, b2=0.95, eps=1e-8)
+
 
 def numpy_oracle(
-  params: Mapping[str, Any], batch: Batch, config: ModelConfig, masks: Mapping[str, Any] | None = None
+  params: Mapping[str, Any],
+  batch: Batch,
+  config: ModelConfig,
+  masks: Mapping[str, Any] | None = None,
 ) -> dict:
-  """The logits, the loss and the gradients that the NumPy GPT derives by hand, under jgpt's names."""
+  """The logits, the loss and the gradients that the NumPy GPT derives by hand, under jgpt's
+  names.
+  """
   flat, (tokens_BT, targets_BT, weights_BT) = to_oracle(params, config), map(np.asarray, batch)
   loss, grads = numpy_gpt.loss_and_gradients(flat, tokens_BT, targets_BT, weights_BT, config, masks)
   logits_BTV = numpy_gpt.forward(flat, tokens_BT, config, masks)
   return {"logits": logits_BTV, "loss": np.float64(loss), "grads": from_oracle(grads, params)}
 
 
-def compare_leaves(oracle: str, expected: Mapping[str, Any], got: Mapping[str, Any], tolerance: float) -> None:
-  """`compare`, for trees like the parameters': queries, keys and values each by themselves, key biases absolutely.
+def compare_leaves(
+  oracle: str, expected: Mapping[str, Any], got: Mapping[str, Any], tolerance: float
+) -> None:
+  """`compare`, for trees like the parameters': queries, keys and values each by themselves, key
+  biases absolutely.
 
-  The loss does not depend on the key's bias: it adds the same to all scores of a query. Its gradient is 0 but for rounding,
-  of which no share can be asked to be right.
+  The loss does not depend on the key's bias: it adds the same to all scores of a query. Its
+  gradient is 0 but for rounding, of which no share can be asked to be right.
   """
   expected, got = _split_qkv(expected), _split_qkv(got)
   wanted, found = (tree.get("blocks", {}).pop("b_k", None) for tree in (expected, got))
@@ -214,11 +262,13 @@ def compare_leaves(oracle: str, expected: Mapping[str, Any], got: Mapping[str, A
       raise UnequalError([row])
 
 
-def compare_params(oracle: str, expected: Mapping[str, Any], got: Mapping[str, Any], tolerance: float) -> None:
+def compare_params(
+  oracle: str, expected: Mapping[str, Any], got: Mapping[str, Any], tolerance: float
+) -> None:
   """`compare_leaves`, for parameters after updates: the key's bias to 1e-6.
 
-  Its gradient is rounding, about 1e-17, which Adam divides by eps: at the 1e-8 of all experiments what is left is up to
-  1e-10 of the parameter after 20 updates.
+  Its gradient is rounding, about 1e-17, which Adam divides by eps: at the 1e-8 of all experiments
+  what is left is up to 1e-10 of the parameter after 20 updates.
   """
   expected, got = _split_qkv(expected), _split_qkv(got)
   wanted, found = (tree["blocks"].pop("b_k", None) for tree in (expected, got))
@@ -238,7 +288,9 @@ def _split_qkv(tree: Mapping[str, Any]) -> dict:
 
 @contextlib.contextmanager
 def in_brief() -> Iterator[None]:
-  """Keeps one row, the worst, of each oracle that this block compares with: the table at the end is for people."""
+  """Keeps one row, the worst, of each oracle that this block compares with: the table at the end is
+  for people.
+  """
   start = len(MEASURED)
   yield
   worst: dict[tuple, Row] = {}
@@ -260,12 +312,14 @@ def check_network(
   how: str = "stacked",
   batch: Batch | None = None,
   micro_batch_size: int | None = None,
-  key: jax.Array | None = None,
   masks: Mapping[str, Any] | None = None,
 ) -> None:
-  """Asserts that logits, loss and every entry of the gradient are the oracle's; that padding is masked and gets none.
+  """Asserts that logits, loss and every entry of the gradient are the oracle's.
 
-  Logits are those of the whole batch at once, and not compared where there is a key or a size of micro-batches.
+  That padding is masked and gets none.
+
+  Logits are those of the whole batch at once, and not compared where there are masks or
+  micro-batches.
 
   Args:
     config: sizes and switches.
@@ -273,23 +327,34 @@ def check_network(
     what: of the oracle this is compared with, for the table.
     oracle: computes what is right, like `numpy_oracle`.
     oracle_name: for the table.
-    how: "stacked" compiles one loop over the layers, "unstacked" the layers written out; "eager" runs these operation by
-      operation, which compiles nothing that the next model of the same sizes does not use again.
+    how: "stacked" compiles one loop over the layers, "unstacked" the layers written out, with flat
+      products, as runs on a CPU do; "eager" runs the layers written out operation by operation,
+      which compiles nothing that the next model of the same sizes does not use again.
     batch: three sequences that fill the context, if None.
     micro_batch_size: of jgpt; the oracle takes the batch at once.
-    key: of jgpt's dropout.
-    masks: the oracle's dropout.
+    masks: the oracle's dropout; with `config.dropout` jgpt draws those of step 0. Without masks
+      jgpt is given no key of dropout, as in evaluation.
   """
   params, batch = draw_params(config), draw_batch(config) if batch is None else batch
+  experiment = make_experiment(
+    config, CONSTANT_RATE, batch.inputs_BT.shape[0], micro_batch_size=micro_batch_size
+  )
+  if how == "unstacked":
+    experiment = change(experiment, {"compute.matmul": "flat"})
 
-  def run(params: dict, batch: Batch, key: jax.Array | None) -> tuple:  # new each time, so that nothing traced is reused
+  def run(params: dict, batch: Batch) -> tuple:  # new each time, so that nothing traced is reused
     params = params if how == "stacked" else jgpt.sharding.unstack_blocks(params)
-    logits_BTV = None if micro_batch_size or key is not None else jgpt.model.apply(params, batch.inputs_BT, config, key)
-    loss, grads = jgpt.step.loss_and_grads(params, batch, config, key, micro_batch_size)
+    logits_BTV = None
+    if not micro_batch_size and not masks:
+      logits_BTV = jgpt.model.apply(params, batch.inputs_BT, config, experiment.compute)
+    if config.dropout and not masks:
+      loss, grads = jax.value_and_grad(jgpt.step.loss_fn)(params, batch, experiment)
+    else:
+      loss, grads = jgpt.step.loss_and_grads(params, batch, 0, experiment)
     return logits_BTV, loss, jgpt.sharding.stack_blocks(grads)
 
   compiled = run if how == "eager" else jax.jit(run, compiler_options=QUICK)
-  logits_BTV, loss, grads = compiled(cast(params, dtype), batch, key)
+  logits_BTV, loss, grads = compiled(cast(params, dtype), batch)
   expected, V = oracle(params, batch, config, masks), config.vocab_size
   name, tolerance = f"{oracle_name}, {dtype}: {what}", TOLERANCE[dtype]
   with contextlib.nullcontext() if what in SYSTEMS else in_brief():
@@ -297,7 +362,12 @@ def check_network(
       compare(name, {"logits": expected["logits"]}, {"logits": logits_BTV[..., :V]}, tolerance)
       shares_BTV = np.exp(logits_BTV[..., V:])
       if shares_BTV.size:
-        compare(f"{name}, the padding", {"e^logits": np.zeros_like(shares_BTV)}, {"e^logits": shares_BTV}, 0)
+        compare(
+          f"{name}, the padding",
+          {"e^logits": np.zeros_like(shares_BTV)},
+          {"e^logits": shares_BTV},
+          0,
+        )
     compare(name, {"loss": expected["loss"]}, {"loss": loss}, tolerance)
     compare_leaves(name, expected["grads"], without_padding(grads, config), tolerance)
     if config.padded_vocab_size > V:
@@ -306,7 +376,10 @@ def check_network(
 
 
 def oracle_rate(optimizer: OptimizerConfig) -> Callable[[int], float]:
-  """The oracle's learning rate of a step; what it has no function for is a case of warmup, stable, decay."""
+  """The oracle's learning rate of a step.
+
+  What it has no function for is a case of warmup, stable, decay.
+  """
   settings = {
     "peak": optimizer.peak_lr,
     "end": optimizer.end_lr,
@@ -319,13 +392,22 @@ def oracle_rate(optimizer: OptimizerConfig) -> Callable[[int], float]:
   if optimizer.schedule == "constant":
     return lambda step: numpy_gpt.wsd_rate(step, cooldown=0, **settings | {"total": 10**9})
   if optimizer.schedule == "linear":  # never stable
-    return lambda step: numpy_gpt.wsd_rate(step, cooldown=optimizer.decay_steps - optimizer.warmup_steps, **settings)
+    return lambda step: numpy_gpt.wsd_rate(
+      step, cooldown=optimizer.decay_steps - optimizer.warmup_steps, **settings
+    )
   return lambda step: numpy_gpt.wsd_rate(step, cooldown=optimizer.cooldown_steps, **settings)
 
 
 def check_schedule(optimizer: OptimizerConfig, what: str) -> None:
-  """Asserts that the rate is the oracle's at 999 steps and around each turn, past the last too; needs the fixture x64."""
-  last, warmup, cooldown = optimizer.decay_steps, optimizer.warmup_steps, optimizer.cooldown_steps or 0
+  """Asserts that the rate is the oracle's at 999 steps and around each turn, past the last too.
+
+  Needs the fixture x64.
+  """
+  last, warmup, cooldown = (
+    optimizer.decay_steps,
+    optimizer.warmup_steps,
+    optimizer.cooldown_steps or 0,
+  )
   turns = [turn + i for turn in (0, warmup, last - cooldown, last) for i in (-2, -1, 0, 1, 2)]
   steps = np.maximum(0, np.sort([*turns, *np.linspace(0, 1.5 * last, 999, dtype=int)]))
   expected = np.array([oracle_rate(optimizer)(step) for step in steps.tolist()])
@@ -333,7 +415,9 @@ def check_schedule(optimizer: OptimizerConfig, what: str) -> None:
   compare(f"NumPy rates, float64: {what}", {"rate": expected}, {"rate": got}, TOLERANCE["float64"])
 
 
-def make_experiment(config: ModelConfig, optimizer: OptimizerConfig, batch_size: int = 3, **train: Any) -> Experiment:
+def make_experiment(
+  config: ModelConfig, optimizer: OptimizerConfig, batch_size: int = 3, **train: Any
+) -> Experiment:
   """A resolved experiment of `NUM_STEPS` updates; `train` holds settings of that section."""
   data = DataConfig(
     source="",
@@ -345,7 +429,9 @@ def make_experiment(config: ModelConfig, optimizer: OptimizerConfig, batch_size:
   )
   train_config = TrainConfig(**{"steps": NUM_STEPS} | train)
   sample = SampleConfig(temperature=1.0)
-  experiment = Experiment(model=config, data=data, optimizer=optimizer, train=train_config, sample=sample)
+  experiment = Experiment(
+    model=config, data=data, optimizer=optimizer, train=train_config, sample=sample
+  )
   return resolve(experiment, config.vocab_size)
 
 
@@ -355,17 +441,20 @@ def draw_batches(config: ModelConfig) -> list[Batch]:
 
 
 def run_training(experiment: Experiment, dtype: str) -> dict:
-  """The losses, rates, norms, parameters and moments of `NUM_STEPS` updates by jgpt in one compiled call."""
+  """The losses, rates, norms, parameters and moments of `NUM_STEPS` updates by jgpt in one compiled
+  call.
+  """
   params = cast(draw_params(experiment.model), dtype)
   batches = jax.tree.map(lambda *x: jnp.stack(x), *draw_batches(experiment.model))
-  step_fn, tx = jgpt.step.make_train_step(experiment), jgpt.optim.make_optimizer(experiment.optimizer, experiment.model)
 
-  def batch_fn(batches: Batch, step: jax.Array) -> Batch:
+  def batch_of(batches: Batch, step: jax.Array, *_: Any) -> Batch:
     return jax.tree.map(lambda x: x[step], batches)
 
   def run(params: dict, batches: Batch) -> tuple:
-    state, num_steps = cast(jgpt.step.begin_state(params, tx), dtype), jnp.int32(NUM_STEPS)
-    return jgpt.step.train_steps(state, batches, num_steps, step_fn=step_fn, batch_fn=batch_fn, capacity=NUM_STEPS)
+    state = cast(jgpt.step.begin_state(params, experiment), dtype)
+    with mock.patch.object(jgpt.batches, "batch", batch_of):
+      num_steps = jnp.int32(NUM_STEPS)
+      return jgpt.step.train_steps(state, batches, num_steps, experiment, capacity=NUM_STEPS)
 
   state, metrics = jax.jit(run, compiler_options=QUICK)(params, batches)
   moments = {name: getattr(state.opt_state["adam"], name) for name in ("mu", "nu")}
@@ -373,7 +462,8 @@ def run_training(experiment: Experiment, dtype: str) -> dict:
 
 
 def check_training(config: ModelConfig, optimizer: OptimizerConfig, *, what: str) -> dict:
-  """Asserts that losses, rates, parameters and both moments of `NUM_STEPS` updates in float64 are the NumPy GPT's.
+  """Asserts that losses, rates, parameters and both moments of `NUM_STEPS` updates in float64 are
+  the NumPy GPT's.
 
   Args:
     config: sizes and switches.
@@ -407,7 +497,11 @@ def check_training(config: ModelConfig, optimizer: OptimizerConfig, *, what: str
     "rates": np.array([rate(step) for step in range(NUM_STEPS)]),
     "first norm": np.float64(numpy_gpt.global_norm(grads)),
   }
-  found = {"losses": got["train/loss"], "rates": got["train/lr"], "first norm": got["train/grad_norm"][0]}
+  found = {
+    "losses": got["train/loss"],
+    "rates": got["train/lr"],
+    "first norm": got["train/grad_norm"][0],
+  }
   with in_brief():
     compare(name, expected, found, tolerance)
     for tree, expected_flat in zip(("params", "mu", "nu"), trees, strict=True):
@@ -421,77 +515,110 @@ def check_training(config: ModelConfig, optimizer: OptimizerConfig, *, what: str
 
 # --- Dropout ---
 
-ORACLE_PLACES = {place: "embed" if place == "embedding" else f"h.{{}}.{place}" for place in DROPOUT_PLACES}
+ORACLE_PLACES = {
+  place: "embed" if place == "embedding" else f"h.{{}}.{place}" for place in DROPOUT_PLACES
+}
 
 
 @contextlib.contextmanager
-def every_drop(visit: Callable[[str, Callable, str, jax.Array], jax.Array]) -> Iterator[None]:
-  """Replaces what drops out entries: `visit(name, drop, place, x)` does instead, `name` being the oracles' for the mask.
+def every_drop(visit: Callable[[str, Callable, jax.Array], jax.Array]) -> Iterator[None]:
+  """Replaces what drops out entries: `visit(name, drop, x)` does instead.
 
-  Layers are counted as they come, so the blocks must be unstacked.
+  `name` is the oracles' for the mask.
+  Layers are counted as they come, so the blocks must be unstacked. The place travels with the rate.
   """
-  right, layer = jgpt.model.make_drop, -1
+  right_at, layer = jgpt.model.dropout_at, -1
 
-  def make_drop(config: ModelConfig, key: jax.Array | None) -> Callable:
-    drop = right(config, key)
+  class Rate(float):
+    place: str
 
-    def visited(place: str, x: jax.Array) -> jax.Array:
+  def dropout_at(place: str, config: ModelConfig, key: jax.Array | None) -> tuple:
+    rate, place_key = right_at(place, config, key)
+    rate = Rate(rate)
+    rate.place = place
+    return rate, place_key
+
+  def visiting(right: Callable) -> Callable:
+    def dropout(x: jax.Array, rate: Rate, key: jax.Array | None) -> jax.Array:
       nonlocal layer
-      if place in ("embedding", "attention"):  # the first of a pass and the first of a block
-        layer = -1 if place == "embedding" else layer + 1
-      return visit(ORACLE_PLACES[place].format(layer), drop, place, x)
+      if rate.place in ("embedding", "attention"):  # the first of a pass and the first of a block
+        layer = -1 if rate.place == "embedding" else layer + 1
+      return visit(ORACLE_PLACES[rate.place].format(layer), lambda x: right(x, float(rate), key), x)
 
-    return visited
+    return dropout
 
-  with mock.patch.object(jgpt.model, "make_drop", make_drop):
+  with (
+    mock.patch.object(jgpt.model, "dropout_at", dropout_at),
+    mock.patch.object(jgpt.model, "dropout", visiting(jgpt.model.dropout)),
+    mock.patch.object(jgpt.attention, "dropout", visiting(jgpt.attention.dropout)),
+  ):
     yield
 
 
 def masks_given(masks: Mapping[str, np.ndarray]) -> contextlib.AbstractContextManager:
   """In this context jgpt, its blocks unstacked, multiplies by these masks where the oracles do."""
-  return every_drop(lambda name, drop, place, x: x * jnp.asarray(masks[name], x.dtype) if name in masks else x)
+
+  def visit(name: str, drop: Callable, x: jax.Array) -> jax.Array:
+    return x * jnp.asarray(masks[name], x.dtype) if name in masks else x
+
+  return every_drop(visit)
 
 
 def masks_drawn(config: ModelConfig, tokens_BT: jax.Array, key: jax.Array) -> dict[str, np.ndarray]:
-  """The masks that jgpt itself draws with this key, under the oracles' names, whatever it derives from the key."""
+  """The masks that jgpt itself draws with this key, under the oracles' names, whatever it derives
+  from the key.
+  """
   params = cast(draw_params(config), "float64" if jax.config.jax_enable_x64 else "float32")
 
   def run(params: dict, tokens_BT: jax.Array, key: jax.Array) -> dict:
     masks = {}
 
-    def record(name: str, drop: Callable, place: str, x: jax.Array) -> jax.Array:
+    def record(name: str, drop: Callable, x: jax.Array) -> jax.Array:
       ones = jnp.ones_like(x)
-      mask = drop(place, ones)
+      mask = drop(ones)
       if mask is not ones:  # a place where nothing is dropped hands back what it was given
         masks[name] = mask
-      return drop(place, x)
+      return drop(x)
 
     with every_drop(record):
-      jgpt.model.apply(jgpt.sharding.unstack_blocks(params), tokens_BT, config, key)
+      jgpt.model.apply(jgpt.sharding.unstack_blocks(params), tokens_BT, config, key=key)
     return masks
 
   return jax.tree.map(np.asarray, jax.jit(run, compiler_options=QUICK)(params, tokens_BT, key))
 
 
-def draw_masks(config: ModelConfig, batch: Batch, places: tuple[str, ...], dropout: float) -> dict[str, np.ndarray]:
-  """Masks for the oracles and `masks_given`: 0 with probability `dropout`, else 1 / (1 - dropout)."""
+def draw_masks(
+  config: ModelConfig, batch: Batch, places: tuple[str, ...], dropout: float
+) -> dict[str, np.ndarray]:
+  """Masks for the oracles and `masks_given`: 0 with probability `dropout`, else 1 / (1 -
+  dropout).
+  """
   B, T = batch.inputs_BT.shape
   D, F, N = config.d_model, config.d_ff, config.num_heads
-  shapes = dict.fromkeys(DROPOUT_PLACES, (B, T, D)) | {"attention": (B, N, T, T), "activation": (B, T, F)}
+  shapes = dict.fromkeys(DROPOUT_PLACES, (B, T, D)) | {
+    "attention": (B, N, T, T),
+    "activation": (B, T, F),
+  }
   rng, masks = np.random.default_rng(3), {}
   for place in places:
     for layer in range(1 if place == "embedding" else config.num_layers):
-      masks[ORACLE_PLACES[place].format(layer)] = (rng.random(shapes[place]) >= dropout) / (1 - dropout)
+      masks[ORACLE_PLACES[place].format(layer)] = (rng.random(shapes[place]) >= dropout) / (
+        1 - dropout
+      )
   return masks
 
 
 def check_masks(config: ModelConfig, masks: Mapping[str, np.ndarray]) -> None:
-  """Asserts that masks hold 0 and 1 / (1 - p), the zeros a share p; that no two, nor two slices, have anything in common.
+  """Asserts that masks hold 0 and 1 / (1 - p), the zeros a share p.
+
+  That no two, nor two slices, have anything in common.
 
   Shares may be off by 5 standard deviations, which chance does to one in two million.
   """
   layers = range(config.num_layers)
-  names = {ORACLE_PLACES[place].format(layer) for place in config.dropout_places for layer in layers}
+  names = {
+    ORACLE_PLACES[place].format(layer) for place in config.dropout_places for layer in layers
+  }
   assert masks.keys() == names, f"masks {sorted(names)} were expected, got {sorted(masks)}"
   p = config.dropout
   for name, mask in masks.items():
@@ -502,7 +629,9 @@ def check_masks(config: ModelConfig, masks: Mapping[str, np.ndarray]) -> None:
       what = f"{name}: the first and second of axis {axis}"
       check_unrelated(what, np.take(mask, 0, axis), np.take(mask, 1, axis), p)
   for (a, mask_a), (b, mask_b) in itertools.combinations(masks.items(), 2):
-    num = min(mask_a.size, mask_b.size)  # also of different shapes: drawn with one key, they would begin alike
+    num = min(
+      mask_a.size, mask_b.size
+    )  # also of different shapes: drawn with one key, they would begin alike
     check_unrelated(f"{a} and {b}", mask_a.ravel()[:num], mask_b.ravel()[:num], p)
 
 
@@ -514,4 +643,6 @@ def check_unrelated(what: str, a: np.ndarray, b: np.ndarray, dropout: float) -> 
 def check_share(what: str, hits: np.ndarray, share: float) -> None:
   """Asserts that a share of hits is what is expected, up to 5 standard deviations."""
   sigma = math.sqrt(share * (1 - share) / hits.size)
-  assert abs(hits.mean() - share) < 5 * sigma, f"{what}: {hits.mean():.4f} of {hits.size}, expected {share:.4f}"
+  assert abs(hits.mean() - share) < 5 * sigma, (
+    f"{what}: {hits.mean():.4f} of {hits.size}, expected {share:.4f}"
+  )

@@ -1,6 +1,9 @@
-"""Batches of a stream as functions of the step: random windows, sequential tokens, epochs of permuted windows."""
+"""Batches of a stream as functions of the step: random windows, sequential tokens, epochs of
+permuted windows.
+"""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +13,33 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt.batches import Stream, count_epoch_steps, count_eval_batches, make_batch_fn, make_eval_batch_fn
+from jgpt import batches
+from jgpt.batches import Stream, count_epoch_steps, count_eval_batches
 from jgpt.config.catalog import load_experiment
+from jgpt.config.experiment import Hyper
 
-BASE = dataclasses.replace(load_experiment("names").data, heldout_fraction=0.0)
+NAMES = load_experiment("names")
+BASE = dataclasses.replace(NAMES.data, heldout_fraction=0.0)
 LAST_STEP = 2**31 - 1
 
 
 def make_config(batching, *, seq_len=4, batch_size=3, **changes):
-  return dataclasses.replace(BASE, batching=batching, seq_len=seq_len, batch_size=batch_size, **changes)
+  return dataclasses.replace(
+    BASE, batching=batching, seq_len=seq_len, batch_size=batch_size, **changes
+  )
+
+
+def make_experiment(config, seed):
+  return dataclasses.replace(NAMES, data=config, train=dataclasses.replace(NAMES.train, seed=seed))
+
+
+def batch_of(config, seed):
+  """`batches.batch` of an experiment with these settings of its data."""
+  return partial(batches.batch, experiment=make_experiment(config, seed))
+
+
+def eval_batch_of(config, seed, *, whole):
+  return partial(batches.eval_batch, experiment=make_experiment(config, seed), whole=whole)
 
 
 def make_stream(num_tokens):
@@ -27,7 +48,9 @@ def make_stream(num_tokens):
 
 
 def assert_is_window(batch, row, start, num_tokens):
-  """Row `row` is the window at `start`: inputs, targets one later, weight 1 where the target is in the text."""
+  """Row `row` is the window at `start`: inputs, targets one later, weight 1 where the target is in
+  the text.
+  """
   T = batch.inputs_BT.shape[1]
   positions = np.arange(start, start + T + 1)
   inside = positions < num_tokens
@@ -44,7 +67,7 @@ def starts(batch):
 def test_any_step_is_the_same_inside_jit_and_out(batching):
   """Up to the last step that an int32 holds; every row is a window of the text."""
   config, corpus = make_config(batching), make_stream(50)
-  batch = make_batch_fn(config, 7)
+  batch = batch_of(config, 7)
   jitted = jax.jit(batch)
 
   @hypothesis_settings(deadline=None, max_examples=25)
@@ -62,13 +85,14 @@ def test_any_step_is_the_same_inside_jit_and_out(batching):
 
 
 def test_random_windows_start_everywhere_alike():
-  """Every start from the first to the last whole window is drawn, equally often within 5 standard deviations.
+  """Every start from the first to the last whole window is drawn, equally often within 5 standard
+  deviations.
 
-  nanoGPT's get_batch draws from len(data) - block_size starts; one less or one more would show as a start too few or as
-  targets past the end.
+  nanoGPT's get_batch draws from len(data) - block_size starts; one less or one more would show as a
+  start too few or as targets past the end.
   """
   config, corpus = make_config("random", batch_size=500), make_stream(25)
-  draw = jax.jit(make_batch_fn(config, 0))
+  draw = jax.jit(batch_of(config, 0))
   counts = np.bincount(np.concatenate([starts(draw(corpus, jnp.int32(i))) for i in range(100)]))
   assert len(counts) == 21
   expected = 50_000 / 21
@@ -77,38 +101,60 @@ def test_random_windows_start_everywhere_alike():
 
 def test_random_windows_depend_on_seed_and_step_alone():
   corpus = make_stream(1000)
-  first, again, other = (make_batch_fn(make_config("random"), seed) for seed in (1, 1, 2))
+  first, again, other = (batch_of(make_config("random"), seed) for seed in (1, 1, 2))
   assert starts(first(corpus, 5)) == starts(again(corpus, 5))
   assert starts(first(corpus, 5)) != starts(other(corpus, 5))
   assert starts(first(corpus, 5)) != starts(first(corpus, 6))
 
 
+@pytest.mark.parametrize("batching", ["random", "epochs"])
+def test_a_seed_may_be_an_array(batching):
+  """Given as `hyper` and traced, it draws what it draws as the experiment's."""
+  config, corpus = make_config(batching), make_stream(100)
+  hyper = Hyper.of(make_experiment(config, 0))
+  drawn = jax.vmap(lambda seed: batch_of(config, 0)(corpus, 5, hyper=hyper._replace(seed=seed)))
+  both = drawn(jnp.array([1, 2]))
+  for i in (0, 1):
+    expected = batch_of(config, i + 1)(corpus, 5)
+    for x, y in zip(expected, both, strict=True):
+      np.testing.assert_array_equal(x, y[i], strict=True)
+  assert starts(batch_of(config, 1)(corpus, 5)) != starts(batch_of(config, 2)(corpus, 5))
+
+
 @pytest.mark.parametrize("num_tokens", [13, 24, 25, 26, 36, 37, 50])
 def test_sequential_tokens_are_those_of_llm_cs_loader(num_tokens):
-  """B*T+1 tokens from a position that advances by B*T, and starts over where they would pass the end.
+  """B*T+1 tokens from a position that advances by B*T, and starts over where they would pass the
+  end.
 
   The loader is played here with a position that moves, as llm.c writes it.
   """
   config, corpus = make_config("sequential"), make_stream(num_tokens)
   B, T, tokens, position = 3, 4, np.arange(num_tokens) * 10, 0
-  batch = jax.jit(make_batch_fn(config, 0))
+  batch = jax.jit(batch_of(config, 0))
   for step in range(20):
     if position + B * T + 1 > num_tokens:
       position = 0
     got = batch(corpus, jnp.int32(step))
     np.testing.assert_array_equal(np.ravel(got.inputs_BT), tokens[position : position + B * T])
-    np.testing.assert_array_equal(np.ravel(got.targets_BT), tokens[position + 1 : position + B * T + 1])
+    np.testing.assert_array_equal(
+      np.ravel(got.targets_BT), tokens[position + 1 : position + B * T + 1]
+    )
     assert (got.weights_BT == 1).all()
     position += B * T
 
 
-@pytest.mark.parametrize(("num_tokens", "batch_size"), [(50, 3), (49, 3), (48, 4), (5, 3), (41, 10)])
+@pytest.mark.parametrize(
+  ("num_tokens", "batch_size"), [(50, 3), (49, 3), (48, 4), (5, 3), (41, 10)]
+)
 def test_an_epoch_holds_each_window_once(num_tokens, batch_size):
-  """Each token is a target once an epoch, but for a rest that fills no window; the last batch is short, not filled up."""
+  """Each token is a target once an epoch, but for a rest that fills no window.
+
+  The last batch is short, not filled up.
+  """
   config, corpus = make_config("epochs", batch_size=batch_size), make_stream(num_tokens)
   num_windows, num_steps = (num_tokens - 1) // 4, count_epoch_steps(corpus, config)
   assert num_steps == -(-num_windows // batch_size)
-  batch, orders = jax.jit(make_batch_fn(config, 0)), []
+  batch, orders = jax.jit(batch_of(config, 0)), []
   for epoch in range(3):
     seen, weights = [], 0
     for i in range(num_steps):
@@ -131,44 +177,53 @@ def test_a_short_last_batch_is_the_mean_of_its_own_tokens():
 
   from jgpt.step import loss_fn
 
-  model = names_experiment().model
+  experiment = names_experiment()
   config = make_config("epochs", batch_size=4)
-  corpus = Stream(jnp.asarray(np.random.default_rng(0).integers(0, 27, 21), jnp.int32))  # 5 windows: batches of 4 and 1
-  params, short = jax.tree.map(jnp.asarray, initial_params(model)), make_batch_fn(config, 0)(corpus, jnp.int32(1))
+  corpus = Stream(
+    jnp.asarray(np.random.default_rng(0).integers(0, 27, 21), jnp.int32)
+  )  # 5 windows: batches of 4 and 1
+  params = jax.tree.map(jnp.asarray, initial_params(experiment.model))
+  short = batch_of(config, 0)(corpus, jnp.int32(1))
   assert short.weights_BT.sum() == 4
-  loss = jax.jit(lambda b: loss_fn(params, b, model), compiler_options=QUICK)
+  loss = jax.jit(lambda b: loss_fn(params, b, experiment), compiler_options=QUICK)
   alone = jax.tree.map(lambda x: x[:1], short)
   np.testing.assert_allclose(loss(short), loss(alone), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5, 6, 13, 14, 50])
 def test_evaluation_counts_every_prediction_once(num_tokens):
-  """In order, whatever the text's length: the last window may be short, and nothing past the end weighs anything."""
+  """In order, whatever the text's length: the last window may be short, and nothing past the end
+  weighs anything.
+  """
   config, corpus = make_config("random"), make_stream(num_tokens)
-  batch, seen = jax.jit(make_eval_batch_fn(config, 0, whole=True)), []
+  batch, seen = jax.jit(eval_batch_of(config, 0, whole=True)), []
   for i in range(count_eval_batches(corpus, config)):
     got = batch(corpus, jnp.int32(i))
     counted = np.asarray(got.weights_BT) == 1
     seen += (np.asarray(got.targets_BT)[counted] // 10).tolist()
-    np.testing.assert_array_equal(np.asarray(got.inputs_BT)[counted], np.asarray(got.targets_BT)[counted] - 10)
+    np.testing.assert_array_equal(
+      np.asarray(got.inputs_BT)[counted], np.asarray(got.targets_BT)[counted] - 10
+    )
   assert seen == list(range(1, num_tokens))
-  assert count_eval_batches(make_stream(0), config) == count_eval_batches(make_stream(1), config) == 0
+  assert (
+    count_eval_batches(make_stream(0), config) == count_eval_batches(make_stream(1), config) == 0
+  )
 
 
 def test_sampled_evaluation_draws_the_same_windows_each_time_and_others_than_training():
   """Two evaluations differ by the model alone."""
   config, corpus = make_config("random"), make_stream(10_000)
-  sampled = make_eval_batch_fn(config, 3, whole=False)
-  assert starts(sampled(corpus, 2)) == starts(make_eval_batch_fn(config, 3, whole=False)(corpus, 2))
-  assert starts(sampled(corpus, 2)) != starts(make_batch_fn(config, 3)(corpus, 2))
-  in_order = make_eval_batch_fn(make_config("sequential"), 3, whole=False)
+  sampled = eval_batch_of(config, 3, whole=False)
+  assert starts(sampled(corpus, 2)) == starts(eval_batch_of(config, 3, whole=False)(corpus, 2))
+  assert starts(sampled(corpus, 2)) != starts(batch_of(config, 3)(corpus, 2))
+  in_order = eval_batch_of(make_config("sequential"), 3, whole=False)
   assert starts(in_order(corpus, 1)) == [12, 16, 20]
 
 
 @pytest.mark.parametrize("batching", ["random", "sequential", "epochs"])
 def test_num_batches_repeats_the_first_ones(batching):
   corpus = make_stream(100)
-  few, all_ = (make_batch_fn(make_config(batching, num_batches=n), 0) for n in (2, None))
+  few, all_ = (batch_of(make_config(batching, num_batches=n), 0) for n in (2, None))
   for step in range(6):
     for x, y in zip(few(corpus, jnp.int32(step)), all_(corpus, jnp.int32(step % 2)), strict=True):
       np.testing.assert_array_equal(x, y)

@@ -1,4 +1,7 @@
-"""What the benchmark counts and shows, and that its workers and timers work. No test asserts speed."""
+"""What the benchmark counts and shows, and that its workers and timers work.
+
+No test asserts speed.
+"""
 
 import dataclasses
 import importlib.util
@@ -6,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,12 +38,20 @@ from jgpt.config.settings import change, experiment_to_json, resolve
 from jgpt.devices import limits
 from jgpt.errors import UserError
 
-TINY = {"data.batch_size": 2, "model.num_layers": 2, "model.d_model": 8, "model.num_heads": 2, "model.d_ff": 12}
+TINY = {
+  "data.batch_size": 2,
+  "model.num_layers": 2,
+  "model.d_model": 8,
+  "model.num_heads": 2,
+  "model.d_ff": 12,
+}
 
 
 def names(**changes):
   """Names' experiment with 27 ids; `model__dropout` stands for `model.dropout`."""
-  return resolve(change(load_experiment("names"), {k.replace("__", "."): v for k, v in changes.items()}), 27)
+  return resolve(
+    change(load_experiment("names"), {k.replace("__", "."): v for k, v in changes.items()}), 27
+  )
 
 
 # --- Formulas ---
@@ -47,7 +59,8 @@ def names(**changes):
 
 def test_training_flops_are_those_counted_by_hand():
   gpt2 = resolve(load_experiment("gpt2_shakespeare"), 50257).model
-  # Per layer 768 x 2304, 768 x 768, 768 x 3072 and 3072 x 768; the head 50,257 x 768 without the padding of its rows.
+  # Per layer 768 x 2304, 768 x 768, 768 x 3072 and 3072 x 768; the head 50,257 x 768 without the
+  # padding of its rows.
   params = 12 * (1_769_472 + 589_824 + 2 * 2_359_296) + 38_597_376
   assert limits.count_matmul_params(gpt2) == params == 123_532_032
   assert limits.count_train_flops(gpt2, 1024) == 6 * params + 56_623_104 == 797_815_296
@@ -77,13 +90,19 @@ def test_products_of_a_step_multiply_what_its_parameters_are():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_operands_of_a_product_and_its_gradient_give_the_shapes_of_result_inputs_and_weights(transposed):
+def test_operands_of_a_product_and_its_gradient_give_the_shapes_of_result_inputs_and_weights(
+  transposed,
+):
   product = limits.Product("head", 2, 3, 5, 1, transposed)
   results = {}
   for name, (left, right, (i, j)) in product.operands().items():
     assert left[i] == right[j]
     results[name] = tuple(np.tensordot(np.zeros(left), np.zeros(right), (i, j)).shape)
-  assert results == {"forward": (2, 5), "inputs": (2, 3), "weights": (5, 3) if transposed else (3, 5)}
+  assert results == {
+    "forward": (2, 5),
+    "inputs": (2, 3),
+    "weights": (5, 3) if transposed else (3, 5),
+  }
 
 
 @pytest.mark.parametrize(
@@ -113,9 +132,9 @@ def test_peaks_of_devices(kind, tera):
 def test_the_limit_of_decoding_is_the_bandwidth_over_what_a_token_reads():
   gpt2 = resolve(load_experiment("gpt2_shakespeare"), 50257).model
   assert limits.count_cache_bytes(gpt2) == 2 * 12 * 768 * 4
-  assert limits.limit_decoding(gpt2, 1, 0, 54e9) == pytest.approx(54e9 / (124_439_808 * 4))
+  assert limits.compute_decoding_limit(gpt2, 1, 0, 54e9) == pytest.approx(54e9 / (124_439_808 * 4))
   per_step = 124_439_808 * 4 + 16 * 73_728 * 32.5
-  assert limits.limit_decoding(gpt2, 16, 32.5, 54e9) == pytest.approx(16 * 54e9 / per_step)
+  assert limits.compute_decoding_limit(gpt2, 16, 32.5, 54e9) == pytest.approx(16 * 54e9 / per_step)
 
 
 def test_ratios_are_of_the_same_round():
@@ -138,10 +157,13 @@ def made_results(**more):
 
 def test_the_table_of_cases_as_it_is_printed():
   assert format_rows(made_results()) == (
-    "case                 median        fastest to slowest  us/sample  tokens/s  GFLOP/s  % own  % 2048  compile  memory"
+    "case                 median        fastest to slowest  us/sample  tokens/s  GFLOP/s  % own  % "
+    "2048  compile  memory"
     "  time/jgpt's\n"
-    "case                 2000 us/step  1000 to 3000 us     500        50,000    0.5      25.0   5.0     1.23 s   2.5 MB\n"
-    "case: torch          3000 us/step  3000 to 4000 us     750        33,333    0.3333   16.7   3.3"
+    "case                 2000 us/step  1000 to 3000 us     500        50,000    0.5      25.0   "
+    "5.0     1.23 s   2.5 MB\n"
+    "case: torch          3000 us/step  3000 to 4000 us     750        33,333    0.3333   16.7   "
+    "3.3"
     "                      2.00 (1.00 to 3.00)\n"
     "case: torch.compile  n/a\n"
     "run                  12 s          12 to 12 s\n"
@@ -166,7 +188,10 @@ def test_the_tables_of_parts_splits_and_limits_as_they_are_printed():
   results = Results(
     parts=[Parts("case", [0.001, 0.002], [0.004, 0.004], [0.0005, 0.0005], 0.005)],
     splits=[Split("run", {"import": [0.5, 0.7], "exit": [0.25, 0.25]})],
-    limits=[Limit(BANDWIDTH, 5.4e10, "B/s"), Limit("decoding by memory", 108.0, "tokens/s", "GPT-2", 0.5)],
+    limits=[
+      Limit(BANDWIDTH, 5.4e10, "B/s"),
+      Limit("decoding by memory", 108.0, "tokens/s", "GPT-2", 0.5),
+    ],
   )
   assert format_results(results) == (
     "of a step, medians  forward  backward  update  sum            whole step\n"
@@ -183,7 +208,14 @@ def test_the_tables_of_parts_splits_and_limits_as_they_are_printed():
 
 @pytest.mark.parametrize(
   ("seconds", "text"),
-  [(3.1e-5, "31 us"), (0.00999, "9990 us"), (0.01, "10 ms"), (9.87654, "9877 ms"), (10.0, "10 s"), (-2e-6, "-2 us")],
+  [
+    (3.1e-5, "31 us"),
+    (0.00999, "9990 us"),
+    (0.01, "10 ms"),
+    (9.87654, "9877 ms"),
+    (10.0, "10 s"),
+    (-2e-6, "-2 us"),
+  ],
 )
 def test_seconds_have_four_digits_and_a_unit(seconds, text):
   assert format_seconds(seconds) == text
@@ -191,7 +223,18 @@ def test_seconds_have_four_digits_and_a_unit(seconds, text):
 
 def test_lines_of_every_case_fit_160_columns():
   long = max((t.label for some in cases.TRAININGS.values() for t in some), key=len)
-  row = Row(long, "torch.compile", [0.12345, 0.1, 0.2], "step", 64, 123456.0, 1e12, 12.34, 1234567890, [12.3, 10.0, 20.0])
+  row = Row(
+    long,
+    "torch.compile",
+    [0.12345, 0.1, 0.2],
+    "step",
+    64,
+    123456.0,
+    1e12,
+    12.34,
+    1234567890,
+    [12.3, 10.0, 20.0],
+  )
   lines = format_rows(Results([row])).splitlines()
   assert max(map(len, lines)) <= 160
 
@@ -199,7 +242,11 @@ def test_lines_of_every_case_fit_160_columns():
 def test_json_holds_every_round_and_what_follows():
   found = json.loads(json.dumps(results_to_json(made_results())))
   ours, torch, failed, _ = found["rows"]
-  assert ours["seconds"] == [0.002, 0.001, 0.003] and ours["median_seconds"] == 0.002 and ours["ratios"] is None
+  assert (
+    ours["seconds"] == [0.002, 0.001, 0.003]
+    and ours["median_seconds"] == 0.002
+    and ours["ratios"] is None
+  )
   assert ours["tokens_per_second"] == 50_000 and ours["samples_per_second"] == 2000
   assert ours["shares"] == {"own_shapes": 0.25, "square": 0.05, "bf16_peak": None}
   assert torch["median_ratio"] == 2.0
@@ -226,15 +273,15 @@ def test_help_says_how_figures_are_made(capsys):
   with pytest.raises(SystemExit):
     bench_cli.main(["--help"])
   out = capsys.readouterr().out
-  assert all(case in out for case in cases.CASES) and "6 P + 6 L D T" in out and "not counted" in out
+  assert (
+    all(case in out for case in cases.CASES) and "6 P + 6 L D T" in out and "not counted" in out
+  )
 
 
-def test_a_missing_torch_or_checkout_is_said_at_once(monkeypatch, tmp_path):
+def test_a_missing_torch_is_said_at_once(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match="pip install torch"):
     peers.check_peer_packages(["torch"])
-  with pytest.raises(UserError, match="needs a checkout"):
-    peers.check_peer_packages(["scalar"], tmp_path / "scalar_gpt.py")
   peers.check_peer_packages(["scalar"])
 
 
@@ -259,7 +306,9 @@ def save_words(folder):
   """Ten documents of up to 16 predictions, as a worker reads them."""
   rng = np.random.default_rng(0)
   path = folder / "tokens.npz"
-  np.savez(path, tokens=rng.integers(0, 27, (10, 17), np.int32), lengths=rng.integers(3, 17, 10, np.int32))
+  np.savez(
+    path, tokens=rng.integers(0, 27, (10, 17), np.int32), lengths=rng.integers(3, 17, 10, np.int32)
+  )
   return str(path)
 
 
@@ -275,12 +324,17 @@ def test_a_worker_times_plain_python_and_ends(tmp_path):
     worker = workers["plain Python"]
     assert worker.versions == {}
     assert 0 < worker(2) < math.inf
-    process = worker._process
+    process = worker.process
   assert process.returncode == 0
 
 
 def test_a_worker_that_cannot_run_says_why(tmp_path):
-  spec = {"kind": "scalar", "experiment": experiment_to_json(names()), "tokens": str(tmp_path / "none.npz"), "warm_up": 1}
+  spec = {
+    "kind": "scalar",
+    "experiment": experiment_to_json(names()),
+    "tokens": str(tmp_path / "none.npz"),
+    "warm_up": 1,
+  }
   with rounds.open_workers({"plain Python": spec}) as workers:
     assert "none.npz" in workers["plain Python"] and "\n" not in workers["plain Python"]
 
@@ -294,7 +348,7 @@ def test_a_worker_whose_process_dies_is_one_line(tmp_path):
     "warm_up": 1,
   }
   with rounds.open_workers({"plain Python": spec}) as workers:
-    workers["plain Python"]._process.kill()
+    workers["plain Python"].process.kill()
     with pytest.raises(UserError, match="stopped while it was timed: its process ended: status -9"):
       workers["plain Python"](1)
 
@@ -302,8 +356,15 @@ def test_a_worker_whose_process_dies_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_a_worker_with_torch_trains_a_tiny_model(tmp_path):
   pytest.importorskip("torch")
-  experiment = change(names(), TINY | {"model.dropout": 0.1, "model.dropout_places": ("embedding", "mlp_out")})
-  spec = {"kind": "torch", "compiled": False, "experiment": experiment_to_json(experiment), "tokens": save_words(tmp_path)}
+  experiment = change(
+    names(), TINY | {"model.dropout": 0.1, "model.dropout_places": ("embedding", "mlp_out")}
+  )
+  spec = {
+    "kind": "torch",
+    "compiled": False,
+    "experiment": experiment_to_json(experiment),
+    "tokens": save_words(tmp_path),
+  }
   with rounds.open_workers({"torch": spec | {"platform": "cpu", "warm_up": 1}}) as workers:
     worker = workers["torch"]
     assert list(worker.versions) == ["torch"]
@@ -321,7 +382,12 @@ def torch_params(experiment, state):
   gains = {"norm_attn": "norm_attn", "norm_mlp": "norm_mlp"}
   for i in range(model.num_layers):
     p = {name: value[i] for name, value in state["blocks"].items()}
-    for name, shape in (("qkv", (D, 3 * D)), ("out", (D, D)), ("up", (D, model.d_ff)), ("down", (model.d_ff, D))):
+    for name, shape in (
+      ("qkv", (D, 3 * D)),
+      ("out", (D, D)),
+      ("up", (D, model.d_ff)),
+      ("down", (model.d_ff, D)),
+    ):
       renamed[f"blocks.{i}.{name}.weight"] = p[f"w_{name}"].reshape(shape).T
       if f"b_{name}" in p:
         renamed[f"blocks.{i}.{name}.bias"] = p[f"b_{name}"].reshape(-1)
@@ -346,28 +412,86 @@ def test_the_torch_peer_has_the_loss_of_jgpt(name):
   from jgpt.model import init_params
   from jgpt.step import loss_fn
 
-  sizes = {"model.max_seq_len": 16, "data.seq_len": 16, "model.init_std": 0.3, "model.vocab_multiple": 1}
+  sizes = {
+    "model.max_seq_len": 16,
+    "data.seq_len": 16,
+    "model.init_std": 0.3,
+    "model.vocab_multiple": 1,
+  }
   experiment = resolve(change(load_experiment(name), TINY | sizes), 27)
-  params = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)(jax.random.key(1), experiment.model)
+  params = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)(
+    jax.random.key(1), experiment.model
+  )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 27, (2, 17), np.int32)
   weights = (np.arange(16) < np.array([[5], [16]])).astype(np.float32)
-  net = peer_torch.Model(experiment.model)
-  state = {k: torch.tensor(np.asarray(v)) for k, v in torch_params(experiment, jax.tree.map(np.asarray, params)).items()}
+  net = peer_torch.TorchModel(experiment.model)
+  state = {
+    k: torch.tensor(np.asarray(v))
+    for k, v in torch_params(experiment, jax.tree.map(np.asarray, params)).items()
+  }
   net.load_state_dict(state)
   inputs, targets = (torch.tensor(x, dtype=torch.int64) for x in (tokens[:, :-1], tokens[:, 1:]))
-  compute = jax.jit(loss_fn, static_argnums=2, compiler_options=QUICK)
+  compute = jax.jit(partial(loss_fn, experiment=experiment), compiler_options=QUICK)
   for some in (weights, None):
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 16), np.float32) if some is None else some)
+    batch = Batch(
+      tokens[:, :-1], tokens[:, 1:], np.ones((2, 16), np.float32) if some is None else some
+    )
     theirs = net(inputs, targets, None if some is None else torch.tensor(some)).item()
-    assert theirs == pytest.approx(float(compute(params, batch, experiment.model)), rel=1e-5)
+    assert theirs == pytest.approx(float(compute(params, batch)), rel=1e-5)
+
+
+def scalar_params(model, params):
+  """Parameters of jgpt as the matrices of the scalar peer, whose rows are outputs."""
+  D, names = model.d_model, {"token": "tok_embed", "position": "pos_embed", "head": "unembed"}
+  matrices = {theirs: params[ours].tolist() for theirs, ours in names.items()}
+  for i in range(model.num_layers):
+    p = {name: value[i] for name, value in params["blocks"].items()}
+    for c, name in enumerate(("query", "key", "value")):
+      matrices[f"{name}{i}"] = p["w_qkv"][:, c].reshape(D, D).T.tolist()
+    for name, shape in (("out", (D, D)), ("up", (D, model.d_ff)), ("down", (model.d_ff, D))):
+      matrices[f"{name}{i}"] = p[f"w_{name}"].reshape(shape).T.tolist()
+  return matrices
+
+
+def test_the_scalar_peer_has_the_losses_of_jgpt():
+  """From the same parameters: the first loss, and those after one and two updates of Adam."""
+  import jax
+
+  from jgpt.batches import Batch
+  from jgpt.bench import peer_scalar
+  from jgpt.model import init_params
+  from jgpt.step import begin_state, loss_fn, train_step
+
+  changes = TINY | {"data.batch_size": 1, "model.init_std": 0.3, "train.steps": 4}
+  experiment = resolve(change(load_experiment("names"), changes), 27)
+  draw = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)
+  params = jax.tree.map(np.asarray, draw(jax.random.key(1), experiment.model))
+  compute = jax.jit(partial(loss_fn, experiment=experiment), compiler_options=QUICK)
+  step = jax.jit(partial(train_step, experiment=experiment), compiler_options=QUICK)
+  matrices = scalar_params(experiment.model, params)
+  drawn = peer_scalar.draw_matrices(0, experiment.model)
+  assert {k: np.shape(v) for k, v in matrices.items()} == {k: np.shape(v) for k, v in drawn.items()}
+  theirs, ours = peer_scalar.begin_scalar(matrices), begin_state(params, experiment)
+  rng = np.random.default_rng(0)
+  for number, (length, tolerance) in enumerate([(5, 1e-5), (16, 1e-4), (9, 1e-4)]):
+    tokens, weights = rng.integers(0, 27, (1, 17), np.int32), np.float32(np.arange(16) < length)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights[None])
+    expected = float(compute(ours.params, batch))
+    ours, _ = step(ours, batch)
+    theirs, loss = peer_scalar.update_scalar(theirs, tokens[0, : length + 1].tolist(), experiment)
+    assert loss == pytest.approx(expected, abs=tolerance)
+    assert theirs.step == number + 1
 
 
 def test_documents_for_torch_are_taken_in_turn_and_weighted():
   torch = pytest.importorskip("torch")
   from jgpt.bench import peer_torch
 
-  tokens, lengths = np.arange(5 * 17, dtype=np.int32).reshape(5, 17), np.array([1, 16, 3, 2, 4], np.int32)
+  tokens, lengths = (
+    np.arange(5 * 17, dtype=np.int32).reshape(5, 17),
+    np.array([1, 16, 3, 2, 4], np.int32),
+  )
   cut = peer_torch.make_batches(names(data__batch_size=2), tokens, lengths, torch.device("cpu"))
   firsts = []
   for _ in range(3):
@@ -388,7 +512,9 @@ def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
 
   text = tmp_path / "words.txt"
   text.write_text("ab\nba\nabba\n" * 4, encoding="utf-8")
-  experiment = change(load_experiment("names"), TINY | {"data.path": str(text), "data.heldout_fraction": 0.0})
+  experiment = change(
+    load_experiment("names"), TINY | {"data.path": str(text), "data.heldout_fraction": 0.0}
+  )
   steps = timing.StepTimer(plan_run(experiment))
   parts = timing.PartsTimer(steps)
   times = [steps(3), steps(2000), *parts(2), steps.compile_seconds]
@@ -423,7 +549,12 @@ def test_every_moment_is_counted_for_the_innermost_part(monkeypatch):
     now[0] += 0.5
   now[0] += 0.25
   assert recorder.lap() == 108.75
-  assert {k: v for k, v in recorder.seconds.items() if v} == {"import": 3.0, "other": 1.25, "train": 5.5, "save": 2.0}
+  assert {k: v for k, v in recorder.seconds.items() if v} == {
+    "import": 3.0,
+    "other": 1.25,
+    "train": 5.5,
+    "save": 2.0,
+  }
 
 
 @pytest.mark.slow
@@ -432,9 +563,13 @@ def test_the_parts_of_a_start_add_up_to_the_whole(tmp_path):
 
   env = {"JGPT_CACHE_DIR": str(tmp_path / "cache")}
   began = time.time()
-  parts = startup.split_command(["--experiment", "names", "--steps", "20", "--workdir", str(tmp_path / "run")], env)
+  parts = startup.split_command(
+    ["--experiment", "names", "--steps", "20", "--workdir", str(tmp_path / "run")], env
+  )
   whole = time.time() - began
-  assert list(parts) == list(startup.STARTUP_PARTS) and all(seconds > 0 for seconds in parts.values())
+  assert list(parts) == list(startup.STARTUP_PARTS) and all(
+    seconds > 0 for seconds in parts.values()
+  )
   assert 0 <= whole - sum(parts.values()) < 1  # but for making and reading the report
   assert (tmp_path / "run" / "checkpoints" / "20").is_dir()
 
@@ -444,19 +579,29 @@ def test_the_parts_of_a_start_add_up_to_the_whole(tmp_path):
 def test_bench_names_prints_json_of_what_it_measured(capsys):
   assert bench_cli.main(["--only", "names", "--rounds", "1", "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
-  assert found["rounds"] == 1 and found["machine"]["versions"]["jax"] and found["machine"]["cores"] >= 1
+  assert (
+    found["rounds"] == 1 and found["machine"]["versions"]["jax"] and found["machine"]["cores"] >= 1
+  )
   assert [row["case"] for row in found["rows"]] == [f"names, batch {size}" for size in (1, 16, 64)]
   for row in found["rows"]:
     assert len(row["seconds"]) == 1 and row["tokens_per_second"] > 0 and row["flops_per_second"] > 0
-    assert row["compile_seconds"] > 0 and row["shares"]["own_shapes"] > 0 and row["shares"]["square"] > 0
-  assert all(len(parts[name]) == 1 for parts in found["parts"] for name in ("forward", "gradient", "backward", "update"))
+    assert (
+      row["compile_seconds"] > 0 and row["shares"]["own_shapes"] > 0 and row["shares"]["square"] > 0
+    )
+  assert all(
+    len(parts[name]) == 1
+    for parts in found["parts"]
+    for name in ("forward", "gradient", "backward", "update")
+  )
   assert len(found["limits"]) == 4 and all(limit["rate"] > 0 for limit in found["limits"])
 
 
 @pytest.mark.slow
 def test_bench_startup_splits_whole_commands(capsys, tmp_path):
   command = [sys.executable, "-m", "jgpt.bench", "--only", "startup", "--rounds", "1"]
-  done = subprocess.run(command, env=rounds.package_env(), cwd=tmp_path, capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    command, env=rounds.make_child_env(), cwd=tmp_path, capture_output=True, text=True, check=False
+  )
   assert done.returncode == 0, done.stderr
   for words in ("run --help", "nothing compiled yet", "compilations cached", "import", "exit"):
     assert words in done.stdout
@@ -474,4 +619,7 @@ def test_a_case_that_fails_leaves_the_others(monkeypatch, capsys):
   monkeypatch.setattr(bench_cli, "CASES", {"first": measure, "second": die})
   assert bench_cli.main(["--rounds", "1"]) == 1
   out, err = capsys.readouterr()
-  assert "made" in out and "second was not measured to its end: a peer stopped while it was timed: killed" in err
+  assert (
+    "made" in out
+    and "second was not measured to its end: a peer stopped while it was timed: killed" in err
+  )

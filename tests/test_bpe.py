@@ -1,4 +1,6 @@
-"""Byte-level BPE: round trips, GPT-2's ids, training against a plain trainer, the same ids from either package, JSON."""
+"""Byte-level BPE: round trips, GPT-2's ids, training against a plain trainer, the same ids from
+either package, JSON.
+"""
 
 import collections
 import copy
@@ -20,13 +22,17 @@ from jgpt.text import bpe
 from jgpt.text.bpe import ALPHABET, BpeTokenizer, make_gpt2_tokenizer, train_bpe_tokenizer
 from jgpt.text.tokenizer import tokenizer_from_json
 
-tokenizers = pytest.importorskip("tokenizers", reason="trains and encodes byte-level BPE (jgpt's extra: bpe)")
+tokenizers = pytest.importorskip(
+  "tokenizers", reason="trains and encodes byte-level BPE (jgpt's extra: bpe)"
+)
 
 NO_DEADLINE = hypothesis_settings(deadline=None)
 TEXT = "Café, the cat; the hat's 12 cats' hats:\n\n  they're 3 \t naïve — 猫の手 😀\n" * 3
 TRAINED = train_bpe_tokenizer(TEXT, 300)
 # Unicode text in which GPT-2's rule for words finds something to do.
-PIECES = st.sampled_from(["'s", "'re", " ", "  ", "\n", "the", "hats", "12", "é", "猫", "\u00a0", "<|endoftext|>", "😀"])
+PIECES = st.sampled_from(
+  ["'s", "'re", " ", "  ", "\n", "the", "hats", "12", "é", "猫", "\u00a0", "<|endoftext|>", "😀"]
+)
 ANY_TEXT = st.text() | st.lists(PIECES | st.text(max_size=3), max_size=30).map("".join)
 
 
@@ -41,7 +47,9 @@ def data_dir():
 
 @pytest.fixture(scope="module")
 def gpt2(data_dir):
-  return make_gpt2_tokenizer((data_dir / "gpt2/encoder.json").read_bytes(), (data_dir / "gpt2/vocab.bpe").read_bytes())
+  return make_gpt2_tokenizer(
+    (data_dir / "gpt2/encoder.json").read_bytes(), (data_dir / "gpt2/vocab.bpe").read_bytes()
+  )
 
 
 @pytest.fixture(scope="module", params=["trained", "gpt2"])
@@ -72,7 +80,9 @@ def test_any_text_survives(tokenizer, text):
 @NO_DEADLINE
 @given(st.lists(st.integers(-5, 320)))
 def test_any_ids_decode(ids):
-  """Cut-off characters become U+FFFD, ids beyond the tokenizer's have no text, and nothing raises."""
+  """Cut-off characters become U+FFFD, ids beyond the tokenizer's have no text, and nothing
+  raises.
+  """
   known = [i for i in ids if 0 <= i < TRAINED.vocab_size]
   assert TRAINED.decode(ids) == TRAINED.decode(known) == TRAINED._encoder.decode(known)
 
@@ -87,17 +97,23 @@ def test_gpt2_has_the_ids_that_openai_published(gpt2):
 
 
 def test_end_of_text_is_an_id_that_no_text_becomes(gpt2):
-  """Text that looks like it is ordinary text; the id is shown as text, and begins an empty prompt."""
+  """Text that looks like it is ordinary text.
+
+  The id is shown as text, and begins an empty prompt.
+  """
   assert gpt2.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
   assert gpt2.decode([50256, 15496, 50257, 10**6]) == "<|endoftext|>Hello"
-  assert gpt2.prompt("") == [50256]
-  assert gpt2.prompt("Hello world") == [15496, 995]
+  assert gpt2.encode_prompt("") == [50256]
+  assert gpt2.encode_prompt("Hello world") == [15496, 995]
   assert TRAINED.eot_id is None
-  assert TRAINED.prompt("") == TRAINED.encode("\n") != []
+  assert TRAINED.encode_prompt("") == TRAINED.encode("\n") != []
 
 
 def test_gpt2_equals_tiktokens_own_on_all_of_tiny_shakespeare(gpt2, data_dir, monkeypatch):
-  """With tiktoken as the encoder and without it; 338,025 tokens is also what nanoGPT and llm.c count."""
+  """With tiktoken as the encoder and without it.
+
+  338,025 tokens is also what nanoGPT and llm.c count.
+  """
   tiktoken = pytest.importorskip("tiktoken", reason="the oracle")
   monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(data_dir / "tiktoken_cache"))
   text = (data_dir / "tinyshakespeare.txt").read_text(encoding="utf-8")
@@ -109,7 +125,9 @@ def test_gpt2_equals_tiktokens_own_on_all_of_tiny_shakespeare(gpt2, data_dir, mo
 
 
 @pytest.mark.parametrize("what", ["encoder.json", "vocab.bpe"])
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10**5, b'{"a": 0}', b"#version: 0.2\nh e\nx y z\n"])
+@pytest.mark.parametrize(
+  "content", [b"", b"\xff", b"[" * 10**5, b'{"a": 0}', b"#version: 0.2\nh e\nx y z\n"]
+)
 def test_files_that_are_not_gpt2s_are_refused(data_dir, what, content):
   files = {name: (data_dir / "gpt2" / name).read_bytes() for name in ("encoder.json", "vocab.bpe")}
   with pytest.raises(UserError, match=r"encoder\.json|must join two earlier tokens"):
@@ -120,11 +138,19 @@ def test_files_that_are_not_gpt2s_are_refused(data_dir, what, content):
 
 
 def plain_bpe(text, num_merges):
-  """Pairs of ids that a byte-level BPE merges, learned in the plainest way from text of the letters a-z, A-Z and é.
+  """Pairs of ids that a byte-level BPE merges, learned in the plainest way from text of the letters
+  a-z, A-Z and é.
 
   Ties go to the pair with the smaller left id, then to the smaller right id.
   """
-  byte_order = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]  # GPT-2's ids
+  byte_order = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+    *range(33),
+    *range(127, 161),
+    173,
+  ]  # GPT-2's ids
   pattern = r"'(?:[sdmt]|ll|ve|re)| ?[a-zA-Zé]+| ?[0-9]+| ?[^\sa-zA-Zé0-9]+|\s+(?!\S)|\s+"
   words = collections.Counter(re.findall(pattern, text))
   split = {word: [byte_order.index(b) for b in word.encode()] for word in words}
@@ -159,7 +185,9 @@ def test_training_equals_a_plain_trainer(text, num_merges):
   assert merged_pairs(trained) == merges
   assert trained.vocab_size == 256 + len(merges)
   if len(merges) < num_merges:
-    with pytest.raises(UserError, match=rf"data\.bpe_vocab_size={256 + num_merges} .*Try .*={256 + len(merges)}$"):
+    with pytest.raises(
+      UserError, match=rf"data\.bpe_vocab_size={256 + num_merges} .*Try .*={256 + len(merges)}$"
+    ):
       train_bpe_tokenizer(text, 256 + num_merges)
 
 
@@ -175,7 +203,11 @@ def test_training_twice_gives_one_tokenizer():
 
 def test_the_least_vocabulary_is_the_bytes():
   assert train_bpe_tokenizer("", 256) == BpeTokenizer("", end_of_text=False)
-  assert train_bpe_tokenizer("abc", 256).encode("ab\n") == [64, 65, 198]  # GPT-2's ids for single bytes
+  assert train_bpe_tokenizer("abc", 256).encode("ab\n") == [
+    64,
+    65,
+    198,
+  ]  # GPT-2's ids for single bytes
   with pytest.raises(UserError, match=r"data\.bpe_vocab_size=255 must be at least 256"):
     train_bpe_tokenizer("abc", 255)
 
@@ -187,7 +219,11 @@ def test_the_least_vocabulary_is_the_bytes():
 @given(text=ANY_TEXT)
 def test_tiktoken_changes_no_id(tokenizer, text):
   pytest.importorskip("tiktoken", reason="the faster encoder (jgpt's extra: tiktoken)")
-  assert tokenizer.tiktoken_encoding.encode_ordinary(text) == tokenizer._encoder.encode(text).ids == tokenizer.encode(text)
+  assert (
+    tokenizer.tiktoken_encoding.encode_ordinary(text)
+    == tokenizer._encoder.encode(text).ids
+    == tokenizer.encode(text)
+  )
 
 
 @NO_DEADLINE
@@ -216,7 +252,10 @@ def test_a_million_of_one_character_is_no_trouble():
 
 @pytest.mark.parametrize("text", ["x" + " " * 10**4, "\U00032000", "\u1c90"])
 def test_text_on_which_versions_may_differ_is_not_tiktokens(text, monkeypatch):
-  """Blanks without end; a character that has no meaning yet (its tables may know one); a letter younger than 2002."""
+  """Blanks without end; a character that has no meaning yet (its tables may know one).
+
+  A letter younger than 2002.
+  """
   pytest.importorskip("tiktoken", reason="the faster encoder (jgpt's extra: tiktoken)")
   expected = TRAINED.encode(text)
   monkeypatch.setitem(TRAINED.__dict__, "tiktoken_encoding", None)  # absent
@@ -238,10 +277,16 @@ def test_ordinary_text_is_tiktokens(monkeypatch):
 
 @NO_DEADLINE
 @given(
-  st.lists(st.sampled_from(["word", " ", "\n", "\t", "  ", "'s", "12", "\x1c", "\u2003", "。"]), max_size=60).map("".join)
+  st.lists(
+    st.sampled_from(["word", " ", "\n", "\t", "  ", "'s", "12", "\x1c", "\u2003", "。"]),
+    max_size=60,
+  ).map("".join)
 )
 def test_cutting_text_into_pieces_changes_no_id(text):
-  """Long texts are encoded piece by piece; here the pieces are three characters and more, and blanks are merged."""
+  """Long texts are encoded piece by piece.
+
+  Here the pieces are three characters and more, and blanks are merged.
+  """
   tokenizer = BpeTokenizer("Ċ Ċ\nĠ Ġ\nĠ w\nĉ Ġ\nĊ Ġ", end_of_text=False)
   short = re.compile(bpe._PIECES.pattern.replace("65536", "3"))
   with pytest.MonkeyPatch.context() as patch:
@@ -263,8 +308,14 @@ def test_missing_tokenizers_is_said_with_what_to_install(monkeypatch):
   ids = TRAINED.encode("the cats")
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   absent = BpeTokenizer(TRAINED.merges, end_of_text=False)
-  for need in (lambda: absent.encode("a"), lambda: absent.prompt(""), lambda: train_bpe_tokenizer("a", 256)):
-    with pytest.raises(UserError, match=r"need the package `tokenizers`.*pip install tokenizers.*'jgpt\[bpe\]'"):
+  for need in (
+    lambda: absent.encode("a"),
+    lambda: absent.encode_prompt(""),
+    lambda: train_bpe_tokenizer("a", 256),
+  ):
+    with pytest.raises(
+      UserError, match=r"need the package `tokenizers`.*pip install tokenizers.*'jgpt\[bpe\]'"
+    ):
       need()
   assert absent.decode(ids) == "the cats"
 
@@ -338,14 +389,20 @@ def test_json_that_is_not_as_jgpt_writes_it_is_refused(value):
     tokenizer_from_json(value)
 
 
-@pytest.mark.parametrize("merges", ["t h\nt h", "th e", "t  h", "t h ", " th", "t", "\n", "t h\n", "€ t"])
+@pytest.mark.parametrize(
+  "merges", ["t h\nt h", "th e", "t  h", "t h ", " th", "t", "\n", "t h\n", "€ t"]
+)
 def test_merges_that_join_nothing_new_are_refused(merges):
-  with pytest.raises(UserError, match=r"merge [01] \(.*\) must join two earlier tokens into a new one"):
+  with pytest.raises(
+    UserError, match=r"merge [01] \(.*\) must join two earlier tokens into a new one"
+  ):
     BpeTokenizer(merges, end_of_text=False)
 
 
 def test_end_of_text_is_never_made_by_merges():
   """Else text could become it."""
-  merges = "\n".join(f"{bpe.END_OF_TEXT[:n]} {bpe.END_OF_TEXT[n]}" for n in range(1, len(bpe.END_OF_TEXT)))
+  merges = "\n".join(
+    f"{bpe.END_OF_TEXT[:n]} {bpe.END_OF_TEXT[n]}" for n in range(1, len(bpe.END_OF_TEXT))
+  )
   with pytest.raises(UserError, match=r"merge 11 \('<\|endoftext\| >'\)"):
     BpeTokenizer(merges, end_of_text=True)

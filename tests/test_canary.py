@@ -11,14 +11,19 @@ from small_runs import compiled_quickly
 
 from jgpt import run
 from jgpt.config.catalog import list_experiments, load_experiment
+from jgpt.config.experiment import NUM_GROUPS, PLAIN
 from jgpt.config.settings import change, resolve
 from jgpt.data.sources import expected_vocab_size
 from jgpt.devices import canary
-from jgpt.devices.compute import FUSIONS, Tricks, has_padding
+from jgpt.devices.compute import FUSIONS, resolve_compute
 from jgpt.step import loss_and_grads
 
 CHANGES = {"model.num_layers": 1, "data.batch_size": 2, "mesh.data": 1, "data.seq_len": 8}
-IN_CI = ("names", "shakespeare_char_cpu", "gpt2_shakespeare")  # of the others shapes and functions are much the same
+IN_CI = (
+  "names",
+  "shakespeare_char_cpu",
+  "gpt2_shakespeare",
+)  # of the others shapes and functions are much the same
 
 
 def resolved(name, **changes):
@@ -33,20 +38,22 @@ def cache(tmp_path, monkeypatch):
 
 
 def miscompile(wrong):
-  """Tricks under which every gradient goes through `wrong`, as under a compiler with a fault."""
+  """Gradients that go through `wrong` unless all is plain, as under a compiler with a fault."""
 
-  def grads_fn(*args, **kwargs):
-    loss, grads = loss_and_grads(*args, **kwargs)
+  def wrong_grads(params, batch, step, experiment):
+    loss, grads = loss_and_grads(params, batch, step, experiment)
+    if experiment.compute == PLAIN:
+      return loss, grads
     return loss, grads | {"tok_embed": wrong(grads["tok_embed"])}
 
-  return lambda experiment, platform: Tricks(grads_fn=grads_fn)
+  return wrong_grads
 
 
 @pytest.mark.slow
 def test_a_sound_compiler_passes():
   check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), "cpu")
   assert check.passed and check.difference < 1e-5 and check.sound == ()
-  assert "gradients agree with float64" in canary.describe_check(check)
+  assert "gradients agree with float64" in canary.describe_comparison(check)
 
 
 @pytest.mark.parametrize(
@@ -61,17 +68,19 @@ def test_a_sound_compiler_passes():
 )
 @pytest.mark.slow
 def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
-  monkeypatch.setattr(canary, "choose_tricks", miscompile(wrong))
+  monkeypatch.setattr(canary, "loss_and_grads", miscompile(wrong))
   check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), "cpu")
   assert not check.passed and check.leaf == "tok_embed" and check.sound == ("plain",)
-  words = canary.describe_check(check)
-  assert words.startswith("WARNING") and "tok_embed" in words and "--set mesh.tricks=false" in words
+  words = canary.describe_comparison(check)
+  assert (
+    words.startswith("WARNING") and "tok_embed" in words and "--set compute.tricks=false" in words
+  )
 
 
 def test_where_nothing_helps_it_says_so():
-  words = canary.describe_check(canary.Check(0.5, "unembed", (), 1.0))
+  words = canary.describe_comparison(canary.Comparison(0.5, "unembed", (), 1.0))
   assert "No way of compiling agrees" in words
-  words = canary.describe_check(canary.Check(0.5, "unembed", ("without fusions",), 1.0))
+  words = canary.describe_comparison(canary.Comparison(0.5, "unembed", ("without fusions",), 1.0))
   assert 'XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type="' in words
 
 
@@ -81,21 +90,21 @@ def test_the_flag_that_it_advises_is_one_that_the_compiler_knows():
 
 
 def test_it_is_made_once_and_again_for_another_version(cache, monkeypatch):
-  experiment, sound = resolved("shakespeare_char_cpu"), canary.Check(1e-7, "unembed", (), 0.1)
+  experiment, sound = resolved("shakespeare_char_cpu"), canary.Comparison(1e-7, "unembed", (), 0.1)
   monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: sound)
-  assert canary.check_once(experiment, "cpu") is sound
-  assert canary.check_once(experiment, "cpu") is None
+  assert canary.compare_once(experiment, "cpu") is sound
+  assert canary.compare_once(experiment, "cpu") is None
   assert len(json.loads(cache.read_text(encoding="utf-8"))) == 1
   monkeypatch.setattr(canary.jaxlib, "__version__", "99.0")
-  assert canary.check_once(experiment, "cpu") is sound
+  assert canary.compare_once(experiment, "cpu") is sound
   assert len(json.loads(cache.read_text(encoding="utf-8"))) == 2
 
 
 def test_what_failed_is_checked_again(cache, monkeypatch):
-  failed = canary.Check(1.0, "unembed", (), 0.1)
+  failed = canary.Comparison(1.0, "unembed", (), 0.1)
   monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: failed)
   for _ in range(2):
-    assert canary.check_once(resolved("shakespeare_char_cpu"), "cpu") is failed
+    assert canary.compare_once(resolved("shakespeare_char_cpu"), "cpu") is failed
   assert not cache.exists()
 
 
@@ -103,35 +112,50 @@ def test_what_failed_is_checked_again(cache, monkeypatch):
 def test_a_damaged_record_is_no_record(cache, monkeypatch, content):
   cache.parent.mkdir()
   cache.write_bytes(content)
-  sound = canary.Check(1e-7, "unembed", (), 0.1)
+  sound = canary.Comparison(1e-7, "unembed", (), 0.1)
   monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: sound)
   experiment = resolved("shakespeare_char_cpu")
-  assert canary.check_once(experiment, "cpu") is sound and canary.check_once(experiment, "cpu") is None
+  assert (
+    canary.compare_once(experiment, "cpu") is sound
+    and canary.compare_once(experiment, "cpu") is None
+  )
 
 
 def test_what_has_no_fusions_is_not_checked(cache):
-  assert canary.check_once(resolved("names"), "cpu") is None
-  assert canary.check_once(resolved("gpt2_shakespeare"), "gpu") is None
+  assert canary.compare_once(resolved("names"), "cpu") is None
+  assert canary.compare_once(resolved("gpt2_shakespeare"), "gpu") is None
   assert not cache.exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("difference", [1e-7, 0.5])
-def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypatch, capsys, difference):
+def test_the_first_run_with_fusions_says_what_was_found(
+  cache, folder, monkeypatch, capsys, difference
+):
   """After the samples, once; what is wrong is a warning on stderr, at every run."""
   folder({"verse.txt": "To be, or not to be, that is the question:\n" * 20})
   checks = []
-  found = canary.Check(difference, "unembed", ("plain",), 0.1)
+  found = canary.Comparison(difference, "unembed", ("plain",), 0.1)
   monkeypatch.setattr(canary, "compare_compiled", lambda *args: checks.append(args) or found)
-  changes = {"data.path": "verse.txt", "data.seq_len": 8, "data.batch_size": 2, "model.max_seq_len": 8, "train.steps": 2}
+  changes = {
+    "data.path": "verse.txt",
+    "data.seq_len": 8,
+    "data.batch_size": 2,
+    "model.max_seq_len": 8,
+    "train.steps": 2,
+  }
   changes |= {"mesh.data": 1, "sample.max_tokens": 4, "sample.num": 1}
-  changes |= {"train.eval_every": "none", "train.sample_every": "none", "mesh.tricks": "true", "optimizer.warmup_steps": 0}
+  changes |= {"train.eval_every": "none", "train.sample_every": "none"}
+  changes |= {"compute.tricks": "true", "optimizer.warmup_steps": 0}
   arguments = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
   for number in range(2):
     with compiled_quickly():
-      assert run.main(["--experiment", "shakespeare_bytes", *arguments, "--workdir", f"run{number}"]) == 0
+      assert (
+        run.main(["--experiment", "shakespeare_bytes", *arguments, "--workdir", f"run{number}"])
+        == 0
+      )
     out, err = capsys.readouterr()
-    line = canary.describe_check(found)
+    line = canary.describe_comparison(found)
     if difference > canary.TOLERANCE:
       assert line in err and line not in out
     else:
@@ -139,13 +163,18 @@ def test_the_first_run_with_fusions_says_what_was_found(cache, folder, monkeypat
   assert len(checks) == (1 if difference < canary.TOLERANCE else 2)
 
 
-@pytest.mark.parametrize(("seq_len", "batch_size"), [(16, 16), (16, 500), (450, 16), (1024, 16), (16, 1)])
-def test_the_batch_can_be_cut_into_groups_where_padding_is_skipped(seq_len, batch_size):
+@pytest.mark.parametrize(
+  ("seq_len", "batch_size"), [(16, 16), (16, 500), (450, 16), (1024, 16), (16, 1)]
+)
+def test_the_batch_can_be_cut_into_groups_where_documents_are_grouped(seq_len, batch_size):
   changes = {"data.seq_len": seq_len, "model.max_seq_len": 1024, "data.batch_size": batch_size}
-  experiment = resolved("names", **changes)
-  batch = canary._draw_batch(experiment, experiment.model)
-  assert batch.inputs_BT.shape[1] == seq_len and batch.inputs_BT.size <= max(canary.MAX_TOKENS, 4 * seq_len)
-  assert not has_padding(experiment) or len(batch.inputs_BT) % 4 == 0
+  experiment = resolve_compute(resolved("names", **changes), "cpu")
+  assert experiment.compute.group_documents == (batch_size >= 16)
+  batch = canary.draw_batch(experiment)
+  assert batch.inputs_BT.shape[1] == seq_len and batch.inputs_BT.size <= max(
+    canary.MAX_TOKENS, 4 * seq_len
+  )
+  assert batch_size == 1 or len(batch.inputs_BT) % NUM_GROUPS == 0
   assert float(batch.weights_BT.sum(axis=1).min()) >= 1
 
 
@@ -153,20 +182,23 @@ def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
   def out_of_memory(*args):
     raise MemoryError("no more")
 
-  monkeypatch.setattr(canary, "check_once", out_of_memory)
+  monkeypatch.setattr(canary, "compare_once", out_of_memory)
   run.print_compiler_check(SimpleNamespace(experiment=None))
   assert "could not be checked: no more" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_skipped_padding_passes_too():
+def test_grouped_documents_pass_too():
   assert canary.compare_compiled(resolved("names", **{"data.batch_size": 16}), "cpu").passed
 
 
 def test_a_difference_that_is_not_a_number_is_the_worst():
   expected = {"a": np.ones(2), "b": np.ones(2)}
-  assert canary._find_worst(expected, {"a": np.array([1, 1.5]), "b": np.array([1, np.nan])}) == ("b", float("inf"))
-  assert canary._find_worst(expected, {"a": np.array([1, 1.5]), "b": np.ones(2)}) == ("a", 0.5)
+  assert canary.find_worst(expected, {"a": np.array([1, 1.5]), "b": np.array([1, np.nan])}) == (
+    "b",
+    float("inf"),
+  )
+  assert canary.find_worst(expected, {"a": np.array([1, 1.5]), "b": np.ones(2)}) == ("a", 0.5)
 
 
 @pytest.mark.slow
@@ -179,8 +211,10 @@ def test_a_difference_that_is_not_a_number_is_the_worst():
   ],
 )
 def test_this_compiler_is_sound_at_every_experiments_shapes(name):
-  """Loss and every gradient, as a run compiles them, with XLA's fusions and without, within 1e-5 of float64."""
+  """Loss and every gradient, as a run compiles them, with XLA's fusions and without, within 1e-5 of
+  float64.
+  """
   experiment = resolved(name)
   for on in (True, False):
-    check = canary.compare_compiled(change(experiment, {"mesh.tricks": on}), "cpu")
+    check = canary.compare_compiled(change(experiment, {"compute.tricks": on}), "cpu")
     assert check.difference < 1e-5, check

@@ -12,10 +12,9 @@ from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import resolve
 from jgpt.errors import TrainingError, UserError
 from jgpt.keys import INIT, derive_key
-from jgpt.optim import make_optimizer
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import RunFiles, read_run_json, write_run_files
-from jgpt.runs.open import load_run
+from jgpt.runs.open import open_run
 from jgpt.step import init_state
 from jgpt.text.tokenizer import CharTokenizer
 
@@ -23,14 +22,16 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 EXPERIMENT = resolve(load_experiment("names"), 27)
 FILES = RunFiles(
-  "names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True), {"kind": "path", "sha256": "0" * 64}
+  "names",
+  EXPERIMENT,
+  CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True),
+  {"kind": "path", "sha256": "0" * 64},
 )
 
 
 @pytest.fixture(scope="module")
 def state():
-  tx = make_optimizer(EXPERIMENT.optimizer, EXPERIMENT.model)
-  return jax.jit(lambda key: init_state(key, EXPERIMENT.model, tx))(derive_key(0, INIT))
+  return jax.jit(lambda key: init_state(key, EXPERIMENT))(derive_key(0, INIT))
 
 
 def saved(workdir, state, steps=(0,)):
@@ -45,14 +46,18 @@ def saved(workdir, state, steps=(0,)):
 def test_what_was_saved_comes_back_bit_by_bit(tmp_path, state):
   """Parameters alone (sampling), and the whole state with its structure (resuming)."""
   saved(tmp_path, state)
-  run = load_run(tmp_path)
+  run = open_run(tmp_path)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
   restored = checkpoint.restore(tmp_path / "checkpoints" / "0", shapes)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   for name, a, b in (("params", run.params, state.params), ("state", restored, state)):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-      assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), f"{name} {jax.tree_util.keystr(path)}"
+    for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+      assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), (
+        f"{name} {jax.tree_util.keystr(path)}"
+      )
 
 
 def test_arrays_lie_under_readable_names(tmp_path, state):
@@ -66,7 +71,9 @@ def test_arrays_lie_under_readable_names(tmp_path, state):
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, state):
-  """Whatever the order: the best are never deleted for being old, the newest never for being bad."""
+  """Whatever the order: the best are never deleted for being old, the newest never for
+  being bad.
+  """
   write_run_files(tmp_path, FILES)
   losses = {10: 2.5, 20: 2.1, 30: 2.3, 40: 2.1, 50: None, 60: 2.4}
   kept = []
@@ -76,9 +83,9 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, state):
       manager.wait()
       kept.append(manifest.list_steps(tmp_path))
   assert kept == [[10], [10, 20], [20, 30], [30, 40], [40, 50], [40, 50, 60]]
-  assert load_run(tmp_path).step == 60 and load_run(tmp_path, 40).step == 40
+  assert open_run(tmp_path).step == 60 and open_run(tmp_path, 40).step == 40
   with pytest.raises(UserError, match=r"no checkpoint of step 10; it has 40, 50, 60\."):
-    load_run(tmp_path, 10)
+    open_run(tmp_path, 10)
 
 
 def rewrite(folder, name, change):
@@ -90,22 +97,32 @@ def rewrite(folder, name, change):
 
 
 def test_other_shapes_are_refused_and_not_cut_to_fit(tmp_path, state):
-  """An experiment.json that names another model than the arrays are of, in a checkpoint that is otherwise whole."""
+  """An experiment.json that names another model than the arrays are of, in a checkpoint that is
+  otherwise whole.
+  """
   saved(tmp_path, state)
-  rewrite(tmp_path / "checkpoints" / "0", "experiment.json", lambda text: text.replace('"d_ff": 64', '"d_ff": 32'))
-  with pytest.raises(UserError, match=r"blocks/w_down is float32\[1, 64, 16\] there, and float32\[1, 32, 16\]"):
-    load_run(tmp_path)
+  rewrite(
+    tmp_path / "checkpoints" / "0",
+    "experiment.json",
+    lambda text: text.replace('"d_ff": 64', '"d_ff": 32'),
+  )
+  with pytest.raises(
+    UserError, match=r"blocks/w_down is float32\[1, 64, 16\] there, and float32\[1, 32, 16\]"
+  ):
+    open_run(tmp_path)
 
 
 def test_a_leaf_that_is_not_what_was_saved_is_named(tmp_path, state):
-  """What no file's digest can tell: here the manifest says another digest, and agrees with itself."""
+  """What no file's digest can tell: here the manifest says another digest, and agrees with
+  itself.
+  """
   saved(tmp_path, state)
   folder = tmp_path / "checkpoints" / "0"
   recorded = manifest.read_manifest(folder)
   recorded.leaves["params/tok_embed"]["digest"] = 16 * "0"
   manifest.write_manifest(folder, recorded)
   with pytest.raises(UserError, match="params/tok_embed is not what was saved"):
-    load_run(tmp_path)
+    open_run(tmp_path)
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, state):
@@ -116,36 +133,59 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path, state
   for name, leaf in recorded.leaves.items():
     if "/w_" in name:
       leaf["shape"][0] = 2**30
-  rewrite(folder, "experiment.json", lambda text: text.replace('"num_layers": 1', f'"num_layers": {2**30}'))
+  rewrite(
+    folder,
+    "experiment.json",
+    lambda text: text.replace('"num_layers": 1', f'"num_layers": {2**30}'),
+  )
   manifest.write_manifest(folder, recorded)
   with pytest.raises(UserError, match=r"GB of memory by its experiment.json; this machine has"):
-    load_run(tmp_path)
+    open_run(tmp_path)
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, state):
   saved(tmp_path, state, steps=(5,))
-  bad = state.replace(step=np.int32(6), params=state.params | {"tok_embed": state.params["tok_embed"].at[0, 0].set(np.nan)})
-  message = r"after step 6 params/tok_embed is not finite .1 of 24 arrays.*The last checkpoint is of step 5\."
-  with pytest.raises(TrainingError, match=message), checkpoint.open_checkpoints(tmp_path) as manager:
+  bad = state.replace(
+    step=np.int32(6),
+    params=state.params | {"tok_embed": state.params["tok_embed"].at[0, 0].set(np.nan)},
+  )
+  message = (
+    r"after step 6 params/tok_embed is not finite .1 of 24 arrays.*The last checkpoint is of "
+    r"step 5\."
+  )
+  with (
+    pytest.raises(TrainingError, match=message),
+    checkpoint.open_checkpoints(tmp_path) as manager,
+  ):
     checkpoint.save_checkpoint(manager, bad)
   assert manifest.list_steps(tmp_path) == [5]
 
 
 @pytest.mark.parametrize(
   ("field", "value"),
-  [("format", 2), ("data", {"sha256": 5}), ("data", {}), ("experiment", []), ("tokenizer_sha256", "0" * 64)],
+  [
+    ("format", 2),
+    ("data", {"sha256": 5}),
+    ("data", {}),
+    ("experiment", []),
+    ("tokenizer_sha256", "0" * 64),
+  ],
 )
 def test_settings_that_are_not_ours_are_refused(tmp_path, state, field, value):
   saved(tmp_path, state)
-  rewrite(tmp_path / "checkpoints" / "0", "experiment.json", lambda text: json.dumps(json.loads(text) | {field: value}))
+  rewrite(
+    tmp_path / "checkpoints" / "0",
+    "experiment.json",
+    lambda text: json.dumps(json.loads(text) | {field: value}),
+  )
   with pytest.raises(UserError):
-    load_run(tmp_path)
+    open_run(tmp_path)
 
 
 def test_a_folder_without_a_checkpoint_says_so(tmp_path):
   write_run_files(tmp_path, FILES)
   with pytest.raises(UserError, match="has no checkpoint yet"):
-    load_run(tmp_path)
+    open_run(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 5000])
@@ -158,7 +198,9 @@ def test_file_that_is_no_json_is_refused_by_name(tmp_path, content):
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(tmp_path, state, monkeypatch):
-  """After a power cut a step whose manifest is there is whole: files, folders and its name were synced before."""
+  """After a power cut a step whose manifest is there is whole: files, folders and its name were
+  synced before.
+  """
   synced, real = [], os.fsync
 
   def fsync(descriptor):

@@ -17,7 +17,9 @@ from jgpt.config.settings import list_settings
 from jgpt.runs import manifest
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
-LINE = re.compile(r"step +(\d+)/40 \| loss \d\.\d{4} \| grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$")
+LINE = re.compile(
+  r"step +(\d+)/40 \| loss \d\.\d{4} \| grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$"
+)
 
 
 @pytest.fixture
@@ -45,24 +47,54 @@ def start(*args, **options):
 def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
   status, out, err = call(capsys, run.main, *FAST)
   assert status == 0 and err == ""
-  for fact in ("CPU", "bundled", "documents", "longest", "cut at the context of 16", "held out", "27 ids: a-z and BOS"):
+  for fact in (
+    "CPU",
+    "bundled",
+    "documents",
+    "longest",
+    "cut at the context of 16",
+    "held out",
+    "27 ids: a-z and BOS",
+  ):
     assert fact in out
-  assert "4,192 parameters" in out and "uniform guessing: 3.296" in out and "40 steps of 1 document" in out
+  assert (
+    "4,192 parameters" in out
+    and "uniform guessing: 3.296" in out
+    and "40 steps of 1 document" in out
+  )
   lines = [LINE.match(line) for line in out.splitlines() if line.startswith("step")]
   assert [int(m.group(1)) for m in lines] == [1, 20, 40]
-  assert "held-out loss" in out and "perplexity" in out and "┌" in out and "20 samples" in out and "next:" in out
+  assert (
+    "held-out loss" in out
+    and "perplexity" in out
+    and "┌" in out
+    and "20 samples" in out
+    and "next:" in out
+  )
   runs = folder / "runs" / "names,train.steps=40"
   assert {p.name for p in runs.iterdir()} == {
     "experiment.json", "tokenizer.json", "env.json", "metrics.jsonl", "checkpoints", "samples",
   }  # fmt: skip
   rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == list(range(1, 41))
-  printed = [float(re.search(r"loss (\S+)", line).group(1)) for line in out.splitlines() if line.startswith("step")]
+  printed = [
+    float(re.search(r"loss (\S+)", line).group(1))
+    for line in out.splitlines()
+    if line.startswith("step")
+  ]
   losses = [row["train/loss"] for row in rows]
-  expected = [losses[0], sum(losses[1:20]) / 19, sum(losses[20:]) / 20]  # each line: the mean since the last
+  expected = [
+    losses[0],
+    sum(losses[1:20]) / 19,
+    sum(losses[20:]) / 20,
+  ]  # each line: the mean since the last
   assert printed == pytest.approx(expected, abs=1e-4)
   assert len((runs / "samples" / "step_40.txt").read_text().splitlines()) == 20
-  assert json.loads((runs / "env.json").read_text())[0]["versions"].keys() == {"jgpt", "jax", "python"}
+  assert json.loads((runs / "env.json").read_text())[0]["versions"].keys() == {
+    "jgpt",
+    "jax",
+    "python",
+  }
 
 
 @pytest.mark.slow
@@ -71,7 +103,7 @@ def test_the_suggested_commands_work(folder, capsys):
   (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
   _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
   commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
-  assert len(commands) == 3 and all(c[:2] == [cli.python_word(), "-m"] for c in commands)
+  assert len(commands) == 3 and all(c[:2] == [cli.python_command(), "-m"] for c in commands)
   status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
   assert status == 0 and len(texts.splitlines()) == 2
   assert run.main([*commands[2][3:], "--steps", "5"]) == 0
@@ -82,11 +114,11 @@ def test_suggestions_call_the_python_that_is_running(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   ours = str(tmp_path / ".venv" / "bin" / "python")
   monkeypatch.setattr(sys, "executable", ours)
-  assert cli.python_word() == str(Path(".venv", "bin", "python"))
+  assert cli.python_command() == str(Path(".venv", "bin", "python"))
   monkeypatch.setattr(cli.shutil, "which", lambda name: ours)
-  assert cli.python_word() == "python"
+  assert cli.python_command() == "python"
   monkeypatch.setattr(sys, "executable", os.path.abspath("/elsewhere/python"))
-  assert cli.python_word() == sys.executable
+  assert cli.python_command() == sys.executable
 
 
 def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):
@@ -99,7 +131,12 @@ def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):
 
 @pytest.mark.slow
 def test_a_changed_setting_has_a_folder_of_its_own(folder, capsys):
-  for extra in ([], ["--set", "optimizer.peak_lr=0.02"], ["--seed", "1"], ["--set", "sample.temperature=1.0"]):
+  for extra in (
+    [],
+    ["--set", "optimizer.peak_lr=0.02"],
+    ["--seed", "1"],
+    ["--set", "sample.temperature=1.0"],
+  ):
     assert call(capsys, run.main, *FAST, *extra)[0] == 0
   assert sorted(p.name for p in (folder / "runs").iterdir()) == [
     "names,optimizer.peak_lr=0.02,train.steps=40",
@@ -118,12 +155,17 @@ def test_fresh_sets_the_old_folder_aside(folder, capsys):
 
 @pytest.mark.slow
 def test_an_edited_experiment_file_does_not_touch_the_old_run(folder, capsys):
-  """The folder's name comes from what differs from the file; when the file itself changed, a digest is added."""
+  """The folder's name comes from what differs from the file.
+
+  When the file itself changed, a digest is added.
+  """
   text = (Path(run.__file__).parent.parent / "experiments" / "names.py").read_text(encoding="utf-8")
   own = folder / "own.py"
   own.write_text(text.replace("steps=1000", "steps=20"), encoding="utf-8")
   assert call(capsys, run.main, "--experiment", own)[0] == 0
-  own.write_text(text.replace("steps=1000", "steps=20").replace("d_ff=64", "d_ff=32"), encoding="utf-8")
+  own.write_text(
+    text.replace("steps=1000", "steps=20").replace("d_ff=64", "d_ff=32"), encoding="utf-8"
+  )
   assert call(capsys, run.main, "--experiment", own)[0] == 0
   names = sorted(p.name for p in (folder / "runs").iterdir())
   assert names[0] == "own" and re.fullmatch(r"own-[0-9a-f]{6}", names[1])
@@ -132,8 +174,14 @@ def test_an_edited_experiment_file_does_not_touch_the_old_run(folder, capsys):
 def test_a_folder_that_was_named_refuses_another_run(folder, capsys):
   assert call(capsys, run.main, *FAST, "--workdir", "here")[0] == 0
   before = (folder / "here" / "metrics.jsonl").read_bytes()
-  status, _, err = call(capsys, run.main, *FAST, "--workdir", "here", "--set", "data.batch_size=2", "--seed", "4")
-  assert status == 2 and "data.batch_size is 1 there and 2 here" in err and "train.seed is 0 there and 4 here" in err
+  status, _, err = call(
+    capsys, run.main, *FAST, "--workdir", "here", "--set", "data.batch_size=2", "--seed", "4"
+  )
+  assert (
+    status == 2
+    and "data.batch_size is 1 there and 2 here" in err
+    and "train.seed is 0 there and 4 here" in err
+  )
   assert (folder / "here" / "metrics.jsonl").read_bytes() == before
 
 
@@ -147,7 +195,16 @@ def test_steps_may_grow_in_a_named_folder_while_the_rate_lasts(folder, capsys):
 @pytest.mark.slow
 def test_a_list_of_your_own(folder, capsys):
   (folder / "Städte.txt").write_text("Köln\r\nBonn\n\n  Ulm  \nKöln\n", encoding="utf-8")
-  args = ["--experiment", "names", "--set", "data.path=Städte.txt", "--set", "data.heldout_fraction=0", "--steps", "300"]
+  args = [
+    "--experiment",
+    "names",
+    "--set",
+    "data.path=Städte.txt",
+    "--set",
+    "data.heldout_fraction=0",
+    "--steps",
+    "300",
+  ]
   status, out, err = call(capsys, run.main, *args)
   assert status == 0 and err == ""
   assert "4 documents, 15 characters, longest 4, 0 cut" in out and "'Köln'" not in out
@@ -162,22 +219,36 @@ def test_a_list_of_your_own(folder, capsys):
   ("args", "error"),
   [
     (["--experiment", "nmaes"], "no experiment 'nmaes'. Did you mean names?"),
-    (["--experiment", "names", "--set", "train.step=5"], "no setting 'train.step'. Did you mean train.steps"),
+    (
+      ["--experiment", "names", "--set", "train.step=5"],
+      "no setting 'train.step'. Did you mean train.steps",
+    ),
     (["--experiment", "names", "--set", "model.d_model=18"], "model.num_heads"),
     (["--experiment", "names", "--set", "data.path=missing.txt"], "cannot read missing.txt"),
-    (["--experiment", "names", "--set", "model.vocab_size=20"], "smaller than the tokenizer's 27 ids"),
+    (
+      ["--experiment", "names", "--set", "model.vocab_size=20"],
+      "smaller than the tokenizer's 27 ids",
+    ),
     (["--experiment", "names", "--set", "train.seed"], "has no '='"),
     ([], "choose an experiment"),
   ],
 )
 def test_a_users_error_is_one_line_and_status_2(folder, capsys, args, error):
   status, out, err = call(capsys, run.main, *args)
-  assert status == 2 and out == "" and err.count("\n") == 1 and error in err and err.startswith("error: ")
+  assert (
+    status == 2
+    and out == ""
+    and err.count("\n") == 1
+    and error in err
+    and err.startswith("error: ")
+  )
   assert not (folder / "runs").exists()  # raised before anything was written
 
 
 def test_print_config_reads_back_as_settings(capsys):
-  _, out, _ = call(capsys, run.main, "--experiment", "names", "--print-config", "--set", "model.vocab_size=28")
+  _, out, _ = call(
+    capsys, run.main, "--experiment", "names", "--print-config", "--set", "model.vocab_size=28"
+  )
   lines = out.splitlines()
   assert lines[0] == "# names: 4,224 parameters" and "model.vocab_size=28" in lines
   assert [line.split("=")[0] for line in lines[1:]] == list(list_settings(load_experiment("names")))
@@ -189,7 +260,11 @@ def test_print_config_reads_back_as_settings(capsys):
 def test_twenty_eight_ids(folder, capsys):
   """The teaching text's model: 4,224 parameters and ln 28, with BOS still 26."""
   _, out, _ = call(capsys, run.main, *FAST, "--set", "model.vocab_size=28")
-  for fact in ("27 ids: a-z and BOS (26); the model has 28", "4,224 parameters", "uniform guessing: 3.332"):
+  for fact in (
+    "27 ids: a-z and BOS (26); the model has 28",
+    "4,224 parameters",
+    "uniform guessing: 3.332",
+  ):
     assert fact in out
 
 
@@ -199,9 +274,19 @@ def test_sample_from_the_folder_alone(folder, capsys):
   for path in (folder / "here").glob("checkpoints/40/train_state/**/*"):
     path.unlink() if path.is_file() else None
   moved = (folder / "here").rename(folder / "elsewhere")
-  status, out, err = call(capsys, sample.main, "--run", moved, "--num", "4", "--prompt", "an", "--seed", "3")
-  assert status == 0 and err == "" and len(out.splitlines()) == 4 and all(t.startswith("an") for t in out.splitlines())
-  assert call(capsys, sample.main, "--run", moved, "--num", "4", "--prompt", "an", "--seed", "3")[1] == out
+  status, out, err = call(
+    capsys, sample.main, "--run", moved, "--num", "4", "--prompt", "an", "--seed", "3"
+  )
+  assert (
+    status == 0
+    and err == ""
+    and len(out.splitlines()) == 4
+    and all(t.startswith("an") for t in out.splitlines())
+  )
+  assert (
+    call(capsys, sample.main, "--run", moved, "--num", "4", "--prompt", "an", "--seed", "3")[1]
+    == out
+  )
   greedy = call(capsys, sample.main, "--run", moved, "--num", "4", "--temperature", "0")[1]
   assert len(set(greedy.splitlines())) == 1
 
@@ -228,7 +313,9 @@ def test_sampling_from_what_is_no_run(folder, capsys):
 
 def test_a_long_prompt_is_said_to_be_cut(folder, capsys):
   call(capsys, run.main, *FAST, "--workdir", "here")
-  status, out, err = call(capsys, sample.main, "--run", "here", "--prompt", "abcdefghijklmnopqrst", "--num", "2")
+  status, out, err = call(
+    capsys, sample.main, "--run", "here", "--prompt", "abcdefghijklmnopqrst", "--num", "2"
+  )
   assert status == 0 and "only its last 16 fit the context" in err
   assert all(t.startswith("abcdefghijklmnopqrst") for t in out.splitlines())
 
@@ -257,7 +344,10 @@ def test_reading_a_run_executes_nothing(folder, capsys):
     status, _, err = sample_of("experiment.json", bad)
     assert status == 2 and err.count("\n") == 1
   sample_of("experiment.json", good)
-  assert "not the tokenizer" in sample_of("tokenizer.json", '{"type": "characters", "chars": "ab", "bos": true}')[2]
+  assert (
+    "not the tokenizer"
+    in sample_of("tokenizer.json", '{"type": "characters", "chars": "ab", "bos": true}')[2]
+  )
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
@@ -268,7 +358,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
-  """A real process, a real signal: status 130, one line, and the second run ends where the first would have."""
+  """A real process, a real signal: status 130, one line, and the second run ends where the first
+  would have.
+  """
   args = ["jgpt.run", "--experiment", "names", "--steps", "60000", "--log-every", "2000"]
   with start(*args) as first:
     for line in first.stdout:
@@ -277,8 +369,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
         break
     err = first.communicate(timeout=60)[1]
   lines = [line for line in err.splitlines() if line and " is a spike" not in line]
-  assert first.returncode == 130 and lines[0] == "stopping after the steps under way; once more quits at once"
-  stopped = int(re.fullmatch(r"stopped after step ([\d,]+), which is saved in runs/names.*", lines[1])[1].replace(",", ""))
+  assert (
+    first.returncode == 130
+    and lines[0] == "stopping after the steps under way; once more quits at once"
+  )
+  stopped = int(
+    re.fullmatch(r"stopped after step ([\d,]+), which is saved in runs/names.*", lines[1])[
+      1
+    ].replace(",", "")
+  )
   assert 2000 <= stopped < 60000
   with start(*args) as second:
     out, err = second.communicate(timeout=120)
@@ -292,14 +391,21 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_an_encoding_without_our_characters_is_no_error(folder, encoding):
   """Names, frames and the plus-minus sign are replaced; training does not end in a stack trace."""
-  env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(run.__file__).parent.parent)}
+  env = os.environ | {
+    "PYTHONIOENCODING": encoding,
+    "PYTHONPATH": str(Path(run.__file__).parent.parent),
+  }
   for args in (FAST, ["--list"]):
-    done = subprocess.run([sys.executable, "-m", "jgpt.run", *args], env=env, capture_output=True, check=False)
+    done = subprocess.run(
+      [sys.executable, "-m", "jgpt.run", *args], env=env, capture_output=True, check=False
+    )
     assert done.returncode == 0 and done.stderr == b""
 
 
 def test_a_command_ends_without_looking_for_garbage():
-  """What jax makes while it is imported and traces takes 0.2 s to look through, and the process's memory goes anyway."""
+  """What jax makes while it is imported and traces takes 0.2 s to look through, and the process's
+  memory goes anyway.
+  """
   program = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))  # called after what is registered later
@@ -307,7 +413,9 @@ from jgpt import cli
 print(gc.get_freeze_count(), cli.guard(lambda: 0))
 """
   env = os.environ | {"PYTHONPATH": str(Path(run.__file__).parent.parent)}
-  done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+  )
   before, status, at_exit = map(int, done.stdout.split())
   assert before == status == 0 and at_exit > 1000
 
@@ -315,8 +423,12 @@ print(gc.get_freeze_count(), cli.guard(lambda: 0))
 @pytest.mark.slow
 def test_a_reader_that_leaves_while_training_loses_nothing(folder):
   """`| head -1`: the log stops, one line says so, the run is saved."""
-  with start("jgpt.run", "--experiment", "names", "--steps", "40000", "--log-every", "100") as process:
-    while not process.stdout.readline().startswith("step"):  # what stands above is printed before training begins
+  with start(
+    "jgpt.run", "--experiment", "names", "--steps", "40000", "--log-every", "100"
+  ) as process:
+    while not process.stdout.readline().startswith(
+      "step"
+    ):  # what stands above is printed before training begins
       pass
     process.stdout.close()
     err = process.stderr.read()
@@ -325,7 +437,9 @@ def test_a_reader_that_leaves_while_training_loses_nothing(folder):
 
 
 def test_names_says_that_it_uses_one_of_eight_devices(folder, capsys):
-  """A batch of one cannot be divided: on 8 devices (these are virtual) `names` uses one, and one line says so."""
+  """A batch of one cannot be divided: on 8 devices (these are virtual) `names` uses one, and one
+  line says so.
+  """
   out = call(capsys, run.main, *FAST)[1]
   assert [line for line in out.splitlines() if "1 of 8 devices (mesh.data=1)" in line]
 
@@ -350,7 +464,11 @@ def test_fresh_does_not_rename_the_folder_one_is_in(folder, capsys, monkeypatch)
   call(capsys, run.main, *FAST, "--workdir", "here")
   monkeypatch.chdir("here")
   status, _, err = call(capsys, run.main, *FAST, "--workdir", ".", "--fresh")
-  assert status == 2 and "the folder you are in" in err and (folder / "here" / "experiment.json").exists()
+  assert (
+    status == 2
+    and "the folder you are in" in err
+    and (folder / "here" / "experiment.json").exists()
+  )
 
 
 def test_an_experiment_file_that_fails_is_named_with_its_line(folder, capsys):

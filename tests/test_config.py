@@ -12,9 +12,8 @@ from jgpt.config import catalog
 from jgpt.config.settings import change, differences, parse_setting, resolve
 from jgpt.data.sources import expected_vocab_size
 from jgpt.errors import UserError
-from jgpt.optim import make_optimizer
 from jgpt.params import count_params
-from jgpt.step import init_state, make_train_step
+from jgpt.step import init_state, train_step
 
 NAMES = catalog.load_experiment("names")
 
@@ -26,7 +25,10 @@ def set_(*texts, base=NAMES):
 
 def test_resolve_fills_in_what_was_left_open_and_nothing_else():
   resolved = resolve(NAMES, 27)
-  assert differences(NAMES, resolved) == {"model.vocab_size": (None, 27), "optimizer.decay_steps": (None, 1000)}
+  assert differences(NAMES, resolved) == {
+    "model.vocab_size": (None, 27),
+    "optimizer.decay_steps": (None, 1000),
+  }
   given_ = change(NAMES, {"model.vocab_size": 50, "optimizer.decay_steps": 10})
   assert resolve(given_, 27) == given_
   assert resolve(resolved, 27) == resolved
@@ -38,7 +40,9 @@ def test_resolve_of_no_steps_leaves_a_schedule_that_divides_by_no_zero():
 
 def test_vocabulary_smaller_than_the_tokenizer_is_refused_with_what_would_do():
   small = set_("model.vocab_size=26")
-  with pytest.raises(UserError, match=r"model.vocab_size=26 .* 27 ids. Try --set model.vocab_size=none"):
+  with pytest.raises(
+    UserError, match=r"model.vocab_size=26 .* 27 ids. Try --set model.vocab_size=none"
+  ):
     resolve(small, 27)
   assert resolve(set_("model.vocab_size=none", base=small), 27).model.vocab_size == 27
 
@@ -53,7 +57,9 @@ def test_unresolved_vocabulary_cannot_be_counted():
 
 def test_experiment_is_found_by_name_and_by_path(tmp_path):
   path = tmp_path / "mine.py"
-  path.write_text((catalog.experiments_dir() / "names.py").read_text(encoding="utf-8"), encoding="utf-8")
+  path.write_text(
+    (catalog.experiments_dir() / "names.py").read_text(encoding="utf-8"), encoding="utf-8"
+  )
   assert catalog.load_experiment("names") == catalog.load_experiment(str(path))
 
 
@@ -84,15 +90,19 @@ def test_experiment_has_the_parameters_that_its_docstring_states(name):
 
 @pytest.mark.parametrize("name", catalog.list_experiments())
 def test_experiment_traces_one_update_that_keeps_every_shape_and_dtype(name):
-  """Without an array: shapes alone run through the model, the loss, the gradient and the optimizer."""
+  """Without an array: shapes alone run through the model, the loss, the gradient and the
+  optimizer.
+  """
   experiment = catalog.load_experiment(name)
   experiment = resolve(experiment, expected_vocab_size(experiment.data), steps_per_epoch=10)
-  tx = make_optimizer(experiment.optimizer, experiment.model)
-  init = partial(init_state, config=experiment.model, tx=tx)
-  state = jax.eval_shape(lambda: init(jax.random.key(0)))
+  state = jax.eval_shape(lambda: init_state(jax.random.key(0), experiment))
   tokens = jax.ShapeDtypeStruct((experiment.data.batch_size, experiment.data.seq_len), jnp.int32)
   batch = Batch(tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
-  after, metrics = jax.eval_shape(make_train_step(experiment), state, batch)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  after, metrics = jax.eval_shape(partial(train_step, experiment=experiment), state, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
   expected = dict.fromkeys(("train/loss", "train/grad_norm", "train/lr"), ((), jnp.float32))
-  assert {k: (v.shape, v.dtype) for k, v in metrics.items()} == expected | {"train/skipped": ((), jnp.int32)}
+  assert {k: (v.shape, v.dtype) for k, v in metrics.items()} == expected | {
+    "train/skipped": ((), jnp.int32)
+  }

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt.batches import Documents, count_epoch_steps, make_batch_fn
+from jgpt import batches
+from jgpt.batches import Documents, count_epoch_steps
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.data import corpus as corpus_lib
@@ -32,7 +34,12 @@ from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokeniz
 
 NAMES = load_experiment("names").data
 LAST_STEP = 2**31 - 1
-MANY = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "ra", "lind", "s", "x", "y", "z", "m", "o")]
+MANY = [
+  f"{a}{b}{c}"
+  for a in "bdgklmnprst"
+  for b in "aeiou"
+  for c in ("", "n", "ra", "lind", "s", "x", "y", "z", "m", "o")
+]
 
 
 def make_text(lines):
@@ -41,7 +48,15 @@ def make_text(lines):
 
 def load(lines, *, seed=0, **changes):
   """Loads lines as the experiment `names` would, nothing held out unless asked for."""
-  return load_data(make_text(lines), dataclasses.replace(NAMES, **{"heldout_fraction": 0.0, **changes}), seed)
+  return load_data(
+    make_text(lines), dataclasses.replace(NAMES, **{"heldout_fraction": 0.0, **changes}), seed
+  )
+
+
+def batch_of(config):
+  """`batches.batch` of the experiment `names` with these settings of its data."""
+  experiment = dataclasses.replace(load_experiment("names"), data=config)
+  return partial(batches.batch, experiment=experiment)
 
 
 def to_device(corpus):
@@ -60,7 +75,10 @@ def microgpt_documents(lines, seed):
 
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 16), (3, 5)])
 def test_stream_is_microgpts(batch_size, seq_len):
-  """Step by step the document, its ids, its number of positions and nothing beyond; rows of one batch go on in order."""
+  """Step by step the document, its ids, its number of positions and nothing beyond.
+
+  Rows of one batch go on in order.
+  """
   lines = ["emma ", "", "  olivia", "ava", "\t", "isabella-sophia", "mia", "ava", "zoë"]
   data = load(lines, seed=42, batch_size=batch_size, seq_len=seq_len)
   config = dataclasses.replace(NAMES, batch_size=batch_size, seq_len=seq_len)
@@ -68,8 +86,10 @@ def test_stream_is_microgpts(batch_size, seq_len):
   uchars = sorted(set("".join(docs)))
   bos = len(uchars)
   for step in range(20):
-    got = make_batch_fn(config, 0)(to_device(data.train), jnp.int32(step))
-    assert got.inputs_BT.shape == got.targets_BT.shape == got.weights_BT.shape == (batch_size, seq_len)
+    got = batch_of(config)(to_device(data.train), jnp.int32(step))
+    assert (
+      got.inputs_BT.shape == got.targets_BT.shape == got.weights_BT.shape == (batch_size, seq_len)
+    )
     for row in range(batch_size):
       doc = docs[(step * batch_size + row) % len(docs)]
       tokens = [bos] + [uchars.index(ch) for ch in doc] + [bos]
@@ -88,10 +108,17 @@ def test_seed_decides_the_order_and_loading_touches_no_global_random_state():
 
 
 def test_documents_longer_than_the_window_are_cut_and_counted():
-  """A cut document predicts as many tokens as fit, and no end that it does not have; one that just fits has its end."""
+  """A cut document predicts as many tokens as fit, and no end that it does not have.
+
+  One that just fits has its end.
+  """
   data = load(["abcd", "abcde", "abcdef"], seq_len=5)
   rows = dict(zip(data.documents, data.train.tokens.tolist(), strict=True))
-  assert rows == {"abcd": [6, 0, 1, 2, 3, 6], "abcde": [6, 0, 1, 2, 3, 4], "abcdef": [6, 0, 1, 2, 3, 4]}
+  assert rows == {
+    "abcd": [6, 0, 1, 2, 3, 6],
+    "abcde": [6, 0, 1, 2, 3, 4],
+    "abcdef": [6, 0, 1, 2, 3, 4],
+  }
   assert data.train.lengths.tolist() == [5, 5, 5]
   assert data.summary[0] == "3 documents, 15 characters, longest 6, 2 cut at the context of 5"
 
@@ -100,7 +127,9 @@ def test_documents_longer_than_the_window_are_cut_and_counted():
 
 
 def test_heldout_documents_are_chosen_by_their_sha256():
-  """The hash read as a number in [0, 1) is below the fraction: the choice can be repeated by any program."""
+  """The hash read as a number in [0, 1) is below the fraction: the choice can be repeated by any
+  program.
+  """
   for document in MANY[:50]:
     place = int(hashlib.sha256(document.encode()).hexdigest(), 16) / 2**256
     assert in_heldout(document, place * 1.0001)
@@ -113,7 +142,9 @@ def test_heldout_split_keeps_repeats_together_and_is_near_its_fraction():
   heldout = len(data.heldout.tokens)
   train, both = set(data.documents), len(data.documents) + heldout
   assert both == 3 * len(MANY)
-  assert heldout == 3 * (len(MANY) - len(train))  # no held-out document stands in the training documents
+  assert heldout == 3 * (
+    len(MANY) - len(train)
+  )  # no held-out document stands in the training documents
   assert 0.2 < heldout / both < 0.4
 
 
@@ -165,7 +196,11 @@ def assert_is_batch(got, corpus, rows):
   np.testing.assert_array_equal(got.targets_BT, tokens[:, 1:])
   positions = np.arange(tokens.shape[1] - 1)
   np.testing.assert_array_equal(got.weights_BT, np.float32(positions < lengths[:, None]))
-  assert (got.inputs_BT.dtype, got.targets_BT.dtype, got.weights_BT.dtype) == (jnp.int32, jnp.int32, jnp.float32)
+  assert (got.inputs_BT.dtype, got.targets_BT.dtype, got.weights_BT.dtype) == (
+    jnp.int32,
+    jnp.int32,
+    jnp.float32,
+  )
 
 
 @pytest.mark.parametrize(
@@ -181,11 +216,14 @@ def assert_is_batch(got, corpus, rows):
   ],
 )
 def test_batch_of_any_step_is_the_next_documents_in_turn(num_documents, changes):
-  """Around the end of the documents, up to the last step that an int32 holds; inside jit as outside."""
+  """Around the end of the documents, up to the last step that an int32 holds.
+
+  Inside jit as outside.
+  """
   documents = MANY[:: len(MANY) // num_documents][:num_documents]
   corpus = to_device(make_documents(documents, train_char_tokenizer(documents, bos=True), 6))
   config = dataclasses.replace(NAMES, seq_len=6, **changes)
-  batch = make_batch_fn(config, 0)
+  batch = batch_of(config)
   jitted = jax.jit(batch)
 
   @hypothesis_settings(deadline=None, max_examples=20)
@@ -199,16 +237,23 @@ def test_batch_of_any_step_is_the_next_documents_in_turn(num_documents, changes)
 
 
 def test_large_corpora_and_batches_do_not_overflow():
-  """The largest product that `load_data` allows, at the last step before the order repeats and at the last step of all."""
+  """The largest product that `load_data` allows, at the last step before the order repeats and at
+  the last step of all.
+  """
   n, size = 40_000, 53_687  # their product is 7,168 below 2**31
-  corpus = to_device(Documents(np.arange(2 * n, dtype=np.int32).reshape(n, 2), np.ones(n, np.int32)))
+  corpus = to_device(
+    Documents(np.arange(2 * n, dtype=np.int32).reshape(n, 2), np.ones(n, np.int32))
+  )
   config = dataclasses.replace(NAMES, seq_len=1, batch_size=size)
   for step in (n - 1, n, LAST_STEP):
-    assert_is_batch(make_batch_fn(config, 0)(corpus, jnp.int32(step)), corpus, by_hand(corpus, step, config))
+    made = batch_of(config)(corpus, jnp.int32(step))
+    assert_is_batch(made, corpus, by_hand(corpus, step, config))
 
 
 def test_sizes_whose_rows_an_int32_cannot_count_are_refused():
-  with pytest.raises(UserError, match=r"2 documents times data\.batch_size=1073741824 must stay below 2\*\*31"):
+  with pytest.raises(
+    UserError, match=r"2 documents times data\.batch_size=1073741824 must stay below 2\*\*31"
+  ):
     load(["emma", "ava"], batch_size=2**30)
   assert len(load(["emma", "ava"], batch_size=2**30 - 1).documents) == 2
 
@@ -227,23 +272,31 @@ def test_text_without_a_document_is_refused_by_name(tmp_path, content):
 
 def test_text_that_is_held_out_whole_is_refused_with_what_would_do():
   document = min(MANY, key=lambda d: hashlib.sha256(d.encode()).digest())
-  with pytest.raises(UserError, match=r"all 2 documents of words\.txt are held out .*--set data\.heldout_fraction=0"):
+  with pytest.raises(
+    UserError, match=r"all 2 documents of words\.txt are held out .*--set data\.heldout_fraction=0"
+  ):
     load([document, document], heldout_fraction=0.1)
   assert load([document, document], heldout_fraction=0.0).documents == [document, document]
 
 
 def test_one_document_is_every_batch():
   data = load(["a"], batch_size=2)
-  made = make_batch_fn(dataclasses.replace(NAMES, batch_size=2), 0)(to_device(data.train), jnp.int32(5))
+  made = batch_of(dataclasses.replace(NAMES, batch_size=2))(to_device(data.train), jnp.int32(5))
   assert_is_batch(made, data.train, [0, 0])
   assert data.train.lengths.tolist() == [2]  # a, then the end
 
 
 def test_huge_line_costs_no_more_than_its_window():
-  """A file without line ends is one document; its first characters are learned and the rest is counted as cut."""
+  """A file without line ends is one document.
+
+  Its first characters are learned and the rest is counted as cut.
+  """
   data = load(["ab" * 500_000])
   assert data.train.tokens.tolist() == [[2, *[0, 1] * 8]]
-  assert data.summary[0] == "1 documents, 1,000,000 characters, longest 1000000, 1 cut at the context of 16"
+  assert (
+    data.summary[0]
+    == "1 documents, 1,000,000 characters, longest 1000000, 1 cut at the context of 16"
+  )
 
 
 def test_nul_is_a_character_like_any_other():
@@ -252,17 +305,23 @@ def test_nul_is_a_character_like_any_other():
   assert data.train.tokens[0, :5].tolist() == [3, 1, 0, 2, 3]
 
 
-ODD_LINES = st.lists(st.sampled_from(["emma", "\xe9", "\0", "\r", " ", "\ufeff", "\u2028", "\x1c", "\U0001f600", "\n"]))
+ODD_LINES = st.lists(
+  st.sampled_from(["emma", "\xe9", "\0", "\r", " ", "\ufeff", "\u2028", "\x1c", "\U0001f600", "\n"])
+)
 
 
 @hypothesis_settings(deadline=None, max_examples=200)
 @given(
-  st.one_of(st.binary(), st.text().map(str.encode), ODD_LINES.map(lambda parts: "".join(parts).encode())),
+  st.one_of(
+    st.binary(), st.text().map(str.encode), ODD_LINES.map(lambda parts: "".join(parts).encode())
+  ),
   st.sampled_from([0.0, 0.5]),
   st.integers(0, 3),
 )
 def test_any_bytes_are_data_or_a_user_error_that_names_the_file(content, heldout_fraction, seed):
-  """Where they are data, every document is in it once, and decodes back to itself up to where it was cut."""
+  """Where they are data, every document is in it once, and decodes back to itself up to where it
+  was cut.
+  """
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "words.txt"
     path.write_bytes(content)
@@ -274,7 +333,9 @@ def test_any_bytes_are_data_or_a_user_error_that_names_the_file(content, heldout
       assert str(path) in str(error)
       return
   assert len(data.train.tokens) + len(data.heldout.tokens) == len(text.documents())
-  assert [data.tokenizer.decode(row) for row in data.train.tokens] == [d[: config.seq_len] for d in data.documents]
+  assert [data.tokenizer.decode(row) for row in data.train.tokens] == [
+    d[: config.seq_len] for d in data.documents
+  ]
   for corpus in (data.train, data.heldout):
     assert (corpus.tokens.dtype, corpus.lengths.dtype) == (np.int32, np.int32)
     assert ((corpus.lengths >= 1) & (corpus.lengths <= config.seq_len)).all()
@@ -290,21 +351,33 @@ TEXT = "First line of the play.\n\nSecond speech:\nmore of it.\n\n" * 40
 def load_stream(text=TEXT, **changes):
   """Loads a text as one stream of characters, nothing held out unless asked for."""
   base = {"batching": "random", "heldout_fraction": 0.0, "seq_len": 8, "batch_size": 2}
-  return load_data(Text(text, "path", "play.txt", ""), dataclasses.replace(NAMES, **(base | changes)), 0)
+  return load_data(
+    Text(text, "path", "play.txt", ""), dataclasses.replace(NAMES, **(base | changes)), 0
+  )
 
 
-@pytest.mark.parametrize(("fraction", "num_train"), [(0.0, 1_115_394), (0.1, 1_003_854), (0.5, 557_697)])
+@pytest.mark.parametrize(
+  ("fraction", "num_train"), [(0.0, 1_115_394), (0.1, 1_003_854), (0.5, 557_697)]
+)
 def test_the_last_characters_of_a_stream_are_held_out(fraction, num_train):
-  """At tiny Shakespeare's length the split is nanoGPT's and the NumPy GPT's: 1,003,854 and 111,540 characters."""
+  """At tiny Shakespeare's length the split is nanoGPT's and the NumPy GPT's: 1,003,854 and 111,540
+  characters.
+  """
   text = ("ab\n" * 371_798)[:1_115_394]
   data = load_stream(text, heldout_fraction=fraction)
   assert len(data.train.tokens) == num_train and len(data.heldout.tokens) == 1_115_394 - num_train
-  assert data.tokenizer.decode(np.concatenate([data.train.tokens, data.heldout.tokens]).tolist()) == text
+  assert (
+    data.tokenizer.decode(np.concatenate([data.train.tokens, data.heldout.tokens]).tolist()) == text
+  )
 
 
 def test_a_streams_characters_are_those_of_the_whole_text_and_have_no_bos():
   data = load_stream("a" * 90 + "b" * 10, heldout_fraction=0.1)
-  assert data.tokenizer.chars == "ab" and data.tokenizer.vocab_size == 2 and data.tokenizer.stop_id is None
+  assert (
+    data.tokenizer.chars == "ab"
+    and data.tokenizer.vocab_size == 2
+    and data.tokenizer.stop_id is None
+  )
 
 
 def test_the_first_tokens_can_be_held_out_instead():
@@ -316,7 +389,9 @@ def test_the_first_tokens_can_be_held_out_instead():
 
 def test_merges_are_learned_from_the_training_part_alone():
   """Text that only the held-out part has makes no tokens: the comparison would not be fair."""
-  pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
+  pytest.importorskip(
+    "tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)"
+  )
   text = "the cat sat on the mat. " * 200 + "zyxwvut " * 60
   data = load_stream(text, tokenizer="bpe", bpe_vocab_size=265, heldout_fraction=0.1)
   assert data.tokenizer.vocab_size == 265
@@ -325,7 +400,10 @@ def test_merges_are_learned_from_the_training_part_alone():
 
 
 def test_llm_cs_shakespeare_is_read_as_llm_c_does():
-  """An end-of-text token before each paragraph; 32,768 tokens for validation first, then 305,260 for training."""
+  """An end-of-text token before each paragraph.
+
+  32,768 tokens for validation first, then 305,260 for training.
+  """
   pytest.importorskip("tokenizers", reason="GPT-2's tokenizer needs tokenizers (the extra bpe)")
   folder = os.environ.get("JGPT_DATA_DIR")
   if not folder or not os.path.isfile(os.path.join(folder, "tinyshakespeare.txt")):
@@ -342,8 +420,12 @@ def test_llm_cs_shakespeare_is_read_as_llm_c_does():
 
 
 def test_numpy_gpts_shakespeare_has_171_steps_an_epoch():
-  """2,000 ids learned from 1,003,854 characters make about 348,600 tokens: 171 batches of 32 windows of 64."""
-  pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
+  """2,000 ids learned from 1,003,854 characters make about 348,600 tokens: 171 batches of 32
+  windows of 64.
+  """
+  pytest.importorskip(
+    "tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)"
+  )
   folder = os.environ.get("JGPT_DATA_DIR")
   if not folder or not os.path.isfile(os.path.join(folder, "tinyshakespeare.txt")):
     pytest.skip("tinyshakespeare.txt is not at hand: JGPT_DATA_DIR names no folder that has it")
@@ -367,11 +449,17 @@ def test_hamlet_is_12300_bytes_and_its_held_out_part_stands_in_training_too():
   [
     (8, {}, r"the training part of play\.txt has 8 tokens, and a batch needs 9"),
     (16, {"batching": "sequential"}, r"has 16 tokens, and a batch needs 17\. .*data\.batch_size=1"),
-    (30, {"heldout_fraction": 0.2}, r"the held-out part of play\.txt has 6 tokens.*data\.heldout_fraction=0"),
+    (
+      30,
+      {"heldout_fraction": 0.2},
+      r"the held-out part of play\.txt has 6 tokens.*data\.heldout_fraction=0",
+    ),
     (0, {}, r"has 0 tokens"),
   ],
 )
-def test_a_stream_too_short_for_its_windows_is_refused_with_what_would_do(length, changes, complaint):
+def test_a_stream_too_short_for_its_windows_is_refused_with_what_would_do(
+  length, changes, complaint
+):
   with pytest.raises(UserError, match=complaint):
     load_stream(("ab" * 50)[:length], **changes)
 
@@ -379,12 +467,16 @@ def test_a_stream_too_short_for_its_windows_is_refused_with_what_would_do(length
 # --- Token files ---
 
 
-BYTES = dataclasses.replace(NAMES, tokenizer="bytes", batching="random", heldout_fraction=0.0, seq_len=8, batch_size=2)
+BYTES = dataclasses.replace(
+  NAMES, tokenizer="bytes", batching="random", heldout_fraction=0.0, seq_len=8, batch_size=2
+)
 
 
 @pytest.fixture
 def write_ids(tmp_path, monkeypatch):
-  """Writes token files without a header into the folder "ids" of an empty folder, the current one."""
+  """Writes token files without a header into the folder "ids" of an empty folder, the
+  current one.
+  """
   monkeypatch.chdir(tmp_path)
   Path("ids").mkdir()
 
@@ -405,11 +497,13 @@ def parts_of(data):
 
 def test_files_with_val_in_their_names_are_held_out_and_the_others_are_one_stream(write_ids):
   """And then no other tokens are, whatever the settings say; the summary says so."""
-  write_ids(b_train=range(30), a=range(100, 120), my_val=range(200, 220), other_validation=range(50, 60))
+  write_ids(
+    b_train=range(30), a=range(100, 120), my_val=range(200, 220), other_validation=range(50, 60)
+  )
   train, heldout = [*range(100, 120), *range(30)], [*range(200, 220), *range(50, 60)]
   for changes, num_heldout, said in (
     ({}, 30, ""),
-    ({"heldout_fraction": 0.5}, 30, " in the place of data.heldout_fraction"),
+    ({"heldout_fraction": 0.5}, 30, " instead of data.heldout_fraction"),
     ({"heldout_tokens": 25}, 25, " (data.heldout_tokens: the first 25 of 30 tokens)"),
     ({"heldout_tokens": 30}, 30, ""),
     ({"heldout_tokens": 1000}, 30, ""),
@@ -418,21 +512,35 @@ def test_files_with_val_in_their_names_are_held_out_and_the_others_are_one_strea
     assert parts_of(data) == (train, heldout[:num_heldout]) and data.train.tokens.dtype == np.int32
     assert data.summary[0] == f"2 token files for training, 2 held out{said}"
     assert data.summary[1] == f"50 tokens for training, {num_heldout} held out"
-  assert (data.text.kind, data.text.location, data.text.text, data.label) == ("token files", "ids (4 files)", "", None)
+  assert (data.text.kind, data.text.location, data.text.text, data.label) == (
+    "token files",
+    "ids (4 files)",
+    "",
+    None,
+  )
   assert data.documents == [] and data.tokenizer == ByteTokenizer()
 
 
 def test_folders_names_say_parts_and_test_files_are_left_out_aloud(write_ids):
   for part in ("train", "val", "test"):
     Path("ids", part).mkdir()
-  write_ids(**{"train/0": range(40), "val/0": range(50, 60), "test/0": range(70, 80), "my_test": range(90, 99)})
+  write_ids(
+    **{
+      "train/0": range(40),
+      "val/0": range(50, 60),
+      "test/0": range(70, 80),
+      "my_test": range(90, 99),
+    }
+  )
   data = load_ids()
   assert parts_of(data) == ([*range(40)], [*range(50, 60)])
   assert data.summary[0] == "1 token file for training, 1 held out; 2 left out, test by name"
   sha256 = data.text.sha256
   write_ids(my_test=range(30))
   assert parts_of(load_ids(sha256=sha256)) == parts_of(load_ids("ids/*/*.bin")) == parts_of(data)
-  with pytest.raises(UserError, match=r"holds nothing to train on: my_test\.bin is a test file by its name"):
+  with pytest.raises(
+    UserError, match=r"holds nothing to train on: my_test\.bin is a test file by its name"
+  ):
     load_ids("ids/my_test.bin")
   assert parts_of(load_ids("ids/test")) == ([*range(70, 80)], [])  # a folder that is named is meant
 
@@ -452,15 +560,27 @@ def test_ids_from_prepared_files_are_those_from_the_text(tmp_path, heldout_token
   """With bytes and with characters; one file, several shards, both ways of holding out."""
   text = tmp_path / "a.txt"
   text.write_text(TEXT, encoding="utf-8")
-  for kind, tokenizer in (("bytes", ByteTokenizer()), ("characters", train_char_tokenizer([TEXT], bos=False))):
+  for kind, tokenizer in (
+    ("bytes", ByteTokenizer()),
+    ("characters", train_char_tokenizer([TEXT], bos=False)),
+  ):
     out = tmp_path / kind
-    prepare(Preparation(inputs=[text], tokenizer=tokenizer, out=out, heldout_tokens=heldout_tokens, shard_tokens=500))
+    prepare(
+      Preparation(
+        inputs=[text], tokenizer=tokenizer, out=out, heldout_tokens=heldout_tokens, shard_tokens=500
+      )
+    )
     split = {"heldout_tokens": heldout_tokens} if heldout_tokens else {"heldout_fraction": 0.2}
     from_text, from_files = (load_ids(str(path), tokenizer=kind, **split) for path in (text, out))
-    assert parts_of(from_files) == parts_of(from_text) and from_files.tokenizer == from_text.tokenizer
+    assert (
+      parts_of(from_files) == parts_of(from_text) and from_files.tokenizer == from_text.tokenizer
+    )
     assert len(from_files.heldout.tokens) == heldout_tokens or int(len(TEXT) * 0.2) + 1
     assert count_bytes(from_files.heldout, tokenizer) == len(from_files.heldout.tokens) - 1
-    assert expected_vocab_size(dataclasses.replace(BYTES, path=str(out), tokenizer=kind)) == tokenizer.vocab_size
+    assert (
+      expected_vocab_size(dataclasses.replace(BYTES, path=str(out), tokenizer=kind))
+      == tokenizer.vocab_size
+    )
 
 
 def test_changed_token_files_are_refused_and_renamed_ones_are_not(write_ids):
@@ -470,7 +590,10 @@ def test_changed_token_files_are_refused_and_renamed_ones_are_not(write_ids):
   assert load_ids(sha256=sha256).text.sha256 == sha256
   write_ids(c=range(61, 101))
   advice = "Put the old files back, or start over with --fresh"
-  with pytest.raises(UserError, match=rf"^the content of ids has changed since .* was {sha256[:12]} and is now .*{advice}"):
+  with pytest.raises(
+    UserError,
+    match=rf"^the content of ids has changed since .* was {sha256[:12]} and is now .*{advice}",
+  ):
     load_ids(sha256=sha256)
   write_ids(c=range(60, 100))
   load_ids(sha256=sha256)
@@ -487,31 +610,66 @@ def test_changed_token_files_are_refused_and_renamed_ones_are_not(write_ids):
       {"batching": "documents", "tokenizer": "characters"},
       r"data\.batching=documents needs text.*ids \(1 f",
     ),
-    ({"val": range(60)}, {}, r"ids \(1 file\) holds nothing to train on: val\.bin is held out by its name"),
-    ({"a": range(60), "b": [256] * 60}, {}, r"b\.bin has id 256 at position 0, and the tokenizer's ids are below 256"),
+    (
+      {"val": range(60)},
+      {},
+      r"ids \(1 file\) holds nothing to train on: val\.bin is held out by its name",
+    ),
+    (
+      {"a": range(60), "b": [256] * 60},
+      {},
+      r"b\.bin has id 256 at position 0, and the tokenizer's ids are below 256",
+    ),
     ({"a": range(60), "val": [7] * 59 + [256]}, {}, r"val\.bin has id 256 at position 59"),
-    ({"a": range(60)}, {"tokenizer": "characters"}, r"no tokenizer\.json that says what their ids mean"),
+    (
+      {"a": range(60)},
+      {"tokenizer": "characters"},
+      r"no tokenizer\.json that says what their ids mean",
+    ),
     ({"a": range(8)}, {}, r"the training part of ids \(1 file\) has 8 tokens, and a batch needs 9"),
-    ({"a": range(60), "val": range(8)}, {}, r"the held-out part of ids \(2 files\) has 8 tokens, and a batch needs 9"),
+    (
+      {"a": range(60), "val": range(8)},
+      {},
+      r"the held-out part of ids \(2 files\) has 8 tokens, and a batch needs 9",
+    ),
     (
       {"a": range(60)},
       {"heldout_tokens": 60},
-      r"training part of ids \(1 file\) has 0 tokens.* Try a longer text; data\.heldout_tokens=60 takes 60 of 60 tokens\. "
+      r"training part of ids \(1 file\) has 0 tokens.* Try a longer text; "
+      r"data\.heldout_tokens=60 takes 60 of 60 tokens\. "
       r"Try --set data\.heldout_tokens=9$",
     ),
-    ({"a": range(12)}, {"heldout_tokens": 10}, r"has 2 tokens.*data\.heldout_tokens=10 takes 10 of 12 tokens$"),
-    ({"a": range(60)}, {"heldout_tokens": 5}, r"the held-out part of .* has 5 tokens.*or --set data\.heldout_tokens=9$"),
-    ({"a": range(60), "val": range(40)}, {"heldout_tokens": 5}, r"held-out part .* 5 tokens.*data\.heldout_tokens=9$"),
+    (
+      {"a": range(12)},
+      {"heldout_tokens": 10},
+      r"has 2 tokens.*data\.heldout_tokens=10 takes 10 of 12 tokens$",
+    ),
+    (
+      {"a": range(60)},
+      {"heldout_tokens": 5},
+      r"the held-out part of .* has 5 tokens.*or --set data\.heldout_tokens=9$",
+    ),
+    (
+      {"a": range(60), "val": range(40)},
+      {"heldout_tokens": 5},
+      r"held-out part .* 5 tokens.*data\.heldout_tokens=9$",
+    ),
     (
       {"a": range(60), "val": range(8)},
       {},
       r"data\.seq_len=4, or leave the held-out files out: --set data\.path=",
     ),
-    ({"a": range(60)}, {"heldout_fraction": 0.1}, r"the held-out part of .*or --set data\.heldout_fraction=0$"),
+    (
+      {"a": range(60)},
+      {"heldout_fraction": 0.1},
+      r"the held-out part of .*or --set data\.heldout_fraction=0$",
+    ),
     ({"a": []}, {}, r"ids/a\.bin is empty"),
   ],
 )
-def test_token_files_that_cannot_be_trained_on_are_refused_in_one_line(write_ids, files, changes, complaint):
+def test_token_files_that_cannot_be_trained_on_are_refused_in_one_line(
+  write_ids, files, changes, complaint
+):
   write_ids(**files)
   with pytest.raises(UserError, match=complaint) as raised:
     load_ids(**changes)
@@ -520,10 +678,14 @@ def test_token_files_that_cannot_be_trained_on_are_refused_in_one_line(write_ids
 
 @pytest.mark.parametrize("batching", ["documents", "random"])
 def test_a_given_tokenizer_that_lacks_characters_is_said_to_be_the_runs(batching):
-  text, config = Text("abcab\n" * 9, "path", "my.txt", ""), dataclasses.replace(NAMES, batching=batching, seq_len=4)
+  text, config = (
+    Text("abcab\n" * 9, "path", "my.txt", ""),
+    dataclasses.replace(NAMES, batching=batching, seq_len=4),
+  )
   given = CharTokenizer("\nab", bos=batching == "documents")
   with pytest.raises(
-    UserError, match=r"^my\.txt: not in the vocabulary: 'c'\. .* That is the run's.*--init-from$"
+    UserError,
+    match=r"^my\.txt: not in the vocabulary: 'c'\. .* It is that of the run or.*--init-from$",
   ) as raised:
     load_data(text, config, 0, given)
   assert "\n" not in str(raised.value)
@@ -532,15 +694,33 @@ def test_a_given_tokenizer_that_lacks_characters_is_said_to_be_the_runs(batching
 @pytest.mark.parametrize(
   "path",
   [
-    *("absent.txt", "absent.bin", "*.absent", "empty", "mixed", "mixed/*", "unfinished", "pickled", "cut.bin"),
+    *(
+      "absent.txt",
+      "absent.bin",
+      "*.absent",
+      "empty",
+      "mixed",
+      "mixed/*",
+      "unfinished",
+      "pickled",
+      "cut.bin",
+    ),
     *("~nobody-has-this-name/a.txt", "a\0b"),
   ],
 )
-def test_a_path_that_cannot_be_read_is_noticed_before_anything_is_read(write_ids, monkeypatch, path):
+def test_a_path_that_cannot_be_read_is_noticed_before_anything_is_read(
+  write_ids, monkeypatch, path
+):
   """With the same words as when it is read."""
   for folder in ("empty", "mixed", "unfinished", "pickled"):
     Path(folder).mkdir()
-  for name in ("mixed/a.bin", "mixed/a.txt", "unfinished/a.bin", "pickled/a.bin", "pickled/meta.pkl"):
+  for name in (
+    "mixed/a.bin",
+    "mixed/a.txt",
+    "unfinished/a.bin",
+    "pickled/a.bin",
+    "pickled/meta.pkl",
+  ):
     Path(name).write_bytes(bytes(64))
   Path("unfinished/prepare.json").write_text('{"finished": false}')
   Path("cut.bin").write_bytes(b"abc")

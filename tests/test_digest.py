@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jgpt.runs.digest import digest_array, format_digest, name_leaves, survey
+from jgpt.runs.digest import digest_array, format_digest, name_leaves, survey_leaves
 
 WORD = 2**32
 
@@ -42,7 +42,9 @@ ARRAYS = {
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_the_digest_is_that_of_the_formula(name):
-  assert format_digest(digest_array(jnp.asarray(ARRAYS[name]))) == digest_by_hand(np.asarray(ARRAYS[name]))
+  assert format_digest(digest_array(jnp.asarray(ARRAYS[name]))) == digest_by_hand(
+    np.asarray(ARRAYS[name])
+  )
 
 
 def test_a_wide_type_counts_as_two_words_each(x64):
@@ -50,7 +52,9 @@ def test_a_wide_type_counts_as_two_words_each(x64):
   assert format_digest(digest_array(jnp.asarray(x))) == digest_by_hand(x)
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a", "b"), PartitionSpec()])
+@pytest.mark.parametrize(
+  "spec", [PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a", "b"), PartitionSpec()]
+)
 def test_the_layout_over_devices_does_not_count(spec):
   x = np.random.default_rng(4).normal(size=(8, 6)).astype(np.float32)
   mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -72,8 +76,12 @@ def test_a_flipped_bit_or_two_entries_exchanged_show(place, bit, other):
 
 
 def test_survey_names_each_leaf_and_says_what_is_finite():
-  tree = {"blocks": {"w": jnp.ones((2, 3))}, "opt": [jnp.zeros(2), jnp.array([1.0, jnp.nan])], "step": jnp.int32(3)}
-  found = survey(tree)
+  tree = {
+    "blocks": {"w": jnp.ones((2, 3))},
+    "opt": [jnp.zeros(2), jnp.array([1.0, jnp.nan])],
+    "step": jnp.int32(3),
+  }
+  found = survey_leaves(tree)
   assert list(found) == list(name_leaves(tree)) == ["blocks/w", "opt/0", "opt/1", "step"]
   assert [bool(is_finite) for _, is_finite in found.values()] == [True, True, False, True]
   assert format_digest(found["blocks/w"][0]) == digest_by_hand(np.ones((2, 3), np.float32))

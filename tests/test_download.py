@@ -1,4 +1,6 @@
-"""Downloads, from a server on this machine: what goes wrong, how long it takes, and what is left behind."""
+"""Downloads, from a server on this machine: what goes wrong, how long it takes, and what is left
+behind.
+"""
 
 import dataclasses
 import errno
@@ -26,7 +28,12 @@ from jgpt.weights.initial import RELEASED, find_released
 
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names
 NAMES = DataConfig(
-  source="names", tokenizer="characters", batching="documents", seq_len=16, batch_size=1, heldout_fraction=0.0
+  source="names",
+  tokenizer="characters",
+  batching="documents",
+  seq_len=16,
+  batch_size=1,
+  heldout_fraction=0.0,
 )
 
 
@@ -52,7 +59,9 @@ class Server:
 
     self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     self._server.handle_error = lambda *args: None  # a client that left is no news
-    self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+    self._thread = threading.Thread(
+      target=self._server.serve_forever, kwargs={"poll_interval": 0.01}
+    )
     self._thread.start()
     self.url = f"http://127.0.0.1:{self._server.server_port}/names.txt"
 
@@ -79,16 +88,24 @@ def send(body, *, status=200, length=None, **headers):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-  """A function from an answer to a server and a source of ORIGINAL that points to it; http is allowed, proxies are not."""
+  """A function from an answer to a server and a source of ORIGINAL that points to it.
+
+  Http is allowed, proxies are not.
+  """
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
   monkeypatch.delenv("JGPT_DATA_DIR", raising=False)
   monkeypatch.setenv("no_proxy", "*")
-  monkeypatch.setattr(download, "_check_https", lambda url: None)
+  monkeypatch.setattr(download, "check_https", lambda url: None)
   servers = []
 
   def start(answer=None):
     servers.append(Server(answer or send(ORIGINAL)))
-    pinned = {"sha256": sha256(ORIGINAL), "num_bytes": len(ORIGINAL), "chars": "\naeilmov", "bundled": True}
+    pinned = {
+      "sha256": sha256(ORIGINAL),
+      "num_bytes": len(ORIGINAL),
+      "chars": "\naeilmov",
+      "bundled": True,
+    }
     return servers[-1], PinnedText(filename="names.txt", url=servers[-1].url, **pinned)
 
   yield start
@@ -117,12 +134,20 @@ BAD_ANSWERS = {
   "empty body": (send(b""), "got 0 bytes, not 16"),
   "long body": (send(ORIGINAL + b"x" * 10**6), "got more than 16 bytes, not 16"),
   "interrupted body": (send(ORIGINAL[:-6], length=len(ORIGINAL)), "got 10 bytes, not 16"),
-  "HTML page": (send(b"<!DOCTYPE html><html>Log in to this network</html>"), "got more than 16 bytes"),
+  "HTML page": (
+    send(b"<!DOCTYPE html><html>Log in to this network</html>"),
+    "got more than 16 bytes",
+  ),
   "not found": (send(b"no such file", status=404), "Not Found"),
-  "no HTTP": (lambda handler: handler.wfile.write(b"SSH-2.0\x1b[2J\r\n"), r"\(SSH-2.0 \[2J\)"),  # no code for the terminal
+  "no HTTP": (
+    lambda handler: handler.wfile.write(b"SSH-2.0\x1b[2J\r\n"),
+    r"\(SSH-2.0 \[2J\)",
+  ),  # no code for the terminal
   "nothing": (lambda handler: handler.connection.close(), "no download of names.txt"),
   "broken chunks": (
-    lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nem"),
+    lambda handler: handler.wfile.write(
+      b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nem"
+    ),
     "no download of names.txt",
   ),
 }
@@ -138,7 +163,7 @@ def test_bad_download_is_refused_with_the_reason_and_leaves_no_file(serve, monke
   assert found.kind == "bundled"
   assert re.search(f"{reason}.*bundled list stands in", found.note)
   assert cached_files() == ["names.txt.failed"]
-  assert re.search("failed lately.*bundled list stands in", find_text(NAMES).note)
+  assert re.search("failed recently.*bundled list stands in", find_text(NAMES).note)
   assert server.requests == 1
 
 
@@ -168,7 +193,10 @@ def drip(handler):
 
 
 def test_server_that_drips_is_cut_off_in_time(serve, monkeypatch):
-  """The limit is on the whole download, not on the wait for one packet; bytes that come too late are not kept."""
+  """The limit is on the whole download, not on the wait for one packet.
+
+  Bytes that come too late are not kept.
+  """
   monkeypatch.setattr(download, "ANSWER_SECONDS", 0.3)
   server, source = serve()
   server.answer = lambda handler: (drip(handler), server.released.set())
@@ -205,7 +233,9 @@ def test_file_without_a_stand_in_is_not_waited_for_without_end(serve, monkeypatc
   with pytest.raises(DownloadError, match="did not send it all within"):
     download.download(source)
   assert 0.15 < time.monotonic() - began < 10
-  with pytest.raises(DownloadError, match=r"tried again in 60 minutes \(at once if you delete .*names\.txt\.failed\)"):
+  with pytest.raises(
+    DownloadError, match=r"tried again in 60 minutes \(at once if you delete .*names\.txt\.failed\)"
+  ):
     download.download(source)
   (cache_dir() / "names.txt.failed").unlink()
   server.answer = lambda handler: server.released.wait(30)
@@ -251,7 +281,7 @@ def test_failure_after_an_hour_is_remembered_for_another(serve):
   for seconds_ago in (0, 3601):
     if seconds_ago:
       os.utime(cache_dir() / "names.txt.failed", (time.time() - seconds_ago,) * 2)
-    for reason in ("Internal Server Error", "failed lately"):
+    for reason in ("Internal Server Error", "failed recently"):
       with pytest.raises(DownloadError, match=reason):
         download.download(source)
   assert server.requests == 2
@@ -265,7 +295,10 @@ def test_nobody_listening_is_a_reason_like_any_other(serve):
 
 
 def test_cache_that_cannot_be_written_is_no_error_and_holds_no_half_file(serve):
-  """A folder stands where the file should; what was downloaded is used, and the temporary file is taken away."""
+  """A folder stands where the file should.
+
+  What was downloaded is used, and the temporary file is taken away.
+  """
   _, source = serve()
   (cache_dir() / "names.txt").mkdir(parents=True)
   assert download.download(source) == ORIGINAL
@@ -278,13 +311,15 @@ def https_required(serve, monkeypatch):
 
   def start(answer):
     server, source = serve(answer)
-    monkeypatch.setattr(download, "_check_https", lambda url: None if url == source.url else check_https(url))
+    monkeypatch.setattr(
+      download, "check_https", lambda url: None if url == source.url else check_https(url)
+    )
     return server, source
 
   return start
 
 
-check_https = download._check_https  # before a fixture replaces it
+check_https = download.check_https  # before a fixture replaces it
 
 
 @pytest.mark.parametrize("to", ["/elsewhere", "ftp://127.0.0.1/names.txt", "file:///etc/passwd"])
@@ -298,11 +333,15 @@ def test_redirect_to_anything_but_https_is_refused_before_it_is_followed(https_r
 
 def test_source_that_is_not_https_is_refused_without_a_request(serve, monkeypatch):
   server, source = serve()
-  monkeypatch.setattr(download, "_check_https", check_https)
+  monkeypatch.setattr(download, "check_https", check_https)
   with pytest.raises(DownloadError, match="is not https"):
     download.download(source)
   assert server.requests == 0
-  pinned = [*GPT2_FILES, *(source for source in SOURCES.values() if isinstance(source, PinnedFile)), *RELEASED.values()]
+  pinned = [
+    *GPT2_FILES,
+    *(source for source in SOURCES.values() if isinstance(source, PinnedFile)),
+    *RELEASED.values(),
+  ]
   assert len(pinned) == 8
   assert all(file.url.startswith("https://") for file in pinned)
 
@@ -332,12 +371,18 @@ HALF = 2**19
 
 @pytest.fixture
 def serve_weights(serve, monkeypatch):
-  """A function from an answer to a server and the `PinnedFile` of WEIGHTS, which stands for the released gpt2."""
+  """A function from an answer to a server and the `PinnedFile` of WEIGHTS, which stands for the
+  released gpt2.
+  """
 
   def start(answer=None):
     server, source = serve(answer or send_part())
     pinned = {"sha256": sha256(WEIGHTS), "num_bytes": len(WEIGHTS)}
-    file = PinnedFile(filename="gpt2/gpt2.safetensors", url=source.url.replace("names.txt", "model.safetensors"), **pinned)
+    file = PinnedFile(
+      filename="gpt2/gpt2.safetensors",
+      url=source.url.replace("names.txt", "model.safetensors"),
+      **pinned,
+    )
     monkeypatch.setitem(RELEASED, "gpt2", file)
     return server, file
 
@@ -408,7 +453,10 @@ BAD_WEIGHTS = {
   "HTML page": (send(b"<!DOCTYPE html>"), "the server announces 15 bytes, not 1048576"),
   "unannounced HTML page": (unannounced(b"<!DOCTYPE html>"), "got 15 bytes, not 1,048,576"),
   "unannounced short body": (unannounced(WEIGHTS[:-1]), "got 1,048,575 bytes, not 1,048,576"),
-  "unannounced long body": (unannounced(WEIGHTS + b"x"), "got more than 1,048,576 bytes, not 1,048,576"),
+  "unannounced long body": (
+    unannounced(WEIGHTS + b"x"),
+    "got more than 1,048,576 bytes, not 1,048,576",
+  ),
   "unannounced wrong hash": (unannounced(WEIGHTS[::-1]), "its SHA-256 is .*, not"),
   "empty body": (unannounced(b""), "got 0 bytes"),
   "body that breaks off at once": (send(b"", length=len(WEIGHTS)), "the connection ended early"),
@@ -421,16 +469,21 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("what", BAD_WEIGHTS)
 def test_bad_large_download_is_refused_with_advice_and_leaves_no_file(serve_weights, what):
-  """The reason, then which address to save under which name in which folder; the server is not asked again."""
+  """The reason, then which address to save under which name in which folder.
+
+  The server is not asked again.
+  """
   answer, reason = BAD_WEIGHTS[what]
   server, file = serve_weights(answer)
   for why in (
     rf"no download of gpt2/gpt2\.safetensors \(.*{reason}.*\)",
-    "it failed lately and is tried again in 60 minutes",
+    "it failed recently and is tried again in 60 minutes",
   ):
     with pytest.raises(UserError, match=why) as error:
       find_released("gpt2")
-    advice = f". Save {file.url} as gpt2/gpt2.safetensors in a folder and set JGPT_DATA_DIR to the folder"
+    advice = (
+      f". Save {file.url} as gpt2/gpt2.safetensors in a folder and set JGPT_DATA_DIR to the folder"
+    )
     assert str(error.value).endswith(advice)
     assert str(error.value).isprintable()
     assert left_files() == ["gpt2.safetensors.failed"]
@@ -464,14 +517,17 @@ def stall_half_way(server):
   return answer
 
 
-def test_large_download_that_stalls_is_ended_and_goes_on_at_the_next_call(serve_weights, monkeypatch):
+def test_large_download_that_stalls_is_ended_and_goes_on_at_the_next_call(
+  serve_weights, monkeypatch
+):
   """What arrived is kept, and that is no failure to remember."""
   monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
   server, file = serve_weights()
   server.answer = stall_half_way(server)
   began = time.monotonic()
   with pytest.raises(
-    DownloadError, match=r"no byte for 0 s; 0\.0 of 0\.0 GB are kept, and the same command fetches the rest"
+    DownloadError,
+    match=r"no byte for 0 s; 0\.0 of 0\.0 GB are kept, and the same command fetches the rest",
   ):
     download.download_file(file, silent)
   assert 0.25 < time.monotonic() - began < 5
@@ -537,7 +593,10 @@ def test_server_that_sends_all_or_nothing_is_read_from_the_start(serve_weights):
 
 
 def test_server_that_sends_another_part_is_refused(serve_weights):
-  """The length is that of the file instead of its rest; with the right length only the digest can tell."""
+  """The length is that of the file instead of its rest.
+
+  With the right length only the digest can tell.
+  """
   _, file = serve_weights(send(WEIGHTS, status=206))
   put_partial(WEIGHTS[:HALF])
   with pytest.raises(DownloadError, match="the server announces 1048576 bytes, not 524288"):
@@ -584,8 +643,10 @@ def test_no_network_is_remembered_and_costs_the_partial_file_nothing(serve_weigh
   server, file = serve_weights()
   server.close()
   partial = put_partial(WEIGHTS[:HALF])
-  for why in ("refused", "failed lately"):
-    with pytest.raises(UserError, match=f"{why}.*Save {re.escape(file.url)} as gpt2/gpt2.safetensors"):
+  for why in ("refused", "failed recently"):
+    with pytest.raises(
+      UserError, match=f"{why}.*Save {re.escape(file.url)} as gpt2/gpt2.safetensors"
+    ):
       find_released("gpt2")
   assert partial.read_bytes() == WEIGHTS[:HALF]
   assert left_files() == ["gpt2.safetensors.failed", "gpt2.safetensors.partial"]
@@ -625,11 +686,17 @@ def test_large_file_may_take_its_time(serve_weights, monkeypatch):
 
 
 def test_disk_without_room_is_found_before_anything_is_sent(serve_weights, monkeypatch):
-  """It is no failure to remember: with room made, the same command works. What is there already needs no room."""
+  """It is no failure to remember: with room made, the same command works.
+
+  What is there already needs no room.
+  """
   server, _ = serve_weights()
   usage = dataclasses.make_dataclass("Usage", ["free"])
   monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(HALF - 1))
-  with pytest.raises(UserError, match=r"cannot write to .*gpt2: 0\.0 GB are missing, and 0\.0 GB are free.*JGPT_CACHE_DIR"):
+  with pytest.raises(
+    UserError,
+    match=r"cannot write to .*gpt2: 0\.0 GB are needed, and 0\.0 GB are free.*JGPT_CACHE_DIR",
+  ):
     find_released("gpt2")
   assert server.requests == 0
   assert left_files() == []
@@ -647,10 +714,14 @@ def test_disk_that_fills_up_leaves_no_file(serve_weights, monkeypatch):
 
   server, file = serve_weights()
   monkeypatch.setattr(
-    download, "open", lambda path, mode, opener: FullDisk(io.FileIO(path, mode, opener=opener)), raising=False
+    download,
+    "open",
+    lambda path, mode, opener: FullDisk(io.FileIO(path, mode, opener=opener)),
+    raising=False,
   )
   with pytest.raises(
-    DownloadError, match=r"cannot write to .*gpt2: No space left on device\. Make room, or set JGPT_CACHE_DIR"
+    DownloadError,
+    match=r"cannot write to .*gpt2: No space left on device\. Make room, or set JGPT_CACHE_DIR",
   ):
     download.download_file(file, silent)
   assert left_files() == []
@@ -678,12 +749,14 @@ def test_redirect_keeps_the_part_asked_for_and_https(serve_weights, monkeypatch)
     (send_part(asked=asked) if elsewhere else send(b"", status=302, Location="/elsewhere"))(handler)
 
   server.answer = answer
-  monkeypatch.setattr(download, "_check_https", lambda url: None if url == file.url else check_https(url))
+  monkeypatch.setattr(
+    download, "check_https", lambda url: None if url == file.url else check_https(url)
+  )
   with pytest.raises(DownloadError, match="is not https"):
     download.download_file(file, silent)
   assert asked == []
   (cache_dir() / "gpt2/gpt2.safetensors.failed").unlink()
-  monkeypatch.setattr(download, "_check_https", lambda url: None)
+  monkeypatch.setattr(download, "check_https", lambda url: None)
   assert download.download_file(file, silent).read_bytes() == WEIGHTS
   assert asked == [f"bytes={HALF}-"]
 
@@ -712,7 +785,7 @@ from jgpt.data.download import PinnedFile
 from jgpt.weights import initial
 def peak():
   return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-download._check_https = lambda url: None
+download.check_https = lambda url: None
 pinned = dict(url="{file.url}", sha256="{digest.hexdigest()}", num_bytes={blocks} * 2**20)
 initial.RELEASED["gpt2"] = PinnedFile(filename="x", **pinned)
 before = peak()
@@ -744,12 +817,17 @@ def test_own_weights_go_before_the_cache_and_the_network(data_dir):
 
 @pytest.mark.parametrize(
   "content, difference",
-  [(WEIGHTS[:-1], "it has 1,048,575 bytes, not 1,048,576"), (WEIGHTS[::-1], f"not {sha256(WEIGHTS)[:12]}")],
+  [
+    (WEIGHTS[:-1], "it has 1,048,575 bytes, not 1,048,576"),
+    (WEIGHTS[::-1], f"not {sha256(WEIGHTS)[:12]}"),
+  ],
 )
 def test_own_weights_that_are_others_are_refused(data_dir, content, difference):
   """Not passed over: the user put them there to be used."""
   data_dir.write_bytes(content)
-  with pytest.raises(UserError, match=f"gpt2.safetensors is not the released gpt2: .*{difference}. Save http"):
+  with pytest.raises(
+    UserError, match=f"gpt2.safetensors is not the released gpt2: .*{difference}. Save http"
+  ):
     find_released("gpt2")
 
 
@@ -773,15 +851,20 @@ def test_damaged_weights_in_the_cache_are_replaced(serve_weights, damaged):
 
 
 def test_weights_that_were_not_released_are_unknown():
-  with pytest.raises(UserError, match=r"'gpt2-large-x' is no released GPT-2\. Did you mean gpt2-large"):
+  with pytest.raises(
+    UserError, match=r"'gpt2-large-x' is not a released GPT-2\. Did you mean gpt2-large"
+  ):
     find_released("gpt2-large-x")
 
 
 @pytest.mark.parametrize(
-  "name, layers, width", [("gpt2", 12, 768), ("gpt2-medium", 24, 1024), ("gpt2-large", 36, 1280), ("gpt2-xl", 48, 1600)]
+  "name, layers, width",
+  [("gpt2", 12, 768), ("gpt2-medium", 24, 1024), ("gpt2-large", 36, 1280), ("gpt2-xl", 48, 1600)],
 )
 def test_released_sizes_are_those_of_the_tensors_and_a_header(name, layers, width):
-  """float32 parameters, a causal mask of 1024 x 1024 float32 per layer, 8 bytes, and some 90 characters per tensor."""
+  """float32 parameters, a causal mask of 1024 x 1024 float32 per layer, 8 bytes, and some 90
+  characters per tensor.
+  """
   parameters = (50257 + 1024 + 2) * width + layers * (12 * width**2 + 13 * width)
   tensors = 4 + 13 * layers
   file = RELEASED[name]
@@ -789,6 +872,7 @@ def test_released_sizes_are_those_of_the_tensors_and_a_header(name, layers, widt
   assert 85 * tensors < header < 95 * tensors
   assert re.fullmatch(r"[0-9a-f]{64}", file.sha256)
   assert re.fullmatch(
-    rf"https://huggingface\.co/openai-community/{name}/resolve/[0-9a-f]{{40}}/model\.safetensors", file.url
+    rf"https://huggingface\.co/openai-community/{name}/resolve/[0-9a-f]{{40}}/model\.safetensors",
+    file.url,
   )
   assert file.filename == f"gpt2/{name}.safetensors"

@@ -1,7 +1,8 @@
-"""The page notebooks/from_your_code.md says what is true: what it names exists, its loop runs, and each line is proven.
+"""The page notebooks/from_your_code.md says what is true: what it names exists, its loop runs, and
+each line is proven.
 
-Most of its lines are proven elsewhere. Here are the proofs that only the page needs: what the lines of a torch loop do, and
-what jgpt does instead.
+Most of its lines are proven elsewhere. Here are the proofs that only the page needs: what the lines
+of a torch loop do, and what jgpt does instead.
 """
 
 import ast
@@ -37,11 +38,10 @@ import jgpt.evaluation
 import jgpt.model
 import jgpt.step
 from jgpt import program
-from jgpt.batches import Batch, Stream, make_eval_batch_fn
+from jgpt.batches import Batch, Stream, eval_batch
 from jgpt.config import OptimizerConfig
 from jgpt.config.experiment import DROPOUT_PLACES
-from jgpt.config.settings import setting_names
-from jgpt.devices import compute as tricks
+from jgpt.config.settings import change, setting_names
 from jgpt.generate import draw
 from jgpt.optim import make_optimizer
 
@@ -57,19 +57,31 @@ except ModuleNotFoundError as error:
   torch = None
 
 needs_torch = pytest.mark.skipif(
-  torch is None, reason="PyTorch is not installed (pip install torch): it is an oracle, not a dependency"
+  torch is None,
+  reason="PyTorch is not installed (pip install torch): it is an oracle, not a dependency",
 )
 
 # --- The page ---
 
 ROOT = Path(__file__).parent.parent
 # Tests stand in <code>, not in backticks, so that a narrow column may break them where <wbr> is.
-PAGE = (ROOT / "notebooks" / "from_your_code.md").read_text(encoding="utf-8").replace("<wbr>", "")
-PROSE, CODE = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL), re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGE = (
+  (ROOT / "notebooks" / "guide" / "from_your_code.md")
+  .read_text(encoding="utf-8")
+  .replace("<wbr>", "")
+)
+PROSE, CODE = (
+  re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL),
+  re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL),
+)
 TABLES = [line.strip().strip("|").split("|") for line in PROSE.splitlines() if line.startswith("|")]
-ROWS = [[cell.strip() for cell in cells] for cells in TABLES if cells[0].strip() not in ("there", "---")]
+ROWS = [
+  [cell.strip() for cell in cells] for cells in TABLES if cells[0].strip() not in ("there", "---")
+]
 # What stands in the first column is other programs'.
-OURS = [line for line in PROSE.splitlines() if not line.startswith("|")] + [cell for row in ROWS for cell in row[1:]]
+OURS = [line for line in PROSE.splitlines() if not line.startswith("|")] + [
+  cell for row in ROWS for cell in row[1:]
+]
 SPANS = [span for text in OURS for span in re.findall(r"`([^`]+)`", text)]
 PROOF = re.compile(r"<code>(tests/test_\w+\.py)::(test_\w+)</code>")
 
@@ -78,7 +90,11 @@ PROOF = re.compile(r"<code>(tests/test_\w+\.py)::(test_\w+)</code>")
 def read_tests(path: str) -> list[str]:
   """The names of a file's tests that stand in no class."""
   tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-  return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+  return [
+    node.name
+    for node in tree.body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+  ]
 
 
 def test_every_row_has_a_proof_that_exists():
@@ -86,13 +102,20 @@ def test_every_row_has_a_proof_that_exists():
   for row in ROWS:
     assert len(row) == 3 and all(row), row
     proofs = PROOF.findall(row[2])
-    assert proofs and "<br>".join(f"<code>{path}::{name}</code>" for path, name in proofs) == row[2], row
+    assert (
+      proofs and "<br>".join(f"<code>{path}::{name}</code>" for path, name in proofs) == row[2]
+    ), row
     for path, name in proofs:
-      assert (ROOT / path).is_file() and name in read_tests(path), f"{path}::{name} does not exist; row {row[0]}"
+      assert (ROOT / path).is_file() and name in read_tests(path), (
+        f"{path}::{name} does not exist; row {row[0]}"
+      )
 
 
 def find(name: str) -> bool:
-  """Whether there is such a thing: a setting, or what a module holds, to any depth; a class's fields count."""
+  """Whether there is such a thing: a setting, or what a module holds, to any depth.
+
+  A class's fields count.
+  """
   if name in setting_names():
     return True
   foreign = name.split(".")[0] in ("jgpt", "jax", "torch")
@@ -111,40 +134,66 @@ def find(name: str) -> bool:
 
 
 def test_every_name_of_jgpts_exists():
-  """What stands in backticks as `module.name` is a function, a class, a constant or a setting; files are there."""
-  names = {name for span in SPANS if "/" not in span for name in re.findall(r"\b[A-Za-z_]\w*(?:\.\w*[A-Za-z]\w*)+", span)}
+  """What stands in backticks as `module.name` is a function, a class, a constant or a setting.
+
+  Files are there.
+  """
+  names = {
+    name
+    for span in SPANS
+    if "/" not in span
+    for name in re.findall(r"\b[A-Za-z_]\w*(?:\.\w*[A-Za-z]\w*)+", span)
+  }
   names = {name for name in names if name.rpartition(".")[2] not in ("py", "c", "jsonl")}
   assert len(names) > 40
-  assert [name for name in sorted(names) if not find(name) and (torch or not name.startswith("torch."))] == []
-  for wrong in ("step.zero_grad", "train.learning_rate", "step.TrainState.grads", "jax.zero_grad", "optimizer.step"):
+  assert [
+    name for name in sorted(names) if not find(name) and (torch or not name.startswith("torch."))
+  ] == []
+  for wrong in (
+    "step.zero_grad",
+    "train.learning_rate",
+    "step.TrainState.grads",
+    "jax.zero_grad",
+    "optimizer.step",
+  ):
     assert not find(wrong)
   files = {span for span in SPANS if re.fullmatch(r"\w+/[\w/]*\.\w+", span)}
   assert files and [file for file in files if not (ROOT / file).is_file()] == []
 
 
 def test_every_proof_written_for_the_page_is_on_it():
-  about_the_page = {name for name in read_tests("tests/test_from_your_code.py") if name.startswith("test_every_")}
+  about_the_page = {
+    name for name in read_tests("tests/test_from_your_code.py") if name.startswith("test_every_")
+  }
   mine = set(read_tests("tests/test_from_your_code.py")) - about_the_page
-  assert mine == {name for path, name in PROOF.findall(PAGE) if path == "tests/test_from_your_code.py"}
+  assert mine == {
+    name for path, name in PROOF.findall(PAGE) if path == "tests/test_from_your_code.py"
+  }
 
 
 def test_the_loop_written_out(monkeypatch):
-  """The page's loop makes the updates of the program that `python -m jgpt.run` runs: 20 of them, in float32.
+  """The page's loop makes the updates of the program that `python -m jgpt.run` runs: 20 of them, in
+  float32.
 
-  Both are compiled quickly, and so do not round alike; sampling and evaluation, which are not called, not at all.
+  Both are compiled quickly, and so do not round alike; sampling and evaluation, which are not
+  called, not at all.
   """
   (code,) = CODE
   assert code.count("range(1000)") == 1 and code.count("jax.jit(") == 3
   names = {"quick_jit": partial(jax.jit, compiler_options=QUICK)}
   short = code.replace("range(1000)", "range(20)").replace("jax.jit(", "quick_jit(")
   exec(compile(short, "from_your_code.md", "exec"), names)
-  monkeypatch.setattr(program, "_compile_ahead", lambda *args: None)
-  monkeypatch.setattr(tricks, "choose_options", lambda config: QUICK)
-  made = program.compile_program(names["run"].experiment, names["run"].data)
+  monkeypatch.setattr(program, "compile_ahead", lambda *args: None)
+  monkeypatch.setattr(program, "choose_step_options", lambda experiment: QUICK)
+  made = program.compile_program(names["plan"].experiment, names["plan"].data)
   state, metrics = made.run_steps(made.feed.corpus_at(0), made.state, np.int32(20))
   assert int(state.step) == int(names["state"].step) == 20
-  assert float(names["metrics"]["train/loss"]) == pytest.approx(float(metrics["train/loss"][19]), rel=1e-5)
-  for got, expected in zip(jax.tree.leaves(names["state"].params), jax.tree.leaves(state.params), strict=True):
+  assert float(names["metrics"]["train/loss"]) == pytest.approx(
+    float(metrics["train/loss"][19]), rel=1e-5
+  )
+  for got, expected in zip(
+    jax.tree.leaves(names["state"].params), jax.tree.leaves(state.params), strict=True
+  ):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -154,7 +203,8 @@ CONFIG = make_model(SYSTEMS["nanoGPT"], num_layers=1)
 ADAMW = {"peak_lr": 0.02, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 NUM_UPDATES, BATCH_SIZE = 5, 4
 OPTIMIZER = OptimizerConfig(**ADAMW, schedule="constant", decay_steps=NUM_UPDATES)
-loss_and_grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=(2, 4), compiler_options=QUICK)
+EXPERIMENT = make_experiment(CONFIG, OPTIMIZER, BATCH_SIZE)
+loss_and_grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=(2, 3), compiler_options=QUICK)
 
 
 def draw_batches():
@@ -181,7 +231,8 @@ def torch_grads(model):
 
 def jgpt_grads(batch, micro_batch_size=None):
   """Of the loss in float64, and the loss."""
-  return loss_and_grads(cast(draw_params(CONFIG), "float64"), batch, CONFIG, None, micro_batch_size)[::-1]
+  experiment = make_experiment(CONFIG, OPTIMIZER, BATCH_SIZE, micro_batch_size=micro_batch_size)
+  return loss_and_grads(cast(draw_params(CONFIG), "float64"), batch, 0, experiment)[::-1]
 
 
 def check(what, expected, got, by=compare_leaves):
@@ -196,9 +247,13 @@ PLACES = ("before forward", "before backward", "after step")
 
 @functools.cache
 def torch_loop(zero_grad, set_to_none=True):
-  """The parameters after five updates by torch's AdamW, `zero_grad` being called in one of three places, or not at all."""
+  """The parameters after five updates by torch's AdamW, `zero_grad` being called in one of three
+  places, or not at all.
+  """
   model = make_torch_model()
-  groups = torch_gpt.param_groups(model, OPTIMIZER.weight_decay, oracle_names(CONFIG, OPTIMIZER.decay_kinds))
+  groups = torch_gpt.param_groups(
+    model, OPTIMIZER.weight_decay, oracle_names(CONFIG, OPTIMIZER.decay_kinds)
+  )
   betas = (OPTIMIZER.b1, OPTIMIZER.b2)
   optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.peak_lr, betas=betas, eps=OPTIMIZER.eps)
   for batch in draw_batches():
@@ -217,25 +272,28 @@ def torch_loop(zero_grad, set_to_none=True):
 @functools.cache
 def jgpt_loop():
   """The parameters after five updates by `train_step`, in float64."""
-  train_step = jgpt.step.make_train_step(make_experiment(CONFIG, OPTIMIZER, BATCH_SIZE))
-  state = jgpt.step.begin_state(cast(draw_params(CONFIG), "float64"), train_step.keywords["tx"])
-  state, jitted = cast(state, "float64"), jax.jit(train_step, compiler_options=QUICK)
+  state = cast(jgpt.step.begin_state(cast(draw_params(CONFIG), "float64"), EXPERIMENT), "float64")
+  train_step = jax.jit(jgpt.step.train_step, static_argnums=2, compiler_options=QUICK)
   for batch in draw_batches():
-    state, _ = jitted(state, batch)
+    state, _ = train_step(state, batch, EXPERIMENT)
   return state.params
 
 
 @needs_torch
 @pytest.mark.parametrize("place", PLACES)
 def test_zero_grad_in_three_places(x64, place):
-  """Wherever a torch loop zeroes its gradients, it ends at jgpt's parameters: there, nothing is kept between updates."""
+  """Wherever a torch loop zeroes its gradients, it ends at jgpt's parameters: there, nothing is
+  kept between updates.
+  """
   check(f"zero_grad {place}", torch_loop(place), jgpt_loop(), compare_params)
 
 
 @needs_torch
 @pytest.mark.parametrize("place", PLACES)
 def test_set_to_none_changes_no_bit(place):
-  """Gradients that are zero and gradients that are gone make the same updates, where the loss uses every parameter."""
+  """Gradients that are zero and gradients that are gone make the same updates, where the loss uses
+  every parameter.
+  """
   none, zero = (torch_loop(place, set_to_none) for set_to_none in (True, False))
   jax.tree.map(partial(np.testing.assert_array_equal, strict=True), none, zero)
   assert not np.array_equal(none["tok_embed"], torch_loop("never")["tok_embed"])
@@ -243,14 +301,16 @@ def test_set_to_none_changes_no_bit(place):
 
 @needs_torch
 def test_forgotten_zero_grad_adds_up(x64):
-  """A torch loop that never zeroes makes the updates of running sums: jgpt's chain makes them of sums made on purpose."""
+  """A torch loop that never zeroes makes the updates of running sums: jgpt's chain makes them of
+  sums made on purpose.
+  """
   with must_differ():
     check("no zero_grad", torch_loop("never"), jgpt_loop(), compare_params)
-  tx, params = make_optimizer(OPTIMIZER, CONFIG), cast(draw_params(CONFIG), "float64")
+  tx, params = make_optimizer(EXPERIMENT), cast(draw_params(CONFIG), "float64")
 
   @partial(jax.jit, compiler_options=QUICK)
   def add_and_update(params, opt_state, total, batch):
-    _, grads = jgpt.step.loss_and_grads(params, batch, CONFIG)
+    _, grads = jgpt.step.loss_and_grads(params, batch, 0, EXPERIMENT)
     total = jax.tree.map(jnp.add, total, grads)
     updates, opt_state = tx.update(total, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, total
@@ -266,13 +326,17 @@ def test_forgotten_zero_grad_adds_up(x64):
 
 @needs_torch
 def test_ignored_targets_weigh_nothing(x64):
-  """`F.cross_entropy` with `ignore_index` is jgpt's loss, and has its gradient, where the ignored targets weigh 0."""
+  """`F.cross_entropy` with `ignore_index` is jgpt's loss, and has its gradient, where the ignored
+  targets weigh 0.
+  """
   model, batch = make_torch_model(), draw_batches()[0]
   inputs_BT, targets_BT, weights_BT = map(np.asarray, batch)
   targets_BT = np.where(weights_BT == 0, -1, targets_BT)
   assert 0 < np.sum(targets_BT == -1) < targets_BT.size
   logits_BTV = model(inputs_BT)
-  loss = F.cross_entropy(logits_BTV.flatten(0, 1), torch.tensor(targets_BT).long().flatten(), ignore_index=-1)
+  loss = F.cross_entropy(
+    logits_BTV.flatten(0, 1), torch.tensor(targets_BT).long().flatten(), ignore_index=-1
+  )
   loss.backward()
   grads, got = jgpt_grads(batch)
   check("ignore_index", {"loss": np.float64(loss.item())}, {"loss": got}, compare)
@@ -280,7 +344,9 @@ def test_ignored_targets_weigh_nothing(x64):
 
 
 def accumulate(batch, num_micro, shares):
-  """The gradient that torch holds after a backward() for each part, its mean loss multiplied by the part's share."""
+  """The gradient that torch holds after a backward() for each part, its mean loss multiplied by the
+  part's share.
+  """
   model = make_torch_model()
   for i in range(num_micro):
     part = Batch(*(x[i::num_micro] for x in batch))
@@ -291,7 +357,9 @@ def accumulate(batch, num_micro, shares):
 @needs_torch
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_accumulated_micro_steps(x64, micro_batch_size):
-  """Micro-steps with loss / k are jgpt's micro-batches, where every sequence has the same number of targets."""
+  """Micro-steps with loss / k are jgpt's micro-batches, where every sequence has the same number of
+  targets.
+  """
   batch, num_micro = whole(draw_batches()[0]), BATCH_SIZE // micro_batch_size
   expected = accumulate(batch, num_micro, lambda part: 1 / num_micro)
   check("micro-steps", expected, jgpt_grads(batch, micro_batch_size)[0])
@@ -300,13 +368,19 @@ def test_accumulated_micro_steps(x64, micro_batch_size):
 
 @needs_torch
 def test_micro_steps_of_unequal_weight(x64):
-  """Where parts have unequal numbers of targets loss / k is not the batch's: jgpt weighs by targets, as torch then must."""
+  """Where parts have unequal numbers of targets loss / k is not the batch's: jgpt weighs by
+  targets, as torch then must.
+  """
   batch = draw_batches()[0]
   got, total = jgpt_grads(batch, 2)[0], float(batch.weights_BT.sum())
   with must_differ() as found:
     check("micro-steps", accumulate(batch, 2, lambda part: 1 / 2), got)
   assert max(row.relative for row in found) > 0.01
-  check("micro-steps by weight", accumulate(batch, 2, lambda part: float(part.weights_BT.sum()) / total), got)
+  check(
+    "micro-steps by weight",
+    accumulate(batch, 2, lambda part: float(part.weights_BT.sum()) / total),
+    got,
+  )
 
 
 # --- train(), eval(), no_grad() ---
@@ -314,9 +388,12 @@ def test_micro_steps_of_unequal_weight(x64):
 
 @needs_torch
 def test_train_eval_and_no_grad(x64, monkeypatch):
-  """Without a key jgpt's network is torch's in eval(), to the last bit the same each time; with one it is as in train().
+  """Without a key jgpt's network is torch's in eval(), to the last bit the same each time.
 
-  What torch keeps in the module is jgpt's argument: the same key drops the same again. no_grad() changes no value.
+  With one it is as in train().
+
+  What torch keeps in the module is jgpt's argument: the same key drops the same again. no_grad()
+  changes no value.
   """
   tokens_BT, model = np.asarray(draw_batches()[0].inputs_BT), make_torch_model()
   plain = model(tokens_BT).detach().numpy()
@@ -337,7 +414,8 @@ def test_train_eval_and_no_grad(x64, monkeypatch):
   apply = jax.jit(jgpt.model.apply, static_argnums=2, compiler_options=QUICK)
   params, key = cast(draw_params(CONFIG), "float64"), jax.random.key(0)
   evaluated, again, same, same_again, other = (
-    np.asarray(apply(params, tokens_BT, dropping, k)) for k in (None, None, key, key, jax.random.key(1))
+    np.asarray(apply(params, tokens_BT, dropping, key=k))
+    for k in (None, None, key, key, jax.random.key(1))
   )
   np.testing.assert_array_equal(evaluated, again)
   np.testing.assert_array_equal(same, same_again)
@@ -348,19 +426,22 @@ def test_train_eval_and_no_grad(x64, monkeypatch):
 @needs_torch
 @pytest.mark.parametrize("batching", ["random", "sequential"])
 def test_estimate_loss_on_given_windows(x64, batching):
-  """The mean of the losses of a few batches, in torch and in `evaluate`; another time, the same bits.
+  """The mean of the losses of a few batches, in torch and in `evaluate`.
+
+  Another time, the same bits.
 
   Random ones as nanoGPT's, or the first in order as llm.c's.
   """
-  data = dataclasses.replace(make_experiment(CONFIG, OPTIMIZER, BATCH_SIZE).data, batching=batching)
-  corpus = Stream(jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 120), jnp.int32))
-  batch_fn, num_batches, model = make_eval_batch_fn(data, seed=0, whole=False), 3, make_torch_model().eval()
-  run = jax.jit(
-    lambda params: jgpt.evaluation.evaluate(params, corpus, CONFIG, batch_fn, num_batches), compiler_options=QUICK
+  experiment = change(EXPERIMENT, {"data.batching": batching})
+  corpus = Stream(
+    jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 120), jnp.int32)
   )
+  num_batches, model = 3, make_torch_model().eval()
+  evaluate = partial(jgpt.evaluation.evaluate, num_batches=num_batches, whole=False)
+  run = jax.jit(lambda params: evaluate(params, corpus, experiment), compiler_options=QUICK)
   (loss, num_tokens), again = (run(cast(draw_params(CONFIG), "float64")) for _ in range(2))
   assert again == (loss, num_tokens) and num_tokens == num_batches * BATCH_SIZE * CONFIG.max_seq_len
-  batches = [batch_fn(corpus, i) for i in range(num_batches)]
+  batches = [eval_batch(corpus, i, experiment, whole=False) for i in range(num_batches)]
   read = np.concatenate([np.ravel(batch.inputs_BT) for batch in batches])
   assert np.array_equal(read, corpus.tokens[: len(read)]) == (batching == "sequential")
   with torch.no_grad():
@@ -374,7 +455,10 @@ def test_estimate_loss_on_given_windows(x64, batching):
 
 @needs_torch
 def test_clipping_and_torchs_1e_6(x64):
-  """Clipped gradients differ by the factor norm / (norm + 1e-6) and nothing else; shorter ones are left alone by both."""
+  """Clipped gradients differ by the factor norm / (norm + 1e-6) and nothing else.
+
+  Shorter ones are left alone by both.
+  """
   batch, params = draw_batches()[0], cast(draw_params(CONFIG), "float64")
   grads = jgpt_grads(batch)[0]
   norm = float(optax.tree.norm(grads))
@@ -382,12 +466,16 @@ def test_clipping_and_torchs_1e_6(x64):
   def clip_by_torch(max_norm):
     model = make_torch_model()
     torch_loss(model, batch).backward()
-    assert float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)) == pytest.approx(norm, rel=1e-12)
+    assert float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)) == pytest.approx(
+      norm, rel=1e-12
+    )
     return torch_grads(model)
 
   def clip_by_jgpt(max_norm):  # without memory the first moment is the gradient that Adam is given
-    tx = make_optimizer(dataclasses.replace(OPTIMIZER, b1=0.0, clip_norm=max_norm), CONFIG)
-    update = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[1], compiler_options=QUICK)
+    tx = make_optimizer(change(EXPERIMENT, {"optimizer.b1": 0.0, "optimizer.clip_norm": max_norm}))
+    update = jax.jit(
+      lambda grads, params: tx.update(grads, tx.init(params), params)[1], compiler_options=QUICK
+    )
     return update(grads, params)["adam"].mu
 
   theirs, ours = clip_by_torch(norm / 3), clip_by_jgpt(norm / 3)
@@ -404,18 +492,32 @@ def test_clipping_and_torchs_1e_6(x64):
 @needs_torch
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_two_dimensional_parameters_decay(system):
-  """What nanoGPT finds by `p.dim() >= 2` are the kinds that decay unless an experiment says otherwise.
+  """What nanoGPT finds by `p.dim() >= 2` are the kinds that decay unless an experiment says
+  otherwise.
 
   In jgpt dimensions would not tell: a gain has two, the layers being stacked.
   """
   config = make_model(SYSTEMS[system])
-  expected = {name for name, param in torch_gpt.named(torch_gpt.TorchGPT(config)).items() if param.dim() >= 2}
+  expected = {
+    name for name, param in torch_gpt.named(torch_gpt.TorchGPT(config)).items() if param.dim() >= 2
+  }
   assert oracle_names(config, OPTIMIZER.decay_kinds) == expected
 
 
 # --- Sampling ---
 
-LOGITS = (2.1, -0.5, 3.4, 0.2, -1.2, 1.8, 0.9, -3.0, 1.8, 1.1)  # the third and the fourth largest are equal
+LOGITS = (
+  2.1,
+  -0.5,
+  3.4,
+  0.2,
+  -1.2,
+  1.8,
+  0.9,
+  -3.0,
+  1.8,
+  1.1,
+)  # the third and the fourth largest are equal
 
 
 @pytest.mark.slow
@@ -423,9 +525,11 @@ LOGITS = (2.1, -0.5, 3.4, 0.2, -1.2, 1.8, 0.9, -3.0, 1.8, 1.1)  # the third and 
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_are_multinomial(temperature, top_k):
-  """`draw` has the probabilities that `torch.multinomial` is given: divided by the temperature, all below the k-th removed.
+  """`draw` has the probabilities that `torch.multinomial` is given: divided by the temperature, all
+  below the k-th removed.
 
-  Each token's share of 100,000 draws is within 5 standard deviations; what is equal to the k-th stays, as there.
+  Each token's share of 100,000 draws is within 5 standard deviations; what is equal to the k-th
+  stays, as there.
   """
   num = 100_000
   logits = torch.tensor(LOGITS) / temperature
@@ -435,7 +539,9 @@ def test_draws_are_multinomial(temperature, top_k):
   torch.manual_seed(0)
   theirs = torch.bincount(torch.multinomial(p, num, replacement=True), minlength=len(p)).numpy()
   rows_BV = jnp.broadcast_to(jnp.array(LOGITS), (num, len(LOGITS)))
-  ours = np.bincount(jax.jit(partial(draw, top_k=top_k))(rows_BV, jax.random.key(0), temperature), minlength=len(p))
+  ours = np.bincount(
+    jax.jit(partial(draw, top_k=top_k))(rows_BV, jax.random.key(0), temperature), minlength=len(p)
+  )
   p = p.numpy()
   assert np.sum(p > 0) == (4 if top_k else 10)
   for counts in (theirs, ours):

@@ -1,4 +1,6 @@
-"""What a run's numbers say: lines that are few, counts that survive a resume, and the array that is not finite."""
+"""What a run's numbers say: lines that are few, counts that survive a resume, and the array that is
+not finite.
+"""
 
 import math
 
@@ -10,9 +12,9 @@ import small_runs
 from equivalence import NAMES, corpus_of, initial_state, names_experiment
 
 from jgpt.config.settings import change
-from jgpt.devices.compute import choose_tricks
+from jgpt.devices.compute import resolve_compute
 from jgpt.runs import health
-from jgpt.runs.health import Health, explain, find_nonfinite
+from jgpt.runs.health import Health, explain_skip, find_nonfinite
 
 NAN, INF = math.nan, math.inf
 
@@ -21,11 +23,18 @@ def metrics_of(losses, skipped=(), norms=None):
   """Metrics of consecutive updates; `skipped` holds their places."""
   losses = np.asarray(losses, np.float32)
   norms = np.ones(len(losses), np.float32) if norms is None else np.asarray(norms, np.float32)
-  return {"train/loss": losses, "train/grad_norm": norms, "train/skipped": np.isin(np.arange(len(losses)), skipped) * 1}
+  return {
+    "train/loss": losses,
+    "train/grad_norm": norms,
+    "train/skipped": np.isin(np.arange(len(losses)), skipped) * 1,
+  }
 
 
 def rows_of(losses, skipped=()):
-  return [{"step": i + 1, "train/loss": loss, "train/skipped": int(i in skipped)} for i, loss in enumerate(losses)]
+  return [
+    {"step": i + 1, "train/loss": loss, "train/skipped": int(i in skipped)}
+    for i, loss in enumerate(losses)
+  ]
 
 
 def noise(num, seed=0):
@@ -42,7 +51,9 @@ def test_healthy_updates_say_nothing():
 def test_a_spike_is_a_line_with_its_score_and_the_mean_before_it():
   losses = np.append(noise(811), 8.1234)
   (line,) = Health([], 10).observe(812, metrics_of(losses))
-  assert line.startswith("step 812: loss 8.1234 is a spike, z = ") and line.endswith(" (mean 2.39 before it)")
+  assert line.startswith("step 812: loss 8.1234 is a spike, z = ") and line.endswith(
+    " (mean 2.39 before it)"
+  )
   assert 20 < float(line.partition("z = ")[2].partition(" ")[0]) < 40
 
 
@@ -50,7 +61,9 @@ def test_many_spikes_are_one_line():
   losses = noise(1000)
   losses[[400, 700, 950]] = 50
   (line,) = Health([], 10).observe(1000, metrics_of(losses))
-  assert line.startswith("step 401: loss 50 is a spike") and line.endswith(", and 2 more up to step 951")
+  assert line.startswith("step 401: loss 50 is a spike") and line.endswith(
+    ", and 2 more up to step 951"
+  )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +84,10 @@ def test_the_first_skipped_update_says_why(loss, norm, words):
 
 @pytest.mark.parametrize("length", [1, 3, 7, 40])
 def test_a_series_is_two_lines_however_it_is_cut(length):
-  """Where it begins and, told later, where it ends; a series within one call is a line that counts it."""
+  """Where it begins and, told later, where it ends.
+
+  A series within one call is a line that counts it.
+  """
   losses, skipped = noise(60), np.arange(10, 25)
   losses[skipped] = NAN
   watch, lines = Health([], 100), []
@@ -123,13 +139,15 @@ def test_counts_and_series_survive_a_resume():
 
 
 def test_scores_survive_a_resume():
-  """The next loss is judged as if the run had not stopped, also after thousands of rows and ones that are not finite."""
+  """The next loss is judged as if the run had not stopped, also after thousands of rows and ones
+  that are not finite.
+  """
   losses = noise(5000)
   losses[[100, 4990]] = NAN
   straight = Health([], 10)
   straight.observe(5000, metrics_of(losses))
   resumed = Health(rows_of(losses.astype(np.float32).astype(float)), 10)
-  np.testing.assert_allclose(resumed._stats[1:], straight._stats[1:], rtol=1e-6)
+  np.testing.assert_allclose(resumed.stats[1:], straight.stats[1:], rtol=1e-6)
 
 
 def test_rows_of_an_older_version_have_no_skips():
@@ -157,46 +175,58 @@ def test_leaves_of_a_state_are_named():
   assert find_nonfinite(state) == ["params/unembed"]
 
 
-def explained(grads_fn, monkeypatch, **changes):
-  """What is said of step 3 where gradients come from `grads_fn`."""
-  right = choose_tricks
-
-  def put_grads(experiment, platform):
-    tricks = right(experiment, platform)
-    return tricks.__class__(grads_fn=lambda *args: grads_fn(*tricks.grads_fn(*args)))
-
-  monkeypatch.setattr(health, "choose_tricks", put_grads)
+def explained(alter, monkeypatch, **changes):
+  """What is said of step 3 where loss and gradients went through `alter`."""
+  right = health.loss_and_grads
+  monkeypatch.setattr(health, "loss_and_grads", lambda *args: alter(*right(*args)))
   experiment = change(names_experiment(), {"mesh.data": 1} | changes)
-  return explain(experiment, initial_state(experiment), corpus_of(NAMES, experiment), 3)
+  experiment = resolve_compute(experiment, "cpu")
+  return explain_skip(experiment, initial_state(experiment), corpus_of(NAMES, experiment), 3)
 
 
 @pytest.mark.slow
 def test_the_gradient_that_is_not_finite_is_named(monkeypatch):
-  words = explained(lambda loss, grads: (loss, grads | {"unembed": grads["unembed"] * NAN}), monkeypatch)
+  words = explained(
+    lambda loss, grads: (loss, grads | {"unembed": grads["unembed"] * NAN}), monkeypatch
+  )
   assert words.startswith("the update of step 3 was skipped: its loss is 3.")
   assert words.endswith("; not finite: gradients of unembed")
 
 
 def test_many_gradients_are_three_names_and_a_count(monkeypatch):
-  words = explained(lambda loss, grads: (loss * NAN, jax.tree.map(lambda g: g * INF, grads)), monkeypatch)
-  assert "its loss is nan; not finite: gradients of blocks/w_down, blocks/w_out, blocks/w_qkv and 4 more" in words
+  words = explained(
+    lambda loss, grads: (loss * NAN, jax.tree.map(lambda g: g * INF, grads)), monkeypatch
+  )
+  assert (
+    "its loss is nan; not finite: gradients of blocks/w_down, blocks/w_out, blocks/w_qkv and 4 more"
+    in words
+  )
 
 
 @pytest.mark.slow
 def test_a_norm_that_overflows_is_told_from_a_gradient_that_does(monkeypatch):
-  words = explained(lambda loss, grads: (loss, jax.tree.map(lambda g: jnp.full_like(g, 1e20), grads)), monkeypatch)
+  words = explained(
+    lambda loss, grads: (loss, jax.tree.map(lambda g: jnp.full_like(g, 1e20), grads)), monkeypatch
+  )
   assert words.endswith("every gradient is finite, but their norm is too large for float32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("skip_spikes", "end"), [(4.0, ", a spike; loss and gradients are finite"), (None, "finite now")])
+@pytest.mark.parametrize(
+  ("skip_spikes", "end"), [(4.0, ", a spike; loss and gradients are finite"), (None, "finite now")]
+)
 def test_what_is_finite_is_a_spike_or_was_another_fault(monkeypatch, skip_spikes, end):
-  assert explained(lambda *found: found, monkeypatch, **{"optimizer.skip_spikes": skip_spikes}).endswith(end)
+  assert explained(
+    lambda *found: found, monkeypatch, **{"optimizer.skip_spikes": skip_spikes}
+  ).endswith(end)
 
 
 @pytest.mark.slow
 def test_the_batch_is_that_of_the_step(tmp_path):
-  """Loss of the update as a run logged it: step and batch are not off by one; parameters are the first that are named."""
+  """Loss of the update as a run logged it: step and batch are not off by one.
+
+  Parameters are the first that are named.
+  """
   run = small_runs.train_words(tmp_path)
   experiment = change(run.experiment, {"optimizer.peak_lr": 0.0, "train.save_every": None})
   from jgpt.plan import plan_run
@@ -205,8 +235,8 @@ def test_the_batch_is_that_of_the_step(tmp_path):
   planned = plan_run(experiment)
   result = train_run(planned)
   for step in (1, 2, 30):
-    words = explain(planned.experiment, result.state, planned.data.train, step)
+    words = explain_skip(result.experiment, result.state, planned.data.train, step)
     assert f"its loss is {result.losses[step - 1]:.5g};" in words
   result.state.params["tok_embed"] *= NAN
-  words = explain(planned.experiment, result.state, planned.data.train, 1)
+  words = explain_skip(result.experiment, result.state, planned.data.train, 1)
   assert words.endswith("its loss is nan; not finite: the parameters tok_embed")

@@ -1,6 +1,8 @@
-"""Weights made to do harm, or damaged: refused in one line that names the file, nothing executed, nothing large allocated.
+"""Weights made to do harm, or damaged: refused in one line that names the file, nothing executed,
+nothing large allocated.
 
-What is wrong with a file is made by hand, byte by byte; the valid file that each begins from is checked to be taken.
+What is wrong with a file is made by hand, byte by byte; the valid file that each begins from is
+checked to be taken.
 """
 
 import contextlib
@@ -46,13 +48,25 @@ FITTING = {
   "model.d_ff": F,
   "train.steps": 0,
 }
-CONFIG = {"model_type": "gpt2", "vocab_size": V, "n_positions": S, "n_embd": D, "n_layer": L, "n_head": 2}
+CONFIG = {
+  "model_type": "gpt2",
+  "vocab_size": V,
+  "n_positions": S,
+  "n_embd": D,
+  "n_layer": L,
+  "n_head": 2,
+}
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 EXAMPLES = hypothesis_settings(deadline=None, max_examples=50)
 
 
 def layer_shapes():
-  yield from {"ln_1.weight": (D,), "ln_1.bias": (D,), "ln_2.weight": (D,), "ln_2.bias": (D,)}.items()
+  yield from {
+    "ln_1.weight": (D,),
+    "ln_1.bias": (D,),
+    "ln_2.weight": (D,),
+    "ln_2.bias": (D,),
+  }.items()
   yield from {"attn.c_attn.weight": (D, 3 * D), "attn.c_attn.bias": (3 * D,)}.items()
   yield from {"attn.c_proj.weight": (D, D), "attn.c_proj.bias": (D,)}.items()
   yield from {"mlp.c_fc.weight": (D, F), "mlp.c_fc.bias": (F,)}.items()
@@ -64,7 +78,9 @@ def make_tensors():
   shapes = {"wte.weight": (V, D), "wpe.weight": (S, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
   shapes |= {f"h.{i}.{name}": shape for i in range(L) for name, shape in layer_shapes()}
   rng = np.random.default_rng(0)
-  return {f"transformer.{name}": rng.normal(size=shape).astype("<f4") for name, shape in shapes.items()}
+  return {
+    f"transformer.{name}": rng.normal(size=shape).astype("<f4") for name, shape in shapes.items()
+  }
 
 
 def make_header(tensors, dtypes=None):
@@ -72,7 +88,11 @@ def make_header(tensors, dtypes=None):
   header, at = {}, 0
   for name, array in tensors.items():
     end = at + array.nbytes
-    header[name] = {"dtype": (dtypes or {}).get(name, "F32"), "shape": list(array.shape), "data_offsets": [at, end]}
+    header[name] = {
+      "dtype": (dtypes or {}).get(name, "F32"),
+      "shape": list(array.shape),
+      "data_offsets": [at, end],
+    }
     at = end
   return header
 
@@ -101,24 +121,42 @@ def folder(tmp_path):
   folder.mkdir()
   (folder / "model.safetensors").write_bytes(VALID)
   (folder / "config.json").write_text(json.dumps(CONFIG))
-  (folder / "tokenizer.json").write_text(json.dumps(hugging_face_files(ByteTokenizer(), S)["tokenizer.json"]))
+  (folder / "tokenizer.json").write_text(
+    json.dumps(hugging_face_files(ByteTokenizer(), S)["tokenizer.json"])
+  )
   return folder
 
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-  """Begins a run with a path by the command; asserts how it is refused and returns what was said."""
+  """Begins a run with a path by the command.
+
+  Asserts how it is refused and returns what was said.
+  """
   text = tmp_path / "text.txt"
   text.write_text("To be, or not to be.\n" * 5)
-  changes = [f"{name}={format_value(value)}" for name, value in (FITTING | {"data.path": text}).items()]
+  changes = [
+    f"{name}={format_value(value)}" for name, value in (FITTING | {"data.path": text}).items()
+  ]
   before = {name for name in sys.modules if name.split(".")[0] in ("torch", "transformers")}
 
   def refuse(path, *words, named=None):
-    args = ["--experiment", "gpt2_shakespeare", "--workdir", str(tmp_path / "run"), "--init-from", str(path)]
-    status = cli.guard(lambda: run.main([*args, *(a for change in changes for a in ("--set", change))]))
+    args = [
+      "--experiment",
+      "gpt2_shakespeare",
+      "--workdir",
+      str(tmp_path / "run"),
+      "--init-from",
+      str(path),
+    ]
+    status = cli.guard(
+      lambda: run.main([*args, *(a for change in changes for a in ("--set", change))])
+    )
     out, err = capsys.readouterr()
     assert (status, out) == (2, ""), (status, out, err)
-    assert err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable() and len(err) < 800, err
+    assert (
+      err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable() and len(err) < 800
+    ), err
     assert str(path if named is None else named) in err, err
     for word in words:
       assert word in err, err
@@ -130,8 +168,13 @@ def refused(tmp_path, capsys):
 
 
 def plan_with(path, text, **changes):
-  experiment = change(load_experiment("gpt2_shakespeare"), FITTING | {"data.path": str(text), "train.init_from": str(path)})
-  return plan_run(dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **changes)))
+  experiment = change(
+    load_experiment("gpt2_shakespeare"),
+    FITTING | {"data.path": str(text), "train.init_from": str(path)},
+  )
+  return plan_run(
+    dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **changes))
+  )
 
 
 def test_what_the_damaged_files_begin_from_is_taken(folder, tmp_path):
@@ -141,7 +184,9 @@ def test_what_the_damaged_files_begin_from_is_taken(folder, tmp_path):
     params = plan_with(path, tmp_path / "text.txt").initial.params
     tensors = make_tensors()
     assert np.array_equal(params["tok_embed"][:V], tensors[WTE])
-    assert np.array_equal(params["blocks"]["w_down"][2], tensors["transformer.h.2.mlp.c_proj.weight"])
+    assert np.array_equal(
+      params["blocks"]["w_down"][2], tensors["transformer.h.2.mlp.c_proj.weight"]
+    )
 
 
 # --- Nothing is executed ---
@@ -189,7 +234,11 @@ def test_pickles_are_not_opened(kind, folder, refused, tmp_path):
   make, load = EVIL[kind]
   marker = tmp_path / "executed"
   content = make(marker)
-  words = {"pickle 0": (), "torch": ("torch.save", "no pickles"), "npy": ("NumPy", "no pickles")}.get(kind, ("a pickle",))
+  words = {
+    "pickle 0": (),
+    "torch": ("torch.save", "no pickles"),
+    "npy": ("NumPy", "no pickles"),
+  }.get(kind, ("a pickle",))
   for name in ("weights.pt", "weights.pkl", "weights.npy", "weights", "model.safetensors"):
     (tmp_path / name).write_bytes(content)
     refused(tmp_path / name, *words)
@@ -242,8 +291,12 @@ HEADERS = {
   "no UTF-8": pack(b'{"\xff": 1}'),
   "other entries": pack({"a": 1}),
   "deep": pack(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
-  "deep in an entry": twice("x", '{"dtype":"F32","shape":[],"data_offsets":[0,4],"y":' + "[" * 5000 + "]" * 5000 + "}"),
-  "a number of 5,000 digits": twice("x", '{"dtype":"F32","shape":[],"data_offsets":[0,4],"y":' + "9" * 5000 + "}"),
+  "deep in an entry": twice(
+    "x", '{"dtype":"F32","shape":[],"data_offsets":[0,4],"y":' + "[" * 5000 + "]" * 5000 + "}"
+  ),
+  "a number of 5,000 digits": twice(
+    "x", '{"dtype":"F32","shape":[],"data_offsets":[0,4],"y":' + "9" * 5000 + "}"
+  ),
   "metadata of numbers": pack({"__metadata__": {"a": 1}}),
   "overlapping": with_entry(data_offsets=[LAST - 4 * S * D - 4, LAST - 4]),
   "a gap": pack(make_header(make_tensors()), bytes(4) + join(make_tensors())),
@@ -263,8 +316,12 @@ HEADERS = {
   "an unknown dtype": with_entry(dtype="F99"),
   "another width": with_entry(dtype="F16"),
   "a name twice": twice(WPE, json.dumps(make_header(make_tensors())[WPE])),
-  "an embedding twice, one of them smaller": twice(WTE, '{"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}'),
-  "a key twice in an entry": twice("x", '{"dtype": "F32", "dtype": "F16", "shape": [0], "data_offsets": [0, 0]}'),
+  "an embedding twice, one of them smaller": twice(
+    WTE, '{"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}'
+  ),
+  "a key twice in an entry": twice(
+    "x", '{"dtype": "F32", "dtype": "F16", "shape": [0], "data_offsets": [0, 0]}'
+  ),
 }
 
 
@@ -282,9 +339,11 @@ def test_a_truncated_file(part, folder, refused):
 
 
 def test_refused_without_large_allocation(tmp_path):
-  """In a process that may not have 200 MB more than it has: nothing is allocated because a file says so.
+  """In a process that may not have 200 MB more than it has: nothing is allocated because a file
+  says so.
 
-  Before that, a file of 8 GB: as large as it says, almost all of it a hole that takes no place on the disk.
+  Before that, a file of 8 GB: as large as it says, almost all of it a hole that takes no place on
+  the disk.
   """
   if not sys.platform.startswith("linux"):
     pytest.skip("limits a process's memory as Linux does")
@@ -336,7 +395,11 @@ except MemoryError:  # the limit holds
 """
   env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
   done = subprocess.run(
-    [sys.executable, "-c", code, tmp_path / "8 GB", *paths], capture_output=True, text=True, check=False, env=env
+    [sys.executable, "-c", code, tmp_path / "8 GB", *paths],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=env,
   )
   assert done.returncode == 0, done.stderr
   assert float(done.stdout) < 50  # MB
@@ -370,25 +433,67 @@ def test_each_tensor_has_its_shape(name, folder, refused):
 NEW = np.zeros((D, D), "<f4")
 TENSORS = {
   "with and without the prefix": (make_tensors() | {"wpe.weight": NEW}, ["'wpe.weight' twice"]),
-  "one of another network": (make_tensors() | {"transformer.h.0.attn.rotary": NEW}, ["'h.0.attn.rotary'", "has not"]),
-  "one of a layer too many": (make_tensors() | {"transformer.h.3.ln_1.weight": NEW[0]}, ["num_layers=3", "4"]),
-  "a layer far away": (make_tensors() | {"transformer.h.999999999.ln_1.weight": NEW[0]}, ["h.999999999"]),
-  "a layer not so far away": (make_tensors() | {"transformer.h.999999.ln_1.weight": NEW[0]}, ["h.0, h.1, ..."]),
-  "a layer before the first": (make_tensors() | {"transformer.h.-1.ln_1.weight": NEW[0]}, ["'h.-1.ln_1.weight'"]),
-  "a layer twice by its number": (make_tensors() | {"transformer.h.01.ln_1.weight": NEW[0]}, ["'h.01.ln_1.weight'"]),
-  "a layer in other digits": (make_tensors() | {"transformer.h.\u0663.ln_1.weight": NEW[0]}, ["ln_1.weight"]),
-  "no layer in the middle": ({n: a for n, a in make_tensors().items() if ".h.1." not in n}, ["h.0, h.1, ..."]),
-  "no first layer": ({n: a for n, a in make_tensors().items() if ".h.0." not in n}, ["h.0, h.1, ..."]),
+  "one of another network": (
+    make_tensors() | {"transformer.h.0.attn.rotary": NEW},
+    ["'h.0.attn.rotary'", "does not have"],
+  ),
+  "one of a layer too many": (
+    make_tensors() | {"transformer.h.3.ln_1.weight": NEW[0]},
+    ["num_layers=3", "4"],
+  ),
+  "a layer far away": (
+    make_tensors() | {"transformer.h.999999999.ln_1.weight": NEW[0]},
+    ["h.999999999"],
+  ),
+  "a layer not so far away": (
+    make_tensors() | {"transformer.h.999999.ln_1.weight": NEW[0]},
+    ["h.0, h.1, ..."],
+  ),
+  "a layer before the first": (
+    make_tensors() | {"transformer.h.-1.ln_1.weight": NEW[0]},
+    ["'h.-1.ln_1.weight'"],
+  ),
+  "a layer twice by its number": (
+    make_tensors() | {"transformer.h.01.ln_1.weight": NEW[0]},
+    ["'h.01.ln_1.weight'"],
+  ),
+  "a layer in other digits": (
+    make_tensors() | {"transformer.h.\u0663.ln_1.weight": NEW[0]},
+    ["ln_1.weight"],
+  ),
+  "no layer in the middle": (
+    {n: a for n, a in make_tensors().items() if ".h.1." not in n},
+    ["h.0, h.1, ..."],
+  ),
+  "no first layer": (
+    {n: a for n, a in make_tensors().items() if ".h.0." not in n},
+    ["h.0, h.1, ..."],
+  ),
   "no layers": ({n: a for n, a in make_tensors().items() if ".h." not in n}, ["h.0, h.1, ..."]),
   "none": ({}, ["h.0, h.1, ..."]),
-  "another head": (make_tensors() | {"lm_head.weight": np.ones((V, D), "<f4")}, ["lm_head.weight is not wte.weight"]),
-  "a head of another shape": (make_tensors() | {"lm_head.weight": np.ones((V + 1, D), "<f4")}, ["lm_head.weight"]),
+  "another head": (
+    make_tensors() | {"lm_head.weight": np.ones((V, D), "<f4")},
+    ["lm_head.weight is not wte.weight"],
+  ),
+  "a head of another shape": (
+    make_tensors() | {"lm_head.weight": np.ones((V + 1, D), "<f4")},
+    ["lm_head.weight"],
+  ),
   "two lines in a name": (make_tensors() | {"a\nb": NEW}, [r"'a\nb'"]),
   "the terminal's words in a name": (make_tensors() | {"\x1b[2J\x1b]0;x\x07": NEW}, [r"\x1b[2J"]),
   "a long name": (make_tensors() | {"n" * 100_000: NEW}, ["nnn"]),
-  "two lines in a name, twice": (make_tensors() | {"a\nb": NEW, "transformer.a\nb": NEW}, [r"'a\nb' twice"]),
-  "an embedding of nothing": (replaced(transformer__wte__weight=np.zeros((V, 0), "<f4")), ["wte.weight"]),
-  "an embedding of numbers": (replaced(transformer__wte__weight=np.zeros(V * D, "<f4")), ["wte.weight"]),
+  "two lines in a name, twice": (
+    make_tensors() | {"a\nb": NEW, "transformer.a\nb": NEW},
+    [r"'a\nb' twice"],
+  ),
+  "an embedding of nothing": (
+    replaced(transformer__wte__weight=np.zeros((V, 0), "<f4")),
+    ["wte.weight"],
+  ),
+  "an embedding of numbers": (
+    replaced(transformer__wte__weight=np.zeros(V * D, "<f4")),
+    ["wte.weight"],
+  ),
 }
 
 
@@ -403,7 +508,9 @@ def test_tensors_that_are_no_gpt2(name, folder, refused):
 def test_weights_are_floating_point(dtype, folder, refused):
   width = {"I32": 4, "U32": 4, "I64": 8}.get(dtype, 1)
   tensors = make_tensors() | {"transformer.h.1.mlp.c_fc.bias": np.zeros(F, f"<u{width}")}
-  (folder / "model.safetensors").write_bytes(pack_tensors(tensors, {"transformer.h.1.mlp.c_fc.bias": dtype}))
+  (folder / "model.safetensors").write_bytes(
+    pack_tensors(tensors, {"transformer.h.1.mlp.c_fc.bias": dtype})
+  )
   refused(folder, "h.1.mlp.c_fc.bias", dtype, named=folder / "model.safetensors")
 
 
@@ -419,7 +526,9 @@ def test_weights_are_floating_point(dtype, folder, refused):
     ("transformer.ln_f.weight", (1,), "norm_final_gain[1]"),
   ],
 )
-def test_numbers_that_are_none_are_named_with_their_place(value, name, place, said, folder, refused):
+def test_numbers_that_are_none_are_named_with_their_place(
+  value, name, place, said, folder, refused
+):
   tensors = make_tensors()
   tensors[name][place] = value
   (folder / "model.safetensors").write_bytes(pack_tensors(tensors))
@@ -432,7 +541,13 @@ def test_numbers_that_are_none_are_named_with_their_place(value, name, place, sa
 
 @pytest.mark.parametrize(
   ("dtype", "bits"),
-  [("F64", 0x7E37_E43C_8800_759C), ("F64", 0x7FF0_0000_0000_0001), ("F16", 0x7C00), ("F16", 0xFD01), ("BF16", 0x7F81)],
+  [
+    ("F64", 0x7E37_E43C_8800_759C),
+    ("F64", 0x7FF0_0000_0000_0001),
+    ("F16", 0x7C00),
+    ("F16", 0xFD01),
+    ("BF16", 0x7F81),
+  ],
 )
 def test_numbers_that_float32_does_not_have(dtype, bits, folder, refused):
   """1e300, signalling NaNs, infinity: with one line, and no warning of NumPy's."""
@@ -449,7 +564,9 @@ def test_weights_that_are_left_out_are_not_looked_at(folder, tmp_path):
   tensors = make_tensors()
   tensors[WPE][-1] = math.nan
   (folder / "model.safetensors").write_bytes(pack_tensors(tensors))
-  assert plan_with(folder, tmp_path / "text.txt", max_seq_len=S - 1).initial.params["pos_embed"].shape == (S - 1, D)
+  assert plan_with(folder, tmp_path / "text.txt", max_seq_len=S - 1).initial.params[
+    "pos_embed"
+  ].shape == (S - 1, D)
   with pytest.raises(UserError, match="pos_embed"):
     plan_with(folder, tmp_path / "text.txt")
 
@@ -460,7 +577,14 @@ def test_weights_that_are_left_out_are_not_looked_at(folder, tmp_path):
 @pytest.mark.parametrize(
   "name",
   [
-    *("../../etc/passwd", "../model.safetensors", "/etc/passwd", "/model.safetensors", "a/b.safetensors", ".safetensors"),
+    *(
+      "../../etc/passwd",
+      "../model.safetensors",
+      "/etc/passwd",
+      "/model.safetensors",
+      "a/b.safetensors",
+      ".safetensors",
+    ),
     *(
       "..\\model.safetensors",
       "C:\\model.safetensors",
@@ -470,11 +594,22 @@ def test_weights_that_are_left_out_are_not_looked_at(folder, tmp_path):
       "",
       ".",
     ),
-    *("model.safetensors/..", "pytorch_model.bin", "~/model.safetensors", "n" * 5000 + ".safetensors", 7, None, ["a"], {}),
+    *(
+      "model.safetensors/..",
+      "pytorch_model.bin",
+      "~/model.safetensors",
+      "n" * 5000 + ".safetensors",
+      7,
+      None,
+      ["a"],
+      {},
+    ),
   ],
 )
 def test_an_index_names_files_beside_it_only(name, folder, refused):
-  (folder / "model.safetensors").rename(folder.parent / "model.safetensors")  # where "../" would find it
+  (folder / "model.safetensors").rename(
+    folder.parent / "model.safetensors"
+  )  # where "../" would find it
   (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {WTE: name}}))
   refused(folder, "weight_map", named=folder / "model.safetensors.index.json")
 
@@ -503,7 +638,9 @@ def test_an_index_that_is_none(text, folder, refused):
 def test_an_index_of_files_that_are_not_there_or_none(folder, refused):
   (folder / "model.safetensors").rename(folder / "part-1.safetensors")
   index = folder / "model.safetensors.index.json"
-  index.write_text(json.dumps({"weight_map": {WTE: "part-1.safetensors", WPE: "part-2.safetensors"}}))
+  index.write_text(
+    json.dumps({"weight_map": {WTE: "part-1.safetensors", WPE: "part-2.safetensors"}})
+  )
   refused(folder, "part-2.safetensors does not exist")
   (folder / "part-2.safetensors").write_bytes(VALID)
   refused(folder, "twice")
@@ -519,7 +656,24 @@ def test_an_index_of_files_that_are_not_there_or_none(folder, refused):
 
 @pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_layer", "n_head", "n_embd"])
 @pytest.mark.parametrize(
-  "value", [0, -1, -(2**70), 2**31, 2**63, 10**30, 12.0, 1e308, True, None, "12", [12], {}, "x" * 10**5, ...]
+  "value",
+  [
+    0,
+    -1,
+    -(2**70),
+    2**31,
+    2**63,
+    10**30,
+    12.0,
+    1e308,
+    True,
+    None,
+    "12",
+    [12],
+    {},
+    "x" * 10**5,
+    ...,
+  ],
 )
 def test_sizes_in_a_config_are_whole_numbers_that_agree(name, value, folder, refused):
   config = CONFIG | {name: value}
@@ -622,7 +776,10 @@ def test_the_home_of_nobody(path, refused):
 
 
 def load(path):
-  """Reads weights as a run does; returns them if they were taken, None if they were refused as they should be."""
+  """Reads weights as a run does.
+
+  Returns them if they were taken, None if they were refused as they should be.
+  """
   experiment = change(load_experiment("gpt2_shakespeare"), FITTING)
   try:
     params = load_params(open_weights(str(path)), experiment.model).params
@@ -638,7 +795,9 @@ def load(path):
 
 
 def mutate(content, edits):
-  """Replaces, inserts or deletes bytes: each edit is (place from 0 to 1, bytes that go, bytes that come)."""
+  """Replaces, inserts or deletes bytes: each edit is (place from 0 to 1, bytes that go, bytes that
+  come).
+  """
   for place, gone, new in edits:
     at = int(place * len(content))
     content = content[:at] + new + content[at + gone :]
@@ -647,15 +806,24 @@ def mutate(content, edits):
 
 edits = st.lists(
   st.tuples(
-    st.floats(0, 1), st.integers(0, 4), st.binary(max_size=4) | st.sampled_from([b"9", b"-", b'"', b"{", b"}", b"[["])
+    st.floats(0, 1),
+    st.integers(0, 4),
+    st.binary(max_size=4) | st.sampled_from([b"9", b"-", b'"', b"{", b"}", b"[["]),
   ),
   min_size=1,
   max_size=4,
 )
 HEADER_BYTES = 8 + struct.unpack("<Q", VALID[:8])[0]
 json_values = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "BF16", "gpt2"]),
-  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats()
+  | st.text(max_size=5)
+  | st.sampled_from(["F32", "BF16", "gpt2"]),
+  lambda inner: (
+    st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+  ),
   max_leaves=5,
 )
 
@@ -684,21 +852,32 @@ def damaged(path, content):
 @EXAMPLES
 @given(edits)
 def test_any_bytes_of_the_header_changed(scratch, edits):
-  with damaged(scratch / "model.safetensors", mutate(VALID[:HEADER_BYTES], edits) + VALID[HEADER_BYTES:]):
+  with damaged(
+    scratch / "model.safetensors", mutate(VALID[:HEADER_BYTES], edits) + VALID[HEADER_BYTES:]
+  ):
     load(scratch)
     load(scratch / "model.safetensors")
 
 
 @EXAMPLES
-@given(st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=1)), min_size=1, max_size=5))
+@given(
+  st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=1)), min_size=1, max_size=5)
+)
 def test_any_bytes_changed_in_their_place(scratch, changes):
   """The length stays, so that the damage reaches the numbers: then they are taken, or are none."""
-  with damaged(scratch / "model.safetensors", mutate(VALID, [(min(place, 0.9999), 1, new) for place, new in changes])):
+  with damaged(
+    scratch / "model.safetensors",
+    mutate(VALID, [(min(place, 0.9999), 1, new) for place, new in changes]),
+  ):
     load(scratch)
 
 
 @EXAMPLES
-@given(st.sampled_from(sorted(make_tensors())), st.sampled_from(["dtype", "shape", "data_offsets", None]), json_values)
+@given(
+  st.sampled_from(sorted(make_tensors())),
+  st.sampled_from(["dtype", "shape", "data_offsets", None]),
+  json_values,
+)
 def test_any_value_in_the_place_of_a_header_s(scratch, name, field, value):
   header = make_header(make_tensors())
   if field is None:
@@ -718,7 +897,12 @@ def test_any_bytes_of_a_config_changed(scratch, edits):
 
 FIELDS = (
   *CONFIG,
-  *("activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+  *(
+    "activation_function",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+  ),
   *("add_cross_attention", "tie_word_embeddings", "n_inner", "torch_dtype", "architectures"),
 )
 
@@ -731,7 +915,10 @@ def test_any_value_in_the_place_of_a_config_s(scratch, changes):
 
 
 @EXAMPLES
-@given(json_values | st.dictionaries(st.just("weight_map"), json_values | st.dictionaries(st.text(), json_values)))
+@given(
+  json_values
+  | st.dictionaries(st.just("weight_map"), json_values | st.dictionaries(st.text(), json_values))
+)
 def test_any_index(scratch, value):
   (scratch / "model.safetensors").unlink()
   index = scratch / "model.safetensors.index.json"
@@ -747,7 +934,9 @@ def test_any_index(scratch, value):
 @given(edits)
 def test_any_bytes_of_a_tokenizer_changed(scratch, edits):
   path = scratch / "tokenizer.json"
-  path.write_bytes(mutate(json.dumps(hugging_face_files(ByteTokenizer(), S)["tokenizer.json"]).encode(), edits))
+  path.write_bytes(
+    mutate(json.dumps(hugging_face_files(ByteTokenizer(), S)["tokenizer.json"]).encode(), edits)
+  )
   try:
     load(scratch)
   finally:

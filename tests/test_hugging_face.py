@@ -1,7 +1,9 @@
-"""GPT-2 in Hugging Face's format: `transformers` computes what jgpt computes, and what comes back has the same bits.
+"""GPT-2 in Hugging Face's format: `transformers` computes what jgpt computes, and what comes back
+has the same bits.
 
-The oracles are `transformers` itself, a reader of safetensors written here from the format's description, and a rounding to
-bfloat16 by bits. Files made to do harm are in test_hostile_weights.py.
+The oracles are `transformers` itself, a reader of safetensors written here from the format's
+description, and a rounding to bfloat16 by bits. Files made to do harm are in
+test_hostile_weights.py.
 """
 
 import dataclasses
@@ -37,17 +39,31 @@ from jgpt.plan import plan_run
 from jgpt.runs import checkpoint
 from jgpt.runs import open as open_lib
 from jgpt.runs.folder import RunFiles, read_run_files, write_run_files
-from jgpt.runs.open import load_run
+from jgpt.runs.open import open_run
 from jgpt.step import TrainState
 from jgpt.text.bpe import BpeTokenizer, make_gpt2_tokenizer
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, train_char_tokenizer
 from jgpt.weights import hugging_face
-from jgpt.weights.gpt2 import GPT2, Weights, check_weights_settings, gpt2_shapes, make_gpt2_config
+from jgpt.weights.gpt2 import (
+  GPT2_SETTINGS,
+  Weights,
+  check_weights_settings,
+  gpt2_shapes,
+  make_gpt2_config,
+)
 from jgpt.weights.initial import load_params, open_weights
 
 TOLERANCE = 1e-5  # of the largest logit
-# Sizes of which none is a multiple of another or of a power of two: a stride that is taken for another one shows.
-SIZES = {"vocab_size": 257, "max_seq_len": 64, "num_layers": 3, "num_heads": 4, "d_model": 36, "d_ff": 100}
+# Sizes of which none is a multiple of another or of a power of two: a stride that is taken for
+# another one shows.
+SIZES = {
+  "vocab_size": 257,
+  "max_seq_len": 64,
+  "num_layers": 3,
+  "num_heads": 4,
+  "d_model": 36,
+  "d_ff": 100,
+}
 ODD = dataclasses.replace(load_experiment("gpt2_shakespeare").model, **SIZES)
 VARIANTS = {
   "odd": {},
@@ -66,7 +82,14 @@ TOKENIZERS = {
   "gpt2": BpeTokenizer(BPE.merges, end_of_text=True),
 }
 # As transformers' own configuration has it; any of it may be replaced.
-THEIRS = {"vocab_size": 257, "n_positions": 48, "n_embd": 36, "n_layer": 3, "n_head": 4, "n_inner": 100}
+THEIRS = {
+  "vocab_size": 257,
+  "n_positions": 48,
+  "n_embd": 36,
+  "n_layer": 3,
+  "n_head": 4,
+  "n_inner": 100,
+}
 # gpt2_shakespeare made as small, on bytes, and not trained.
 SMALL = {
   "data.tokenizer": "bytes",
@@ -93,7 +116,10 @@ SMALL = {
 
 
 def draw_params(config, seed=0, scale=0.25):
-  """Parameters far from their initial values, so that biases and gains show; rows of padding are zero."""
+  """Parameters far from their initial values, so that biases and gains show.
+
+  Rows of padding are zero.
+  """
   rng = np.random.default_rng(seed)
   tree = {name: {} for name in param_table(config)}
   for name, param, layers in walk(config):
@@ -134,7 +160,9 @@ def load(path, config):
 
 
 def read_safetensors(path):
-  """Name -> array, by the format's description: a length (uint64), a header in JSON, and what it says where."""
+  """Name -> array, by the format's description: a length (uint64), a header in JSON, and what it
+  says where.
+  """
   content = Path(path).read_bytes()
   (size,) = struct.unpack("<Q", content[:8])
   header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
@@ -148,14 +176,23 @@ def read_safetensors(path):
 
 @functools.cache
 def needs_transformers():
-  torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install torch): transformers needs it")
+  torch = pytest.importorskip(
+    "torch", reason="PyTorch is not installed (pip install torch): transformers needs it"
+  )
   torch.set_num_threads(1)
-  return pytest.importorskip("transformers", reason="the reader of these files (jgpt's extra: reference)")
+  return pytest.importorskip(
+    "transformers", reason="the reader of these files (jgpt's extra: reference)"
+  )
 
 
 def open_theirs(path, **options):
-  """The model as `transformers` opens it; every tensor of the file has a place there, and every place a tensor."""
-  opened = needs_transformers().GPT2LMHeadModel.from_pretrained(path, output_loading_info=True, **options)
+  """The model as `transformers` opens it.
+
+  Every tensor of the file has a place there, and every place a tensor.
+  """
+  opened = needs_transformers().GPT2LMHeadModel.from_pretrained(
+    path, output_loading_info=True, **options
+  )
   model, info = opened
   assert not any(info.values()), info
   return model.eval()
@@ -169,12 +206,16 @@ def their_logits(model, tokens):
 
 
 def our_logits(params, tokens, config):
-  logits = jax.jit(apply, static_argnames="config", compiler_options=QUICK)(params, tokens.astype(np.int32), config=config)
+  logits = jax.jit(apply, static_argnames="config", compiler_options=QUICK)(
+    params, tokens.astype(np.int32), config=config
+  )
   return np.asarray(logits)[..., : config.vocab_size]
 
 
 def assert_same_logits(model, params, config, num_positions=None, tolerance=TOLERANCE):
-  tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, num_positions or config.max_seq_len))
+  tokens = np.random.default_rng(1).integers(
+    0, config.vocab_size, (2, num_positions or config.max_seq_len)
+  )
   theirs, ours = their_logits(model, tokens), our_logits(params, tokens, config)
   assert theirs.shape == ours.shape and np.abs(theirs).max() > 0.5
   assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
@@ -218,7 +259,10 @@ def test_transformers_computes_the_same_logits(config, tmp_path):
 
 
 def test_transformers_writes_the_same_50_tokens(tmp_path):
-  """Greedily; at every token the best logit is ahead of the second by far more than the two programs differ."""
+  """Greedily.
+
+  At every token the best logit is ahead of the second by far more than the two programs differ.
+  """
   params = draw_params(ODD, seed=3)
   model = open_theirs(write(tmp_path / "out", params, ODD))
   import torch
@@ -226,11 +270,15 @@ def test_transformers_writes_the_same_50_tokens(tmp_path):
   continuations = set()
   for prompt in ([84, 104, 101], [7], [256, 0, 1, 2, 3, 200, 100]):
     tokens = torch.tensor([prompt])
-    theirs = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=50)[0].tolist()
+    theirs = model.generate(
+      tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=50
+    )[0].tolist()
     padded = np.zeros(8, np.int32)
     padded[: len(prompt)] = prompt
     key = jax.random.key(0)
-    new = generate(params, padded, np.int32(len(prompt)), key, np.float32(0), config=ODD, num=1, max_tokens=50)
+    new = generate(
+      params, padded, np.int32(len(prompt)), key, np.float32(0), config=ODD, num=1, max_tokens=50
+    )
     assert [*prompt, *np.asarray(new)[0].tolist()] == theirs
     assert len(theirs) == len(prompt) + 50
     continuations |= {*theirs[len(prompt) :]}
@@ -242,7 +290,9 @@ def test_transformers_writes_the_same_50_tokens(tmp_path):
 def test_what_was_exported_comes_back_with_the_same_bits(config, tmp_path):
   params = draw_params(config)
   special = [-0.0, 1e-45, -1e-38, np.finfo(np.float32).max, np.finfo(np.float32).tiny]
-  params["blocks"]["w_up"].flat[: len(special)] = params["pos_embed"].flat[-len(special) :] = special
+  params["blocks"]["w_up"].flat[: len(special)] = params["pos_embed"].flat[-len(special) :] = (
+    special
+  )
   folder = write(tmp_path / "out", params, config)
   assert_same_bits(load(folder, config), params)
   again = write(tmp_path / "again", load(folder, config), config)
@@ -263,15 +313,25 @@ def test_biases_that_the_model_lacks_are_zeros_in_the_file(tmp_path):
   bare = dataclasses.replace(ODD, biases="none", norm="layer_no_bias")
   params = draw_params(bare)
   path = write(tmp_path / "out", params, bare)
-  biases = {n: a for n, a in read_safetensors(path / "model.safetensors").items() if n.endswith(".bias")}
+  biases = {
+    n: a for n, a in read_safetensors(path / "model.safetensors").items() if n.endswith(".bias")
+  }
   assert len(biases) == 3 * 6 + 1 and not any(a.any() for a in biases.values())
   full = load(path, ODD)
-  assert all(not full["blocks"][n].any() for n in ("b_qkv", "b_out", "b_up", "b_down", "norm_attn_bias", "norm_mlp_bias"))
+  assert all(
+    not full["blocks"][n].any()
+    for n in ("b_qkv", "b_out", "b_up", "b_down", "norm_attn_bias", "norm_mlp_bias")
+  )
   assert full["blocks"]["b_qkv"].shape == (3, 3, 4, 9)
 
 
 @pytest.mark.parametrize(
-  ("name", "mend"), [("b_qkv", "model.biases=all"), ("b_down", "model.biases=all"), ("norm_mlp_bias", "model.norm=layer")]
+  ("name", "mend"),
+  [
+    ("b_qkv", "model.biases=all"),
+    ("b_down", "model.biases=all"),
+    ("norm_mlp_bias", "model.norm=layer"),
+  ],
 )
 def test_a_bias_that_is_not_zero_is_not_dropped(name, mend, tmp_path):
   params = draw_params(ODD, scale=0)
@@ -293,7 +353,9 @@ def test_the_folder_has_the_tokenizer(name, tmp_path):
   ids = tokenizer.encode(text)
   assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == text
   assert theirs.model_max_length == 64
-  mark = {"characters with BOS": tokenizer.vocab_size - 1, "gpt2": tokenizer.vocab_size - 1}.get(name)
+  mark = {"characters with BOS": tokenizer.vocab_size - 1, "gpt2": tokenizer.vocab_size - 1}.get(
+    name
+  )
   model = open_theirs(folder)
   for settings in (model.config, model.generation_config):
     assert (settings.bos_token_id, settings.eos_token_id) == (mark, mark)
@@ -316,14 +378,19 @@ def test_dropout_is_told_where_transformers_drops_in_the_same_places(tmp_path):
     ({"positions": "sinusoidal"}, ["model.positions=sinusoidal"]),
     ({"norm_final": False}, ["model.norm_final=false"]),
     ({"scale_embed": True}, ["model.scale_embed=true"]),
-    ({"norm": "rms", "norm_embed": True, "norm_final": False}, ["norm=rms", "norm_embed=true", "norm_final=false"]),
+    (
+      {"norm": "rms", "norm_embed": True, "norm_final": False},
+      ["norm=rms", "norm_embed=true", "norm_final=false"],
+    ),
   ],
 )
 def test_what_the_format_cannot_hold_is_refused(changes, named, tmp_path):
   config = dataclasses.replace(ODD, **changes)
   with pytest.raises(UserError, match="Hugging Face's GPT-2 cannot hold this model") as error:
     write(tmp_path / "out", draw_params(config), config)
-  assert all(name in str(error.value) for name in named) and str(error.value).count("model.") == len(named)
+  assert all(name in str(error.value) for name in named) and str(error.value).count(
+    "model."
+  ) == len(named)
   assert not any((tmp_path / "out").iterdir())
 
 
@@ -332,7 +399,10 @@ def test_what_the_format_cannot_hold_is_refused(changes, named, tmp_path):
 
 def test_bfloat16_is_rounded_to_nearest_even(tmp_path):
   params = draw_params(ODD)
-  ties = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x3F80_7FFF, 0x3F80_8001, 0x00008000, 0x007FFFFF], np.uint32)
+  ties = np.array(
+    [0x3F808000, 0x3F818000, 0xBF808000, 0x3F80_7FFF, 0x3F80_8001, 0x00008000, 0x007FFFFF],
+    np.uint32,
+  )
   params["tok_embed"].flat[: len(ties)] = ties.view(np.float32)
   exact = read_safetensors(write(tmp_path / "float32", params, ODD) / "model.safetensors")
   folder = write(tmp_path / "bfloat16", params, ODD, dtype="bfloat16")
@@ -345,7 +415,9 @@ def test_bfloat16_is_rounded_to_nearest_even(tmp_path):
   ]  # fmt: skip
   back = load(folder, ODD)
   assert np.array_equal(back["pos_embed"], bfloat16_to_float32(rounded["transformer.wpe.weight"]))
-  assert np.array_equal(back["blocks"]["w_down"][2], bfloat16_to_float32(rounded["transformer.h.2.mlp.c_proj.weight"]))
+  assert np.array_equal(
+    back["blocks"]["w_down"][2], bfloat16_to_float32(rounded["transformer.h.2.mlp.c_proj.weight"])
+  )
 
 
 def test_transformers_loads_bfloat16_as_such(tmp_path):
@@ -372,7 +444,9 @@ def test_every_bit_pattern_is_rounded_as_by_hand(tmp_path_factory, patterns):
 
 
 def views(array):
-  """The same numbers in other places of memory, or other numbers of the same memory: what strides can do."""
+  """The same numbers in other places of memory, or other numbers of the same memory: what strides
+  can do.
+  """
   rows, columns = array.shape
   wide = np.zeros((2 * rows, 3 * columns), np.float32)
   wide[::2, ::3] = array
@@ -394,8 +468,13 @@ def views(array):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @hypothesis_settings(deadline=None, max_examples=15)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**32 - 1))
-def test_arrays_are_written_by_value_whatever_their_strides(tmp_path_factory, dtype, rows, columns, seed):
-  """`safetensors` takes the memory of an array as it lies; jgpt's tensors are views of stacked parameters."""
+def test_arrays_are_written_by_value_whatever_their_strides(
+  tmp_path_factory, dtype, rows, columns, seed
+):
+  """`safetensors` takes the memory of an array as it lies.
+
+  Jgpt's tensors are views of stacked parameters.
+  """
   array = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
   tensors = dict(views(array))
   path = tmp_path_factory.mktemp("views") / "x.safetensors"
@@ -405,7 +484,9 @@ def test_arrays_are_written_by_value_whatever_their_strides(tmp_path_factory, dt
   for name, wanted in tensors.items():
     values = np.array(wanted.tolist(), np.float32)
     assert there[name].shape == wanted.shape, name
-    assert there[name].tolist() == (values if dtype == "float32" else round_to_bfloat16(values)).tolist(), name
+    assert (
+      there[name].tolist() == (values if dtype == "float32" else round_to_bfloat16(values)).tolist()
+    ), name
 
 
 def test_parameters_in_any_order_of_memory_are_exported_by_value(tmp_path):
@@ -416,7 +497,11 @@ def test_parameters_in_any_order_of_memory_are_exported_by_value(tmp_path):
   other = write(tmp_path / "other", strange, ODD)
   on_device = write(tmp_path / "device", jax.tree.map(jax.numpy.asarray, params), ODD)
   first = (plain / "model.safetensors").read_bytes()
-  assert first == (other / "model.safetensors").read_bytes() == (on_device / "model.safetensors").read_bytes()
+  assert (
+    first
+    == (other / "model.safetensors").read_bytes()
+    == (on_device / "model.safetensors").read_bytes()
+  )
 
 
 def test_what_does_not_read_back_is_an_error(tmp_path, monkeypatch):
@@ -441,8 +526,16 @@ def test_what_does_not_read_back_is_an_error(tmp_path, monkeypatch):
   [
     ({}, {}, TOLERANCE),
     ({"max_shard_size": "20KB"}, {}, TOLERANCE),
-    ({"n_inner": None, "activation_function": "gelu"}, {"d_ff": 144, "activation": "gelu_erf"}, TOLERANCE),
-    ({"activation_function": "relu", "n_head": 3}, {"activation": "relu", "num_heads": 3}, TOLERANCE),
+    (
+      {"n_inner": None, "activation_function": "gelu"},
+      {"d_ff": 144, "activation": "gelu_erf"},
+      TOLERANCE,
+    ),
+    (
+      {"activation_function": "relu", "n_head": 3},
+      {"activation": "relu", "num_heads": 3},
+      TOLERANCE,
+    ),
     ({"activation_function": "gelu_pytorch_tanh"}, {}, TOLERANCE),
     ({"tie_word_embeddings": False, "max_shard_size": "30KB"}, {"tied_head": False}, TOLERANCE),
     ({"dtype": "bfloat16", "max_shard_size": "20KB"}, {}, TOLERANCE),
@@ -518,7 +611,10 @@ def test_fewer_positions_are_the_first_ones(tmp_path):
 
 @pytest.fixture
 def foreign(tmp_path):
-  """A folder that jgpt can read, written without transformers; returns a function that changes its config.json."""
+  """A folder that jgpt can read, written without transformers.
+
+  Returns a function that changes its config.json.
+  """
   folder = write(tmp_path / "there", draw_params(ODD), ODD)
   path = folder / "config.json"
 
@@ -545,7 +641,10 @@ def foreign(tmp_path):
     ({"activation_function": ["gelu_new"]}, "activation_function="),
     ({"activation_function": {}}, "activation_function="),
     ({"activation_function": None}, "activation_function=None"),
-    ({"tie_word_embeddings": False}, "no tensor lm_head.weight, and its config.json says tie_word_embeddings=false"),
+    (
+      {"tie_word_embeddings": False},
+      "no tensor lm_head.weight, and its config.json says tie_word_embeddings=false",
+    ),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
     ({"n_head": 5}, "n_head=5 does not divide n_embd=36"),
     ({"n_head": ...}, "must have n_head"),
@@ -559,13 +658,25 @@ def test_a_config_of_another_network_is_refused(changes, named, foreign):
   folder = foreign(changes)
   with pytest.raises(UserError) as error:
     open_weights(str(folder))
-  assert named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+  assert (
+    named in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+  )
 
 
 def test_what_a_config_does_not_mention_is_gpt2s(foreign):
-  gone = ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "n_inner", "torch_dtype")
+  gone = (
+    "activation_function",
+    "layer_norm_epsilon",
+    "tie_word_embeddings",
+    "n_inner",
+    "torch_dtype",
+  )
   opened = open_weights(str(foreign(dict.fromkeys(gone, ...))))
-  assert opened.model["activation"] == "gelu_tanh" and opened.model["tied_head"] is True and opened.model["d_ff"] == 100
+  assert (
+    opened.model["activation"] == "gelu_tanh"
+    and opened.model["tied_head"] is True
+    and opened.model["d_ff"] == 100
+  )
 
 
 def test_a_tied_config_with_another_head_is_refused(tmp_path):
@@ -587,7 +698,10 @@ def advice(error):
 
 
 def follow_advice(experiment, rounds=1):
-  """Plans a run, doing what the errors say; fails where they end without advice, or lead nowhere."""
+  """Plans a run, doing what the errors say.
+
+  Fails where they end without advice, or lead nowhere.
+  """
   given = {}
   for _ in range(rounds):
     with pytest.raises(UserError) as error:
@@ -612,11 +726,30 @@ def small(verse, **changes):
 
 ANOTHER = {
   "one size": {"model__d_ff": 144},
-  "sizes": {"model__num_layers": 2, "model__d_model": 32, "model__num_heads": 8, "model__vocab_size": 300},
+  "sizes": {
+    "model__num_layers": 2,
+    "model__d_model": 32,
+    "model__num_heads": 8,
+    "model__vocab_size": 300,
+  },
   "no size given": {"model__vocab_size": None},
-  "switches": {"model__activation": "relu", "model__tied_head": False, "model__positions": "sinusoidal"},
-  "norms": {"model__norm": "rms", "model__norm_embed": True, "model__norm_final": False, "model__scale_embed": True},
-  "GPT-2's sizes": {"model__num_layers": 12, "model__num_heads": 12, "model__d_model": 768, "model__d_ff": 3072},
+  "switches": {
+    "model__activation": "relu",
+    "model__tied_head": False,
+    "model__positions": "sinusoidal",
+  },
+  "norms": {
+    "model__norm": "rms",
+    "model__norm_embed": True,
+    "model__norm_final": False,
+    "model__scale_embed": True,
+  },
+  "GPT-2's sizes": {
+    "model__num_layers": 12,
+    "model__num_heads": 12,
+    "model__d_model": 768,
+    "model__d_ff": 3072,
+  },
 }
 
 
@@ -630,11 +763,17 @@ def test_the_advice_makes_the_experiment_fit(changes, verse, tmp_path):
 
 def test_every_setting_that_differs_is_named(verse, tmp_path):
   folder = write(tmp_path / "there", draw_params(ODD), ODD, ByteTokenizer())
-  experiment = small(verse, train__init_from=str(folder), model__num_layers=2, model__activation="relu")
+  experiment = small(
+    verse, train__init_from=str(folder), model__num_layers=2, model__activation="relu"
+  )
   with pytest.raises(UserError) as error:
     plan_run(experiment)
-  assert "model.num_layers=3 there and 2 here" in str(error.value) and "d_model" not in str(error.value)
-  assert "model.activation=gelu_tanh there and relu here" in str(error.value) and str(folder) in str(error.value)
+  assert "model.num_layers=3 there and 2 here" in str(error.value) and "d_model" not in str(
+    error.value
+  )
+  assert "model.activation=gelu_tanh there and relu here" in str(error.value) and str(
+    folder
+  ) in str(error.value)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -652,12 +791,19 @@ def test_the_advice_on_tokenizers_works(tokenizer, verse, tmp_path):
 
 def test_the_advice_on_a_tokenizer_holds_for_the_experiment_as_it_is(verse, tmp_path):
   folder = write(tmp_path / "there", draw_params(ODD), ODD, ByteTokenizer())
-  marked = {"data.tokenizer": "gpt2", "data.mark_paragraphs": True, "data.path": str(verse), "train.init_from": str(folder)}
+  marked = {
+    "data.tokenizer": "gpt2",
+    "data.mark_paragraphs": True,
+    "data.path": str(verse),
+    "train.init_from": str(folder),
+  }
   plan = follow_advice(change(load_experiment("gpt2_shakespeare"), SMALL | marked))
   assert plan.data.tokenizer == ByteTokenizer()
 
 
-def test_fewer_positions_than_the_training_window_can_be_had_by_following_the_advice(verse, tmp_path):
+def test_fewer_positions_than_the_training_window_can_be_had_by_following_the_advice(
+  verse, tmp_path
+):
   config = dataclasses.replace(ODD, max_seq_len=12)
   folder = write(tmp_path / "there", draw_params(config), config, ByteTokenizer())
   plan = follow_advice(small(verse, train__init_from=str(folder)), rounds=2)
@@ -665,7 +811,9 @@ def test_fewer_positions_than_the_training_window_can_be_had_by_following_the_ad
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_not_advised(verse, tmp_path):
-  """model.vocab_size=200 would be refused for a tokenizer of 256: the advice must not go round in circles."""
+  """model.vocab_size=200 would be refused for a tokenizer of 256: the advice must not go round in
+  circles.
+  """
   config = dataclasses.replace(ODD, vocab_size=200)
   folder = write(tmp_path / "there", draw_params(config), config, ByteTokenizer())
   with pytest.raises(UserError) as error:
@@ -678,9 +826,11 @@ def fake_weights(size, *, file_alone=False):
   """Weights of GPT-2's sizes that nobody reads."""
   sizes = GPT2_SIZES[size] | {"vocab_size": 50257, "max_seq_len": 1024}
   shapes = gpt2_shapes(make_gpt2_config(**sizes))
-  model = GPT2 | {"activation": "gelu_tanh", "tied_head": True} | sizes
+  model = GPT2_SETTINGS | {"activation": "gelu_tanh", "tied_head": True} | sizes
   if file_alone:
-    model = {name: value for name, value in model.items() if name not in ("num_heads", "activation")}
+    model = {
+      name: value for name, value in model.items() if name not in ("num_heads", "activation")
+    }
   return Weights("the weights", model, shapes, read=None)
 
 
@@ -691,7 +841,9 @@ def resolved(changes=None):
 @pytest.mark.parametrize("alone", [False, True], ids=["folder", "file by itself"])
 @pytest.mark.parametrize("size", GPT2_SIZES)
 def test_gpt2s_sizes_are_advised_by_their_name(size, alone):
-  """A file by itself says nothing about heads: naming its widths only would lead to the wrong number."""
+  """A file by itself says nothing about heads: naming its widths only would lead to the wrong
+  number.
+  """
   given = fake_weights(size, file_alone=alone)
   check_weights_settings(given, resolved({"model.size": size}))
   other = resolved({"model.size": "d24" if size == "d12" else "d12"})
@@ -699,15 +851,23 @@ def test_gpt2s_sizes_are_advised_by_their_name(size, alone):
     check_weights_settings(given, other)
   with pytest.raises(UserError) as error:
     check_weights_settings(given, dataclasses.replace(other, tied_head=False, max_seq_len=2000))
-  assert advice(error.value) == {"model.size": size, "model.tied_head": True, "model.max_seq_len": 1024}
+  assert advice(error.value) == {
+    "model.size": size,
+    "model.tied_head": True,
+    "model.max_seq_len": 1024,
+  }
 
 
 @pytest.mark.parametrize(
-  ("size", "count"), [("d12", 124_439_808), ("d24", 354_823_168), ("d36", 774_030_080), ("d48", 1_557_611_200)]
+  ("size", "count"),
+  [("d12", 124_439_808), ("d24", 354_823_168), ("d36", 774_030_080), ("d48", 1_557_611_200)],
 )
 def test_gpt2s_sizes_have_their_numbers_of_parameters(size, count, capsys):
   assert count_params(resolved({"model.size": size})) == count
-  assert run.main(["--experiment", "gpt2_shakespeare", "--set", f"model.size={size}", "--print-config"]) == 0
+  assert (
+    run.main(["--experiment", "gpt2_shakespeare", "--set", f"model.size={size}", "--print-config"])
+    == 0
+  )
   first = capsys.readouterr().out.splitlines()[0]
   assert f"{count:,} parameters" in first and f"model.size={size}" in first
 
@@ -717,7 +877,9 @@ def test_gpt2s_sizes_have_their_numbers_of_parameters(size, count, capsys):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-  """A run folder with checkpoints of 2 and 4 updates, as if it had been trained: that would take seconds to compile."""
+  """A run folder with checkpoints of 2 and 4 updates, as if it had been trained: that would take
+  seconds to compile.
+  """
   folder = tmp_path_factory.mktemp("runs")
   (folder / "verse.txt").write_text(VERSE, encoding="utf-8")
   plan = plan_run(small(folder / "verse.txt", train__steps=4))
@@ -729,7 +891,8 @@ def two_steps(tmp_path_factory):
     for step in (2, 4):
       params = jax.tree.map(jax.numpy.asarray, draw_params(plan.experiment.model, seed=step))
       checkpoint.save_checkpoint(
-        manager, TrainState(step=jax.numpy.int32(step), params=params, opt_state={"lr": jax.numpy.zeros(1)})
+        manager,
+        TrainState(step=jax.numpy.int32(step), params=params, opt_state={"lr": jax.numpy.zeros(1)}),
       )
   return folder / "run"
 
@@ -743,40 +906,71 @@ def call(capsys, main, *args):
 def test_the_command_exports_the_step_that_is_asked_for(two_steps, tmp_path, capsys):
   for step, options in ((4, []), (2, ["--step", "2"])):
     out = tmp_path / "new" / f"{step}"
-    status, said, err = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", out, *options)
+    status, said, err = call(
+      capsys, export.main, "--run", two_steps, "--format", "hf", "--out", out, *options
+    )
     assert status == 0 and err == "" and f"at step {step}" in said and "model.safetensors" in said
-    there = load_run(two_steps, step)
+    there = open_run(two_steps, step)
     assert_same_bits(load(out, there.experiment.model), there.params)
   weights_2, weights_4 = ((tmp_path / "new" / n / "model.safetensors").read_bytes() for n in "24")
   assert weights_2 != weights_4
   assert {p.name for p in tmp_path.rglob("*") if p.name.startswith(".")} == set()
-  status, _, err = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "3", "--step", "3")
-  assert status == 2 and "no checkpoint of step 3; it has 2, 4" in err and not (tmp_path / "3").exists()
+  status, _, err = call(
+    capsys,
+    export.main,
+    "--run",
+    two_steps,
+    "--format",
+    "hf",
+    "--out",
+    tmp_path / "3",
+    "--step",
+    "3",
+  )
+  assert (
+    status == 2 and "no checkpoint of step 3; it has 2, 4" in err and not (tmp_path / "3").exists()
+  )
 
 
 def test_a_run_opens_in_transformers_and_continues_a_prompt_as_here(two_steps, tmp_path, capsys):
   """What the command says: GPT2LMHeadModel.from_pretrained(PATH) and AutoTokenizer."""
-  status, said, _ = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out")
+  status, said, _ = call(
+    capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out"
+  )
   assert status == 0 and f"GPT2LMHeadModel.from_pretrained('{tmp_path / 'out'}')" in said
-  model, there = open_theirs(tmp_path / "out"), load_run(two_steps)
+  model, there = open_theirs(tmp_path / "out"), open_run(two_steps)
   assert_same_logits(model, there.params, there.experiment.model)
   tokenizer = needs_transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
   given = tokenizer("To be", return_tensors="pt")
   theirs = tokenizer.decode(model.generate(**given, do_sample=False, max_new_tokens=20)[0])
   sample = SampleConfig(prompt="To be", num=1, temperature=0.0, max_tokens=20)
-  assert generate_texts(there.params, there.tokenizer, jax.random.key(0), there.experiment.model, sample) == [theirs]
+  assert generate_texts(
+    there.params, there.tokenizer, jax.random.key(0), there.experiment, sample
+  ) == [theirs]
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_the_bits_of_the_export_and_exports_them_again(two_steps, tmp_path, capsys):
+def test_a_run_begins_with_the_bits_of_the_export_and_exports_them_again(
+  two_steps, tmp_path, capsys
+):
   folder = tmp_path / "out"
   assert call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", folder)[0] == 0
   experiment = read_run_files(two_steps).experiment
-  changes = {"train.init_from": str(folder), "train.steps": 0, "train.save_every": None, "optimizer.decay_steps": None}
+  changes = {
+    "train.init_from": str(folder),
+    "train.steps": 0,
+    "train.save_every": None,
+    "optimizer.decay_steps": None,
+  }
   plan = plan_run(change(experiment, changes), workdir=tmp_path / "run")
   train.train_run(plan)
-  assert_same_bits(load_run(tmp_path / "run").params, load_run(two_steps).params)
-  assert call(capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "again")[0] == 0
+  assert_same_bits(open_run(tmp_path / "run").params, open_run(two_steps).params)
+  assert (
+    call(
+      capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "again"
+    )[0]
+    == 0
+  )
   assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in folder.iterdir()}
   for path in folder.iterdir():
     assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -785,15 +979,28 @@ def test_a_run_begins_with_the_bits_of_the_export_and_exports_them_again(two_ste
 def test_the_command_rounds_to_bfloat16(two_steps, tmp_path, capsys):
   out = tmp_path / "out"
   status, said, _ = call(
-    capsys, export.main, "--run", two_steps, "--format", "hf", "--out", out, "--dtype", "bfloat16", "--step", "2"
+    capsys,
+    export.main,
+    "--run",
+    two_steps,
+    "--format",
+    "hf",
+    "--out",
+    out,
+    "--dtype",
+    "bfloat16",
+    "--step",
+    "2",
   )
   assert status == 0 and "bfloat16" in said
-  wanted = flat(load_run(two_steps, 2).params)["blocks/w_down"]
+  wanted = flat(open_run(two_steps, 2).params)["blocks/w_down"]
   there = read_safetensors(out / "model.safetensors")
   assert np.array_equal(there["transformer.h.2.mlp.c_proj.weight"], round_to_bfloat16(wanted[2]))
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_half_done(two_steps, tmp_path, capsys, monkeypatch):
+def test_nothing_is_overwritten_and_nothing_is_left_half_done(
+  two_steps, tmp_path, capsys, monkeypatch
+):
   taken, file = tmp_path / "taken", tmp_path / "file"
   taken.mkdir()
   (taken / "thesis.txt").write_text("mine")
@@ -814,7 +1021,10 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_done(two_steps, tmp_pat
     assert status == 1 and "No space left" in err
   assert sorted(tmp_path.iterdir()) == before
   monkeypatch.undo()
-  assert call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "empty")[0] == 0
+  assert (
+    call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "empty")[0]
+    == 0
+  )
 
 
 @pytest.mark.parametrize("out", [".", "./", "~nobody-of-this-name/out"])
@@ -827,14 +1037,22 @@ def test_places_without_a_name_or_an_owner(out, two_steps, tmp_path, capsys, mon
   assert status == 2 or any(tmp_path.rglob("config.json"))
 
 
-def test_a_run_that_the_format_cannot_hold_is_refused_before_any_array_is_read(tmp_path, capsys, monkeypatch):
+def test_a_run_that_the_format_cannot_hold_is_refused_before_any_array_is_read(
+  tmp_path, capsys, monkeypatch
+):
   (tmp_path / "words.txt").write_text("emma\nava\nio\n" * 9)
-  experiment = change(load_experiment("names"), {"data.path": str(tmp_path / "words.txt"), "train.steps": 0})
+  experiment = change(
+    load_experiment("names"), {"data.path": str(tmp_path / "words.txt"), "train.steps": 0}
+  )
   plan = plan_run(experiment, workdir=tmp_path / "run")
-  files = RunFiles("names", plan.experiment, plan.data.tokenizer, {"kind": "", "location": "", "sha256": ""}, None)
+  files = RunFiles(
+    "names", plan.experiment, plan.data.tokenizer, {"kind": "", "location": "", "sha256": ""}, None
+  )
   write_run_files(tmp_path / "run", files)
-  monkeypatch.setattr(open_lib, "load_run", None)
-  status, _, err = call(capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out")
+  monkeypatch.setattr(open_lib, "open_run", None)
+  status, _, err = call(
+    capsys, export.main, "--run", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out"
+  )
   assert status == 2 and "model.norm=rms (it has layer)" in err and err.count("\n") == 1
   assert not (tmp_path / "out").exists()
 
@@ -852,11 +1070,14 @@ from jgpt.config.settings import change
 from jgpt.runs import checkpoint, folder
 assert export.main(["--run", {str(two_steps)!r}, "--format", "hf", "--out", {str(out)!r}]) == 0
 experiment = folder.read_run_files(pathlib.Path({str(two_steps)!r})).experiment
-assert plan.plan_run(change(experiment, {{"train.init_from": {str(out)!r}}})).initial.location == {str(out)!r}
+planned = plan.plan_run(change(experiment, {{"train.init_from": {str(out)!r}}}))
+assert planned.initial.location == {str(out)!r}
 assert not any(sys.modules.get(name) for name in missing)
 """
   env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env
+  )
   assert done.returncode == 0, done.stderr
 
 
@@ -865,7 +1086,9 @@ def test_without_safetensors_the_extra_is_named(two_steps, tmp_path, capsys, mon
   monkeypatch.setitem(sys.modules, "safetensors", None)
   with pytest.raises(UserError, match=r"pip install safetensors.*pip install 'jgpt\[hf\]'"):
     open_weights(str(folder))
-  status, _, err = call(capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out")
+  status, _, err = call(
+    capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out"
+  )
   assert status == 2 and "pip install safetensors" in err and not (tmp_path / "out").exists()
 
 
@@ -874,8 +1097,12 @@ def test_gpt2s_own_tokenizer_goes_along(tmp_path):
   files = Path(os.environ.get("JGPT_DATA_DIR", "nowhere"), "gpt2")
   if not (files / "vocab.bpe").exists():
     pytest.skip("needs encoder.json and vocab.bpe in $JGPT_DATA_DIR/gpt2")
-  tokenizer = make_gpt2_tokenizer((files / "encoder.json").read_bytes(), (files / "vocab.bpe").read_bytes())
-  config = dataclasses.replace(ODD, vocab_size=50257, d_model=4, d_ff=4, num_layers=1, max_seq_len=4)
+  tokenizer = make_gpt2_tokenizer(
+    (files / "encoder.json").read_bytes(), (files / "vocab.bpe").read_bytes()
+  )
+  config = dataclasses.replace(
+    ODD, vocab_size=50257, d_model=4, d_ff=4, num_layers=1, max_seq_len=4
+  )
   folder = write(tmp_path / "out", draw_params(config), config, tokenizer)
   assert open_weights(str(folder)).tokenizer == tokenizer
   theirs = needs_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -887,15 +1114,23 @@ def test_characters_that_begin_with_bos_end_with_it_there_too(tmp_path):
   """A text ends at BOS in both programs: at the same token."""
   tokenizer = CharTokenizer("abcdefgh", bos=True)
   config = dataclasses.replace(ODD, vocab_size=9, num_layers=1)
-  params = next(p for p in (draw_params(config, seed=s) for s in range(40)) if 3 < len(greedy(p, config, tokenizer)) < 30)
+  params = next(
+    p
+    for p in (draw_params(config, seed=s) for s in range(40))
+    if 3 < len(greedy(p, config, tokenizer)) < 30
+  )
   model = open_theirs(write(tmp_path / "out", params, config, tokenizer))
   theirs = needs_transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
   given = theirs("a", return_tensors="pt")
   assert given.input_ids.tolist() == [[8, 0]]
   ids = model.generate(**given, do_sample=False, max_new_tokens=40, pad_token_id=8)[0]
-  assert theirs.decode(ids, skip_special_tokens=True) == greedy(params, config, tokenizer) and ids[-1] == 8
+  assert (
+    theirs.decode(ids, skip_special_tokens=True) == greedy(params, config, tokenizer)
+    and ids[-1] == 8
+  )
 
 
 def greedy(params, config, tokenizer):
   sample = SampleConfig(prompt="a", num=1, temperature=0.0, max_tokens=40)
-  return generate_texts(params, tokenizer, jax.random.key(0), config, sample)[0]
+  experiment = dataclasses.replace(load_experiment("gpt2_shakespeare"), model=config)
+  return generate_texts(params, tokenizer, jax.random.key(0), experiment, sample)[0]

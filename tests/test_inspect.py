@@ -1,4 +1,7 @@
-"""What a run predicts, against NumPy's softmax and the training loss; the first updates of a number, against training."""
+"""What a run predicts, against NumPy's softmax and the training loss.
+
+The first updates of a number, against training.
+"""
 
 import ast
 import functools
@@ -18,7 +21,7 @@ from jgpt import cli
 from jgpt.batches import Batch
 from jgpt.config.settings import change
 from jgpt.errors import UserError
-from jgpt.inspect.predictions import frame_text, mean_loss, predict, show_context, show_token
+from jgpt.inspect.predictions import make_text_batch, mean_loss, predict, show_context, show_token
 from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
 from jgpt.params import find_entry
@@ -42,7 +45,7 @@ def verse(tmp_path_factory):
 
 
 jit_apply = jax.jit(apply, static_argnames="config")
-jit_loss_fn = jax.jit(loss_fn, static_argnames="config")
+jit_loss_fn = jax.jit(loss_fn, static_argnames="experiment")
 
 
 def call(capsys, *args):
@@ -51,33 +54,45 @@ def call(capsys, *args):
 
 
 def make_rows(run, text):
-  batch = frame_text(text, run.data.tokenizer, run.experiment)
+  batch = make_text_batch(text, run.data.tokenizer, run.experiment)
   return predict(run.result.params, batch, run.data.tokenizer, run.experiment.model)
 
 
 # --- Predictions ---
 
-# What the model reads and what it is to say, by hand: BOS + characters + BOS and at most 5 predictions; bytes.
+# What the model reads and what it is to say, by hand: BOS + characters + BOS and at most 5
+# predictions; bytes.
 FRAMED = {
   "axrst": ("words", ["BOS", "a", "x", "r", "s"], ["a", "x", "r", "s", "t"]),
   "bwé": ("words", ["BOS", "b", "w", "é"], ["b", "w", "é", "BOS"]),
   "–\n\0": ("verse", [0xE2, 0x80, 0x93, 0x0A], [0x80, 0x93, 0x0A, 0x00]),
-  "to be that is the question": ("verse", [*b"to be that is the qu"], [*b"o be that is the que"]),  # 20 positions
+  "to be that is the question": (
+    "verse",
+    [*b"to be that is the qu"],
+    [*b"o be that is the que"],
+  ),  # 20 positions
 }
 
 
 def to_ids(tokens, tokenizer):
-  return [t if isinstance(t, int) else tokenizer.bos_id if t == "BOS" else tokenizer.chars.index(t) for t in tokens]
+  return [
+    t if isinstance(t, int) else tokenizer.bos_id if t == "BOS" else tokenizer.chars.index(t)
+    for t in tokens
+  ]
 
 
 @pytest.mark.parametrize("text", FRAMED)
 @pytest.mark.slow
 def test_rows_are_softmax_of_the_logits(request, text):
-  """Probability, -log p and the three best guesses of each position, from `apply` by NumPy in float64."""
+  """Probability, -log p and the three best guesses of each position, from `apply` by NumPy in
+  float64.
+  """
   name, inputs, targets = FRAMED[text]
   run = request.getfixturevalue(name)
   inputs, targets = (to_ids(tokens, run.data.tokenizer) for tokens in (inputs, targets))
-  logits = np.asarray(jit_apply(run.result.params, jnp.array([inputs]), run.experiment.model), np.float64)[0]
+  logits = np.asarray(
+    jit_apply(run.result.params, jnp.array([inputs]), run.experiment.model), np.float64
+  )[0]
   probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   rows = make_rows(run, text)
   assert [row.position for row in rows] == list(range(len(inputs)))
@@ -94,21 +109,26 @@ def test_rows_are_softmax_of_the_logits(request, text):
 
 @pytest.mark.parametrize("text", FRAMED)
 def test_the_mean_is_the_training_loss(request, text):
-  """Of the text as training frames it, written down here; the batch is also that of `frame_text`."""
+  """Of the text as training frames it, written down here.
+
+  `make_text_batch` makes the same batch.
+  """
   name, inputs, targets = FRAMED[text]
   run = request.getfixturevalue(name)
   ids = [jnp.array([to_ids(tokens, run.data.tokenizer)]) for tokens in (inputs, targets)]
   batch = Batch(*ids, jnp.ones(ids[0].shape))
   rows = make_rows(run, text)
-  assert mean_loss(rows) == pytest.approx(float(jit_loss_fn(run.result.params, batch, run.experiment.model)), rel=1e-6)
-  framed = frame_text(text, run.data.tokenizer, run.experiment)
-  assert mean_loss(rows) == pytest.approx(float(jit_loss_fn(run.result.params, framed, run.experiment.model)), rel=1e-6)
+  loss = jit_loss_fn(run.result.params, batch, run.experiment)
+  assert mean_loss(rows) == pytest.approx(float(loss), rel=1e-6)
+  framed = make_text_batch(text, run.data.tokenizer, run.experiment)
+  loss = jit_loss_fn(run.result.params, framed, run.experiment)
+  assert mean_loss(rows) == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_a_document_is_framed_as_in_training(words):
   """The batch of a training document is the row that training takes."""
   for i in (0, 1, 2):
-    framed = frame_text(words.data.documents[i], words.data.tokenizer, words.experiment)
+    framed = make_text_batch(words.data.documents[i], words.data.tokenizer, words.experiment)
     np.testing.assert_array_equal(framed.inputs_BT[0], words.data.train.tokens[i, :-1])
     np.testing.assert_array_equal(framed.targets_BT[0], words.data.train.tokens[i, 1:])
     assert framed.weights_BT.sum() == words.data.train.lengths[i]
@@ -120,13 +140,21 @@ def test_the_table(capsys, words):
   status, out, err = call(capsys, "--run", words.workdir, "--text", "bwé")
   assert status == 0 and err == ""
   head, table, loss = out.rstrip("\n").split("\n\n")
-  assert f"{words.workdir} at step 60" in head and "'bwé' as in training: BOS, 3 characters, BOS" in head
+  assert (
+    f"{words.workdir} at step 60" in head and "'bwé' as in training: BOS, 3 characters, BOS" in head
+  )
   header, *lines = table.split("\n")
-  assert " ".join(header.split()) == "position context target probability -log p 1 in best guess second third"
-  for line, row, context in zip(lines, rows, ["BOS", "BOS 'b'", "BOS 'bw'", "BOS 'bwé'"], strict=True):
+  assert (
+    " ".join(header.split())
+    == "position context target probability -log p 1 in best guess second third"
+  )
+  for line, row, context in zip(
+    lines, rows, ["BOS", "BOS 'b'", "BOS 'bw'", "BOS 'bwé'"], strict=True
+  ):
     assert line.split() == [
       str(row.position), *context.split(), row.target, f"{row.probability:.3f}", f"{row.nats:.4f}",
-      jgpt.inspect.cli.format_count(row.one_in), *(w for g in row.guesses for w in (g.token, f"{g.probability:.3f}")),
+      jgpt.inspect.cli.format_count(row.one_in),
+      *(w for g in row.guesses for w in (g.token, f"{g.probability:.3f}")),
     ]  # fmt: skip
   nats = [float(line[header.index("-log p") - 1 :].split()[0]) for line in lines]
   assert float(loss.split()[1]) == pytest.approx(np.mean(nats), abs=1e-4)
@@ -148,12 +176,18 @@ def test_an_older_checkpoint(capsys, words):
 
 @pytest.mark.slow
 def test_ids_beyond_the_tokenizers_have_a_number(words):
-  """A model may have more ids than its tokenizer: they are guesses like others; rows of padding are none."""
+  """A model may have more ids than its tokenizer: they are guesses like others.
+
+  Rows of padding are none.
+  """
   experiment = change(words.experiment, {"model.vocab_size": 40, "model.vocab_multiple": 16})
   params = jax.jit(lambda: init_params(jax.random.key(0), experiment.model))()
-  batch = frame_text("ax", words.data.tokenizer, experiment)
+  batch = make_text_batch("ax", words.data.tokenizer, experiment)
   rows = predict(params, batch, words.data.tokenizer, experiment.model, num_guesses=100)
-  assert all(len(row.guesses) == 40 and sum(g.probability for g in row.guesses) == pytest.approx(1) for row in rows)
+  assert all(
+    len(row.guesses) == 40 and sum(g.probability for g in row.guesses) == pytest.approx(1)
+    for row in rows
+  )
   assert {g.token for g in rows[0].guesses} >= {"'a'", "BOS", "id 39"}
 
 
@@ -168,14 +202,19 @@ def test_tokens_are_shown_apart():
   assert [show_token(i, bytes_) for i in (0, 97, 127, 0xE2)] == [
     r"'\x00'", "'a'", r"'\x7f'", "byte 0xe2",
   ]  # fmt: skip
-  bpe = BpeTokenizer("Ġ t\nĠt he\nâ Ģ".replace("he", "h"), end_of_text=True)  # " t", " th", and the bytes e2 80
+  bpe = BpeTokenizer(
+    "Ġ t\nĠt he\nâ Ģ".replace("he", "h"), end_of_text=True
+  )  # " t", " th", and the bytes e2 80
   assert bpe.token_bytes[256:] == [b" t", b" th", b"\xe2\x80", b""]
   assert [show_token(i, bpe) for i in (256, 258, 259)] == ["' t'", r"'\xe2\x80'", "end of text"]
 
 
 @pytest.mark.parametrize("text", ["", "a\n\tb", "é – 日本", "".join(map(chr, range(0x250)))])
 def test_bytes_of_tokens_are_those_of_the_text(text):
-  for tokenizer in (ByteTokenizer(), BpeTokenizer("Ã ©\nĠ âĢ".replace("âĢ", "â"), end_of_text=True)):
+  for tokenizer in (
+    ByteTokenizer(),
+    BpeTokenizer("Ã ©\nĠ âĢ".replace("âĢ", "â"), end_of_text=True),
+  ):
     assert b"".join(tokenizer.token_bytes[i] for i in tokenizer.encode(text)) == text.encode()
 
 
@@ -186,7 +225,11 @@ def test_contexts_are_shortened_from_the_left():
     return show_context(list(text.encode())[:num_bytes], tokenizer)
 
   assert show("be\n") == r"'be\n'"
-  assert show("caf€", 4) == r"'caf\xe2'" and show("caf€", 5) == r"'caf\xe2\x82'" and show("caf€") == "'caf€'"
+  assert (
+    show("caf€", 4) == r"'caf\xe2'"
+    and show("caf€", 5) == r"'caf\xe2\x82'"
+    and show("caf€") == "'caf€'"
+  )
   assert show("x" * 24) == f"'{'x' * 24}'" and show("y" + "x" * 24) == f"…'{'x' * 24}'"
   assert show("\n" * 30) == "…'" + r"\n" * 12 + "'"
   assert show("😀" * 40) == f"…'{'😀' * 24}'"  # cut between characters, never inside one
@@ -197,7 +240,16 @@ def test_contexts_are_shortened_from_the_left():
 
 
 def test_one_in_is_rounded_for_a_person():
-  shown = {1.0: "1.0", 1.26: "1.3", 9.96: "10", 19.53: "20", 137.2: "140", 54321: "54,000", 2.1e9: "2e+09", math.inf: "inf"}
+  shown = {
+    1.0: "1.0",
+    1.26: "1.3",
+    9.96: "10",
+    19.53: "20",
+    137.2: "140",
+    54321: "54,000",
+    2.1e9: "2e+09",
+    math.inf: "inf",
+  }
   assert {n: jgpt.inspect.cli.format_count(n) for n in shown} == shown
 
 
@@ -220,7 +272,9 @@ def traced(words, verse):
 
   @functools.cache
   def trace(name, place):
-    return trace_updates(runs[name].experiment, runs[name].data, find_entry(place, runs[name].experiment.model))
+    return trace_updates(
+      runs[name].experiment, runs[name].data, find_entry(place, runs[name].experiment.model)
+    )
 
   return trace
 
@@ -237,8 +291,15 @@ def ten(words, verse):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "place"), ENTRIES)
 def test_the_trace_is_what_training_did(request, ten, traced, name, place):
-  """After ten updates value and moments have the bits of a run of ten; losses and rates those of the run's own log."""
-  entry, rows, state = find_entry(place, ten[name].experiment.model), traced(name, place), ten[name].result.state
+  """After ten updates value and moments have the bits of a run of ten.
+
+  Losses and rates those of the run's own log.
+  """
+  entry, rows, state = (
+    find_entry(place, ten[name].experiment.model),
+    traced(name, place),
+    ten[name].result.state,
+  )
 
   def read(tree):
     for key in entry.name.split("/"):
@@ -257,7 +318,9 @@ def test_the_trace_is_what_training_did(request, ten, traced, name, place):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "place"), ENTRIES)
 def test_each_column_follows_from_those_before(request, traced, name, place):
-  """Adam by hand from the gradients alone: the moments of each update, their corrections, the decay and the new value."""
+  """Adam by hand from the gradients alone: the moments of each update, their corrections, the decay
+  and the new value.
+  """
   run, rows = request.getfixturevalue(name), traced(name, place)
   optimizer = run.experiment.optimizer
   assert len(rows) == 10 and any(row.gradient for row in rows) and any(row.update for row in rows)
@@ -265,11 +328,15 @@ def test_each_column_follows_from_those_before(request, traced, name, place):
   for row in rows:
     m = optimizer.b1 * m + (1 - optimizer.b1) * row.gradient
     v = optimizer.b2 * v + (1 - optimizer.b2) * row.gradient**2
-    assert row.m == pytest.approx(m, rel=1e-4, abs=1e-9) and row.v == pytest.approx(v, rel=1e-4, abs=1e-12)
+    assert row.m == pytest.approx(m, rel=1e-4, abs=1e-9) and row.v == pytest.approx(
+      v, rel=1e-4, abs=1e-12
+    )
     decay = 0.1 * row.value_before if name == "verse" and "bias" not in place else 0.0
     m_hat, v_hat = m / (1 - optimizer.b1**row.step), v / (1 - optimizer.b2**row.step)
     update = -row.rate * (m_hat / (math.sqrt(v_hat) + 1e-8) + decay)
-    assert row.decay == pytest.approx(decay) and row.update == pytest.approx(update, rel=1e-3, abs=1e-9)
+    assert row.decay == pytest.approx(decay) and row.update == pytest.approx(
+      update, rel=1e-3, abs=1e-9
+    )
     assert row.value == pytest.approx(row.value_before + row.update, abs=1e-7)
     assert str(row.update) != "-0.0"
   assert [row.value for row in rows[:-1]] == [row.value_before for row in rows[1:]]
@@ -278,7 +345,10 @@ def test_each_column_follows_from_those_before(request, traced, name, place):
 def test_clipping_acts_in_the_runs_traced(words, verse):
   """What the test above finds of clipping rests on this."""
   norms = [row["train/grad_norm"] for row in read_jsonl(verse.workdir / "metrics.jsonl")[:10]]
-  assert min(norms) > 1.2 * verse.experiment.optimizer.clip_norm and words.experiment.optimizer.clip_norm is None
+  assert (
+    min(norms) > 1.2 * verse.experiment.optimizer.clip_norm
+    and words.experiment.optimizer.clip_norm is None
+  )
 
 
 @pytest.mark.slow
@@ -292,19 +362,42 @@ def test_microgpts_initial_values_are_traced(words):
 
 @pytest.mark.slow
 def test_the_trace_is_printed(capsys, words, verse, traced):
-  status, out, err = call(capsys, "--run", words.workdir, "--trace", "tok_embed[1,2]", "--trace-steps", 3)
+  status, out, err = call(
+    capsys, "--run", words.workdir, "--trace", "tok_embed[1,2]", "--trace-steps", 3
+  )
   assert status == 0 and err == ""
   head, table, notes = out.rstrip("\n").split("\n\n")
   assert "the first 3 updates" in head and "tok_embed[1,2], in the row of 'b'" in head
   header, *lines = table.split("\n")
-  assert " ".join(header.split()) == "step loss gradient m v m_hat v_hat rate update value" and len(lines) == 3
+  assert (
+    " ".join(header.split()) == "step loss gradient m v m_hat v_hat rate update value"
+    and len(lines) == 3
+  )
   for line, row in zip(lines, traced("words", "tok_embed[1,2]"), strict=False):
-    numbers = [row.step, row.loss, row.gradient, row.m, row.v, row.m_hat, row.v_hat, row.rate, row.update, row.value]
+    numbers = [
+      row.step,
+      row.loss,
+      row.gradient,
+      row.m,
+      row.v,
+      row.m_hat,
+      row.v_hat,
+      row.rate,
+      row.update,
+      row.value,
+    ]
     assert [float(word) for word in line.split()] == pytest.approx(numbers, rel=1e-3, abs=5e-5)
   assert "clipped" not in notes and "none on this number" in notes and "1 - 0.85^step" in notes
-  out = call(capsys, "--run", verse.workdir, "--text", "To", "--trace", "tok_embed[32,2]", "--trace-steps", 2)[1]
+  out = call(
+    capsys, "--run", verse.workdir, "--text", "To", "--trace", "tok_embed[32,2]", "--trace-steps", 2
+  )[1]
   assert out.index("perplexity") < out.index("the first 2 updates")  # one after the other
-  assert "in the row of ' '" in out and " decay " in out and "clipped to a norm of 0.5" in out and "0.1 × value" in out
+  assert (
+    "in the row of ' '" in out
+    and " decay " in out
+    and "clipped to a norm of 0.5" in out
+    and "0.1 × value" in out
+  )
 
 
 def test_places_are_read(words, verse):
@@ -312,7 +405,9 @@ def test_places_are_read(words, verse):
   assert (entry.name, entry.index, entry.param.kind) == ("blocks/w_up", (0, 3, 5), "matrix")
   assert find_entry("blocks/b_up[1,31]", verse.experiment.model).index == (1, 31)
   padded = change(words.experiment, {"model.vocab_multiple": 16}).model
-  with pytest.raises(UserError, match=r"tok_embed has the shape \[14, 16\]"):  # rows of padding are no parameters
+  with pytest.raises(
+    UserError, match=r"tok_embed has the shape \[14, 16\]"
+  ):  # rows of padding are no parameters
     find_entry("tok_embed[14,0]", padded)
 
 
@@ -325,10 +420,19 @@ def test_places_are_read(words, verse):
     (["--trace", "w_up[0,3,5]"], "no parameter 'w_up'. Did you mean blocks/w_up?"),
     (["--trace", "tok_embd[0,3]"], "no parameter 'tok_embd'. Did you mean tok_embed"),
     (["--trace", "zzz[0,3]"], "no parameter 'zzz'. There are: tok_embed, pos_embed, blocks/w_qkv"),
-    (["--trace", "blocks/w_up[3,5]"], "blocks/w_up has the shape [1, 16, 64], the layer first. Try 'blocks/w_up[0,1,2]'"),
-    (["--trace", "blocks/w_up[1,3,5]"], "is outside the parameter; indices count from 0, and blocks/w_up has the shape"),
+    (
+      ["--trace", "blocks/w_up[3,5]"],
+      "blocks/w_up has the shape [1, 16, 64], the layer first. Try 'blocks/w_up[0,1,2]'",
+    ),
+    (
+      ["--trace", "blocks/w_up[1,3,5]"],
+      "is outside the parameter; indices count from 0, and blocks/w_up has the shape",
+    ),
     (["--trace", "tok_embed[-1,0]"], "is outside the parameter"),
-    (["--trace", "tok_embed"], "must name one number, with an index for each dimension: tok_embed has the shape [14, 16]"),
+    (
+      ["--trace", "tok_embed"],
+      "must name one number, with an index for each dimension: tok_embed has the shape [14, 16]",
+    ),
     (["--trace", "tok_embed[1,2"], "must name one number"),
     (["--trace", "tok_embed[1,2][0]"], "must name one number"),
     (["--trace", "tok_embed[1,2]", "--trace-steps", "0"], "--trace-steps=0 must be at least 1"),
@@ -337,7 +441,13 @@ def test_places_are_read(words, verse):
 )
 def test_errors_are_one_line(capsys, words, args, error):
   status, out, err = call(capsys, "--run", words.workdir, *args)
-  assert status == 2 and out == "" and err.count("\n") == 1 and error in err and err.startswith("error: ")
+  assert (
+    status == 2
+    and out == ""
+    and err.count("\n") == 1
+    and error in err
+    and err.startswith("error: ")
+  )
 
 
 def test_a_stream_needs_two_tokens(capsys, verse, tmp_path):
@@ -352,7 +462,10 @@ def test_a_stream_needs_two_tokens(capsys, verse, tmp_path):
 
 
 def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
-  """`python -m jgpt.inspect` is ours, `import inspect` Python's; no module of jgpt imports either by the short name."""
+  """`python -m jgpt.inspect` is ours, `import inspect` Python's.
+
+  No module of jgpt imports either by the short name.
+  """
   root = Path(jgpt.__file__).parent
   done = subprocess.run(
     [sys.executable, "-m", "jgpt.inspect", "--help"],
@@ -364,7 +477,11 @@ def test_it_runs_as_a_module_and_leaves_pythons_own_alone(tmp_path):
   assert Path(inspect.__file__) != Path(jgpt.inspect.__file__)
   for path in root.rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-      names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+      names = (
+        {alias.name for alias in node.names}
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        else set()
+      )
       assert "inspect" not in names and getattr(node, "module", "") != "inspect", path
 
 
@@ -372,6 +489,11 @@ def test_in_the_packages_own_folder_the_cause_is_said():
   """There Python finds this package where it looks for its own `inspect`."""
   folder = Path(jgpt.__file__).parent
   done = subprocess.run(
-    [sys.executable, "-c", "import inspect"], cwd=folder, env={}, capture_output=True, text=True, check=False
+    [sys.executable, "-c", "import inspect"],
+    cwd=folder,
+    env={},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert done.returncode and "Start it in another folder" in done.stderr

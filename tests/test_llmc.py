@@ -1,7 +1,8 @@
-"""llm.c's files: what jgpt writes is read by an independent reader, and what that writes is read by jgpt.
+"""llm.c's files: what jgpt writes is read by an independent reader, and what that writes is read by
+jgpt.
 
-The oracle is reference/llmc_files.py. Which number stands where is written out here by indices, in llm.c's letters: L
-layers, C = d_model, H = head size; matrices are (out, in).
+The oracle is reference/llmc_files.py. Which number stands where is written out here by indices, in
+llm.c's letters: L layers, C = d_model, H = head size; matrices are (out, in).
 """
 
 import dataclasses
@@ -21,14 +22,12 @@ from hypothesis import strategies as st
 from reference import llmc_files, numpy_gpt
 from switches import SYSTEMS, draw_params, make_experiment, make_model, to_oracle
 
-from jgpt import cli, export
-from jgpt.batches import make_batch_fn
+from jgpt import batches, cli, export
 from jgpt.config import OptimizerConfig
 from jgpt.config.settings import change
 from jgpt.data.corpus import find_data
 from jgpt.errors import UserError
 from jgpt.model import apply
-from jgpt.optim import make_optimizer
 from jgpt.runs import checkpoint
 from jgpt.runs.folder import RunFiles, write_run_files
 from jgpt.runs.open import Run
@@ -41,9 +40,14 @@ from jgpt.weights.initial import open_weights
 SIZES = {"max_seq_len": 10, "num_layers": 3, "num_heads": 4, "d_model": 36, "d_ff": 144}
 MODELS = {
   "257 ids": make_model(SYSTEMS["GPT-2"], **SIZES, vocab_size=257),
-  "1000 ids, 1024 rows in memory": make_model(SYSTEMS["GPT-2"], **SIZES, vocab_size=1000, vocab_multiple=64),
+  "1000 ids, 1024 rows in memory": make_model(
+    SYSTEMS["GPT-2"], **SIZES, vocab_size=1000, vocab_multiple=64
+  ),
   "128 ids, 200 rows in memory, one head": make_model(
-    SYSTEMS["GPT-2"], **SIZES | {"num_heads": 1, "d_model": 5, "d_ff": 20}, vocab_size=128, vocab_multiple=100
+    SYSTEMS["GPT-2"],
+    **SIZES | {"num_heads": 1, "d_model": 5, "d_ff": 20},
+    vocab_size=128,
+    vocab_multiple=100,
   ),
 }
 SMALL = make_model(SYSTEMS["GPT-2"], vocab_size=11, d_ff=32)
@@ -61,11 +65,15 @@ def draw(config):
 def make_run(config, tmp_path, tokenizer=None, params=None, step=7, **data):
   experiment = make_experiment(config, OPTIMIZER, batch_size=2)
   experiment = change(experiment, {f"data.{name}": value for name, value in data.items()})
-  return Run(params or draw(config), tokenizer or ByteTokenizer(), experiment, step, tmp_path / "run")
+  return Run(
+    params or draw(config), tokenizer or ByteTokenizer(), experiment, step, tmp_path / "run"
+  )
 
 
 def arrange(params, config):
-  """llm.c's tensors of jgpt's parameters, float32 and without padding, each number put by its indices."""
+  """llm.c's tensors of jgpt's parameters, float32 and without padding, each number put by its
+  indices.
+  """
   blocks = params["blocks"]
   L, N, C, H = config.num_layers, config.num_heads, config.d_model, config.head_dim
   tensors = {"wte": params["tok_embed"][: config.vocab_size], "wpe": params["pos_embed"]}
@@ -82,16 +90,26 @@ def arrange(params, config):
   tensors["fcprojw"] = np.stack([blocks["w_down"][layer].T for layer in range(L)])
   for theirs, ours, size in (
     *(("ln1w", "norm_attn_gain", C), ("ln1b", "norm_attn_bias", C), ("ln2w", "norm_mlp_gain", C)),
-    *(("ln2b", "norm_mlp_bias", C), ("attprojb", "b_out", C), ("fcb", "b_up", 4 * C), ("fcprojb", "b_down", C)),
+    *(
+      ("ln2b", "norm_mlp_bias", C),
+      ("attprojb", "b_out", C),
+      ("fcb", "b_up", 4 * C),
+      ("fcprojb", "b_down", C),
+    ),
   ):
     tensors[theirs] = blocks.get(ours, np.zeros((L, size), np.float32))
-  tensors["lnfw"], tensors["lnfb"] = params["norm_final_gain"], params.get("norm_final_bias", np.zeros(C, np.float32))
+  tensors["lnfw"], tensors["lnfb"] = (
+    params["norm_final_gain"],
+    params.get("norm_final_bias", np.zeros(C, np.float32)),
+  )
   return tensors
 
 
 def pad(tensors, padded):
   wte = tensors["wte"]
-  return tensors | {"wte": np.concatenate([wte, np.zeros((padded - len(wte), wte.shape[1]), np.float32)])}
+  return tensors | {
+    "wte": np.concatenate([wte, np.zeros((padded - len(wte), wte.shape[1]), np.float32)])
+  }
 
 
 def bits(array):
@@ -131,34 +149,54 @@ def test_every_number_stands_where_llmc_looks_for_it(config, dtype, tmp_path):
   header, tensors = llmc_files.read_weights(out)
   padded = {257: 384, 1000: 1024, 128: 128}[config.vocab_size]
   names = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "d_model")
-  assert header == {"version": VERSIONS[dtype], "padded_vocab_size": padded} | {n: getattr(config, n) for n in names}
+  assert header == {"version": VERSIONS[dtype], "padded_vocab_size": padded} | {
+    n: getattr(config, n) for n in names
+  }
   assert list(tensors) == list(llmc_files.tensor_shapes(header))
   expected = pad(arrange(run.params, config), padded)
   if dtype == "bfloat16":
-    rounded = {name: llmc_files.round_to_bfloat16(np.asarray(x, np.float32)) for name, x in expected.items()}
+    rounded = {
+      name: llmc_files.round_to_bfloat16(np.asarray(x, np.float32)) for name, x in expected.items()
+    }
     expected = {name: llmc_files.bfloat16_to_float32(x) for name, x in rounded.items()}
   check_equal({name: expected[name] for name in tensors}, tensors)
 
 
-@pytest.mark.parametrize("config", [MODELS["257 ids"], WITHOUT_BIASES], ids=["all biases", "no biases"])
+@pytest.mark.parametrize(
+  "config", [MODELS["257 ids"], WITHOUT_BIASES], ids=["all biases", "no biases"]
+)
 def test_the_file_is_the_same_function(config, tmp_path):
   """Computed from the file by the oracle, the logits are those of jgpt's model."""
-  params, tokens_BT = draw(config), np.random.default_rng(0).integers(0, config.vocab_size, (2, config.max_seq_len))
+  params, tokens_BT = (
+    draw(config),
+    np.random.default_rng(0).integers(0, config.vocab_size, (2, config.max_seq_len)),
+  )
   llmc.write_weights(tmp_path / "m.bin", params, config, "float32")
   header, tensors = llmc_files.read_weights(tmp_path / "m.bin")
-  logits_BTV = jax.jit(lambda p, t: apply(p, t, config), compiler_options=QUICK)(params, tokens_BT.astype(np.int32))
+  logits_BTV = jax.jit(lambda p, t: apply(p, t, config), compiler_options=QUICK)(
+    params, tokens_BT.astype(np.int32)
+  )
   expected = llmc_files.forward(tensors, header, tokens_BT)
-  compare("llm.c's file, logits", {"logits": expected}, {"logits": logits_BTV[..., : config.vocab_size]}, 1e-5)
+  compare(
+    "llm.c's file, logits",
+    {"logits": expected},
+    {"logits": logits_BTV[..., : config.vocab_size]},
+    1e-5,
+  )
 
 
 def test_bfloat16_is_rounded_to_nearest_ties_to_even(tmp_path):
-  ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0xBF808000, 0x00008000, 0x80000000, 0x7F7F7FFF])
+  ties = np.array(
+    [0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0xBF808000, 0x00008000, 0x80000000, 0x7F7F7FFF]
+  )
   expected = np.array([0x3F80, 0x3F82, 0x3F81, 0x3F81, 0xBF80, 0x0000, 0x8000, 0x7F7F])
   params = draw(SMALL)
   params["norm_final_gain"] = ties.astype(np.uint32).view(np.float32)
   llmc.write_weights(tmp_path / "m.bin", params, SMALL, "bfloat16")
   content = (tmp_path / "m.bin").read_bytes()
-  np.testing.assert_array_equal(np.frombuffer(content[-32:-16], "<u2"), expected)  # before the 8 of the last bias
+  np.testing.assert_array_equal(
+    np.frombuffer(content[-32:-16], "<u2"), expected
+  )  # before the 8 of the last bias
   _, tensors = llmc_files.read_weights(tmp_path / "m.bin")
   np.testing.assert_array_equal(bits(tensors["lnfw"]) >> 16, expected)
 
@@ -173,10 +211,16 @@ def test_models_without_biases_get_zeros(tmp_path):
 
 
 def test_the_tokenizer_is_beside_the_weights(tmp_path):
-  run = make_run(make_model(SYSTEMS["GPT-2"], vocab_size=6, d_ff=32), tmp_path, CharTokenizer("\nabé", bos=True))
+  run = make_run(
+    make_model(SYSTEMS["GPT-2"], vocab_size=6, d_ff=32), tmp_path, CharTokenizer("\nabé", bos=True)
+  )
   export.export_llmc(run, tmp_path / "gpt2_124M.bin", "float32")
   tokens, first = llmc_files.read_tokenizer(tmp_path / "gpt2_124M_tokenizer.bin")
-  assert tokens[:4] == [b"\n", b"a", b"b", "é".encode()] and len(tokens) == 6 and tokens[first] == b"<|bos|>"
+  assert (
+    tokens[:4] == [b"\n", b"a", b"b", "é".encode()]
+    and len(tokens) == 6
+    and tokens[first] == b"<|bos|>"
+  )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +240,9 @@ def test_the_tokenizer_is_beside_the_weights(tmp_path):
 def test_models_that_llmc_cannot_hold_are_refused_by_their_settings(changes, named, tmp_path):
   config = dataclasses.replace(SMALL, **changes)
   with pytest.raises(UserError, match=r"llm\.c cannot hold this model") as refusal:
-    export.export_llmc(make_run(config, tmp_path, CharTokenizer("ab", bos=False)), tmp_path / "m.bin", "float32")
+    export.export_llmc(
+      make_run(config, tmp_path, CharTokenizer("ab", bos=False)), tmp_path / "m.bin", "float32"
+    )
   message = str(refusal.value)
   assert "\n" not in message and message.count("model.") == len(named)
   for name in named:
@@ -205,7 +251,8 @@ def test_models_that_llmc_cannot_hold_are_refused_by_their_settings(changes, nam
 
 
 @pytest.mark.parametrize(
-  "changes", [{"dropout": 0.1, "dropout_places": ("mlp_out",)}, {"biases": "mlp"}, {"init_std": 9.0}]
+  "changes",
+  [{"dropout": 0.1, "dropout_places": ("mlp_out",)}, {"biases": "mlp"}, {"init_std": 9.0}],
 )
 def test_what_llmc_need_not_know_is_no_reason_to_refuse(changes):
   llmc.check_llmc_model(dataclasses.replace(SMALL, **changes))
@@ -215,11 +262,22 @@ def test_what_llmc_need_not_know_is_no_reason_to_refuse(changes):
 
 
 def write_drawn(path, version=3, seed=1, **sizes):
-  """Has the oracle write a file of random weights; returns its header and tensors, wte with padding."""
-  header = {"max_seq_len": 10, "vocab_size": 257, "num_layers": 3, "num_heads": 4, "d_model": 36} | sizes
+  """Has the oracle write a file of random weights.
+
+  Returns its header and tensors, wte with padding.
+  """
+  header = {
+    "max_seq_len": 10,
+    "vocab_size": 257,
+    "num_layers": 3,
+    "num_heads": 4,
+    "d_model": 36,
+  } | sizes
   header = {"padded_vocab_size": -(-header["vocab_size"] // 128) * 128} | header
   rng = np.random.default_rng(seed)
-  tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in llmc_files.tensor_shapes(header).items()}
+  tensors = {
+    n: rng.normal(size=s).astype(np.float32) for n, s in llmc_files.tensor_shapes(header).items()
+  }
   tensors["wte"][header["vocab_size"] :] = 0
   llmc_files.write_weights(path, header, tensors, version)
   return header, llmc_files.read_weights(path)[1]
@@ -240,7 +298,9 @@ def test_files_of_the_oracle_become_parameters_with_equal_bits(config, version, 
 
 def test_padding_in_the_file_may_be_of_any_length(tmp_path):
   """Rows past the vocabulary are left out, whatever they hold."""
-  header, tensors = write_drawn(tmp_path / "m.bin", vocab_size=11, num_heads=2, d_model=8, max_seq_len=8, num_layers=2)
+  header, tensors = write_drawn(
+    tmp_path / "m.bin", vocab_size=11, num_heads=2, d_model=8, max_seq_len=8, num_layers=2
+  )
   tensors["wte"] = np.concatenate([tensors["wte"][:11], np.full((2, 8), np.nan, np.float32)])
   llmc_files.write_weights(tmp_path / "odd.bin", header | {"padded_vocab_size": 13}, tensors, 3)
   a, b = (read_params(tmp_path / f"{name}.bin", SMALL) for name in ("m", "odd"))
@@ -295,7 +355,9 @@ def test_damaged_headers_are_refused_without_memory(place, value, word, tmp_path
 
 @pytest.mark.parametrize("d_model", [2**29, 2**31 - 1])
 def test_a_width_whose_matrices_no_model_has_names_the_file(d_model, tmp_path):
-  check_refused(with_header(tmp_path / "m.bin", [*HEADER[:5], 1, d_model, 128]), f"{d_model}", "d_model")
+  check_refused(
+    with_header(tmp_path / "m.bin", [*HEADER[:5], 1, d_model, 128]), f"{d_model}", "d_model"
+  )
 
 
 def test_files_of_the_wrong_length_are_refused(tmp_path):
@@ -326,41 +388,55 @@ def test_a_version_that_the_size_contradicts_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["wte", "qkvw", "lnfb"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_are_refused(name, value, version, tmp_path):
-  header, tensors = write_drawn(tmp_path / "m.bin", vocab_size=11, num_heads=2, d_model=8, max_seq_len=8, num_layers=2)
+  header, tensors = write_drawn(
+    tmp_path / "m.bin", vocab_size=11, num_heads=2, d_model=8, max_seq_len=8, num_layers=2
+  )
   array = tensors[name].copy()
   array[(1,) * array.ndim] = value
   llmc_files.write_weights(tmp_path / "m.bin", header, tensors | {name: array}, version)
-  ours = {"wte": "tok_embed[1, 1]", "qkvw": "blocks/w_qkv[1, 1, 1]", "lnfb": "norm_final_bias[1]"}[name]
+  ours = {"wte": "tok_embed[1, 1]", "qkvw": "blocks/w_qkv[1, 1, 1]", "lnfb": "norm_final_bias[1]"}[
+    name
+  ]
   with pytest.raises(UserError, match="damaged") as refusal:
     read_params(tmp_path / "m.bin", SMALL)
   message = str(refusal.value)
-  assert str(tmp_path / "m.bin") in message and ours in message and f"is {value}" in message and "\n" not in message
+  assert (
+    str(tmp_path / "m.bin") in message
+    and ours in message
+    and f"is {value}" in message
+    and "\n" not in message
+  )
 
 
 def test_other_files_of_llmc_are_no_weights(tmp_path):
   run = make_run(SMALL, tmp_path, CharTokenizer("ab", bos=True))
   export.export_llmc(run, tmp_path / "m.bin", "float32")
   check_refused(tmp_path / "m_tokenizer.bin", "20240328, not 20240326")
-  tokens = with_header(tmp_path / "tokens.bin", [20240520, 1, 600], np.arange(600, dtype="<u2").tobytes())
+  tokens = with_header(
+    tmp_path / "tokens.bin", [20240520, 1, 600], np.arange(600, dtype="<u2").tobytes()
+  )
   check_refused(tokens, "20240520, not 20240326")
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(2000), b"\x80\x02}q\x00." + bytes(2000), b"PK\x03\x04"])
+@pytest.mark.parametrize(
+  "content", [b"PK\x03\x04" + bytes(2000), b"\x80\x02}q\x00." + bytes(2000), b"PK\x03\x04"]
+)
 def test_a_pickle_by_the_name_of_weights_is_refused_as_one(content, tmp_path):
   """pytorch_model.bin, as older folders of Transformers have it."""
   (tmp_path / "pytorch_model.bin").write_bytes(content)
   check_refused(tmp_path / "pytorch_model.bin", "jgpt reads no pickles", "writes safetensors")
 
 
-INTERESTING = st.sampled_from([0, 1, 2, 3, 4, 8, 11, 128, -1, -(2**31), 2**31 - 1, 2**16, 2**29, 20240326]) | st.integers(
-  -(2**31), 2**31 - 1
-)
+INTERESTING = st.sampled_from(
+  [0, 1, 2, 3, 4, 8, 11, 128, -1, -(2**31), 2**31 - 1, 2**16, 2**29, 20240326]
+) | st.integers(-(2**31), 2**31 - 1)
 
 
 @given(
   numbers=st.lists(st.tuples(st.integers(0, 7), INTERESTING), max_size=4),
   rest=st.integers(-1, 255).flatmap(lambda n: st.tuples(st.just(n), INTERESTING)),
-  length=st.integers(0, 13000) | st.sampled_from([1024 + (NUM_BYTES - 1024) // 2, NUM_BYTES, NUM_BYTES]),
+  length=st.integers(0, 13000)
+  | st.sampled_from([1024 + (NUM_BYTES - 1024) // 2, NUM_BYTES, NUM_BYTES]),
 )
 def test_any_header_is_weights_or_a_user_error(numbers, rest, length, tmp_path_factory):
   header = HEADER + [0] * 248
@@ -397,12 +473,16 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
   path = tmp_path_factory.mktemp("data") / "text.txt"
-  path.write_bytes(np.random.default_rng(4).integers(32, 127, 90, np.uint8).tobytes())  # 90 tokens: bytes of ASCII
+  path.write_bytes(
+    np.random.default_rng(4).integers(32, 127, 90, np.uint8).tobytes()
+  )  # 90 tokens: bytes of ASCII
   return path
 
 
 def sequential_batch(tokens, step, batch_size, seq_len):
-  """llm.c's loader: the next batch_size * seq_len tokens, from the beginning again where there are not as many left."""
+  """llm.c's loader: the next batch_size * seq_len tokens, from the beginning again where there are
+  not as many left.
+  """
   stride = batch_size * seq_len
   begin = step % ((len(tokens) - 1) // stride) * stride
   windows = [tokens[begin + row * seq_len :][: seq_len + 1] for row in range(batch_size)]
@@ -410,18 +490,31 @@ def sequential_batch(tokens, step, batch_size, seq_len):
 
 
 def split_heads(grads):
-  """Queries, keys and values by themselves; apart from them the keys' biases, on which the loss does not depend."""
+  """Queries, keys and values by themselves.
+
+  Apart from them the keys' biases, on which the loss does not depend.
+  """
   parts = {name: x for name, x in grads.items() if not name.startswith("qkv")}
   for kind in ("qkvw", "qkvb"):
-    parts |= {f"{kind}.{part}": x for part, x in zip("qkv", np.split(grads[kind], 3, axis=1), strict=True)}
+    parts |= {
+      f"{kind}.{part}": x for part, x in zip("qkv", np.split(grads[kind], 3, axis=1), strict=True)
+    }
   return parts, parts.pop("qkvb.k")
 
 
 def independent(params, config, inputs_BT, targets_BT):
-  """Logits, loss and gradients by the NumPy GPT, whose matrices are (in, out), as llm.c's tensors."""
+  """Logits, loss and gradients by the NumPy GPT, whose matrices are (in, out), as llm.c's
+  tensors.
+  """
   flat, weights_BT = to_oracle(params, config), np.ones(inputs_BT.shape)
   loss, grads = numpy_gpt.loss_and_gradients(flat, inputs_BT, targets_BT, weights_BT, config)
-  names = {"ln_1": "ln1", "attn.c_attn": "qkv", "attn.c_proj": "attproj", "ln_2": "ln2", "mlp.c_fc": "fc"}
+  names = {
+    "ln_1": "ln1",
+    "attn.c_attn": "qkv",
+    "attn.c_proj": "attproj",
+    "ln_2": "ln2",
+    "mlp.c_fc": "fc",
+  }
   names |= {"mlp.c_proj": "fcproj"}
   tensors = {"wte": grads["wte"], "wpe": grads["wpe"], "lnfw": grads["ln_f.weight"]}
   tensors["lnfb"] = grads.get("ln_f.bias", np.zeros(config.d_model))
@@ -429,7 +522,9 @@ def independent(params, config, inputs_BT, targets_BT):
     layers = [grads[f"h.{i}.{theirs}.weight"] for i in range(config.num_layers)]
     tensors[f"{ours}w"] = np.stack([x.T for x in layers])  # of a gain the same
     lost = np.zeros(layers[0].shape[-1])
-    tensors[f"{ours}b"] = np.stack([grads.get(f"h.{i}.{theirs}.bias", lost) for i in range(config.num_layers)])
+    tensors[f"{ours}b"] = np.stack(
+      [grads.get(f"h.{i}.{theirs}.bias", lost) for i in range(config.num_layers)]
+    )
   return numpy_gpt.forward(flat, inputs_BT, config), loss, tensors
 
 
@@ -443,7 +538,15 @@ def independent(params, config, inputs_BT, targets_BT):
 )
 @pytest.mark.usefixtures("quick")
 def test_the_state_is_what_an_independent_gpt_computes(config, batch_size, text, tmp_path):
-  run = make_run(config, tmp_path, path=str(text), batching="sequential", batch_size=batch_size, seq_len=7, step=11)
+  run = make_run(
+    config,
+    tmp_path,
+    path=str(text),
+    batching="sequential",
+    batch_size=batch_size,
+    seq_len=7,
+    step=11,
+  )
   assert run.step == 11
   data = find_data(run.experiment.data, seed=0)
   out = tmp_path / "m_debug_state.bin"
@@ -466,20 +569,33 @@ def test_the_state_is_what_an_independent_gpt_computes(config, batch_size, text,
   got["wte"] = got["wte"][: config.vocab_size]
   (expected, of_keys), (found, found_of_keys) = split_heads(grads), split_heads(got)
   zeros = {name for name, x in expected.items() if not x.any()}
-  assert len(zeros) == (0 if config.biases == "all" else 8) and not any(found[name].any() for name in zeros)
-  compare("llm.c's debug state, gradients", expected, {name: found[name] for name in expected}, 1e-5)
+  assert len(zeros) == (0 if config.biases == "all" else 8) and not any(
+    found[name].any() for name in zeros
+  )
+  compare(
+    "llm.c's debug state, gradients", expected, {name: found[name] for name in expected}, 1e-5
+  )
   np.testing.assert_allclose(found_of_keys, of_keys, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_batch_is_the_one_after_the_step(text, tmp_path):
-  """Over an epoch each window once; the last batch of it, which is short, without the rows that weigh nothing."""
+  """Over an epoch each window once.
+
+  The last batch of it, which is short, without the rows that weigh nothing.
+  """
   run = make_run(SMALL, tmp_path, path=str(text), batching="epochs", batch_size=5, seq_len=7)
   data = find_data(run.experiment.data, seed=0)
   tokens = list(text.read_bytes())
-  batches = [export.next_batch(run.experiment, data, step) for step in (3, 4, 5)]  # the second epoch of 12 windows
+  batches = [
+    export.make_next_batch(run.experiment, data, step) for step in (3, 4, 5)
+  ]  # the second epoch of 12 windows
   assert [b.inputs_BT.shape for b in batches] == [(5, 7), (5, 7), (2, 7)]
-  seen = {(*i, *t[-1:]) for b in batches for i, t in zip(b.inputs_BT.tolist(), b.targets_BT.tolist(), strict=True)}
+  seen = {
+    (*i, *t[-1:])
+    for b in batches
+    for i, t in zip(b.inputs_BT.tolist(), b.targets_BT.tolist(), strict=True)
+  }
   assert seen == {tuple(tokens[7 * n : 7 * n + 8]) for n in range(12)}
   assert all(np.all(b.weights_BT == 1) for b in batches)
 
@@ -487,13 +603,23 @@ def test_the_batch_is_the_one_after_the_step(text, tmp_path):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("devices", [None, 2])
 def test_the_batch_of_tokens_that_are_read_from_the_disk(devices, tmp_path, monkeypatch):
-  """Token files too large to be kept on a device; on however many the run was trained, the export is one's."""
+  """Token files too large to be kept on a device.
+
+  On however many the run was trained, the export is one's.
+  """
   tokens = np.random.default_rng(6).integers(0, 256, 400).astype("<u2")
   with_header(tmp_path / "train.bin", [20240520, 1, 400], tokens.tobytes())
-  run = make_run(SMALL, tmp_path, path=str(tmp_path / "train.bin"), batching="sequential", batch_size=2, seq_len=7)
+  run = make_run(
+    SMALL,
+    tmp_path,
+    path=str(tmp_path / "train.bin"),
+    batching="sequential",
+    batch_size=2,
+    seq_len=7,
+  )
   monkeypatch.setattr("jgpt.data.corpus.RESIDENT_TOKENS", 10)
   experiment = change(run.experiment, {"mesh.data": devices})
-  batch = export.next_batch(experiment, find_data(experiment.data, seed=0), 31)
+  batch = export.make_next_batch(experiment, find_data(experiment.data, seed=0), 31)
   for got, expected in zip(batch, sequential_batch(list(tokens), 31, 2, 7), strict=False):
     np.testing.assert_array_equal(got, expected)
 
@@ -504,12 +630,19 @@ def test_the_batch_of_tokens_that_are_read_from_the_disk(devices, tmp_path, monk
 @pytest.fixture(scope="module")
 def saved(text, tmp_path_factory):
   """The folder of a run at step 2 that reads random windows, with its parameters."""
-  workdir, config = tmp_path_factory.mktemp("runs") / "saved", dataclasses.replace(SMALL, vocab_size=256)
+  workdir, config = (
+    tmp_path_factory.mktemp("runs") / "saved",
+    dataclasses.replace(SMALL, vocab_size=256),
+  )
   experiment = change(make_experiment(config, OPTIMIZER, seed=5), {"data.path": str(text)})
-  data = {"kind": "path", "location": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+  data = {
+    "kind": "path",
+    "location": str(text),
+    "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+  }
   write_run_files(workdir, RunFiles("saved", experiment, ByteTokenizer(), data))
   params = draw(config)
-  state = begin_state(jax.tree.map(jax.numpy.asarray, params), make_optimizer(experiment.optimizer, config))
+  state = begin_state(jax.tree.map(jax.numpy.asarray, params), experiment)
   with checkpoint.open_checkpoints(workdir) as manager:
     checkpoint.save_checkpoint(manager, state.replace(step=jax.numpy.int32(2)))
   return workdir, experiment, params
@@ -524,7 +657,9 @@ def call(capsys, *args):
 @pytest.mark.usefixtures("quick")
 def test_a_run_and_the_batch_that_it_trains_on_next(saved, tmp_path, capsys):
   workdir, experiment, params = saved
-  status, out, err = call(capsys, "--run", workdir, "--format", "llmc", "--out", tmp_path / "a" / "gpt2_124M.bin")
+  status, out, err = call(
+    capsys, "--run", workdir, "--format", "llmc", "--out", tmp_path / "a" / "gpt2_124M.bin"
+  )
   assert (status, err) == (0, "") and "step 2, float32" in out
   state = tmp_path / "a" / "gpt2_124M_debug_state.bin"
   status, shown, err = call(capsys, "--run", workdir, "--format", "llmc-state", "--out", state)
@@ -540,22 +675,31 @@ def test_a_run_and_the_batch_that_it_trains_on_next(saved, tmp_path, capsys):
   check_equal({name: arranged[name] for name in tensors}, tensors)
   found = llmc_files.read_state(state, header)
   corpus = find_data(experiment.data, experiment.train.seed).train
-  batch = make_batch_fn(experiment.data, 5)(
-    jax.tree.map(jax.numpy.asarray, corpus), np.int32(2)
-  )  # as the training's own update 3
+  assert experiment.train.seed == 5
+  # As the training's own update 3.
+  batch = batches.batch(jax.tree.map(jax.numpy.asarray, corpus), np.int32(2), experiment)
   np.testing.assert_array_equal(found["inputs"], batch.inputs_BT)
   np.testing.assert_array_equal(found["targets"], batch.targets_BT)
   logits = llmc_files.forward(tensors, header, found["inputs"])
-  nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, found["targets"][..., None], -1)[..., 0]
+  nats = (
+    np.log(np.exp(logits).sum(-1))
+    - np.take_along_axis(logits, found["targets"][..., None], -1)[..., 0]
+  )
   assert found["loss"] == pytest.approx(nats.mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
   ("args", "words"),
   [
-    (["--format", "llmc-state", "--out", "OUT/m.bin", "--dtype", "bfloat16"], ["llmc-state is float32", "--dtype"]),
+    (
+      ["--format", "llmc-state", "--out", "OUT/m.bin", "--dtype", "bfloat16"],
+      ["llmc-state is float32", "--dtype"],
+    ),
     (["--format", "llmc", "--out", "OUT/m"], ["must be a file ending in .bin", "--out OUT/m.bin"]),
-    (["--format", "llmc-state", "--out", "OUT/m.pt"], ["must be a file ending in .bin", "--out OUT/m.bin"]),
+    (
+      ["--format", "llmc-state", "--out", "OUT/m.pt"],
+      ["must be a file ending in .bin", "--out OUT/m.bin"],
+    ),
     (["--format", "llmc", "--out", "."], ["--out ."]),
     (["--format", "llmc", "--out", "/"], ["--out /"]),
     (["--format", "llmc", "--out", "OUT/there.bin"], ["OUT/there.bin is there already"]),
@@ -567,11 +711,15 @@ def test_a_run_and_the_batch_that_it_trains_on_next(saved, tmp_path, capsys):
 def test_what_the_command_cannot_do_leaves_nothing_behind(args, words, saved, tmp_path, capsys):
   for name in ("there.bin", "old_tokenizer.bin"):
     (tmp_path / name).write_bytes(b"mine")
-  status, out, err = call(capsys, "--run", saved[0], *(a.replace("OUT", str(tmp_path)) for a in args))
+  status, out, err = call(
+    capsys, "--run", saved[0], *(a.replace("OUT", str(tmp_path)) for a in args)
+  )
   assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
   for word in words:
     assert word.replace("OUT", str(tmp_path)) in err
-  assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("there.bin", "old_tokenizer.bin"), b"mine")
+  assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(
+    ("there.bin", "old_tokenizer.bin"), b"mine"
+  )
 
 
 @pytest.mark.parametrize("name", ["llmc", "llmc-state"])
@@ -579,7 +727,9 @@ def test_a_run_of_another_model_is_refused_before_its_arrays_are_read(name, tmp_
   experiment = make_experiment(dataclasses.replace(SMALL, norm="rms", vocab_size=256), OPTIMIZER)
   files = RunFiles("other", experiment, ByteTokenizer(), {"kind": "path", "sha256": "0" * 64})
   write_run_files(tmp_path / "run", files)
-  status, _, err = call(capsys, "--run", tmp_path / "run", "--format", name, "--out", tmp_path / "m.bin")
+  status, _, err = call(
+    capsys, "--run", tmp_path / "run", "--format", name, "--out", tmp_path / "m.bin"
+  )
   assert status == 2 and err.count("\n") == 1 and "model.norm=rms" in err
   assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -588,9 +738,13 @@ def test_documents_have_no_debug_state(tmp_path, capsys):
   config = dataclasses.replace(SMALL, vocab_size=3)
   experiment = change(make_experiment(config, OPTIMIZER), {"data.tokenizer": "characters"})
   experiment = change(experiment, {"data.batching": "documents"})
-  files = RunFiles("names", experiment, CharTokenizer("ab", bos=True), {"kind": "path", "sha256": "0" * 64})
+  files = RunFiles(
+    "names", experiment, CharTokenizer("ab", bos=True), {"kind": "path", "sha256": "0" * 64}
+  )
   write_run_files(tmp_path / "run", files)
-  status, _, err = call(capsys, "--run", tmp_path / "run", "--format", "llmc-state", "--out", tmp_path / "m.bin")
+  status, _, err = call(
+    capsys, "--run", tmp_path / "run", "--format", "llmc-state", "--out", tmp_path / "m.bin"
+  )
   assert status == 2 and err.count("\n") == 1 and "data.batching=documents" in err
   assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -622,7 +776,9 @@ def test_a_full_disk_leaves_no_file(num_tensors, tmp_path, monkeypatch):
   params, ids = draw(SMALL), np.zeros((2, 8), np.int32)
   logits = np.zeros((2, 8, 11), np.float32)
   with pytest.raises(FullDiskError):
-    export._write_whole({out: lambda path: llmc.write_state(path, ids, ids, logits, 1.0, params, SMALL)})
+    export.write_atomically(
+      {out: lambda path: llmc.write_state(path, ids, ids, logits, 1.0, params, SMALL)}
+    )
   assert len(seen) == 2 and not any(tmp_path.iterdir())
 
 
@@ -634,7 +790,9 @@ def test_a_full_disk_at_the_tokenizer_leaves_no_weights_alone(tmp_path, monkeypa
     def write_bytes(self, content):
       raise FullDiskError(errno.ENOSPC, "No space left on device", str(self))
 
-  monkeypatch.setattr(export, "tokenizer_path", lambda path: FullPath(path.with_name("m_tokenizer.bin")))
+  monkeypatch.setattr(
+    export, "tokenizer_path", lambda path: FullPath(path.with_name("m_tokenizer.bin"))
+  )
   with pytest.raises(FullDiskError):
     export.export_llmc(run, out, "float32")
   assert not any(tmp_path.iterdir())

@@ -25,7 +25,9 @@ with locks.hold(pathlib.Path(sys.argv[1])):
 def holder(tmp_path):
   """Another process that holds the folder."""
   env = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parents[2])}
-  process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env)
+  process = subprocess.Popen(
+    [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=env
+  )
   assert process.stdout.readline() == "held\n"
   yield process
   process.kill()
@@ -60,7 +62,10 @@ def test_one_after_the_other_may_hold(tmp_path):
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/null"), os.mkfifo, Path.mkdir])
 def test_what_is_no_plain_file_is_neither_followed_nor_waited_for(tmp_path, make):
   make(tmp_path / ".lock")
-  with pytest.raises(UserError, match=rf"cannot write to {tmp_path}: [^:]*[a-z]\.$"), locks.hold(tmp_path):
+  with (
+    pytest.raises(UserError, match=rf"cannot write to {tmp_path}: [^:]*[a-z]\.$"),
+    locks.hold(tmp_path),
+  ):
     pass
   assert not locks.is_held(tmp_path) and locks.describe_holder(tmp_path) == ""
 

@@ -11,8 +11,23 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jgpt.report.console import ConsoleWriter, draw_curve, format_line, format_perplexity, format_step
-from jgpt.runs.log import MAX_LINE, Chunk, JsonlWriter, Log, read_jsonl, read_lines, read_losses
+from jgpt.report.console import (
+  ConsoleWriter,
+  draw_curve,
+  format_line,
+  format_perplexity,
+  format_step,
+)
+from jgpt.runs.log import (
+  MAX_LINE,
+  Call,
+  Chunk,
+  JsonlWriter,
+  Log,
+  read_jsonl,
+  read_lines,
+  read_losses,
+)
 
 
 def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):
@@ -71,10 +86,22 @@ def test_float32_reads_back_bit_for_bit(tmp_path_factory, losses):
   writer.close()
   read = np.array([row["train/loss"] for row in read_jsonl(path)], np.float32)
   np.testing.assert_array_equal(read, np.array(losses, np.float32))
-  np.testing.assert_array_equal(np.signbit(read), np.signbit(np.array(losses, np.float32)) & ~np.isnan(read))
+  np.testing.assert_array_equal(
+    np.signbit(read), np.signbit(np.array(losses, np.float32)) & ~np.isnan(read)
+  )
 
 
-TORN = [b"", b'{"step": 6, "train/lo', b'{"step"', b"\0" * 50, b"\xff\xfe\x80", b"7", b"null", b"{}", b"[6]\n"]
+TORN = [
+  b"",
+  b'{"step": 6, "train/lo',
+  b'{"step"',
+  b"\0" * 50,
+  b"\xff\xfe\x80",
+  b"7",
+  b"null",
+  b"{}",
+  b"[6]\n",
+]
 
 
 @pytest.mark.parametrize("torn", TORN)
@@ -135,7 +162,9 @@ NO_ROWS = [
 def test_a_line_whose_values_are_no_numbers_is_no_row(tmp_path, line):
   """It is passed over by each reader, and stays where it is."""
   path = tmp_path / "metrics.jsonl"
-  path.write_text(f'{{"step": 1, "train/loss": 4}}\n{line}\n{{"step": 4, "train/loss": NaN}}\n', encoding="utf-8")
+  path.write_text(
+    f'{{"step": 1, "train/loss": 4}}\n{line}\n{{"step": 4, "train/loss": NaN}}\n', encoding="utf-8"
+  )
   before = path.read_bytes()
   assert [row["step"] for row in read_jsonl(path)] == [1, 4]
   losses, evaluations = read_losses(path, 10**6)
@@ -162,7 +191,10 @@ def test_a_line_is_read_in_bounded_memory(tmp_path):
   tracemalloc.stop()
   assert read == [[{"step": 1, "train/loss": 2.5}], np.float32([2.5]), []]
   assert peak < 20 * MAX_LINE
-  assert list(read_lines(path)) == [(50_000_001, None, True), (50_000_001 + len(row), read[0][0], True)]
+  assert list(read_lines(path)) == [
+    (50_000_001, None, True),
+    (50_000_001 + len(row), read[0][0], True),
+  ]
 
 
 def write_steps(path, steps, tail=""):
@@ -173,7 +205,10 @@ def write_steps(path, steps, tail=""):
 
 @pytest.mark.parametrize("damaged", range(8))
 def test_one_wrong_step_does_not_cut_off_the_rows_that_follow(tmp_path, damaged):
-  """Of 8 rows up to the restored step and 4 past it, any of the first may say a later step; what follows is as it was."""
+  """Of 8 rows up to the restored step and 4 past it, any of the first may say a later step.
+
+  What follows is as it was.
+  """
   path = tmp_path / "metrics.jsonl"
   steps = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
   steps[damaged] = 90
@@ -183,7 +218,9 @@ def test_one_wrong_step_does_not_cut_off_the_rows_that_follow(tmp_path, damaged)
   writer.write(make_chunk(9, [3.5]))
   writer.close()
   kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]
-  assert kept == lines[: 7 if damaged == 7 else 8]  # nothing tells the last one from those past the restored step
+  assert (
+    kept == lines[: 7 if damaged == 7 else 8]
+  )  # nothing tells the last one from those past the restored step
 
 
 def test_one_wrong_step_past_the_restored_one_keeps_none_of_its_neighbours(tmp_path):
@@ -197,7 +234,10 @@ def test_one_wrong_step_past_the_restored_one_keeps_none_of_its_neighbours(tmp_p
 
 
 def test_what_is_cut_is_said_where_it_is_more_than_a_killed_process_leaves(tmp_path, capfd):
-  for steps, words in (([1, 2, 3, 4, 5], ""), ([1, 2, 91, 92, 93, 6], "1 earlier rows stand behind later ones")):
+  for steps, words in (
+    ([1, 2, 3, 4, 5], ""),
+    ([1, 2, 91, 92, 93, 6], "1 earlier rows stand behind later ones"),
+  ):
     write_steps(tmp_path / "metrics.jsonl", steps, '{"step": 6, "tr')
     writer = JsonlWriter(tmp_path / "metrics.jsonl", 6 if words else 2)
     writer.write(make_chunk(7, [3.5]))
@@ -206,7 +246,9 @@ def test_what_is_cut_is_said_where_it_is_more_than_a_killed_process_leaves(tmp_p
     assert (words in err and err.count("\n") == 1) if words else err == ""
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 6, "tr', "\0" * 50, '{"step": 60, "train/loss": 2.5}\n'])
+@pytest.mark.parametrize(
+  "tail", ["", '{"step": 6, "tr', "\0" * 50, '{"step": 60, "train/loss": 2.5}\n']
+)
 def test_a_run_that_has_nothing_to_write_changes_nothing(tmp_path, tail):
   """A finished one: neither a wrong step nor a torn line is touched, and nothing is said of it."""
   path = tmp_path / "metrics.jsonl"
@@ -234,13 +276,19 @@ def test_a_last_row_without_its_line_break_is_kept(tmp_path):
 
 
 def test_losses_of_a_start_take_four_bytes_each():
-  """A million updates, which a small model makes in a minute: what is read back is bit for bit what was given."""
+  """A million updates, which a small model makes in a minute: what is read back is bit for bit what
+  was given.
+  """
   log, stop = Log([], [], 10), SimpleNamespace()
   losses = np.linspace(3, 2, 1000, dtype=np.float32)
-  chunk = {"train/loss": losses, "train/grad_norm": losses, "train/skipped": np.zeros(1000, np.int32)}
+  chunk = {
+    "train/loss": losses,
+    "train/grad_norm": losses,
+    "train/skipped": np.zeros(1000, np.int32),
+  }
   tracemalloc.start()
   for step in range(1000, 1_000_001, 1000):
-    log.write(step, 1000, chunk, None, None, stop)
+    log.write(Call(step, 1000, chunk, None, None), stop)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 10_000_000
@@ -251,13 +299,28 @@ def test_losses_of_a_start_take_four_bytes_each():
 
 
 def test_line_has_the_format_that_is_documented():
-  metrics = {"train/loss": np.float32([9.0]), "train/grad_norm": np.float32([1.021]), "train/lr": np.float32([0.009])}
+  metrics = {
+    "train/loss": np.float32([9.0]),
+    "train/grad_norm": np.float32([1.021]),
+    "train/lr": np.float32([0.009]),
+  }
   line = format_line(Chunk(100, metrics, 1.0), format_step(100, 1000, None), 2.43214, 21_000.4)
   assert line == "step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s"
-  line = format_line(Chunk(7, metrics, 1.0, 2.5, ("emma",)), format_step(7, 9, None), math.nan, 0.251)
-  assert line == "step 7/9 | loss nan | held out 2.5000 | grad norm 1.02 | lr 9.0e-03 | 0.25 steps/s | emma"
-  assert format_line(Chunk(0, {}, 1.0, 3.3), format_step(0, 9, None), None, 0.0) == "step 0/9 | held out 3.3000"
-  assert format_line(Chunk(0, {}, 1.0, None, ("a\x00\nb",)), "step 0/9", None, 0.0) == "step 0/9\n  | a\ufffd\n  | b"
+  line = format_line(
+    Chunk(7, metrics, 1.0, 2.5, ("emma",)), format_step(7, 9, None), math.nan, 0.251
+  )
+  assert (
+    line
+    == "step 7/9 | loss nan | held out 2.5000 | grad norm 1.02 | lr 9.0e-03 | 0.25 steps/s | emma"
+  )
+  assert (
+    format_line(Chunk(0, {}, 1.0, 3.3), format_step(0, 9, None), None, 0.0)
+    == "step 0/9 | held out 3.3000"
+  )
+  assert (
+    format_line(Chunk(0, {}, 1.0, None, ("a\x00\nb",)), "step 0/9", None, 0.0)
+    == "step 0/9\n  | a\ufffd\n  | b"
+  )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +338,10 @@ def test_in_epochs_the_steps_of_each_are_counted(step, text):
 
 
 def test_line_is_the_mean_since_the_last_line(capsys):
-  """The first and the last update have a line whatever `log_every` is; norm and rate are those of the last update."""
+  """The first and the last update have a line whatever `log_every` is.
+
+  Norm and rate are those of the last update.
+  """
   writer = ConsoleWriter(steps=7, log_every=3, terminal=False)
   for step, losses in [(1, [9]), (2, [4]), (3, [2]), (6, [1, 2, 6]), (7, [5])]:
     writer.write(make_chunk(step, losses))
@@ -295,14 +361,18 @@ def test_clock_that_stood_still_divides_by_no_zero(capsys):
 
 
 def test_terminal_has_whole_lines_with_samples_as_they_are(capsys):
-  """Samples may look like rich's markup, and lines may be wider than the terminal; neither is touched."""
+  """Samples may look like rich's markup, and lines may be wider than the terminal.
+
+  Neither is touched.
+  """
   writer = ConsoleWriter(steps=10, log_every=5, start_step=4, terminal=True)
   assert writer.wants_samples
   sample = "[bold]emma[/bold] " + "x" * 200
   writer.write(make_chunk(5, [2], texts=(sample,)))
   writer.close()
   assert (
-    f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s\n  | {sample}\n" in capsys.readouterr().out
+    f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s\n  | {sample}\n"
+    in capsys.readouterr().out
   )
   assert not ConsoleWriter(steps=10, log_every=5, terminal=False).wants_samples
 
@@ -314,7 +384,9 @@ def test_curve_falls_as_the_losses_do():
   """Marks lie lower further to the right, and each column averages as many losses as the others."""
   rows = draw_curve(np.linspace(4, 1, 10_000)).splitlines()
   assert "training loss" in rows[0]
-  columns = [[row for row, line in enumerate(rows[2:14]) if line[1 + column] != " "] for column in range(64)]
+  columns = [
+    [row for row, line in enumerate(rows[2:14]) if line[1 + column] != " "] for column in range(64)
+  ]
   lowest = [max(marks) for marks in columns if marks]
   assert len(lowest) > 60
   assert lowest == sorted(lowest)
@@ -322,7 +394,10 @@ def test_curve_falls_as_the_losses_do():
 
 
 def test_evaluations_are_marked_where_they_belong():
-  """The first at the left edge and the height of its loss, the last at the right; beyond the line they widen the plot."""
+  """The first at the left edge and the height of its loss, the last at the right.
+
+  Beyond the line they widen the plot.
+  """
   rows = draw_curve(np.linspace(3, 2, 100), [(0, 4.0), (50, 2.5), (100, 1.0)]).splitlines()
   assert rows[0] == "training loss (line) and held-out loss (o), nats per token"
   marks = {(row, line.index("o") - 1) for row, line in enumerate(rows[2:14]) if "o" in line}
@@ -364,14 +439,22 @@ def test_losses_without_a_curve_are_said_to_have_none(losses):
 def test_labels_of_the_curve_are_the_values_of_their_rows():
   """A straight line from 3 to 1: each label is near where the line crosses its row."""
   losses = np.linspace(3.0, 1.0, 1000)
-  rows = [line for line in draw_curve(losses, width=60, height=12).splitlines() if line.startswith("│")]
-  labelled = [(i, row, float(row.rsplit("│", 1)[1])) for i, row in enumerate(rows) if row.rsplit("│", 1)[1].strip()]
+  rows = [
+    line for line in draw_curve(losses, width=60, height=12).splitlines() if line.startswith("│")
+  ]
+  labelled = [
+    (i, row, float(row.rsplit("│", 1)[1]))
+    for i, row in enumerate(rows)
+    if row.rsplit("│", 1)[1].strip()
+  ]
   assert len(rows) == 12 and len(labelled) == 4
   for _, row, label in labelled:
     columns = [x for x, c in enumerate(row.rsplit("│", 1)[0][1:]) if c != " "]
     assert abs(3.0 - 2.0 * np.mean(columns) / 59 - label) < 0.1
 
 
-@pytest.mark.parametrize(("loss", "shown"), [(0.0, "1.00"), (2.39, "10.91"), (20.0, "4.852e+08"), (1e5, "inf")])
+@pytest.mark.parametrize(
+  ("loss", "shown"), [(0.0, "1.00"), (2.39, "10.91"), (20.0, "4.852e+08"), (1e5, "inf")]
+)
 def test_perplexity_for_a_person(loss, shown):
   assert format_perplexity(loss) == shown

@@ -52,12 +52,16 @@ def as_microgpt_draws(num_documents, config):
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_initial_values_are_microgpts_bit_for_bit(num_layers):
-  """Each matrix (out, in) is that of the program, rounded to float32: order, shuffle before, heads side by side."""
+  """Each matrix (out, in) is that of the program, rounded to float32: order, shuffle before, heads
+  side by side.
+  """
   config = dataclasses.replace(MODEL, num_layers=num_layers)
   kept = random.getstate()
   expected = as_microgpt_draws(1000, config)
   random.setstate(kept)
-  got = to_oracle(draw_microgpt_params(42, 1000, config), config)  # GPT-2's names, matrices (in, out)
+  got = to_oracle(
+    draw_microgpt_params(42, 1000, config), config
+  )  # GPT-2's names, matrices (in, out)
   assert random.getstate() == kept, "drawing leaves Python's global generator alone"
   names = {"wte": "wte", "wpe": "wpe", "lm_head.weight": "lm_head"}
   for name, value in got.items():
@@ -82,14 +86,18 @@ def test_padding_is_zero():
   assert not params["tok_embed"][27:].any() and params["tok_embed"][:27].all()
 
 
-@pytest.mark.parametrize("changes", [{"biases": "mlp"}, {"tied_head": True}, {"positions": "sinusoidal"}])
+@pytest.mark.parametrize(
+  "changes", [{"biases": "mlp"}, {"tied_head": True}, {"positions": "sinusoidal"}]
+)
 def test_another_model_is_refused(changes):
   with pytest.raises(UserError, match=r"train\.init=microgpt draws microgpt's parameters"):
     draw_microgpt_params(42, 10, dataclasses.replace(MODEL, **changes))
 
 
 def oracle_losses(num_steps, documents):
-  """The losses of the NumPy GPT, float64, from the program's start, one document a step, the rate falling to 0 at 1,000."""
+  """The losses of the NumPy GPT, float64, from the program's start, one document a step, the rate
+  falling to 0 at 1,000.
+  """
   random_state = random.getstate()
   flat = as_microgpt_draws(len(documents), MODEL)
   random.setstate(random_state)
@@ -113,13 +121,21 @@ def oracle_losses(num_steps, documents):
       yield np.array([ids[:-1]]), np.array([ids[1:]]), np.ones((1, len(ids) - 1))
 
   losses, *_ = numpy_gpt.train(
-    params, batches(), MODEL, rate=lambda step: numpy_gpt.linear_rate(step, 0.01, 1000), b1=0.85, b2=0.99, eps=1e-8
+    params,
+    batches(),
+    MODEL,
+    rate=lambda step: numpy_gpt.linear_rate(step, 0.01, 1000),
+    b1=0.85,
+    b2=0.99,
+    eps=1e-8,
   )
   return np.array(losses)
 
 
 def test_losses_are_those_of_the_program(tmp_path):
-  """On a list of a few hundred names: 200 losses of the experiment, as it runs, are those of the oracle to 1e-5."""
+  """On a list of a few hundred names: 200 losses of the experiment, as it runs, are those of the
+  oracle to 1e-5.
+  """
   rng = random.Random(0)
   syllables = [
     "ka",
@@ -143,9 +159,15 @@ def test_losses_are_those_of_the_program(tmp_path):
     "pa",
     "que",
   ]
-  documents = ["".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(400)] + ["abcdefghijklmnopqrstuvwxyz"]
+  documents = ["".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(400)] + [
+    "abcdefghijklmnopqrstuvwxyz"
+  ]
   (tmp_path / "names.txt").write_text("\n".join(documents) + "\n", encoding="utf-8")
-  changes = {"data.path": str(tmp_path / "names.txt"), "train.steps": 200, "optimizer.decay_steps": 1000}
+  changes = {
+    "data.path": str(tmp_path / "names.txt"),
+    "train.steps": 200,
+    "optimizer.decay_steps": 1000,
+  }
   result = train.train_run(plan_run(change(MICROGPT, changes)))
   np.testing.assert_allclose(result.losses, oracle_losses(200, documents), atol=1e-5)
 

@@ -1,4 +1,7 @@
-"""The NumPy oracle checked against itself: finite differences, worked values and properties; nothing of the project."""
+"""The NumPy oracle checked against itself: finite differences, worked values and properties.
+
+Nothing of the project.
+"""
 
 import dataclasses
 import itertools
@@ -34,10 +37,25 @@ GPT2 = Config()
 # Every value of every switch appears.
 COVERING = [
   GPT2,
-  Config(norm="rms", norm_embed=True, norm_final=False, activation="relu", biases="none", tied_head=False),
-  Config(norm="layer_no_bias", activation="gelu_erf", positions="sinusoidal", biases="mlp", scale_embed=True),
+  Config(
+    norm="rms", norm_embed=True, norm_final=False, activation="relu", biases="none", tied_head=False
+  ),
+  Config(
+    norm="layer_no_bias",
+    activation="gelu_erf",
+    positions="sinusoidal",
+    biases="mlp",
+    scale_embed=True,
+  ),
   Config(norm="rms", activation="gelu_erf", biases="all", scale_embed=True),
-  Config(norm="layer", norm_final=False, activation="relu", positions="sinusoidal", biases="mlp", tied_head=False),
+  Config(
+    norm="layer",
+    norm_final=False,
+    activation="relu",
+    positions="sinusoidal",
+    biases="mlp",
+    tied_head=False,
+  ),
 ]
 
 SIZES = dataclasses.astuple(GPT2)[:6]
@@ -83,8 +101,12 @@ def mask_shapes(config, B=2, T=4):
 
 
 def random_masks(config, rng):
-  masks = {name: (rng.uniform(size=shape) < 0.75) / 0.75 for name, shape in mask_shapes(config).items()}
-  masks["embed"][..., 0] = 1 / 0.75  # no position loses all: a norm's slope there is 1 / sqrt(epsilon)
+  masks = {
+    name: (rng.uniform(size=shape) < 0.75) / 0.75 for name, shape in mask_shapes(config).items()
+  }
+  masks["embed"][..., 0] = (
+    1 / 0.75
+  )  # no position loses all: a norm's slope there is 1 / sqrt(epsilon)
   return masks
 
 
@@ -133,7 +155,8 @@ def test_gradients_of_every_combination_match_along_one_direction():
     _, gradients = oracle.loss_and_gradients(params, *batch, config, masks)
     expected = sum((gradients[name] * direction[name]).sum() for name in params)
     above, below = (
-      loss_of({name: p + h * direction[name] for name, p in params.items()}, batch, config, masks) for h in (H, -H)
+      loss_of({name: p + h * direction[name] for name, p in params.items()}, batch, config, masks)
+      for h in (H, -H)
     )
     assert (above - below) / (2 * H) == pytest.approx(expected, rel=1e-6, abs=2e-9), config
 
@@ -151,7 +174,9 @@ def test_no_position_sees_a_later_one(config):
   changed = oracle.forward(params, changed_BT, config)
   np.testing.assert_allclose(changed[:, :2], logits[:, :2], rtol=0, atol=1e-14)
   assert (np.abs(changed - logits)[:, 2:].max(-1) > 1e-6).all()  # it and all later ones do
-  np.testing.assert_allclose(oracle.forward(params, tokens_BT[:, :2], config), logits[:, :2], rtol=0, atol=1e-14)
+  np.testing.assert_allclose(
+    oracle.forward(params, tokens_BT[:, :2], config), logits[:, :2], rtol=0, atol=1e-14
+  )
 
 
 def test_the_network_is_the_formula_written_out():
@@ -175,27 +200,44 @@ def test_the_network_is_the_formula_written_out():
       qkvs = [linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn") for x in xs]
       for t in range(len(xs)):
         heads = []
-        for q, k, v in ((slice(0, 2), slice(4, 6), slice(8, 10)), (slice(2, 4), slice(6, 8), slice(10, 12))):
+        for q, k, v in (
+          (slice(0, 2), slice(4, 6), slice(8, 10)),
+          (slice(2, 4), slice(6, 8), slice(10, 12)),
+        ):
           e = [math.exp(np.dot(qkvs[t][q], qkvs[s][k]) / math.sqrt(2)) for s in range(t + 1)]
           heads.append(sum(e[s] / sum(e) * qkvs[s][v] for s in range(t + 1)))
         x = xs[t] + linear(np.concatenate(heads), f"h.{i}.attn.c_proj")
-        xs[t] = x + linear(gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+        xs[t] = x + linear(
+          gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj"
+        )
     expected_BTV.append([p["wte"] @ norm(x, "ln_f") for x in xs])
-  np.testing.assert_allclose(oracle.forward(p, tokens_BT, GPT2), expected_BTV, rtol=1e-12, atol=1e-13)
+  np.testing.assert_allclose(
+    oracle.forward(p, tokens_BT, GPT2), expected_BTV, rtol=1e-12, atol=1e-13
+  )
 
 
 def test_layers_have_their_worked_values():
   x = np.array([3.0, -4.0, 0.0, 1.0])  # mean 0, mean square 6.5
   expected = x / math.sqrt(6.5 + 1e-5)
   np.testing.assert_allclose(oracle.rms_norm_forward(x)[0], expected, rtol=1e-15)
-  np.testing.assert_allclose(oracle.rms_norm_forward(x + 4)[0], (x + 4) / math.sqrt(22.5 + 1e-5), rtol=1e-15)
-  np.testing.assert_allclose(oracle.layer_norm_forward(x + 4, np.full(4, 2.0), np.ones(4))[0], 2 * expected + 1, rtol=1e-14)
-  np.testing.assert_allclose(oracle.layer_norm_forward(x + 4, np.full(4, 2.0), None)[0], 2 * expected, rtol=1e-14)
+  np.testing.assert_allclose(
+    oracle.rms_norm_forward(x + 4)[0], (x + 4) / math.sqrt(22.5 + 1e-5), rtol=1e-15
+  )
+  np.testing.assert_allclose(
+    oracle.layer_norm_forward(x + 4, np.full(4, 2.0), np.ones(4))[0], 2 * expected + 1, rtol=1e-14
+  )
+  np.testing.assert_allclose(
+    oracle.layer_norm_forward(x + 4, np.full(4, 2.0), None)[0], 2 * expected, rtol=1e-14
+  )
 
   x = np.array([-1.0, 0.0, 1.0])
   np.testing.assert_array_equal(oracle.relu_forward(x)[0], [0, 0, 1])
-  np.testing.assert_allclose(oracle.gelu_erf_forward(x)[0], [-0.15865525393145707, 0, 0.8413447460685429], rtol=1e-14)
-  np.testing.assert_allclose(oracle.gelu_tanh_forward(x)[0], [-0.15880800939172324, 0, 0.8411919906082768], rtol=1e-14)
+  np.testing.assert_allclose(
+    oracle.gelu_erf_forward(x)[0], [-0.15865525393145707, 0, 0.8413447460685429], rtol=1e-14
+  )
+  np.testing.assert_allclose(
+    oracle.gelu_tanh_forward(x)[0], [-0.15880800939172324, 0, 0.8411919906082768], rtol=1e-14
+  )
 
   table_TD = oracle.sinusoidal_positions(3, 4)
   np.testing.assert_array_equal(table_TD[0], [0, 1, 0, 1])
@@ -214,14 +256,18 @@ def test_the_embedding_and_the_head_follow_their_switches():
     config = dataclasses.replace(switches, num_layers=0)
     params, (tokens_BT, _, _) = random_params(config, rng), random_batch(config, rng)
     x = params["wte"][tokens_BT] * (2 if config.scale_embed else 1)
-    x = x + (params["wpe"][:4] if config.positions == "learned" else oracle.sinusoidal_positions(4, 4))
+    x = x + (
+      params["wpe"][:4] if config.positions == "learned" else oracle.sinusoidal_positions(4, 4)
+    )
     for norm in [config.norm_embed, config.norm_final]:
       if norm and config.norm == "rms":
         x = oracle.rms_norm_forward(x)[0]
       elif norm:
         x = oracle.layer_norm_forward(x, params["ln_f.weight"], params.get("ln_f.bias"))[0]
     expected = np.einsum("btd,vd->btv", x, params["wte" if config.tied_head else "lm_head.weight"])
-    np.testing.assert_allclose(oracle.forward(params, tokens_BT, config), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+      oracle.forward(params, tokens_BT, config), expected, rtol=1e-12, atol=1e-14
+    )
 
 
 def test_masks_multiply_where_they_are_named():
@@ -235,7 +281,9 @@ def test_masks_multiply_where_they_are_named():
   for name, shape in shapes.items():  # each has an effect of its own, and broadcasts
     halved = oracle.forward(params, tokens_BT, GPT2, {name: np.full(shape, 0.5)})
     assert np.abs(halved - logits).max() > 1e-3
-    np.testing.assert_array_equal(oracle.forward(params, tokens_BT, GPT2, {name: np.array(0.5)}), halved)
+    np.testing.assert_array_equal(
+      oracle.forward(params, tokens_BT, GPT2, {name: np.array(0.5)}), halved
+    )
 
   def zeroed(*names):  # the same by parameters
     return {n: np.zeros_like(p) if n.startswith(names) else p for n, p in params.items()}
@@ -250,15 +298,20 @@ def test_masks_multiply_where_they_are_named():
     config = dataclasses.replace(GPT2, tied_head=False)
     head = {"lm_head.weight": params["wte"]}
     masked = oracle.forward(params | head, tokens_BT, config, {mask: np.zeros(shapes[mask])})
-    np.testing.assert_allclose(masked, oracle.forward(zeroed(*names) | head, tokens_BT, config), rtol=1e-13)
+    np.testing.assert_allclose(
+      masked, oracle.forward(zeroed(*names) | head, tokens_BT, config), rtol=1e-13
+    )
 
-  # Attention's mask scales probabilities after the softmax: a doubled column doubles what is taken from that key.
+  # Attention's mask scales probabilities after the softmax: a doubled column doubles what is taken
+  # from that key.
   qkv_BTC = rng.normal(size=(1, 2, 6))
   mask_BNTT = np.array([[[[1.0, 1.0], [2.0, 1.0]]]])
   plain, _ = oracle.attention_forward(qkv_BTC, 1, None)
   masked, saved = oracle.attention_forward(qkv_BTC, 1, mask_BNTT)
   p_BNTT = saved[3]
-  np.testing.assert_allclose(masked[0, 1] - plain[0, 1], p_BNTT[0, 0, 1, 0] * qkv_BTC[0, 0, 4:], rtol=1e-13)
+  np.testing.assert_allclose(
+    masked[0, 1] - plain[0, 1], p_BNTT[0, 0, 1, 0] * qkv_BTC[0, 0, 4:], rtol=1e-13
+  )
   np.testing.assert_array_equal(masked[0, 0], plain[0, 0])
 
 
@@ -285,15 +338,22 @@ def test_parameters_are_those_the_switches_call_for():
   assert oracle.parameter_shapes(config) == bare
 
   def added(**changes):
-    return set(oracle.parameter_shapes(dataclasses.replace(config, **changes)).items()) - set(bare.items())
+    return set(oracle.parameter_shapes(dataclasses.replace(config, **changes)).items()) - set(
+      bare.items()
+    )
 
   gains = {(f"{name}.weight", (4,)) for name in ("h.0.ln_1", "h.0.ln_2", "ln_f")}
   mlp = {("h.0.mlp.c_fc.bias", (6,)), ("h.0.mlp.c_proj.bias", (4,))}
   assert added(norm="layer_no_bias") == gains
-  assert added(norm="layer") == gains | {(name.replace("weight", "bias"), shape) for name, shape in gains}
+  assert added(norm="layer") == gains | {
+    (name.replace("weight", "bias"), shape) for name, shape in gains
+  }
   assert added(norm="layer_no_bias", norm_final=False) == gains - {("ln_f.weight", (4,))}
   assert added(biases="mlp") == mlp
-  assert added(biases="all") == mlp | {("h.0.attn.c_attn.bias", (12,)), ("h.0.attn.c_proj.bias", (4,))}
+  assert added(biases="all") == mlp | {
+    ("h.0.attn.c_attn.bias", (12,)),
+    ("h.0.attn.c_proj.bias", (4,)),
+  }
   assert added(positions="learned") == {("wpe", (5, 4))}
   assert added(tied_head=False) == {("lm_head.weight", (7, 4))}
   assert added(norm_embed=True, norm_final=False, scale_embed=True, activation="relu") == set()
@@ -302,7 +362,13 @@ def test_parameters_are_those_the_switches_call_for():
 def test_what_it_cannot_mean_is_refused():
   rng = np.random.default_rng(7)
   params, (tokens_BT, targets_BT, weights_BT) = random_params(GPT2, rng), random_batch(GPT2, rng)
-  for changes in [{"norm_embed": True}, {"norm": "batch"}, {"activation": "gelu"}, {"biases": "some"}, {"num_heads": 3}]:
+  for changes in [
+    {"norm_embed": True},
+    {"norm": "batch"},
+    {"activation": "gelu"},
+    {"biases": "some"},
+    {"num_heads": 3},
+  ]:
     with pytest.raises(ValueError):
       oracle.parameter_shapes(dataclasses.replace(GPT2, **changes))
   for wrong in [
@@ -329,12 +395,16 @@ def zeros(params):
 def test_adam_first_moves_by_the_rate_against_the_sign():
   params, gradients = {"a": np.array([1.0, 2.0, 3.0])}, {"a": np.array([1e-3, -50.0, 0.0])}
   settings = {"lr": 0.1, "b1": 0.9, "b2": 0.95, "weight_decay": 0.5, "decayed": set()}
-  new, m, v = oracle.adamw_update(params, gradients, zeros(params), zeros(params), 1, eps=1e-12, **settings)
+  new, m, v = oracle.adamw_update(
+    params, gradients, zeros(params), zeros(params), 1, eps=1e-12, **settings
+  )
   np.testing.assert_allclose(new["a"], [0.9, 2.1, 3.0], rtol=1e-9)
   np.testing.assert_allclose(m["a"], 0.1 * gradients["a"])
   np.testing.assert_allclose(v["a"], 0.05 * gradients["a"] ** 2)
   np.testing.assert_array_equal(params["a"], [1, 2, 3])  # the old ones are left
-  new, _, _ = oracle.adamw_update(params, {"a": np.ones(3)}, zeros(params), zeros(params), 1, eps=1.0, **settings)
+  new, _, _ = oracle.adamw_update(
+    params, {"a": np.ones(3)}, zeros(params), zeros(params), 1, eps=1.0, **settings
+  )
   np.testing.assert_allclose(new["a"], params["a"] - 0.1 / (1 + 1.0))  # eps is added to the root
 
 
@@ -342,11 +412,17 @@ def test_adam_has_its_worked_second_update_and_decay():
   params = {"a": np.array([10.0]), "b": np.array([10.0])}
   m, v = zeros(params), zeros(params)
   settings = {"lr": 0.5, "b1": 0.5, "b2": 0.75, "eps": 0.0, "weight_decay": 0.1, "decayed": {"b"}}
-  params, m, v = oracle.adamw_update(params, {"a": np.ones(1), "b": np.ones(1)}, m, v, 1, **settings)
+  params, m, v = oracle.adamw_update(
+    params, {"a": np.ones(1), "b": np.ones(1)}, m, v, 1, **settings
+  )
   np.testing.assert_allclose([params["a"][0], params["b"][0]], [9.5, 9.5 - 0.5 * 0.1 * 10])
-  params, m, v = oracle.adamw_update(params, {"a": np.full(1, 2.0), "b": np.full(1, 2.0)}, m, v, 2, **settings)
+  params, m, v = oracle.adamw_update(
+    params, {"a": np.full(1, 2.0), "b": np.full(1, 2.0)}, m, v, 2, **settings
+  )
   moved = 0.5 * (5 / 3) / math.sqrt(19 / 7)  # m = 5/4 of 3/4, v = 19/16 of 7/16
-  np.testing.assert_allclose([params["a"][0], params["b"][0]], [9.5 - moved, 9.0 - moved - 0.5 * 0.1 * 9.0])
+  np.testing.assert_allclose(
+    [params["a"][0], params["b"][0]], [9.5 - moved, 9.0 - moved - 0.5 * 0.1 * 9.0]
+  )
   np.testing.assert_allclose([m["a"][0], v["a"][0]], [1.25, 1.1875])
 
 
@@ -361,7 +437,9 @@ def test_clipping_is_by_the_norm_of_all_and_only_above_it():
 
 def test_schedules_have_their_worked_values():
   assert oracle.constant_rate(17, 0.3) == 0.3
-  assert [oracle.linear_rate(s, 0.4, 4) for s in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+  assert [oracle.linear_rate(s, 0.4, 4) for s in range(5)] == pytest.approx(
+    [0.4, 0.3, 0.2, 0.1, 0.0]
+  )
 
   def cosine(from_zero):
     settings = {"peak": 1.0, "end": 0.2, "warmup": 2, "total": 6, "warmup_from_zero": from_zero}
@@ -372,7 +450,14 @@ def test_schedules_have_their_worked_values():
   assert cosine(False) == pytest.approx([1 / 3, 2 / 3, *falling])
 
   def wsd(from_zero):
-    settings = {"peak": 1.0, "end": 0.2, "warmup": 2, "total": 8, "cooldown": 4, "warmup_from_zero": from_zero}
+    settings = {
+      "peak": 1.0,
+      "end": 0.2,
+      "warmup": 2,
+      "total": 8,
+      "cooldown": 4,
+      "warmup_from_zero": from_zero,
+    }
     return [oracle.wsd_rate(s, **settings) for s in range(10)]
 
   falling = [1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
@@ -390,17 +475,23 @@ def test_training_is_its_parts_in_order_and_learns():
   batches = [random_batch(GPT2, rng) for _ in range(3)]
   adam = {"b1": 0.8, "b2": 0.9, "eps": 1e-8, "weight_decay": 0.1, "decayed": {"wte"}}
   rates = [0.01, 0.02, 0.005]
-  losses, trained, m, v = oracle.train(params, iter(batches), GPT2, rate=rates.__getitem__, clip_norm=0.5, **adam)
+  losses, trained, m, v = oracle.train(
+    params, iter(batches), GPT2, rate=rates.__getitem__, clip_norm=0.5, **adam
+  )
   by_hand, m_by_hand, v_by_hand = params, zeros(params), zeros(params)
   for t, (batch, lr) in enumerate(zip(batches, rates, strict=True), 1):
     loss, gradients = oracle.loss_and_gradients(by_hand, *batch, GPT2)
     assert losses[t - 1] == pytest.approx(loss, rel=1e-13)
     assert oracle.global_norm(gradients) > 0.5  # clipping is at work
     gradients = oracle.clip_by_global_norm(gradients, 0.5)
-    by_hand, m_by_hand, v_by_hand = oracle.adamw_update(by_hand, gradients, m_by_hand, v_by_hand, t, lr=lr, **adam)
+    by_hand, m_by_hand, v_by_hand = oracle.adamw_update(
+      by_hand, gradients, m_by_hand, v_by_hand, t, lr=lr, **adam
+    )
   for got, expected in [(trained, by_hand), (m, m_by_hand), (v, v_by_hand)]:
     for name in params:
       np.testing.assert_allclose(got[name], expected[name], rtol=1e-9, atol=1e-12)
 
-  losses, _, _, _ = oracle.train(params, batches[:1] * 100, GPT2, rate=lambda _: 0.02, b1=0.9, b2=0.99, eps=1e-8)
+  losses, _, _, _ = oracle.train(
+    params, batches[:1] * 100, GPT2, rate=lambda _: 0.02, b1=0.9, b2=0.99, eps=1e-8
+  )
   assert losses[-1] < 0.5 * losses[0]

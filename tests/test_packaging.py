@@ -1,4 +1,6 @@
-"""A wheel, built without network and run from another folder, finds its experiments, its names and its commands."""
+"""A wheel, built without network and run from another folder, finds its experiments, its names and
+its commands.
+"""
 
 import os
 import shutil
@@ -13,8 +15,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def leave_out(folder, names):
-  """What is no part of the source; of folders called `runs` only the one at the top, for jgpt has one too."""
-  found = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "dist")(folder, names)
+  """What is no part of the source.
+
+  Of folders called `runs` only the one at the top, for jgpt has one too.
+  """
+  found = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "dist")(
+    folder, names
+  )
   return found | {name for name in names if name == "runs" and Path(folder) == ROOT}
 
 
@@ -37,7 +44,9 @@ def installed(tmp_path_factory):
 def run_there(installed, folder, *args):
   env = os.environ | {"PYTHONPATH": str(installed)}
   env.pop("JGPT_DATA_DIR", None)
-  return subprocess.run([sys.executable, "-m", *args], cwd=folder, env=env, capture_output=True, text=True, check=False)
+  return subprocess.run(
+    [sys.executable, "-m", *args], cwd=folder, env=env, capture_output=True, text=True, check=False
+  )
 
 
 def test_the_wheel_holds_what_it_needs_and_nothing_else(installed):

@@ -1,7 +1,8 @@
-"""Proof that the comparisons of test_reference.py bite: each test plants one error in jgpt and expects them to fail.
+"""Proof that the comparisons of test_reference.py bite: each test plants one error in jgpt and
+expects them to fail.
 
-Every check traces functions that it makes anew, so what is planted is in the program that runs, and nothing compiled with
-an error outlives its test.
+Every check traces functions that it makes anew, so what is planted is in the program that runs, and
+nothing compiled with an error outlives its test.
 """
 
 import dataclasses
@@ -25,8 +26,12 @@ import jgpt.step
 
 
 def no_scale_by_root_of_head_dim(put):
-  right = jgpt.attention.dot_product_attention
-  put(jgpt.attention, "dot_product_attention", lambda q_BTNH, *rest: right(q_BTNH * q_BTNH.shape[-1] ** 0.5, *rest))
+  right = jgpt.attention.attention_weights
+
+  def attention_weights(q_BTNH, *rest):
+    return right(q_BTNH * q_BTNH.shape[-1] ** 0.5, *rest)
+
+  put(jgpt.attention, "attention_weights", attention_weights)
 
 
 def mask_shows_the_next_token(put):
@@ -34,17 +39,18 @@ def mask_shows_the_next_token(put):
 
 
 def mask_hides_the_token_itself(put):
-  # The first token has nothing else to attend to, and would give NaN, which any comparison catches: it keeps itself.
+  # The first token has nothing else to attend to, and would give NaN, which any comparison catches:
+  # it keeps itself.
   plant_mask(put, lambda T: jnp.tril(jnp.ones((T, T), bool), -1).at[0, 0].set(True))
 
 
 def plant_mask(put, make_mask):
-  right = jgpt.attention.dot_product_attention
+  right = jgpt.attention.attention_weights
 
-  def attend(q_BTNH, k_BSNH, v_BSNH, visible_TS, drop):
-    return right(q_BTNH, k_BSNH, v_BSNH, make_mask(q_BTNH.shape[1]), drop)
+  def attention_weights(q_BTNH, k_BSNH, visible_TS):
+    return right(q_BTNH, k_BSNH, make_mask(q_BTNH.shape[1]))
 
-  put(jgpt.attention, "dot_product_attention", attend)
+  put(jgpt.attention, "attention_weights", attention_weights)
 
 
 def closing_bos_dropped(put):
@@ -52,7 +58,9 @@ def closing_bos_dropped(put):
 
   def make_documents(documents, tokenizer, seq_len):
     corpus = right(documents, tokenizer, seq_len)
-    return corpus._replace(lengths=np.minimum(corpus.lengths, [len(document) for document in documents]))
+    return corpus._replace(
+      lengths=np.minimum(corpus.lengths, [len(document) for document in documents])
+    )
 
   put(jgpt.data.corpus, "make_documents", make_documents)
 
@@ -68,12 +76,12 @@ def padding_counted(put):
 
 
 def positions_shifted_by_one(put):
-  right = jgpt.model._embed
+  right = jgpt.model.embed
 
   def embed(params, *rest):
     return right(params | {"pos_embed": jnp.roll(params["pos_embed"], -1, axis=0)}, *rest)
 
-  put(jgpt.model, "_embed", embed)
+  put(jgpt.model, "embed", embed)
 
 
 def norm_epsilon_ten_times_smaller(put):
@@ -90,34 +98,44 @@ def norm_not_differentiated(put):  # the loss stays right: only gradients can sh
 
 def b1_and_b2_swapped(put):
   right = jgpt.optim.make_optimizer
-  put(
-    jgpt.step, "make_optimizer", lambda config, model: right(dataclasses.replace(config, b1=config.b2, b2=config.b1), model)
-  )
+
+  def make_optimizer(experiment, hyper=None):
+    b1, b2 = experiment.optimizer.b2, experiment.optimizer.b1
+    optimizer = dataclasses.replace(experiment.optimizer, b1=b1, b2=b2)
+    return right(dataclasses.replace(experiment, optimizer=optimizer), hyper)
+
+  put(jgpt.step, "make_optimizer", make_optimizer)
 
 
-def moments_stored_under_each_others_name(put):  # the parameters stay right: only the moments can show it
+def moments_stored_under_each_others_name(
+  put,
+):  # the parameters stay right: only the moments can show it
   wrap_adam(put, before=swap_moments, after=swap_moments)
 
 
 def no_bias_correction(put):
-  wrap_adam(put, before=lambda state: state._replace(count=state.count + 10**6))  # b1**count and b2**count are then 0
+  wrap_adam(
+    put, before=lambda state: state._replace(count=state.count + 10**6)
+  )  # b1**count and b2**count are then 0
 
 
 def epsilon_inside_the_root(put):
   right = optax.scale_by_adam
-  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps))
+  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps, _: right(b1, b2, eps=0.0, eps_root=eps))
 
 
-def epsilon_squared_inside_the_root(put):  # as small as eps outside where the gradient is 0: the hardest to see
+def epsilon_squared_inside_the_root(
+  put,
+):  # as small as eps outside where the gradient is 0: the hardest to see
   right = optax.scale_by_adam
-  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps: right(b1, b2, eps=0.0, eps_root=eps**2))
+  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps, _: right(b1, b2, eps=0.0, eps_root=eps**2))
 
 
 def rate_of_the_next_step(put):
   right = jgpt.optim.make_schedule
 
-  def make_schedule(config):
-    schedule = right(config)
+  def make_schedule(*settings):
+    schedule = right(*settings)
     return lambda step: schedule(step + 1)
 
   put(jgpt.optim, "make_schedule", make_schedule)
@@ -130,8 +148,8 @@ def swap_moments(state):
 def wrap_adam(put, before, after=lambda state: state):
   right = jgpt.optim.scale_by_adam
 
-  def scale_by_adam(**settings):
-    adam = right(**settings)
+  def scale_by_adam(*settings):
+    adam = right(*settings)
 
     def update(grads, state, params=None, **rest):
       updates, new_state = adam.update(grads, before(state), params, **rest)
@@ -169,7 +187,9 @@ LOSS_ERRORS = (
 
 @pytest.mark.parametrize("plant", LOSS_ERRORS, ids=name)
 def test_gradient_comparison_catches(x64, monkeypatch, plant):
-  """An error in the network, the mask, the positions or what is predicted cannot pass for the right gradient."""
+  """An error in the network, the mask, the positions or what is predicted cannot pass for the right
+  gradient.
+  """
   plant(monkeypatch.setattr)
   with must_differ() as found:
     check_gradients(names_experiment(), "float64")
@@ -188,7 +208,9 @@ UPDATE_ERRORS = (
 
 @pytest.mark.parametrize("plant", UPDATE_ERRORS, ids=name)
 def test_training_comparison_catches(x64, monkeypatch, plant):
-  """An error in Adam or the rate, which no single gradient shows, cannot pass for the right 20 updates."""
+  """An error in Adam or the rate, which no single gradient shows, cannot pass for the right 20
+  updates.
+  """
   plant(monkeypatch.setattr)
   with must_differ() as found:
     check_training(names_experiment(optimizer__decay_steps=1000), "float64")

@@ -1,13 +1,15 @@
-"""Proof that the comparisons of test_numpy_reference.py bite: each test plants one error in jgpt and expects one to fail.
+"""Proof that the comparisons of test_numpy_reference.py bite: each test plants one error in jgpt
+and expects one to fail.
 
-`CAUGHT_BY_NETWORK` are caught by `check_network`, `CAUGHT_BY_TRAINING` by `check_training`, `CAUGHT_BY_SCHEDULE` by
-`check_schedule`, `CAUGHT_BY_MASKS` by `check_masks`: functions of switches.py, which trace what they run anew, so that what
-is planted is in the program and nothing compiled with an error outlives its test. Each without the error passes in
-test_numpy_reference.py.
+`CAUGHT_BY_NETWORK` are caught by `check_network`, `CAUGHT_BY_TRAINING` by `check_training`,
+`CAUGHT_BY_SCHEDULE` by `check_schedule`, `CAUGHT_BY_MASKS` by `check_masks`: functions of
+switches.py, which trace what they run anew, so that what is planted is in the program and nothing
+compiled with an error outlives its test. Each without the error passes in test_numpy_reference.py.
 """
 
 import dataclasses
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,10 @@ import jgpt.optim
 import jgpt.step
 from jgpt.config import OptimizerConfig
 from jgpt.config.experiment import DROPOUT_PLACES
+from jgpt.keys import DROPOUT, derive_key
 
-# Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it compiles instead.
+# Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it
+# compiles instead.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 
 stop = jax.lax.stop_gradient
@@ -63,19 +67,27 @@ def change_nats(put, change):
 def micro_batches_are_averaged(put):  # right where all of them weigh the same
   right = jgpt.step.loss_fn
 
-  def loss_fn(params, batch, config, key=None, total_weight=None, **how):
-    loss = right(params, batch, config, key, **how)
+  def loss_fn(params, batch, experiment, key=None, total_weight=None):
+    loss = right(params, batch, experiment, key)
     return loss if total_weight is None else loss / 2
 
   put(jgpt.step, "loss_fn", loss_fn)
 
 
 def tanh_for_erf(put):
-  put(jgpt.model, "ACTIVATIONS", jgpt.layers.ACTIVATIONS | {"gelu_erf": jgpt.layers.ACTIVATIONS["gelu_tanh"]})
+  put(
+    jgpt.model,
+    "ACTIVATIONS",
+    jgpt.layers.ACTIVATIONS | {"gelu_erf": jgpt.layers.ACTIVATIONS["gelu_tanh"]},
+  )
 
 
 def erf_for_tanh(put):
-  put(jgpt.model, "ACTIVATIONS", jgpt.layers.ACTIVATIONS | {"gelu_tanh": jgpt.layers.ACTIVATIONS["gelu_erf"]})
+  put(
+    jgpt.model,
+    "ACTIVATIONS",
+    jgpt.layers.ACTIVATIONS | {"gelu_tanh": jgpt.layers.ACTIVATIONS["gelu_erf"]},
+  )
 
 
 def norm_epsilon_of_1e_6(put):
@@ -84,7 +96,11 @@ def norm_epsilon_of_1e_6(put):
 
 def no_gradient_for_the_bias_of_a_norm(put):  # the loss stays right: only gradients can show it
   right = jgpt.layers.layer_norm
-  put(jgpt.model, "layer_norm", lambda x, gain, bias: right(x, gain, bias if bias is None else stop(bias)))
+  put(
+    jgpt.model,
+    "layer_norm",
+    lambda x, gain, bias: right(x, gain, bias if bias is None else stop(bias)),
+  )
 
 
 def no_gradient_through_the_mean_of_a_norm(put):
@@ -108,7 +124,11 @@ def sines_and_cosines_swapped(put):
   right = jgpt.layers.sinusoidal_positions
 
   def swapped(num_positions, d_model):
-    return right(num_positions, d_model).reshape(num_positions, -1, 2)[:, :, ::-1].reshape(num_positions, d_model)
+    return (
+      right(num_positions, d_model)
+      .reshape(num_positions, -1, 2)[:, :, ::-1]
+      .reshape(num_positions, d_model)
+    )
 
   put(jgpt.model, "sinusoidal_positions", swapped)
 
@@ -117,13 +137,24 @@ def sines_first_then_cosines(put):  # as tensor2tensor lays them out
   right = jgpt.layers.sinusoidal_positions
 
   def halves(num_positions, d_model):
-    return right(num_positions, d_model).reshape(num_positions, -1, 2).swapaxes(1, 2).reshape(num_positions, d_model)
+    return (
+      right(num_positions, d_model)
+      .reshape(num_positions, -1, 2)
+      .swapaxes(1, 2)
+      .reshape(num_positions, d_model)
+    )
 
   put(jgpt.model, "sinusoidal_positions", halves)
 
 
 def scale_applied_to_positions_too(put):
-  change_embed(put, lambda params, config: (params | {"pos_embed": params["pos_embed"] * config.d_model**0.5}, config))
+  change_embed(
+    put,
+    lambda params, config: (
+      params | {"pos_embed": params["pos_embed"] * config.d_model**0.5},
+      config,
+    ),
+  )
 
 
 def scale_left_out(put):
@@ -131,94 +162,120 @@ def scale_left_out(put):
 
 
 def no_gradient_for_the_tied_head(put):
-  change_logits(put, lambda params, config: (params | {"tok_embed": stop(params["tok_embed"])}, config))
+  change_logits(
+    put, lambda params, config: (params | {"tok_embed": stop(params["tok_embed"])}, config)
+  )
 
 
 def no_gradient_for_the_tied_embedding(put):
-  change_embed(put, lambda params, config: (params | {"tok_embed": stop(params["tok_embed"])}, config))
+  change_embed(
+    put, lambda params, config: (params | {"tok_embed": stop(params["tok_embed"])}, config)
+  )
 
 
 def padding_in_the_softmax(put):
-  change_logits(put, lambda params, config: (params, dataclasses.replace(config, vocab_size=config.padded_vocab_size)))
+  change_logits(
+    put,
+    lambda params, config: (
+      params,
+      dataclasses.replace(config, vocab_size=config.padded_vocab_size),
+    ),
+  )
 
 
 def a_padded_row_gets_a_gradient(put):  # the loss stays right, and so does every other gradient
-  right = jgpt.model._logits
+  right = jgpt.model.predict_logits
 
-  def logits(params, x_BTD, config):
+  def predict_logits(params, x_BTD, config):
     row = jnp.sum(params["tok_embed"][-1])
     return right(params, x_BTD, config).at[..., 0].add(row - stop(row))
 
-  put(jgpt.model, "_logits", logits)
+  put(jgpt.model, "predict_logits", predict_logits)
 
 
 def change_logits(put, change):
-  right = jgpt.model._logits
+  right = jgpt.model.predict_logits
 
-  def logits(params, x_BTD, config):
+  def predict_logits(params, x_BTD, config):
     params, config = change(params, config)
     return right(params, x_BTD, config)
 
-  put(jgpt.model, "_logits", logits)
+  put(jgpt.model, "predict_logits", predict_logits)
 
 
 def change_embed(put, change):
-  right = jgpt.model._embed
+  right = jgpt.model.embed
 
-  def embed(params, tokens_BT, positions_T, config, key=None):
+  def embed(params, tokens_BT, position, config, key=None):
     params, config = change(params, config)
-    return right(params, tokens_BT, positions_T, config, key)
+    return right(params, tokens_BT, position, config, key)
 
-  put(jgpt.model, "_embed", embed)
+  put(jgpt.model, "embed", embed)
 
 
 def bias_of_attention_left_out(put):
-  right = jgpt.model._add_bias
-  put(jgpt.model, "_add_bias", lambda x, bias: right(x, None if x.ndim == 5 else bias))
+  right = jgpt.model.add_bias
+  put(jgpt.model, "add_bias", lambda x, bias: right(x, None if x.ndim == 5 else bias))
 
 
 # --- Errors in dropout ---
 
 
 def dropout_kept_at_evaluation(put):
-  right = jgpt.layers.make_drop
-  put(jgpt.model, "make_drop", lambda config, key: right(config, jax.random.key(0) if key is None else key))
+  right = jgpt.layers.dropout_at
+
+  def dropout_at(place, config, key):
+    return right(place, config, jax.random.key(0) if key is None else key)
+
+  put(jgpt.model, "dropout_at", dropout_at)
 
 
 def attention_dropped_before_the_softmax(put):  # a score of 0 is no probability of 0
-  def attend(q_BTNH, k_BSNH, v_BSNH, visible_TS, drop):
-    scores_BNTS = drop("attention", jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5)
+  def attention(q_BTNH, k_BSNH, v_BSNH, *, rate, key, implementation):
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
+    scores_BNTS = jgpt.attention.dropout(scores_BNTS, rate, key)
+    visible_TS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
     weights_BNTS = jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf))
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
 
-  put(jgpt.attention, "dot_product_attention", attend)
+  put(jgpt.model, "attention", attention)
 
 
 def dropped_after_the_residual_sum(put):
   right = jgpt.model.block
 
-  def block(memory, x_BTD, p, attend, config, drop):
-    keep = lambda place, x: x if place == "mlp_out" else drop(place, x)  # noqa: E731
-    x_BTD, memory = right(memory, x_BTD, p, attend, config, keep)
-    return drop("mlp_out", x_BTD), memory
+  def block(x_BTD, p, config, compute, key, *rest):
+    drop = jgpt.model.dropout  # that of `masks_given`, whose rates know their places
+
+    def drop_elsewhere(x, rate, key):
+      return x if rate.place == "mlp_out" else drop(x, rate, key)
+
+    with mock.patch.object(jgpt.model, "dropout", drop_elsewhere):
+      x_BTD, cache = right(x_BTD, p, config, compute, key, *rest)
+    return drop(x_BTD, *jgpt.model.dropout_at("mlp_out", config, key)), cache
 
   put(jgpt.model, "block", block)
 
 
 def no_gradient_through_dropout(put):
-  change_drop(put, lambda drop, place, x: x + stop(drop(place, x) - x))
+  change_drop(put, lambda drop, x: x + stop(drop(x) - x))
 
 
 def survivors_not_scaled(put):
-  change_drop(put, lambda drop, place, x: jnp.where(drop(place, x) == 0, 0, x))
+  change_drop(put, lambda drop, x: jnp.where(drop(x) == 0, 0, x))
 
 
 def one_mask_for_all_sequences(put):
-  change_drop(put, lambda drop, place, x: x * drop(place, jnp.ones_like(x[:1])))
+  change_drop(put, lambda drop, x: x * drop(jnp.ones_like(x[:1])))
 
 
 def a_place_forgotten(put):
-  change_drop(put, lambda drop, place, x: x if place == "activation" else drop(place, x))
+  right = jgpt.layers.dropout_at
+
+  def dropout_at(place, *rest):
+    return (0.0, None) if place == "activation" else right(place, *rest)
+
+  put(jgpt.model, "dropout_at", dropout_at)
 
 
 def a_tenth_more_dropped_than_asked_for(put):
@@ -227,13 +284,13 @@ def a_tenth_more_dropped_than_asked_for(put):
 
 
 def change_drop(put, change):
-  right = jgpt.layers.make_drop
+  right = jgpt.layers.dropout
 
-  def make_drop(config, key):
-    drop = right(config, key)
-    return lambda place, x: change(drop, place, x)
+  def dropout(x, rate, key):
+    return change(lambda x: right(x, rate, key), x)
 
-  put(jgpt.model, "make_drop", make_drop)
+  for module in (jgpt.model, jgpt.attention):
+    put(module, "dropout", dropout)
 
 
 def one_mask_for_all_layers(put):
@@ -258,8 +315,10 @@ def embeddings_left_out_of_decay(put):
 def change_kinds(put, change):
   right = jgpt.optim.make_optimizer
 
-  def make_optimizer(config, model):
-    return right(dataclasses.replace(config, decay_kinds=change(config.decay_kinds)), model)
+  def make_optimizer(experiment, hyper=None):
+    kinds = change(experiment.optimizer.decay_kinds)
+    optimizer = dataclasses.replace(experiment.optimizer, decay_kinds=kinds)
+    return right(dataclasses.replace(experiment, optimizer=optimizer), hyper)
 
   put(jgpt.step, "make_optimizer", make_optimizer)
 
@@ -269,7 +328,9 @@ def warmup_one_step_longer(put):
 
 
 def warmup_from_zero_for_warmup_from_the_first_step(put):
-  change_rate(put, lambda config: dataclasses.replace(config, warmup_from_zero=not config.warmup_from_zero))
+  change_rate(
+    put, lambda config: dataclasses.replace(config, warmup_from_zero=not config.warmup_from_zero)
+  )
 
 
 def decay_ends_one_step_early(put):
@@ -283,7 +344,7 @@ def floor_forgotten(put):
 def change_rate(put, change):
   right = jgpt.optim.make_schedule
   for module in (jgpt.optim, jgpt.step):  # what updates, and what is reported
-    put(module, "make_schedule", lambda config: right(change(config)))
+    put(module, "make_schedule", lambda config, *rest: right(change(config), *rest))
 
 
 def clip_after_adam(put):
@@ -302,7 +363,9 @@ def reorder(put, *names):
 def clipped_leaf_by_leaf(put):
   def clip(max_norm):
     def update(grads, state, params=None):
-      return jax.tree.map(lambda g: g * jnp.minimum(1, max_norm / jnp.linalg.norm(g.ravel())), grads), state
+      return jax.tree.map(
+        lambda g: g * jnp.minimum(1, max_norm / jnp.linalg.norm(g.ravel())), grads
+      ), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -355,12 +418,16 @@ CAUGHT_BY_NETWORK = {
 
 @pytest.mark.parametrize("plant", CAUGHT_BY_NETWORK, ids=name)
 def test_network_comparison_catches(x64, monkeypatch, plant):
-  """An error in the network or the loss cannot pass for the right logits, loss and gradient of its system."""
+  """An error in the network or the loss cannot pass for the right logits, loss and gradient of its
+  system.
+  """
   system, settings = CAUGHT_BY_NETWORK[plant]
   plant(monkeypatch.setattr)
   config = make_model(SYSTEMS[system], **settings)
   with must_differ() as found:
-    check_network(config, what=system, how="stacked" if config.dropout else "eager")  # whichever is quicker
+    check_network(
+      config, what=system, how="stacked" if config.dropout else "eager"
+    )  # whichever is quicker
   assert_caught_by_far(found)
 
 
@@ -373,7 +440,9 @@ def test_network_comparison_catches_averaged_micro_batches(x64, monkeypatch):
   assert_caught_by_far(found)
 
 
-@pytest.mark.parametrize("plant", [attention_dropped_before_the_softmax, dropped_after_the_residual_sum], ids=name)
+@pytest.mark.parametrize(
+  "plant", [attention_dropped_before_the_softmax, dropped_after_the_residual_sum], ids=name
+)
 def test_network_comparison_with_given_masks_catches(x64, monkeypatch, plant):
   """What is dropped in the wrong place cannot pass for the oracle's network with the same masks."""
   config = make_model(SYSTEMS["GPT-2"])
@@ -387,11 +456,11 @@ def test_network_comparison_with_given_masks_catches(x64, monkeypatch, plant):
 def test_network_comparison_with_drawn_masks_catches(x64, monkeypatch):
   """Nor can a gradient that passes through what was dropped."""
   config = make_model(SYSTEMS["GPT-2"], **DROPPING)
-  key, batch = jax.random.key(5), draw_batch(config)
-  masks = masks_drawn(config, batch.inputs_BT, key)
+  batch = draw_batch(config)
+  masks = masks_drawn(config, batch.inputs_BT, derive_key(0, DROPOUT, 0))
   no_gradient_through_dropout(monkeypatch.setattr)
   with must_differ() as found:
-    check_network(config, what="GPT-2", key=key, masks=masks, batch=batch)
+    check_network(config, what="GPT-2", masks=masks, batch=batch)
   assert_caught_by_far(found)
 
 
@@ -407,7 +476,9 @@ CAUGHT_BY_MASKS = {  # and by which of its assertions
 
 @pytest.mark.parametrize("plant", CAUGHT_BY_MASKS, ids=name)
 def test_comparison_of_masks_catches(monkeypatch, plant):
-  """Masks that are related, or of another probability, show in the masks alone: their gradients are right."""
+  """Masks that are related, or of another probability, show in the masks alone: their gradients are
+  right.
+  """
   config = make_model(SYSTEMS["GPT-2"], d_model=16, d_ff=32, max_seq_len=16, **DROPPING)
   plant(monkeypatch.setattr)
   masks = masks_drawn(config, draw_batch(config, batch_size=8).inputs_BT, jax.random.key(0))
@@ -440,7 +511,9 @@ CAUGHT_BY_TRAINING = (
 
 @pytest.mark.parametrize("plant", CAUGHT_BY_TRAINING, ids=name)
 def test_training_comparison_catches(x64, monkeypatch, plant):
-  """An error in what decays, what is clipped or how the rate warms up cannot pass for the right 20 updates."""
+  """An error in what decays, what is clipped or how the rate warms up cannot pass for the right 20
+  updates.
+  """
   plant(monkeypatch.setattr)
   with must_differ() as found:
     check_training(make_model(SYSTEMS["nanoGPT"]), OPTIMIZER, what="nanoGPT")

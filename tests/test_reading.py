@@ -11,7 +11,7 @@ from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.plan import plan_run
 from jgpt.report.console import uniform_loss
-from jgpt.report.verdict import compare_expected, final_loss, judge_losses
+from jgpt.report.verdict import compare_expected, diagnose_losses, final_loss
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -24,16 +24,21 @@ def words(tmp_path_factory):
   path = tmp_path_factory.mktemp("data") / "words.txt"
   rng = np.random.default_rng(0)
   syllables = [c + v for c in "bdfgklmnprst" for v in "aeiou"]
-  path.write_text("".join("".join(rng.choice(syllables, rng.integers(2, 5))) + "\n" for _ in range(1200)), encoding="utf-8")
+  path.write_text(
+    "".join("".join(rng.choice(syllables, rng.integers(2, 5))) + "\n" for _ in range(1200)),
+    encoding="utf-8",
+  )
   return path
 
 
 def read(words, **changes):
   """Trains `names` on the words with settings changed, and reads the result."""
-  changes = {name.replace("__", "."): value for name, value in changes.items()} | {"data.path": str(words)}
+  changes = {name.replace("__", "."): value for name, value in changes.items()} | {
+    "data.path": str(words)
+  }
   result = train.train_run(plan_run(change(load_experiment("names"), changes)))
   baseline = uniform_loss(result.experiment.model.vocab_size)
-  return judge_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
+  return diagnose_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
 
 
 def test_a_run_that_learns_and_levels_off_is_healthy(words):
@@ -44,10 +49,19 @@ def test_a_run_that_learns_and_levels_off_is_healthy(words):
 
 @pytest.mark.slow
 def test_a_run_that_learns_its_text_by_heart_is_overfitting(words, tmp_path):
-  """Sixty of the words, a wider model, many steps: the held-out loss rises while the training loss falls."""
+  """Sixty of the words, a wider model, many steps: the held-out loss rises while the training loss
+  falls.
+  """
   few = tmp_path / "few.txt"
-  few.write_text("".join(words.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8")
-  changes = {"data__heldout_fraction": 0.3, "train__steps": 400, "train__eval_every": 20, "data__batch_size": 16}
+  few.write_text(
+    "".join(words.read_text(encoding="utf-8").splitlines(keepends=True)[:60]), encoding="utf-8"
+  )
+  changes = {
+    "data__heldout_fraction": 0.3,
+    "train__steps": 400,
+    "train__eval_every": 20,
+    "data__batch_size": 16,
+  }
   reading = read(few, model__d_model=64, model__d_ff=256, **changes)
   assert reading.verdict == "overfitting", reading
   assert "rose from" in reading.evidence
@@ -64,14 +78,16 @@ def test_a_run_that_stops_early_is_underfitting(words, steps, evidence):
 
 
 def test_a_heldout_loss_that_still_falls_is_underfitting():
-  """Of a short run with noisy training losses, as GPT-2's 41 updates: 6% in a quarter of the run."""
+  """Of a short run with noisy training losses, as GPT-2's 41 updates: 6% in a quarter of
+  the run.
+  """
   losses = np.linspace(10.9, 7.4, 41) + np.random.default_rng(0).normal(0, 0.4, 41)
   curve = [(0, 11.0), (10, 8.94), (20, 8.23), (30, 7.55), (40, 7.09)]
-  reading = judge_losses(losses, curve, 7.01, 10.8)
+  reading = diagnose_losses(losses, curve, 7.01, 10.8)
   assert reading.verdict == "underfitting"
   assert reading.evidence == "the held-out loss still fell, from 7.55 at step 30 to 7.09 at step 40"
   levelled = [*curve[:-1], (40, 7.53)]
-  assert judge_losses(np.full(41, 7.4), levelled, 7.5, 10.8).verdict == "healthy"
+  assert diagnose_losses(np.full(41, 7.4), levelled, 7.5, 10.8).verdict == "healthy"
 
 
 def test_a_run_with_too_high_a_rate_is_diverging(words):
@@ -82,20 +98,24 @@ def test_a_run_with_too_high_a_rate_is_diverging(words):
 def test_a_loss_that_is_not_finite_is_diverging_and_its_step_is_named():
   losses = np.full(200, 2.0)
   losses[41] = np.nan
-  reading = judge_losses(losses, [], None, 3.3)
-  assert reading == dataclasses.replace(reading, verdict="diverging") and "step 42 " in reading.evidence
+  reading = diagnose_losses(losses, [], None, 3.3)
+  assert (
+    reading == dataclasses.replace(reading, verdict="diverging") and "step 42 " in reading.evidence
+  )
 
 
 @pytest.mark.parametrize("heldout_loss", [None, 2.0])
 @pytest.mark.parametrize("num", [1, 2, 3, 49, 51])
 def test_short_runs_have_a_verdict_too(num, heldout_loss):
-  assert judge_losses(np.linspace(3.3, 3.0, num), [], heldout_loss, 3.3).verdict == "underfitting"
+  assert (
+    diagnose_losses(np.linspace(3.3, 3.0, num), [], heldout_loss, 3.3).verdict == "underfitting"
+  )
 
 
 def test_a_training_loss_above_the_heldout_loss_is_no_overfitting():
   """With dropout, training is the harder task."""
   losses = np.concatenate([np.linspace(5, 1.3, 300), np.full(700, 1.3)])
-  assert judge_losses(losses, [(500, 1.15), (1000, 1.13)], 1.13, 5.5).verdict == "healthy"
+  assert diagnose_losses(losses, [(500, 1.15), (1000, 1.13)], 1.13, 5.5).verdict == "healthy"
 
 
 def test_the_final_loss_is_the_mean_of_the_last_fifty():

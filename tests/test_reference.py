@@ -1,14 +1,19 @@
-"""jgpt against an oracle that shares no code with it: scalar automatic differentiation, one float at a time."""
+"""jgpt against an oracle that shares no code with it: scalar automatic differentiation, one float
+at a time.
+"""
 
 import pytest
 from equivalence import NAMES, OPTIONS, check_gradients, check_training, names_experiment
+
+from jgpt.devices.compute import resolve_compute
 
 # The rate falls by 2% over the 20 updates compared, or all the way.
 SCHEDULES = {"slow decay": 1000, "fast decay": 20}
 
 
 def test_loss_and_every_gradient_entry_in_float64(x64):
-  """Loss and gradient are the mathematical ones, for names that fit the context and names that are cut.
+  """Loss and gradient are the mathematical ones, for names that fit the context and names that are
+  cut.
 
   At 1e-10 nothing hides behind rounding: an error in one term of one entry shows.
   """
@@ -16,7 +21,8 @@ def test_loss_and_every_gradient_entry_in_float64(x64):
 
 
 def test_loss_and_every_gradient_entry_without_jit(x64):
-  """What is compiled is what is written: run operation by operation, the loss and the gradient are the same.
+  """What is compiled is what is written: run operation by operation, the loss and the gradient are
+  the same.
 
   A disagreement of this test with the one above would be the compiler's, not the network's.
   """
@@ -25,27 +31,43 @@ def test_loss_and_every_gradient_entry_without_jit(x64):
 
 @pytest.mark.parametrize("options", ["default", "shipped"])
 def test_loss_and_every_gradient_entry_in_float32(options):
-  """In the precision that training uses, loss and gradient are the mathematical ones up to float32's rounding."""
-  check_gradients(names_experiment(), "float32", compiler_options=OPTIONS[options])
+  """In the precision that training uses, loss and gradient are the mathematical ones up to
+  float32's rounding.
+  """
+  experiment = names_experiment()
+  if options == "shipped":
+    experiment = resolve_compute(experiment, "cpu")
+  check_gradients(experiment, "float32", compiler_options=OPTIONS[options])
 
 
 @pytest.mark.parametrize("decay_steps", SCHEDULES.values(), ids=SCHEDULES)
 def test_twenty_adam_steps_in_float64(x64, decay_steps):
-  """Adam's bias corrections, its moments and the decaying rate are the textbook's: 20 updates end at the same place.
+  """Adam's bias corrections, its moments and the decaying rate are the textbook's: 20 updates end
+  at the same place.
 
-  One gradient would not tell them apart: an error in a moment or in the rate shows only from the second update on.
+  One gradient would not tell them apart: an error in a moment or in the rate shows only from the
+  second update on.
   """
   check_training(names_experiment(optimizer__decay_steps=decay_steps), "float64")
 
 
-@pytest.mark.parametrize(("schedule", "options"), [("slow decay", "shipped"), ("fast decay", "default")])
+@pytest.mark.parametrize(
+  ("schedule", "options"), [("slow decay", "shipped"), ("fast decay", "default")]
+)
 def test_twenty_losses_in_float32(schedule, options):
-  """The program that users run, in its precision and with its compiler options, follows the oracle's losses."""
-  check_training(names_experiment(optimizer__decay_steps=SCHEDULES[schedule]), "float32", OPTIONS[options])
+  """The program that users run, in its precision and with its compiler options, follows the
+  oracle's losses.
+  """
+  experiment = names_experiment(optimizer__decay_steps=SCHEDULES[schedule])
+  if options == "shipped":
+    experiment = resolve_compute(experiment, "cpu")
+  check_training(experiment, "float32", OPTIONS[options])
 
 
 def test_two_layers(x64):
-  """Layers are applied in order and each gets its own gradient: with one layer, a mix-up of layers cannot show."""
+  """Layers are applied in order and each gets its own gradient: with one layer, a mix-up of layers
+  cannot show.
+  """
   experiment = names_experiment(model__num_layers=2, optimizer__decay_steps=20)
   check_gradients(experiment, "float64", documents=NAMES[-1:])
   check_training(experiment, "float64")

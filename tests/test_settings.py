@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jgpt.config import (
+  ComputeConfig,
   DataConfig,
   Experiment,
   MeshConfig,
@@ -37,8 +38,10 @@ from jgpt.config.settings import (
 from jgpt.errors import UserError
 
 NAMES = catalog.load_experiment("names")
+GROUPED = change(NAMES, {"data.batch_size": 16, "compute.group_documents": True})
 
-# For each setting another value than that of `names`, valid by itself, and whether a resumed run may differ in it.
+# For each setting another value than that of `names`, valid by itself, and whether a resumed run
+# may differ in it.
 OTHER_VALUES = {
   "model.vocab_size": (40, False),
   "model.vocab_multiple": (8, False),
@@ -106,8 +109,13 @@ OTHER_VALUES = {
   "sample.top_p": (0.9, True),
   "sample.max_tokens": (4, True),
   "mesh.data": (None, True),
-  "mesh.scan_layers": (True, True),
-  "mesh.tricks": (False, True),
+  "compute.tricks": (False, True),
+  "compute.attention": ("blocks", True),
+  "compute.matmul": ("flat", True),
+  "compute.layers": ("unroll", True),
+  "compute.group_documents": (False, True),
+  "compute.select": ("ordered", True),
+  "compute.compiler_options": ("none", True),
 }
 
 
@@ -130,7 +138,9 @@ def set_(*texts, base=NAMES):
   ],
 )
 def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
-  with pytest.raises(UserError, match=rf"no setting '{text.partition('=')[0]}'\. Did you mean .*{meant}\b"):
+  with pytest.raises(
+    UserError, match=rf"no setting '{text.partition('=')[0]}'\. Did you mean .*{meant}\b"
+  ):
     set_(text)
 
 
@@ -156,7 +166,10 @@ def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
     ("data.heldout_fraction=1", "below 1"),
     ("sample.top_p=1.5", "from 0 to 1"),
     ("optimizer.decay_kinds=matrix,weight", "embedding, matrix, head, gain, bias"),
-    ("model.dropout_places=mlp,attention", "embedding, attention, attention_out, activation, mlp_out"),
+    (
+      "model.dropout_places=mlp,attention",
+      "embedding, attention, attention_out, activation, mlp_out",
+    ),
     ("model.dropout=1", "below 1"),
     ("model.norm=rmss", "rms, layer or layer_no_bias. Did you mean rms"),
     ("model.activation=gelu", "relu, gelu_tanh or gelu_erf. Did you mean"),
@@ -164,6 +177,12 @@ def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
     ("optimizer.schedule=linaer", "linear, cosine, constant or wsd. Did you mean linear"),
     ("data.bpe_vocab_size=255", "at least 256"),
     ("train.steps", "no '='"),
+    ("compute.tricks=auto", "true or false"),
+    ("compute.attention=block", "auto, plain or blocks. Did you mean blocks"),
+    ("compute.layers=true", "auto, scan or unroll"),
+    ("compute.group_documents=yes", "true or false or auto"),
+    ("compute.group_documents=none", "true or false or auto"),
+    ("compute.group_documents=1", "true or false or auto"),
   ],
 )
 def test_wrong_value_is_refused_with_the_setting_and_what_it_needs(text, need):
@@ -186,6 +205,10 @@ def test_wrong_value_is_refused_with_the_setting_and_what_it_needs(text, need):
     ("optimizer.decay_kinds", [1]),
     ("data.source", None),
     ("data.path", 7),
+    ("compute.tricks", "false"),
+    ("compute.group_documents", 1),
+    ("compute.group_documents", None),
+    ("compute.group_documents", "true"),
   ],
 )
 def test_values_from_python_and_json_are_not_converted_to_the_declared_type(name, value):
@@ -194,7 +217,9 @@ def test_values_from_python_and_json_are_not_converted_to_the_declared_type(name
 
 
 def test_code_as_a_value_is_text_and_never_executed(tmp_path):
-  """Neither a number's parser nor a text's evaluates anything: the file that the code would make is not there."""
+  """Neither a number's parser nor a text's evaluates anything: the file that the code would make is
+  not there.
+  """
   marker = tmp_path / "executed"
   code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
   for name in setting_names():
@@ -207,11 +232,72 @@ def test_code_as_a_value_is_text_and_never_executed(tmp_path):
   assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+  ("text", "today"),
+  [
+    ("mesh.tricks=false", "compute.tricks=false"),
+    ("mesh.tricks=TRUE", "compute.tricks=true"),
+    ("mesh.scan_layers=true", "compute.layers=scan"),
+    ("mesh.scan_layers=false", "compute.layers=unroll"),
+    ("mesh.scan_layers=none", "compute.layers=auto"),
+  ],
+)
+def test_a_setting_that_has_another_name_today_is_answered_with_it(text, today):
+  """And with the value that means the same; what is advised is accepted."""
+  with pytest.raises(UserError, match=rf"{text.partition('=')[0]} is .*Try --set {today}$"):
+    set_(text)
+  section, field = today.partition("=")[0].split(".")
+  assert format_value(getattr(getattr(set_(today), section), field)) == today.partition("=")[2]
+
+
+@pytest.mark.parametrize("value", [[], {}, 10**400, "x" * 1000])
+def test_any_value_of_a_setting_that_has_another_name_today_is_refused(value):
+  for name in ("mesh.tricks", "mesh.scan_layers"):
+    with pytest.raises(UserError, match=name):
+      change(NAMES, {name: value})
+
+
+@pytest.mark.parametrize(
+  ("text", "value"),
+  [("true", True), ("True", True), ("false", False), ("auto", "auto")],
+)
+def test_grouping_documents_is_true_false_or_auto(text, value):
+  base = change(NAMES, {"data.batch_size": 16})
+  got = set_(f"compute.group_documents={text}", base=base).compute.group_documents
+  assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"data.batching": "random"},
+    {"data.batch_size": 6},
+    {"data.batch_size": 1},
+    {"data.seq_len": 15},
+    {"model.dropout": 0.1, "model.dropout_places": ("mlp_out",)},
+    {"train.micro_batch_size": 8},
+    {"mesh.data": 2},
+    {"mesh.data": None},
+  ],
+)
+def test_documents_are_not_grouped_where_that_would_not_be_the_definition(changes):
+  """True is refused, false and auto are not; what is given up for grouping is said."""
+  refused = r"compute\.group_documents=true needs data\.batching=documents"
+  with pytest.raises(UserError, match=refused):
+    change(GROUPED, changes)
+  for value in (False, "auto"):
+    changed = change(GROUPED, changes | {"compute.group_documents": value})
+    assert changed.compute.group_documents == value
+
+
 # --- Settings that must go together ---
 
 
 def follow_advice(*texts):
-  """Adds the settings that each refusal advises until nothing is refused; returns what was added."""
+  """Adds the settings that each refusal advises until nothing is refused.
+
+  Returns what was added.
+  """
   added = []
   for _ in range(3):
     try:
@@ -236,7 +322,10 @@ def follow_advice(*texts):
     (["data.batch_size=4", "train.micro_batch_size=8"], ["train.micro_batch_size=4"]),
     (["data.batch_size=6", "mesh.data=4"], ["mesh.data=1"]),
     (["data.batch_size=8", "train.micro_batch_size=2", "mesh.data=4"], ["mesh.data=1"]),
-    (["data.batch_size=6", "train.micro_batch_size=4", "mesh.data=5"], ["train.micro_batch_size=3", "mesh.data=1"]),
+    (
+      ["data.batch_size=6", "train.micro_batch_size=4", "mesh.data=5"],
+      ["train.micro_batch_size=3", "mesh.data=1"],
+    ),
     (["model.norm=layer"], ["model.norm_embed=false"]),
     (["model.dropout=0.1"], ["model.dropout_places=mlp_out"]),
     (["data.tokenizer=bytes"], ["data.batching=random"]),
@@ -244,17 +333,23 @@ def follow_advice(*texts):
     (["data.heldout_tokens=5", "data.batching=random"], ["data.heldout_fraction=0"]),
     (["train.steps=none"], ["train.steps=1000"]),
     (["train.steps=none", "train.epochs=3"], ["train.steps=1000"]),
+    (["compute.group_documents=true"], ["compute.group_documents=auto"]),
   ],
 )
 def test_values_that_do_not_go_together_are_refused_and_the_advice_mends_them(texts, advice):
-  """The value advised is the nearest that would do; one correction for each thing that is wrong ends in valid settings."""
+  """The value advised is the nearest that would do.
+
+  One correction for each thing that is wrong ends in valid settings.
+  """
   began = time.perf_counter()
   assert follow_advice(*texts) == advice
   assert time.perf_counter() - began < 5
 
 
 def test_changes_are_made_at_once_so_their_order_does_not_matter():
-  """What is wrong beside the old value is right beside the new one, within a section and across two."""
+  """What is wrong beside the old value is right beside the new one, within a section and across
+  two.
+  """
   pairs = [("model.num_heads=3", "model.d_model=24"), ("data.seq_len=64", "model.max_seq_len=64")]
   for a, b in pairs:
     with pytest.raises(UserError):
@@ -366,14 +461,27 @@ def experiments(draw):
       top_p=number(0, 1),
       max_tokens=maybe(count(100)),
     ),
-    mesh=MeshConfig(data=mesh, scan_layers=maybe(draw(st.booleans()))),
+    mesh=MeshConfig(data=mesh),
+    compute=ComputeConfig(
+      tricks=draw(st.booleans()),
+      attention=draw(st.sampled_from(["auto", "plain", "blocks"])),
+      matmul=draw(st.sampled_from(["auto", "einsum", "flat"])),
+      layers=draw(st.sampled_from(["auto", "scan", "unroll"])),
+      group_documents=draw(st.sampled_from(["auto", False])),
+      select=draw(st.sampled_from(["auto", "plain", "ordered"])),
+      compiler_options=draw(st.sampled_from(["auto", "none"])),
+    ),
   )
 
 
 @hypothesis_settings(deadline=None, max_examples=100)
 @given(experiments())
+@example(dataclasses.replace(GROUPED, expected=()))
 def test_experiment_survives_json_and_set(experiment):
-  """Bitwise, floats included; equal experiments are also equal as static arguments of jit, which go by the hash."""
+  """Bitwise, floats included.
+
+  Equal experiments are also equal as static arguments of jit, which go by the hash.
+  """
   through_json = experiment_from_json(json.loads(json.dumps(experiment_to_json(experiment))))
   texts = [f"{name}={format_value(value)}" for name, value in list_settings(experiment).items()]
   through_set = set_(*texts, base=dataclasses.replace(NAMES, expected=()))
@@ -383,7 +491,10 @@ def test_experiment_survives_json_and_set(experiment):
 
 def test_values_written_by_hand_are_read_as_meant():
   changed = set_(
-    " optimizer.decay_kinds = matrix , head ", "data.path=a=b.txt", "optimizer.clip_norm=NONE", "optimizer.peak_lr=1"
+    " optimizer.decay_kinds = matrix , head ",
+    "data.path=a=b.txt",
+    "optimizer.clip_norm=NONE",
+    "optimizer.peak_lr=1",
   )
   assert changed.optimizer.decay_kinds == ("matrix", "head")
   assert changed.data.path == "a=b.txt"
@@ -394,11 +505,44 @@ def test_values_written_by_hand_are_read_as_meant():
 
 def test_optional_fields_that_an_older_file_lacks_count_as_their_defaults():
   value = experiment_to_json(change(NAMES, {"optimizer.clip_norm": 2.0, "mesh.data": 1}))
-  del value["optimizer"]["clip_norm"], value["train"]["seed"], value["mesh"]
+  del value["optimizer"]["clip_norm"], value["train"]["seed"], value["mesh"], value["compute"]
   read = experiment_from_json(value)
   assert read.optimizer.clip_norm is None
   assert read.train.seed == 0
   assert read.mesh == MeshConfig(data=None)
+  assert read.compute == ComputeConfig()
+
+
+@pytest.mark.parametrize(
+  ("old", "today"),
+  [
+    ({"tricks": True}, {"tricks": True}),
+    ({"tricks": False}, {"tricks": False}),
+    ({"scan_layers": None}, {"layers": "auto"}),
+    ({"scan_layers": True}, {"layers": "scan"}),
+    ({"scan_layers": False}, {"layers": "unroll"}),
+    ({"scan_layers": True, "tricks": False}, {"layers": "scan", "tricks": False}),
+  ],
+)
+def test_settings_of_an_older_file_are_read_under_the_names_of_today(old, today):
+  """A run folder of the time before there was a section `compute`; what it says is not changed."""
+  value = experiment_to_json(NAMES)
+  del value["compute"]
+  value["mesh"] |= old
+  written = json.dumps(value)
+  assert experiment_from_json(value).compute == ComputeConfig(**today)
+  assert json.dumps(value) == written
+
+
+@pytest.mark.parametrize(
+  "old", [{"tricks": None}, {"tricks": 1}, {"scan_layers": 1}, {"scan_layers": []}]
+)
+def test_values_that_no_older_file_had_are_refused(old):
+  value = experiment_to_json(NAMES)
+  del value["compute"]
+  value["mesh"] |= old
+  with pytest.raises(UserError, match=r"compute\.(tricks|layers)=.* must be"):
+    experiment_from_json(value)
 
 
 def replaced(section, field=None, value=None):
@@ -437,7 +581,9 @@ def test_json_that_is_no_experiment_is_refused(value, complaint):
 ANY_NUMBER = st.one_of(st.integers(), st.integers(2**30, 2**70), st.floats(), st.just(10**400))
 ANY_JSON = st.recursive(
   st.one_of(st.none(), st.booleans(), ANY_NUMBER, st.text()),
-  lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)
+  ),
   max_leaves=5,
 )
 
@@ -453,7 +599,10 @@ def test_any_json_is_an_experiment_or_a_user_error(value):
 @given(st.dictionaries(st.sampled_from(setting_names()), ANY_JSON, min_size=1, max_size=4))
 @example({"model.d_model": 2**61 - 1, "model.num_heads": 2**60})
 def test_an_experiments_json_with_any_values_is_an_experiment_or_a_user_error(values):
-  """What is accepted is valid: it survives JSON. The deadline catches checks whose cost grows with a value."""
+  """What is accepted is valid: it survives JSON.
+
+  The deadline catches checks whose cost grows with a value.
+  """
   value = experiment_to_json(NAMES)
   for name, field_value in values.items():
     section, field = name.split(".")
@@ -473,12 +622,18 @@ def test_an_experiments_json_with_any_values_is_an_experiment_or_a_user_error(va
     st.builds(
       "{}={}".format,
       st.one_of(st.sampled_from(setting_names()), st.text()),
-      st.one_of(ANY_NUMBER, st.text(), st.sampled_from(["none", "true", "1_0", "٣", "0x10", "1e999", "1" * 5000])),
+      st.one_of(
+        ANY_NUMBER,
+        st.text(),
+        st.sampled_from(["none", "true", "1_0", "٣", "0x10", "1e999", "1" * 5000]),
+      ),
     ),
   )
 )
 def test_any_text_is_a_setting_or_a_user_error(text):
-  """What is accepted can be printed and set again (`--print-config` says what to give to `--set`)."""
+  """What is accepted can be printed and set again (`--print-config` says what to give to
+  `--set`).
+  """
   try:
     name, value = parse_setting(text)
     changed = change(NAMES, {name: value})
@@ -491,11 +646,20 @@ def test_any_text_is_a_setting_or_a_user_error(text):
 
 
 def test_every_setting_is_either_identity_or_circumstance():
-  """A run is refused on resume for exactly those settings that change what is learned, with both values."""
+  """A run is refused on resume for exactly those settings that change what is learned, with both
+  values.
+  """
   assert list(OTHER_VALUES) == setting_names()
   # From here each setting can be changed alone.
-  changes = {"data.batch_size": 8, "data.batching": "random", "data.tokenizer": "gpt2", "data.heldout_fraction": 0.0}
-  base = change(NAMES, changes | {"model.norm_embed": False, "model.dropout_places": ("attention",)})
+  changes = {
+    "data.batch_size": 8,
+    "data.batching": "random",
+    "data.tokenizer": "gpt2",
+    "data.heldout_fraction": 0.0,
+  }
+  base = change(
+    NAMES, changes | {"model.norm_embed": False, "model.dropout_places": ("attention",)}
+  )
   for name, (value, may_change) in OTHER_VALUES.items():
     changed = change(base, {name: value})
     expected = {} if may_change else {name: (list_settings(base)[name], value)}

@@ -1,4 +1,6 @@
-"""Where text comes from: the order of places, digests, folders and globs, files that cannot be read."""
+"""Where text comes from: the order of places, digests, folders and globs, files that cannot be
+read.
+"""
 
 import dataclasses
 import hashlib
@@ -14,7 +16,14 @@ import pytest
 from jgpt.config import DataConfig
 from jgpt.data import download, sources
 from jgpt.data.download import DownloadError, PinnedFile
-from jgpt.data.sources import GPT2_FILES, SOURCES, Text, expected_vocab_size, find_gpt2_files, find_text
+from jgpt.data.sources import (
+  GPT2_FILES,
+  SOURCES,
+  Text,
+  expected_vocab_size,
+  find_gpt2_files,
+  find_text,
+)
 from jgpt.errors import UserError
 
 BUNDLED = sources.BUNDLED_DIR / "names.txt"
@@ -26,7 +35,13 @@ def sha256(content):
 
 
 def data_config(**changes):
-  fields = {"source": "names", "tokenizer": "characters", "batching": "documents", "seq_len": 16, "batch_size": 1}
+  fields = {
+    "source": "names",
+    "tokenizer": "characters",
+    "batching": "documents",
+    "seq_len": 16,
+    "batch_size": 1,
+  }
   return DataConfig(**fields | {"heldout_fraction": 0.0} | changes)
 
 
@@ -40,13 +55,18 @@ def real_file(name):
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-  """Empty folders instead of the user's; short contents of every pinned file; downloads fail and are counted."""
+  """Empty folders instead of the user's; short contents of every pinned file.
+
+  Downloads fail and are counted.
+  """
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
   monkeypatch.setenv("JGPT_DATA_DIR", str(tmp_path / "data"))
 
   data, cache, mine = (tmp_path / name / "names.txt" for name in ("data", "cache", "mine"))
   gpt2 = {file.filename: f"OpenAI's {file.filename}".encode() for file in GPT2_FILES}
-  places = types.SimpleNamespace(data=data, cache=cache, mine=mine, gpt2=gpt2, downloads=0, online=False)
+  places = types.SimpleNamespace(
+    data=data, cache=cache, mine=mine, gpt2=gpt2, downloads=0, online=False
+  )
   originals = {"names.txt": ORIGINAL, "tinyshakespeare.txt": ORIGINAL} | gpt2
 
   def shorten(file: PinnedFile) -> PinnedFile:
@@ -72,7 +92,10 @@ def places(tmp_path, monkeypatch):
 
 
 def test_places_are_tried_in_order(places):
-  """A path, $JGPT_DATA_DIR, the cache, a download, the bundled list; each is taken only where those before have nothing."""
+  """A path, $JGPT_DATA_DIR, the cache, a download, the bundled list.
+
+  Each is taken only where those before have nothing.
+  """
   places.mine.write_bytes(b"mine\n")
   places.data.write_bytes(b"of the folder\n")
   places.cache.write_bytes(ORIGINAL)
@@ -81,24 +104,37 @@ def test_places_are_tried_in_order(places):
   found = find_text(data_config(path=str(places.mine)))
   assert (found.kind, found.location, found.text) == ("path", str(places.mine), "mine\n")
   found = find_text(data_config())
-  assert (found.kind, found.location, found.text) == ("JGPT_DATA_DIR", str(places.data), "of the folder\n")
+  assert (found.kind, found.location, found.text) == (
+    "JGPT_DATA_DIR",
+    str(places.data),
+    "of the folder\n",
+  )
   places.data.unlink()
   found = find_text(data_config())
   assert (found.kind, found.location, found.text) == ("cache", str(places.cache), ORIGINAL.decode())
   assert places.downloads == 0
   places.cache.unlink()
   found = find_text(data_config())
-  assert (found.kind, found.location, found.text) == ("download", SOURCES["names"].url, ORIGINAL.decode())
+  assert (found.kind, found.location, found.text) == (
+    "download",
+    SOURCES["names"].url,
+    ORIGINAL.decode(),
+  )
   assert (found.sha256, found.note) == (sha256(ORIGINAL), "")
   places.online = False
   found = find_text(data_config())
   assert (found.kind, found.sha256) == ("bundled", sha256(BUNDLED.read_bytes()))
-  assert re.search("no network.*bundled list stands in.*JGPT_DATA_DIR to a folder that has it", found.note)
+  assert re.search(
+    "no network.*bundled list stands in.*JGPT_DATA_DIR to a folder that has it", found.note
+  )
 
 
 @pytest.mark.parametrize("content", [b"emma\n", b"\xff\xfe\xfd"])
 def test_damaged_cache_is_passed_over(places, content):
-  """Bytes that are not the original's, UTF-8 or not, are as good as none; the download replaces them."""
+  """Bytes that are not the original's, UTF-8 or not, are as good as none.
+
+  The download replaces them.
+  """
   places.cache.write_bytes(content)
   places.online = True
   assert find_text(data_config()).kind == "download"
@@ -131,10 +167,14 @@ def test_recorded_text_is_found_again_in_another_place(places):
 def test_recorded_text_that_is_nowhere_is_refused_with_where_to_put_it(places):
   """Never another text in its place, and without asking the network for what it cannot have."""
   places.data.write_bytes(b"another\n")
-  with pytest.raises(UserError, match=rf"SHA-256 {sha256(b'lost')[:12]}.*names\.txt.*JGPT_DATA_DIR.*--fresh"):
+  with pytest.raises(
+    UserError, match=rf"SHA-256 {sha256(b'lost')[:12]}.*names\.txt.*JGPT_DATA_DIR.*--fresh"
+  ):
     find_text(data_config(), sha256=sha256(b"lost"))
   assert places.downloads == 0
-  with pytest.raises(UserError, match=rf"SHA-256 {sha256(ORIGINAL)[:12]}.*names\.txt.*JGPT_DATA_DIR.*--fresh"):
+  with pytest.raises(
+    UserError, match=rf"SHA-256 {sha256(ORIGINAL)[:12]}.*names\.txt.*JGPT_DATA_DIR.*--fresh"
+  ):
     find_text(data_config(), sha256=sha256(ORIGINAL))
 
 
@@ -152,9 +192,16 @@ def test_recorded_file_that_has_changed_is_refused_by_name(places):
 
 
 def test_text_is_read_the_same_with_a_byte_order_mark_and_windows_line_ends(places):
-  """Blank lines and spaces around a line do not count either; the digest is still that of the bytes."""
+  """Blank lines and spaces around a line do not count either.
+
+  The digest is still that of the bytes.
+  """
   plain = Text("emma\nzoë\n", "path", "", "").documents()
-  for content in (b"emma\nzo\xc3\xab", b"\xef\xbb\xbfemma\r\nzo\xc3\xab\r\n", b"\n\n  emma\t\n \n\xc2\xa0zo\xc3\xab \n"):
+  for content in (
+    b"emma\nzo\xc3\xab",
+    b"\xef\xbb\xbfemma\r\nzo\xc3\xab\r\n",
+    b"\n\n  emma\t\n \n\xc2\xa0zo\xc3\xab \n",
+  ):
     places.mine.write_bytes(content)
     found = find_text(data_config(path=str(places.mine)))
     assert found.documents() == plain == ["emma", "zoë"]
@@ -165,11 +212,15 @@ def test_text_is_read_the_same_with_a_byte_order_mark_and_windows_line_ends(plac
 def test_file_that_is_not_utf8_is_refused_by_name_with_the_byte(places, content):
   places.mine.write_bytes(content)
   where = re.search(rb"[\xe9\xff\xed]", content).start()
-  with pytest.raises(UserError, match=rf"{places.mine} is not UTF-8 text: byte {where} is 0x{content[where]:02x}"):
+  with pytest.raises(
+    UserError, match=rf"{places.mine} is not UTF-8 text: byte {where} is 0x{content[where]:02x}"
+  ):
     find_text(data_config(path=str(places.mine)))
 
 
-@pytest.mark.parametrize("path", ["absent.txt", "~nobody-of-this-name/words.txt", "nul\0.txt", "\ud800.txt"])
+@pytest.mark.parametrize(
+  "path", ["absent.txt", "~nobody-of-this-name/words.txt", "nul\0.txt", "\ud800.txt"]
+)
 def test_path_that_cannot_be_read_is_refused_by_name(path):
   with pytest.raises(UserError, match=re.escape(f"cannot read {path}: ")):
     find_text(data_config(path=path))
@@ -177,7 +228,9 @@ def test_path_that_cannot_be_read_is_refused_by_name(path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """A function that writes files, given as names and contents, into the current folder, and returns the folder."""
+  """A function that writes files, given as names and contents, into the current folder, and returns
+  the folder.
+  """
   monkeypatch.chdir(tmp_path)
 
   def write(contents):
@@ -191,14 +244,24 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_folder_is_its_text_files_in_the_order_of_their_paths(folder):
-  """Files in folders count too, other and hidden ones do not; the order is the same on every system."""
+  """Files in folders count too, other and hidden ones do not.
+
+  The order is the same on every system.
+  """
   shown = {"texts/b.txt": b"two\n", "texts/a/z.txt": b"one\n", "texts/a-c.txt": b"zero\n"}
-  folder(shown | dict.fromkeys(["texts/c.md", "texts/.hidden.txt", "texts/a/.git/x.txt", "other.txt"], b"no\n"))
+  folder(
+    shown
+    | dict.fromkeys(["texts/c.md", "texts/.hidden.txt", "texts/a/.git/x.txt", "other.txt"], b"no\n")
+  )
   Path("texts/a/loop").symlink_to("..")
   Path("texts/folder.txt").mkdir()
   for path in ("texts", "texts/"):
     found = find_text(data_config(path=path))
-    assert (found.text, found.kind, found.location) == ("zero\none\ntwo\n", "path", f"{path} (3 files)")
+    assert (found.text, found.kind, found.location) == (
+      "zero\none\ntwo\n",
+      "path",
+      f"{path} (3 files)",
+    )
     assert found.sha256 == sha256(b"zero\none\ntwo\n")
   Path("texts/folder.txt/d.txt").write_bytes(b"three\n")
   with pytest.raises(UserError, match=r"^texts has changed since this run began.*--fresh"):
@@ -206,11 +269,21 @@ def test_folder_is_its_text_files_in_the_order_of_their_paths(folder):
 
 
 def test_glob_is_its_files_in_order(folder):
-  folder({"b.md": b"two\n", "a.md": b"one\n", "c.txt": b"no\n", "deep/er/d.md": b"three\n", "[x].md": b"brackets\n"})
+  folder(
+    {
+      "b.md": b"two\n",
+      "a.md": b"one\n",
+      "c.txt": b"no\n",
+      "deep/er/d.md": b"three\n",
+      "[x].md": b"brackets\n",
+    }
+  )
   found = find_text(data_config(path="?.md"))
   assert (found.text, found.location) == ("one\ntwo\n", "?.md (2 files)")
   assert find_text(data_config(path="**/*.md")).text == "brackets\none\ntwo\nthree\n"
-  assert find_text(data_config(path="[x].md")).text == "brackets\n"  # a file of this name goes before a glob
+  assert (
+    find_text(data_config(path="[x].md")).text == "brackets\n"
+  )  # a file of this name goes before a glob
   assert find_text(data_config(path="[c].txt")).location == "[c].txt (1 file)"
   for path in ("*.rst", "\0/*"):
     with pytest.raises(UserError, match=re.escape(f"no file is called {path} or matches it")):
@@ -225,8 +298,13 @@ def test_home_folder_is_meant_by_a_tilde(folder, monkeypatch):
 
 
 def test_files_are_joined_with_a_newline_where_one_is_missing(folder):
-  """Else the last word of a file would run into the next; byte order marks go, and one file keeps its own digest."""
-  folder({"t/1.txt": b"\xef\xbb\xbfone", "t/2.txt": b"\xef\xbb\xbftwo\n", "t/3.txt": "drei ü".encode()})
+  """Else the last word of a file would run into the next.
+
+  Byte order marks go, and one file keeps its own digest.
+  """
+  folder(
+    {"t/1.txt": b"\xef\xbb\xbfone", "t/2.txt": b"\xef\xbb\xbftwo\n", "t/3.txt": "drei ü".encode()}
+  )
   found = find_text(data_config(path="t"))
   assert found.text == "one\ntwo\ndrei ü"
   assert found.sha256 == sha256(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\ndrei \xc3\xbc")
@@ -247,7 +325,9 @@ def test_folder_without_text_files_is_refused_with_a_glob_for_others(folder):
 
 
 def test_unknown_source_is_refused_and_the_near_one_named():
-  with pytest.raises(UserError, match=r"data\.source='name' is not known. Did you mean names.*data\.path=FILE"):
+  with pytest.raises(
+    UserError, match=r"data\.source='name' is not known. Did you mean names.*data\.path=FILE"
+  ):
     find_text(data_config(source="name"))
 
 
@@ -257,20 +337,29 @@ def test_vocabulary_is_known_without_reading_a_source(places):
   assert expected_vocab_size(data_config()) == 27  # the letters and BOS
   assert expected_vocab_size(data_config(**stream)) == 27  # the letters and the newline
   assert expected_vocab_size(data_config(source="tiny_shakespeare", **stream)) == 65
-  assert expected_vocab_size(data_config(source="tiny_shakespeare")) == 65  # BOS in the place of the newline
+  assert (
+    expected_vocab_size(data_config(source="tiny_shakespeare")) == 65
+  )  # BOS in the place of the newline
   assert expected_vocab_size(data_config(tokenizer="bytes", **stream)) == 256
   assert expected_vocab_size(data_config(tokenizer="bpe", bpe_vocab_size=2000, **stream)) == 2000
   assert expected_vocab_size(data_config(tokenizer="gpt2", **stream)) == 50257
   assert places.downloads == 0
   places.mine.write_bytes(b" b a\r\n\ncab\n")
-  assert expected_vocab_size(data_config(path=str(places.mine))) == 5  # a, b, c, the space inside, BOS
-  assert expected_vocab_size(data_config(path=str(places.mine), **stream)) == 6  # a, b, c, the space, \r, \n
+  assert (
+    expected_vocab_size(data_config(path=str(places.mine))) == 5
+  )  # a, b, c, the space inside, BOS
+  assert (
+    expected_vocab_size(data_config(path=str(places.mine), **stream)) == 6
+  )  # a, b, c, the space, \r, \n
 
 
 def test_vocabulary_of_texts_that_are_made_is_counted(places):
   for source in ("hamlet", "python_docs"):
     text = find_text(data_config(source=source))
-    for batching, num_ids in (("random", len(set(text.text))), ("documents", len(set("".join(text.documents()))) + 1)):
+    for batching, num_ids in (
+      ("random", len(set(text.text))),
+      ("documents", len(set("".join(text.documents()))) + 1),
+    ):
       assert expected_vocab_size(data_config(source=source, batching=batching)) == num_ids
   assert expected_vocab_size(data_config(source="hamlet", batching="random")) == 28
 
@@ -291,14 +380,19 @@ def test_hamlet_is_a_newline_and_six_lines_fifty_times(places):
 def test_python_docs_are_pythons_own(places):
   """Its length differs between versions of Python, and the version is named."""
   found = find_text(data_config(source="python_docs"))
-  assert (found.kind, found.location) == ("Python's documentation", f"Python {platform.python_version()}")
+  assert (found.kind, found.location) == (
+    "Python's documentation",
+    f"Python {platform.python_version()}",
+  )
   assert 300_000 < len(found.text) < 1_000_000
   assert 'The "assert" statement' in found.text
   assert found.sha256 == sha256(found.text.encode())
 
 
 def test_python_docs_of_another_python_are_refused(places):
-  """A run that began under one version cannot go on with another's text: the message says which this is."""
+  """A run that began under one version cannot go on with another's text: the message says which
+  this is.
+  """
   here = re.escape(f"python_docs text (this is Python {platform.python_version()}) has changed")
   with pytest.raises(UserError, match=f"{here}.*abcdefabcdef.*versions.*--fresh"):
     find_text(data_config(source="python_docs"), sha256="abcdef" * 10)
@@ -317,14 +411,20 @@ def test_text_that_is_nowhere_is_refused_with_what_to_do(places):
   """Which file to put where, its address, and a text that is always there."""
   with pytest.raises(
     UserError,
-    match=r"no download of tinyshakespeare\.txt \(no network\)\. Save https://raw\.\S*/input\.txt as tinyshakespeare\.txt "
+    match=r"no download of tinyshakespeare\.txt \(no network\)\. Save "
+    r"https://raw\.\S*/input\.txt as tinyshakespeare\.txt "
     r"in a folder and set JGPT_DATA_DIR to the folder\. Or try --set data\.source=python_docs",
   ):
     find_text(data_config(source="tiny_shakespeare"))
-  with pytest.raises(UserError, match="JGPT_DATA_DIR") as refusal:  # a run that has begun cannot take another text
+  with pytest.raises(
+    UserError, match="JGPT_DATA_DIR"
+  ) as refusal:  # a run that has begun cannot take another text
     find_text(data_config(source="tiny_shakespeare"), sha256=sha256(ORIGINAL))
   assert "python_docs" not in str(refusal.value)
-  with pytest.raises(UserError, match=rf"SHA-256 {sha256(b'lost')[:12]}.*tinyshakespeare\.txt.*JGPT_DATA_DIR.*--fresh"):
+  with pytest.raises(
+    UserError,
+    match=rf"SHA-256 {sha256(b'lost')[:12]}.*tinyshakespeare\.txt.*JGPT_DATA_DIR.*--fresh",
+  ):
     find_text(data_config(source="tiny_shakespeare"), sha256=sha256(b"lost"))
 
 
@@ -341,7 +441,10 @@ def test_known_characters_of_tiny_shakespeare_are_its_own():
 
 
 def test_gpt2_files_are_looked_for_in_order(places):
-  """$JGPT_DATA_DIR/gpt2, the cache, a download: each file for itself. A damaged file in the cache is as good as none."""
+  """$JGPT_DATA_DIR/gpt2, the cache, a download: each file for itself.
+
+  A damaged file in the cache is as good as none.
+  """
   encoder_json, vocab_bpe = places.gpt2
   places.online = True
   (places.cache.parent / encoder_json).write_bytes(b"damaged")
@@ -360,14 +463,18 @@ def test_gpt2_file_of_the_users_that_is_another_is_refused_by_name(places):
   wrong = places.data.parent / "gpt2/vocab.bpe"
   wrong.write_bytes(b"#version: 0.2\n")
   places.online = True
-  with pytest.raises(UserError, match=rf"{wrong} is not GPT-2's: its SHA-256 is {sha256(wrong.read_bytes())[:12]}, not "):
+  with pytest.raises(
+    UserError,
+    match=rf"{wrong} is not GPT-2's: its SHA-256 is {sha256(wrong.read_bytes())[:12]}, not ",
+  ):
     find_gpt2_files()
 
 
 def test_gpt2_files_that_are_nowhere_are_refused_with_what_to_do(places):
   with pytest.raises(
     UserError,
-    match=r"no download of gpt2/encoder\.json \(no network\)\. Save https://\S*/encoder\.json as gpt2/encoder\.json and "
+    match=r"no download of gpt2/encoder\.json \(no network\)\. Save https://\S*/encoder\.json "
+    r"as gpt2/encoder\.json and "
     r"https://\S*/vocab\.bpe as gpt2/vocab\.bpe in a folder and set JGPT_DATA_DIR to the folder",
   ):
     find_gpt2_files()
@@ -382,7 +489,9 @@ def test_gpt2_files_of_the_data_folder_are_openais():
 
 
 def test_bundled_list_is_as_clean_as_the_original():
-  """At least 4,000 distinct names of 2 to 15 letters a-z, sorted, so that it stands in for the original."""
+  """At least 4,000 distinct names of 2 to 15 letters a-z, sorted, so that it stands in for the
+  original.
+  """
   names = BUNDLED.read_text(encoding="ascii").splitlines()
   assert len(names) >= 4000
   assert names == sorted(set(names))

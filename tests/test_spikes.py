@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgpt.optim import DECAY, MIN_COUNT, LossStats, observe, z_score
+from jgpt.optim import MIN_COUNT, STATS_DECAY, LossStats, observe, z_score
 from jgpt.runs import health
-from jgpt.runs.health import z_scores
+from jgpt.runs.health import compute_z_scores
 
 
 def observed(losses):
@@ -25,14 +25,16 @@ def random_losses(num, seed=0):
 
 @pytest.mark.parametrize("num", [1, 2, 19, 500])
 def test_mean_and_variance_are_those_of_the_weighted_losses(num):
-  """Weight DECAY^i for the i-th before the last, nothing for what the statistics began with."""
+  """Weight STATS_DECAY^i for the i-th before the last, nothing for the statistics' beginning."""
   losses = random_losses(num)
-  weights = DECAY ** np.arange(num)[::-1]
+  weights = STATS_DECAY ** np.arange(num)[::-1]
   mean = np.average(losses, weights=weights)
   stats = observed(losses)
   assert stats.count == num
   assert stats.mean == pytest.approx(mean, rel=1e-12)
-  assert stats.variance == pytest.approx(np.average((losses - mean) ** 2, weights=weights), rel=1e-9, abs=1e-15)
+  assert stats.variance == pytest.approx(
+    np.average((losses - mean) ** 2, weights=weights), rel=1e-9, abs=1e-15
+  )
 
 
 def test_z_counts_standard_deviations_once_enough_was_seen():
@@ -63,7 +65,10 @@ def test_a_loss_that_rises_for_good_is_soon_no_spike(height):
 
 @pytest.mark.parametrize("lengths", [[3000], [1] * 30 + [1500, 1470], [1024, 1024, 952]])
 def test_many_at_once_are_one_after_the_other(lengths):
-  """Also after a jump, beside an outlier, and for losses that do not vary; whatever is taken at once."""
+  """Also after a jump, beside an outlier, and for losses that do not vary.
+
+  Whatever is taken at once.
+  """
   losses = random_losses(3000)
   losses[700] = 50.0
   losses[1500:] += 5
@@ -75,7 +80,7 @@ def test_many_at_once_are_one_after_the_other(lengths):
     stats = observe(stats, loss)
   many, got, got_means = LossStats(), [], []
   for part in np.split(losses, np.cumsum(lengths)[:-1]):
-    zs, before, many = z_scores(many, part)
+    zs, before, many = compute_z_scores(many, part)
     got.extend(zs)
     got_means.extend(before)
   np.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-7)
@@ -85,7 +90,7 @@ def test_many_at_once_are_one_after_the_other(lengths):
 
 def test_none_at_once_changes_nothing():
   stats = observed(random_losses(30))
-  zs, means, after = z_scores(stats, np.zeros(0))
+  zs, means, after = compute_z_scores(stats, np.zeros(0))
   assert len(zs) == len(means) == 0 and after == stats
 
 
@@ -101,7 +106,7 @@ def test_the_formula_serves_jax_as_well():
 
   losses = random_losses(300).astype(np.float32)
   stats, zs = run(losses)
-  expected, _, expected_stats = z_scores(LossStats(), losses)
+  expected, _, expected_stats = compute_z_scores(LossStats(), losses)
   assert zs.dtype == stats.mean.dtype == jnp.float32 and stats.count == 300
   np.testing.assert_allclose(zs, expected, atol=1e-4)
   np.testing.assert_allclose(stats[1:], expected_stats[1:], rtol=1e-4)

@@ -1,4 +1,6 @@
-"""Tokenizers of characters and bytes: round trips, unknown characters, prompts, and reading any kind back."""
+"""Tokenizers of characters and bytes: round trips, unknown characters, prompts, and reading any
+kind back.
+"""
 
 import contextlib
 import hashlib
@@ -13,7 +15,13 @@ from hypothesis import strategies as st
 
 from jgpt.errors import UserError
 from jgpt.text.bpe import BpeTokenizer
-from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, show_chars, tokenizer_from_json, train_char_tokenizer
+from jgpt.text.tokenizer import (
+  ByteTokenizer,
+  CharTokenizer,
+  show_chars,
+  tokenizer_from_json,
+  train_char_tokenizer,
+)
 
 LETTERS = train_char_tokenizer(["abcdefghijklmnopqrstuvwxyz"], bos=True)
 WITHOUT_BOS = CharTokenizer("\nab", False)
@@ -26,7 +34,10 @@ NO_DEADLINE = hypothesis_settings(deadline=None)
 @NO_DEADLINE
 @given(st.lists(st.text(), max_size=5), st.booleans(), st.data())
 def test_any_text_of_known_characters_survives(documents, bos, data):
-  """Encoding a document and decoding it is the identity, whatever the script; BOS frames it and has no text."""
+  """Encoding a document and decoding it is the identity, whatever the script.
+
+  BOS frames it and has no text.
+  """
   trained = train_char_tokenizer(documents, bos=bos)
   known = st.sampled_from(trained.chars) if trained.chars else st.nothing()
   for text in [*documents, data.draw(st.text(known))]:
@@ -35,8 +46,8 @@ def test_any_text_of_known_characters_survives(documents, bos, data):
     assert all(0 <= i < len(trained.chars) for i in ids)
     assert trained.decode(ids) == text
     if bos:
-      assert trained.document(text) == [trained.bos_id, *ids, trained.bos_id]
-      assert trained.decode(trained.document(text)) == text
+      assert trained.encode_document(text) == [trained.bos_id, *ids, trained.bos_id]
+      assert trained.decode(trained.encode_document(text)) == text
 
 
 def test_ids_are_those_of_microgpt():
@@ -63,7 +74,9 @@ def test_bytes_are_those_of_utf8(text):
 @NO_DEADLINE
 @given(st.lists(st.integers(-5, 300)))
 def test_any_ids_decode_as_bytes_do(ids):
-  """A model may emit anything: what is not UTF-8 becomes U+FFFD, and ids beyond the bytes have no text."""
+  """A model may emit anything: what is not UTF-8 becomes U+FFFD, and ids beyond the bytes have no
+  text.
+  """
   assert BYTES.decode(ids) == bytes(i for i in ids if 0 <= i <= 255).decode("utf-8", "replace")
 
 
@@ -76,17 +89,17 @@ def test_half_a_surrogate_pair_is_refused_and_named():
 
 def test_a_prompt_is_never_empty():
   """Generation has to begin from some id: BOS, or else what can stand before a text."""
-  assert LETTERS.prompt("") == [26]
-  assert LETTERS.prompt("ab") == [26, 0, 1]
-  assert WITHOUT_BOS.prompt("") == [0]
-  assert WITHOUT_BOS.prompt("ab") == [1, 2]
-  assert BYTES.prompt("") == [10]
-  assert BYTES.prompt("ab") == [97, 98]
+  assert LETTERS.encode_prompt("") == [26]
+  assert LETTERS.encode_prompt("ab") == [26, 0, 1]
+  assert WITHOUT_BOS.encode_prompt("") == [0]
+  assert WITHOUT_BOS.encode_prompt("ab") == [1, 2]
+  assert BYTES.encode_prompt("") == [10]
+  assert BYTES.encode_prompt("ab") == [97, 98]
   with pytest.raises(UserError, match=r"neither. Try --prompt TEXT, or --set sample\.prompt=TEXT"):
-    CharTokenizer("ab", False).prompt("")
-  assert CharTokenizer("ab", False).prompt("a") == [0]
+    CharTokenizer("ab", False).encode_prompt("")
+  assert CharTokenizer("ab", False).encode_prompt("a") == [0]
   with pytest.raises(UserError, match="not in the vocabulary: '!'"):
-    LETTERS.prompt("a!")
+    LETTERS.encode_prompt("a!")
 
 
 def test_kinds_describe_themselves():
@@ -100,7 +113,10 @@ def test_kinds_describe_themselves():
 
 
 def test_importing_tokenizers_imports_no_package_that_may_be_absent():
-  code = "import sys, jgpt.text.tokenizer; assert not {'tokenizers', 'tiktoken', 'jax', 'numpy'} & sys.modules.keys()"
+  code = (
+    "import sys, jgpt.text.tokenizer; assert not {'tokenizers', 'tiktoken', 'jax', 'numpy'} & "
+    "sys.modules.keys()"
+  )
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -120,7 +136,10 @@ def test_refusal_shows_what_the_vocabulary_is():
 
 
 def test_ids_that_the_tokenizer_does_not_have_decode_to_nothing():
-  """A model may have more ids than its tokenizer (padding, a larger vocab_size); they and BOS have no text."""
+  """A model may have more ids than its tokenizer (padding, a larger vocab_size).
+
+  They and BOS have no text.
+  """
   assert LETTERS.decode([26, 0, 27, 1, 10**6, -1, 26]) == "ab"
 
 
@@ -135,10 +154,20 @@ def test_json_reads_back_equal(kind):
 
 
 @NO_DEADLINE
-@given(st.sets(st.characters(codec="utf-8")), st.sets(st.characters(codec="utf-8")), st.booleans(), st.booleans())
+@given(
+  st.sets(st.characters(codec="utf-8")),
+  st.sets(st.characters(codec="utf-8")),
+  st.booleans(),
+  st.booleans(),
+)
 def test_json_and_digest_tell_tokenizers_apart(a, b, bos_a, bos_b):
-  """What was written reads back equal, with the same digest; the digests of two tokenizers are equal if they are."""
-  first, second = (CharTokenizer("".join(sorted(chars)), bos) for chars, bos in ((a, bos_a), (b, bos_b)))
+  """What was written reads back equal, with the same digest.
+
+  The digests of two tokenizers are equal if they are.
+  """
+  first, second = (
+    CharTokenizer("".join(sorted(chars)), bos) for chars, bos in ((a, bos_a), (b, bos_b))
+  )
   again = tokenizer_from_json(json.loads(json.dumps(first.to_json())))
   assert again == first
   assert again.digest == first.digest
@@ -147,8 +176,10 @@ def test_json_and_digest_tell_tokenizers_apart(a, b, bos_a, bos_b):
 
 @pytest.mark.parametrize("chars", ["\ud83d", "\ud83d\ude00"])
 def test_halves_of_a_pair_are_no_characters(chars):
-  """JSON would read the two halves back as one character, and the run's tokenizer would be another."""
-  with pytest.raises(UserError, match="half of a pair"):
+  """JSON would read the two halves back as one character, and the run's tokenizer would be
+  another.
+  """
+  with pytest.raises(UserError, match="half of a surrogate pair"):
     CharTokenizer(chars, bos=False)
 
 
@@ -186,26 +217,40 @@ def test_json_that_is_no_tokenizer_is_refused(value):
 
 ANY_JSON = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+  lambda inner: (
+    st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+  ),
 )
 
 
 def some_of(value):
   """Strategy for JSON like `value`, with parts of it left out or replaced, at any depth."""
   if isinstance(value, dict):
-    return st.just(value) | st.fixed_dictionaries({}, optional={k: some_of(v) for k, v in value.items()}) | ANY_JSON
+    return (
+      st.just(value)
+      | st.fixed_dictionaries({}, optional={k: some_of(v) for k, v in value.items()})
+      | ANY_JSON
+    )
   if isinstance(value, list):
-    return st.just(value) | st.lists(st.sampled_from(value) | ANY_JSON if value else ANY_JSON, max_size=3) | ANY_JSON
+    return (
+      st.just(value)
+      | st.lists(st.sampled_from(value) | ANY_JSON if value else ANY_JSON, max_size=3)
+      | ANY_JSON
+    )
   return st.just(value) | st.just(value) | ANY_JSON
 
 
 def with_one_part_replaced(value):
   """Strategy for JSON that differs from `value` below one key."""
-  return st.sampled_from(sorted(value)).flatmap(lambda key: some_of(value[key]).map(lambda part: {**value, key: part}))
+  return st.sampled_from(sorted(value)).flatmap(
+    lambda key: some_of(value[key]).map(lambda part: {**value, key: part})
+  )
 
 
 @NO_DEADLINE
-@given(ANY_JSON | st.sampled_from(ALL_KINDS).flatmap(lambda kind: with_one_part_replaced(kind.to_json())))
+@given(
+  ANY_JSON | st.sampled_from(ALL_KINDS).flatmap(lambda kind: with_one_part_replaced(kind.to_json()))
+)
 def test_any_json_is_a_tokenizer_or_a_user_error(value):
   """What is accepted is exactly what would be written again."""
   with contextlib.suppress(UserError):
@@ -222,7 +267,10 @@ def test_any_json_is_a_tokenizer_or_a_user_error(value):
     ("abcxyz", "a-c x-z"),
     ("89:;", "8 9 : ;"),
     ("\n\x00\u200b", r"'\n' '\x00' '\u200b'"),
-    ("!.02468;?acegikmoqsuwy", "! . 0 2 4 6 8 ; ? a c e g i k m o q ... y"),  # of more than 20 entries, some
+    (
+      "!.02468;?acegikmoqsuwy",
+      "! . 0 2 4 6 8 ; ? a c e g i k m o q ... y",
+    ),  # of more than 20 entries, some
   ],
 )
 def test_characters_are_shown_so_that_each_can_be_seen(chars, shown):

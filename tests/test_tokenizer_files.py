@@ -1,4 +1,6 @@
-"""Tokenizers in other programs' files: the same ids and text through Hugging Face's packages, and back; llm.c's file."""
+"""Tokenizers in other programs' files: the same ids and text through Hugging Face's packages, and
+back; llm.c's file.
+"""
 
 import contextlib
 import copy
@@ -17,14 +19,20 @@ from hypothesis import strategies as st
 from jgpt.errors import UserError
 from jgpt.text.bpe import BpeTokenizer, make_gpt2_tokenizer
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, kind_of, train_char_tokenizer
-from jgpt.text.tokenizer_files import hugging_face_files, llmc_tokenizer_bytes, read_hugging_face_tokenizer
+from jgpt.text.tokenizer_files import (
+  hugging_face_files,
+  llmc_tokenizer_bytes,
+  read_hugging_face_tokenizer,
+)
 
 NO_DEADLINE = hypothesis_settings(deadline=None)
 SLOW_EXAMPLES = hypothesis_settings(deadline=None, max_examples=25)
 
-# What programs have cut, joined or dropped: composed and combining marks, joined emoji, line ends, NUL, runs of spaces.
+# What programs have cut, joined or dropped: composed and combining marks, joined emoji, line ends,
+# NUL, runs of spaces.
 HARD = (
-  "\0 caf\xe9 cafe\u0301  , . ! ' don't\r\n\r\n\t   \U0001f600 \U0001f469\u200d\U0001f467 \u732b\ufeff\x85\u2028 \ufffd  "
+  "\0 caf\xe9 cafe\u0301  , . ! ' don't\r\n\r\n\t   \U0001f600 \U0001f469\u200d\U0001f467 "
+  "\u732b\ufeff\x85\u2028 \ufffd  "
 )
 LETTERS = train_char_tokenizer([HARD, "abcdefghijklmnopqrstuvwxyz<|>"], bos=True)
 SMALL = {
@@ -36,7 +44,14 @@ SMALL = {
   "nothing but BOS": CharTokenizer("", True),
   "bpe without merges": BpeTokenizer("", end_of_text=False),
 }
-EOT = {"id": 259, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "special": True}
+EOT = {
+  "id": 259,
+  "content": "<|endoftext|>",
+  "single_word": False,
+  "lstrip": False,
+  "rstrip": False,
+  "special": True,
+}
 
 
 def special_name(tokenizer):
@@ -57,17 +72,23 @@ def gpt2_folder():
 def released():
   """GPT-2's tokenizer, of OpenAI's files."""
   folder = gpt2_folder()
-  return make_gpt2_tokenizer((folder / "encoder.json").read_bytes(), (folder / "vocab.bpe").read_bytes())
+  return make_gpt2_tokenizer(
+    (folder / "encoder.json").read_bytes(), (folder / "vocab.bpe").read_bytes()
+  )
 
 
 @pytest.fixture(scope="module", params=["released", *SMALL])
 def tokenizer(request):
-  return request.getfixturevalue("released") if request.param == "released" else SMALL[request.param]
+  return (
+    request.getfixturevalue("released") if request.param == "released" else SMALL[request.param]
+  )
 
 
 def needs_transformers():
   pytest.importorskip("tokenizers", reason="encodes byte-level BPE, and `transformers` needs it")
-  return pytest.importorskip("transformers", reason="the reader of these files (jgpt's extra: reference)")
+  return pytest.importorskip(
+    "transformers", reason="the reader of these files (jgpt's extra: reference)"
+  )
 
 
 def write(tokenizer, folder, max_seq_len=1000):
@@ -91,7 +112,11 @@ def theirs(tokenizer, tmp_path_factory):
 
 
 def known_part(text, tokenizer):
-  return "".join(c for c in text if c in tokenizer.chars) if isinstance(tokenizer, CharTokenizer) else text
+  return (
+    "".join(c for c in text if c in tokenizer.chars)
+    if isinstance(tokenizer, CharTokenizer)
+    else text
+  )
 
 
 # --- Through Hugging Face's packages ---
@@ -99,7 +124,9 @@ def known_part(text, tokenizer):
 
 @NO_DEADLINE
 @given(
-  st.text() | st.text(st.sampled_from(HARD)) | st.lists(st.sampled_from([*HARD, "the", " a", "    ", "\r\n"])).map("".join)
+  st.text()
+  | st.text(st.sampled_from(HARD))
+  | st.lists(st.sampled_from([*HARD, "the", " a", "    ", "\r\n"])).map("".join)
 )
 @example(HARD)
 @example("")
@@ -108,15 +135,29 @@ def test_the_same_ids_and_text(tokenizer, theirs, text):
   text = known_part(text, tokenizer)
   ids = theirs.encode(text, add_special_tokens=False)
   assert ids == tokenizer.encode(text)
-  assert theirs.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids) == text
+  assert (
+    theirs.decode(ids)
+    == theirs.decode(ids, skip_special_tokens=True)
+    == tokenizer.decode(ids)
+    == text
+  )
 
 
 @NO_DEADLINE
 @given(st.data())
 def test_the_same_text_of_any_ids(tokenizer, theirs, data):
-  """Also of bytes that are not UTF-8, and of ids that only the model has. BOS has no text here, a name there."""
-  ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3) | st.integers(0, min(400, tokenizer.vocab_size))))
-  assert theirs.decode(ids, skip_special_tokens=isinstance(tokenizer, CharTokenizer)) == tokenizer.decode(ids)
+  """Also of bytes that are not UTF-8, and of ids that only the model has.
+
+  BOS has no text here, a name there.
+  """
+  ids = data.draw(
+    st.lists(
+      st.integers(0, tokenizer.vocab_size + 3) | st.integers(0, min(400, tokenizer.vocab_size))
+    )
+  )
+  assert theirs.decode(
+    ids, skip_special_tokens=isinstance(tokenizer, CharTokenizer)
+  ) == tokenizer.decode(ids)
 
 
 @SLOW_EXAMPLES
@@ -134,17 +175,28 @@ def test_any_characters(tmp_path_factory, text, bos):
 
 
 def test_special_tokens_are_those_there_are(tokenizer, theirs):
-  """BOS or the end of text begins and ends a text; no other id is added, and none stands for padding."""
+  """BOS or the end of text begins and ends a text.
+
+  No other id is added, and none stands for padding.
+  """
   name = special_name(tokenizer)
   i = tokenizer.vocab_size - 1 if name else None
-  assert (theirs.bos_token, theirs.bos_token_id, theirs.eos_token, theirs.eos_token_id) == (name, i, name, i)
+  assert (theirs.bos_token, theirs.bos_token_id, theirs.eos_token, theirs.eos_token_id) == (
+    name,
+    i,
+    name,
+    i,
+  )
   assert theirs.pad_token is None
   assert theirs.all_special_ids == ([i] if name else [])
   assert len(theirs) == tokenizer.vocab_size
 
 
 def test_what_the_model_is_given(tokenizer, theirs):
-  """No token types, whose embeddings GPT-2 would add; BOS first, as in `prompt`, and nothing else beside the text."""
+  """No token types, whose embeddings GPT-2 would add.
+
+  BOS first, as in `encode_prompt`, and nothing else beside the text.
+  """
   text = known_part(" the cat\n", tokenizer)
   ids = tokenizer.encode(text)
   bos = [tokenizer.vocab_size - 1] if special_name(tokenizer) == "<|bos|>" else []
@@ -152,7 +204,7 @@ def test_what_the_model_is_given(tokenizer, theirs):
   assert set(inputs) == {"input_ids", "attention_mask"}
   assert inputs["input_ids"] == bos + ids
   if text:
-    assert bos + ids == tokenizer.prompt(text)
+    assert bos + ids == tokenizer.encode_prompt(text)
     assert theirs(text, text)["input_ids"] == bos + ids + bos + ids
   assert theirs.model_max_length == 1000
   assert theirs.clean_up_tokenization_spaces is False
@@ -172,7 +224,9 @@ def test_a_special_token_spelt_in_a_text(tokenizer, theirs):
   assert theirs.decode(special, skip_special_tokens=True) == "a b"
 
 
-@pytest.mark.parametrize("tokenizer", ["characters", "characters with BOS", "nothing but BOS"], indirect=True)
+@pytest.mark.parametrize(
+  "tokenizer", ["characters", "characters with BOS", "nothing but BOS"], indirect=True
+)
 def test_unknown_characters_are_not_dropped(tokenizer, theirs):
   with pytest.raises(Exception, match=r"Missing .* token from the vocabulary"):
     theirs.encode("\u03a9", add_special_tokens=False)
@@ -183,8 +237,13 @@ def test_unknown_characters_are_not_dropped(tokenizer, theirs):
 def test_vocab_json_and_merges_txt_alone_are_enough(released, tmp_path):
   """What programs older than `tokenizer.json` read; the merges are OpenAI's file."""
   files = hugging_face_files(released, 1024)
-  assert files["merges.txt"].splitlines() == (gpt2_folder() / "vocab.bpe").read_text(encoding="utf-8").splitlines()
-  assert files["vocab.json"] == json.loads((gpt2_folder() / "encoder.json").read_text(encoding="utf-8"))
+  assert (
+    files["merges.txt"].splitlines()
+    == (gpt2_folder() / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+  )
+  assert files["vocab.json"] == json.loads(
+    (gpt2_folder() / "encoder.json").read_text(encoding="utf-8")
+  )
   write(released, tmp_path)
   (tmp_path / "tokenizer.json").unlink()
   theirs = load(tmp_path)
@@ -202,7 +261,8 @@ def test_which_files_there_are():
 
 def test_importing_imports_no_package_that_may_be_absent():
   code = (
-    "import sys, jgpt.text.tokenizer_files; assert not {'tokenizers', 'transformers', 'jax', 'numpy'} & sys.modules.keys()"
+    "import sys, jgpt.text.tokenizer_files; assert not {'tokenizers', 'transformers', 'jax', "
+    "'numpy'} & sys.modules.keys()"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -260,7 +320,9 @@ def test_gpt2_made_by_transformers_of_openais_files(released, tmp_path):
 
 def test_gpt2_made_by_tokenizers_of_openais_files(released, tmp_path):
   tokenizers = pytest.importorskip("tokenizers", reason="makes the file")
-  made = tokenizers.ByteLevelBPETokenizer(str(gpt2_folder() / "encoder.json"), str(gpt2_folder() / "vocab.bpe"))
+  made = tokenizers.ByteLevelBPETokenizer(
+    str(gpt2_folder() / "encoder.json"), str(gpt2_folder() / "vocab.bpe")
+  )
   made.save(str(tmp_path / "tokenizer.json"))
   assert read_file(tmp_path / "tokenizer.json") == released
 
@@ -278,7 +340,9 @@ def changed(value, path, new):
 
 
 def published(tokenizer):
-  """JSON in the form in which Hugging Face published GPT-2's, by an early release of `tokenizers`."""
+  """JSON in the form in which Hugging Face published GPT-2's, by an early release of
+  `tokenizers`.
+  """
   value = tokenizer.to_json()
   model = value["model"] | {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
   for name in ("type", "byte_fallback", "ignore_merges"):
@@ -310,7 +374,10 @@ def test_gpt2_as_published(released):
     (["model", "continuing_subword_prefix"], None),
     (["model", "ignore_merges"], False),
     (["model", "merges"], [["t", "h"], "th e", ["\u0120", "a"]]),
-    (["model", "vocab", "<|endoftext|>"], ...),  # `tokenizers` gives added tokens the ids after the model's
+    (
+      ["model", "vocab", "<|endoftext|>"],
+      ...,
+    ),  # `tokenizers` gives added tokens the ids after the model's
     (["added_tokens"], []),
     (["added_tokens"], None),
     (["normalizer"], ...),
@@ -339,27 +406,57 @@ def test_what_changes_no_ids_is_read(path, new):
     ("gpt2", ["model", "vocab", "<|endoftext|>"], 0, r"model\.vocab"),
     ("gpt2", ["model", "vocab", "other"], 260, r"model\.vocab"),
     ("gpt2", ["model", "vocab", "!"], ..., r"model\.vocab"),
-    ("gpt2", ["model", "type"], "Unigram", r"model\.type is 'Unigram', and jgpt needs BPE, or WordLevel"),
+    (
+      "gpt2",
+      ["model", "type"],
+      "Unigram",
+      r"model\.type is 'Unigram', and jgpt needs BPE, or WordLevel",
+    ),
     ("gpt2", ["model", "type"], None, r"model\.type is null"),
     ("gpt2", ["model", "dropout"], 0.1, r"model\.dropout is 0\.1, and jgpt needs null"),
-    ("gpt2", ["model", "continuing_subword_prefix"], "##", r"model\.continuing_subword_prefix is '##'"),
+    (
+      "gpt2",
+      ["model", "continuing_subword_prefix"],
+      "##",
+      r"model\.continuing_subword_prefix is '##'",
+    ),
     ("gpt2", ["model", "end_of_word_suffix"], "</w>", r"model\.end_of_word_suffix is '</w>'"),
     ("gpt2", ["model", "ignore_merges"], True, r"model\.ignore_merges is true"),
     ("gpt2", ["model", "merges"], ..., r"model\.merges is null"),
     ("gpt2", ["model", "merges"], "t h", r"model\.merges is 't h'"),
     ("gpt2", ["model", "merges"], [], r"model\.vocab"),
-    ("gpt2", ["model", "merges"], [["t", "h"], ["th", "e", "x"]], r"model\.merges is a list of 2.* pairs"),
+    (
+      "gpt2",
+      ["model", "merges"],
+      [["t", "h"], ["th", "e", "x"]],
+      r"model\.merges is a list of 2.* pairs",
+    ),
     ("gpt2", ["model", "merges"], [["t", 5]], r"model\.merges is a list of 1"),
     ("gpt2", ["model", "merges"], [5], r"model\.merges is a list of 1"),
-    ("gpt2", ["model", "merges"], ["t h", "the e", "\u0120 a"], r"model\.merges: .* merge 1 \('the e'\)"),
+    (
+      "gpt2",
+      ["model", "merges"],
+      ["t h", "the e", "\u0120 a"],
+      r"model\.merges: .* merge 1 \('the e'\)",
+    ),
     ("gpt2", ["model", "merges"], ["t h\nth e", "\u0120 a"], r"model\.merges"),
     ("gpt2", ["model", "merges"], [["t", "h\nth e\n\u0120 a"]], r"model\.merges"),
     ("gpt2", ["model", "merges"], ["th", "th e"], r"model\.merges"),
     ("gpt2", ["normalizer"], {"type": "NFC"}, "normalizer is of type 'NFC', and jgpt needs null"),
     ("gpt2", ["pre_tokenizer"], None, "pre_tokenizer is null, and jgpt needs ByteLevel"),
     ("gpt2", ["pre_tokenizer"], {"type": "Whitespace"}, "pre_tokenizer is of type 'Whitespace'"),
-    ("gpt2", ["pre_tokenizer", "add_prefix_space"], True, r"pre_tokenizer\.add_prefix_space is true, and jgpt needs false"),
-    ("gpt2", ["pre_tokenizer", "add_prefix_space"], ..., r"pre_tokenizer\.add_prefix_space is null"),
+    (
+      "gpt2",
+      ["pre_tokenizer", "add_prefix_space"],
+      True,
+      r"pre_tokenizer\.add_prefix_space is true, and jgpt needs false",
+    ),
+    (
+      "gpt2",
+      ["pre_tokenizer", "add_prefix_space"],
+      ...,
+      r"pre_tokenizer\.add_prefix_space is null",
+    ),
     ("gpt2", ["pre_tokenizer", "use_regex"], False, r"pre_tokenizer\.use_regex is false"),
     (
       "gpt2",
@@ -372,7 +469,12 @@ def test_what_changes_no_ids_is_read(path, new):
     ("gpt2", ["added_tokens"], ["<|endoftext|>"], "added_tokens"),
     ("gpt2", ["added_tokens"], {"id": 259}, "added_tokens"),
     ("bpe", ["added_tokens"], [{"id": 259, "content": "[PAD]"}], "added_tokens"),
-    ("bytes", ["added_tokens"], [{"id": 256, "content": "[PAD]"}], "added_tokens .* needs no tokens"),
+    (
+      "bytes",
+      ["added_tokens"],
+      [{"id": 256, "content": "[PAD]"}],
+      "added_tokens .* needs no tokens",
+    ),
     ("bytes", ["model", "vocab", "!"], 34, r"model\.vocab"),
     ("bytes", ["model", "merges"], ["t h"], r"model\.vocab"),
     ("characters", ["model", "vocab", "a"], 0, r"model\.vocab"),
@@ -380,7 +482,12 @@ def test_what_changes_no_ids_is_read(path, new):
     ("characters", ["model", "vocab", "<|bos|>"], 3, r"model\.vocab"),
     ("characters", ["model", "vocab", "\ud800"], 1000, r"model\.vocab"),
     ("characters", ["model", "unk_token"], "a", r"model\.unk_token is 'a'"),
-    ("characters", ["pre_tokenizer"], {"type": "Whitespace"}, "pre_tokenizer is of type 'Whitespace'.* isolates every"),
+    (
+      "characters",
+      ["pre_tokenizer"],
+      {"type": "Whitespace"},
+      "pre_tokenizer is of type 'Whitespace'.* isolates every",
+    ),
     ("characters", ["pre_tokenizer", "behavior"], "Removed", "pre_tokenizer is of type 'Split'"),
     ("characters", ["normalizer"], {"type": "Lowercase"}, "normalizer is of type 'Lowercase'"),
     ("characters with BOS", ["added_tokens", 0, "id"], 0, "added_tokens"),
@@ -410,8 +517,14 @@ def test_what_is_no_tokenizer_json_is_refused(value):
 
 NOT_LOOKED_AT = ("post_processor", "decoder", "truncation", "padding")
 ANY_JSON = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=[])),
-  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats()
+  | st.text(st.characters(exclude_categories=[])),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+  ),
 )
 
 
@@ -445,23 +558,36 @@ def almost_tokenizers(draw):
 @NO_DEADLINE
 @given(ANY_JSON | almost_tokenizers())
 def test_anything_is_a_tokenizer_or_a_user_error(value):
-  """What is read is what stands there: written again, the model and what it is given are the same."""
+  """What is read is what stands there: written again, the model and what it is given are
+  the same.
+  """
   with contextlib.suppress(UserError):
     read = read_hugging_face_tokenizer(value)
     again = hugging_face_files(read, 8)["tokenizer.json"]
     merges = value["model"].get("merges", [])
-    assert [m.split(" ") if isinstance(m, str) else m for m in merges] == again["model"].get("merges", [])
+    assert [m.split(" ") if isinstance(m, str) else m for m in merges] == again["model"].get(
+      "merges", []
+    )
     special = {token["content"]: token["id"] for token in again["added_tokens"]}
     assert special | value["model"]["vocab"] == again["model"]["vocab"]
     assert {
-      k: v for k, v in value["pre_tokenizer"].items() if k in ("type", "pattern", "behavior", "add_prefix_space")
-    } == {k: v for k, v in again["pre_tokenizer"].items() if k in ("type", "pattern", "behavior", "add_prefix_space")}
+      k: v
+      for k, v in value["pre_tokenizer"].items()
+      if k in ("type", "pattern", "behavior", "add_prefix_space")
+    } == {
+      k: v
+      for k, v in again["pre_tokenizer"].items()
+      if k in ("type", "pattern", "behavior", "add_prefix_space")
+    }
 
 
 @NO_DEADLINE
 @given(almost_tokenizers())
 def test_what_is_read_has_the_ids_that_it_has_there(value):
-  """Whatever jgpt reads and `tokenizers` loads: one text, the same ids. Without the parts that are not looked at."""
+  """Whatever jgpt reads and `tokenizers` loads: one text, the same ids.
+
+  Without the parts that are not looked at.
+  """
   tokenizers = pytest.importorskip("tokenizers", reason="the reader of these files")
   try:
     read = read_hugging_face_tokenizer(value)
@@ -494,9 +620,13 @@ def read_llmc(content):
 
 
 def bytes_of_gpt2():
-  """The bytes of each of GPT-2's tokens, from `encoder.json`: a byte without a character of its own has one from 256 on."""
+  """The bytes of each of GPT-2's tokens, from `encoder.json`: a byte without a character of its own
+  has one from 256 on.
+  """
   own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  byte_of = {chr(b): b for b in own} | {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in own)}
+  byte_of = {chr(b): b for b in own} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in own)
+  }
   vocab = json.loads((gpt2_folder() / "encoder.json").read_text(encoding="utf-8"))
   return [bytes(byte_of[c] for c in token) for token in sorted(vocab, key=vocab.get)]
 
@@ -514,10 +644,12 @@ def test_any_kind_for_llmc(name):
   tokenizer = SMALL[name]
   first, tokens = read_llmc(llmc_tokenizer_bytes(tokenizer))
   assert len(tokens) == tokenizer.vocab_size
-  assert [first] == tokenizer.prompt("")
+  assert [first] == tokenizer.encode_prompt("")
   if special := special_name(tokenizer):
     assert tokens.pop() == special.encode()
-  assert [t.decode(errors="replace") for t in tokens] == [tokenizer.decode([i]) for i in range(len(tokens))]
+  assert [t.decode(errors="replace") for t in tokens] == [
+    tokenizer.decode([i]) for i in range(len(tokens))
+  ]
 
 
 def test_bytes_for_llmc():
@@ -526,15 +658,23 @@ def test_bytes_for_llmc():
 
 def test_nothing_to_begin_with_for_llmc():
   """Its samples then begin with the first character."""
-  assert read_llmc(llmc_tokenizer_bytes(CharTokenizer("ab\u00e9", False))) == (0, [b"a", b"b", b"\xc3\xa9"])
+  assert read_llmc(llmc_tokenizer_bytes(CharTokenizer("ab\u00e9", False))) == (
+    0,
+    [b"a", b"b", b"\xc3\xa9"],
+  )
 
 
 def test_ids_that_only_the_model_has_for_llmc():
   """A NUL each: llm.c prints nothing for it, and refuses a token without bytes."""
   abc = CharTokenizer("abc", True)
-  assert read_llmc(llmc_tokenizer_bytes(abc, 6)) == (3, [b"a", b"b", b"c", b"<|bos|>", b"\0", b"\0"])
+  assert read_llmc(llmc_tokenizer_bytes(abc, 6)) == (
+    3,
+    [b"a", b"b", b"c", b"<|bos|>", b"\0", b"\0"],
+  )
   assert llmc_tokenizer_bytes(abc, 4) == llmc_tokenizer_bytes(abc)
-  with pytest.raises(UserError, match=r"model\.vocab_size=3 must be at least the tokenizer's 4\. Try --set model"):
+  with pytest.raises(
+    UserError, match=r"model\.vocab_size=3 must be at least the tokenizer's 4\. Try --set model"
+  ):
     llmc_tokenizer_bytes(abc, 3)
 
 
@@ -542,15 +682,24 @@ def test_tokens_of_more_than_255_bytes_for_llmc():
   """The length of a token is one byte; the size that is proposed has all tokens but those."""
   doubling = [f"{'a' * 2**n} {'a' * 2**n}" for n in range(8)]
   longest = BpeTokenizer(
-    "\n".join([*doubling[:7], f"{'a' * 128} {'a' * 64}", f"{'a' * 192} {'a' * 32}"]), end_of_text=False
+    "\n".join([*doubling[:7], f"{'a' * 128} {'a' * 64}", f"{'a' * 192} {'a' * 32}"]),
+    end_of_text=False,
   )
   assert max(map(len, read_llmc(llmc_tokenizer_bytes(longest))[1])) == 224
   exact = BpeTokenizer(
-    longest.merges + f"\n{'a' * 16} {'a' * 8}\n{'a' * 24} {'a' * 4}\n{'a' * 28} aa\n{'a' * 30} a\n{'a' * 224} {'a' * 31}",
+    longest.merges
+    + f"\n{'a' * 16} {'a' * 8}\n{'a' * 24} {'a' * 4}\n{'a' * 28} aa\n{'a' * 30} a\n{'a' * 224} "
+    f"{'a' * 31}",
     end_of_text=False,
   )
   assert max(map(len, read_llmc(llmc_tokenizer_bytes(exact))[1])) == 255
   too_long = BpeTokenizer("\n".join([*doubling, "t h"]), end_of_text=False)
-  with pytest.raises(UserError, match=r"token 263 has 256 bytes.* at most 255\. Try .* --set data\.bpe_vocab_size=263$"):
+  with pytest.raises(
+    UserError,
+    match=r"token 263 has 256 bytes.* at most 255\. Try .* --set data\.bpe_vocab_size=263$",
+  ):
     llmc_tokenizer_bytes(too_long)
-  assert read_llmc(llmc_tokenizer_bytes(BpeTokenizer("\n".join(doubling[:7]), end_of_text=False)))[1][-1] == b"a" * 128
+  assert (
+    read_llmc(llmc_tokenizer_bytes(BpeTokenizer("\n".join(doubling[:7]), end_of_text=False)))[1][-1]
+    == b"a" * 128
+  )

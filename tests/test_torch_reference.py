@@ -1,7 +1,8 @@
-"""jgpt against PyTorch: a module of its own, Hugging Face's GPT-2, torch's AdamW, llm.c's update, nanoGPT's initial values.
+"""jgpt against PyTorch: a module of its own, Hugging Face's GPT-2, torch's AdamW, llm.c's update,
+nanoGPT's initial values.
 
-Here the derivatives are another library's automatic ones, and the optimizer is the one that nanoGPT and llm.c's reference
-use. Skipped where PyTorch is not installed: jgpt does not need it.
+Here the derivatives are another library's automatic ones, and the optimizer is the one that nanoGPT
+and llm.c's reference use. Skipped where PyTorch is not installed: jgpt does not need it.
 """
 
 import dataclasses
@@ -55,12 +56,16 @@ from reference import torch_gpt  # noqa: E402
 torch.set_num_threads(1)
 
 
-# Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it compiles instead.
+# Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it
+# compiles instead.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 
 
 def torch_oracle(params, batch, config, masks=None, *, dtype="float64", make=torch_gpt.make_model):
-  """Logits, loss and gradients by torch's automatic differentiation, under jgpt's names; see `switches.numpy_oracle`."""
+  """Logits, loss and gradients by torch's automatic differentiation, under jgpt's names.
+
+  See `switches.numpy_oracle`.
+  """
   model = make(config, to_oracle(params, config), getattr(torch, dtype))
   batch = list(map(np.asarray, batch))
   loss = torch_gpt.loss_fn(model, *batch, masks)
@@ -69,11 +74,22 @@ def torch_oracle(params, batch, config, masks=None, *, dtype="float64", make=tor
     logits, grads = model(batch[0], masks), torch_gpt.gradients(model)
   else:
     logits, grads = model(torch.tensor(batch[0]).long()).logits, torch_gpt.hf_gradients(model)
-  return {"logits": logits.detach().numpy(), "loss": np.float64(loss.item()), "grads": from_oracle(grads, params)}
+  return {
+    "logits": logits.detach().numpy(),
+    "loss": np.float64(loss.item()),
+    "grads": from_oracle(grads, params),
+  }
 
 
 def check_against_torch(config, dtype, what, **settings):
-  check_network(config, dtype, what=what, oracle=partial(torch_oracle, dtype=dtype), oracle_name="PyTorch", **settings)
+  check_network(
+    config,
+    dtype,
+    what=what,
+    oracle=partial(torch_oracle, dtype=dtype),
+    oracle_name="PyTorch",
+    **settings,
+  )
 
 
 # --- Logits, loss and gradient ---
@@ -102,7 +118,9 @@ def check_switches(switches, dtype):
 
 @pytest.mark.parametrize("switches", covering_switches(), ids=label)
 def test_every_gradient_entry_with_other_switches(x64, switches):
-  """So are those of models with the other switches: every two values of two switches occur together somewhere."""
+  """So are those of models with the other switches: every two values of two switches occur together
+  somewhere.
+  """
   check_switches(switches, "float64")
 
 
@@ -122,27 +140,38 @@ def test_gradient_through_given_masks(x64):
 
 
 def test_every_gradient_entry_of_hugging_face_s_gpt2(dtype):
-  """GPT2LMHeadModel, which nobody here wrote, has the same logits, loss and gradients by name, from the same weights."""
-  pytest.importorskip("transformers", reason="transformers is not installed: Hugging Face's GPT-2 is an oracle only")
+  """GPT2LMHeadModel, which nobody here wrote, has the same logits, loss and gradients by name, from
+  the same weights.
+  """
+  pytest.importorskip(
+    "transformers", reason="transformers is not installed: Hugging Face's GPT-2 is an oracle only"
+  )
   oracle = partial(torch_oracle, dtype=dtype, make=torch_gpt.make_hf_model)
-  check_network(make_model(SYSTEMS["GPT-2"]), dtype, what="GPT-2", oracle=oracle, oracle_name="GPT2LMHeadModel")
+  check_network(
+    make_model(SYSTEMS["GPT-2"]), dtype, what="GPT-2", oracle=oracle, oracle_name="GPT2LMHeadModel"
+  )
 
 
 def test_gradients_do_not_accumulate_by_themselves(x64):
-  """Computed twice, a gradient is the same to the last bit, and the sum of both is what torch holds after two backward().
+  """Computed twice, a gradient is the same to the last bit, and the sum of both is what torch holds
+  after two backward().
 
   Torch adds to what is there unless told otherwise; jgpt has nowhere to add to.
   """
   config = make_model(SYSTEMS["GPT-2"])
   params, batch = draw_params(config), draw_batch(config)
-  loss_and_grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=2, compiler_options=QUICK)
-  first, second = (loss_and_grads(cast(params, "float64"), batch, config) for _ in range(2))
+  experiment = make_experiment(config, OptimizerConfig(**ADAMW, schedule="constant"))
+  loss_and_grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=3, compiler_options=QUICK)
+  first, second = (loss_and_grads(cast(params, "float64"), batch, 0, experiment) for _ in range(2))
   jax.tree.map(partial(np.testing.assert_array_equal, strict=True), first, second)
 
   model = torch_gpt.make_model(config, to_oracle(params, config), torch.float64)
   for _ in range(2):
     torch_gpt.loss_fn(model, *map(np.asarray, batch)).backward()
-  expected, got = from_oracle(torch_gpt.gradients(model), params), jax.tree.map(jnp.add, first[1], second[1])
+  expected, got = (
+    from_oracle(torch_gpt.gradients(model), params),
+    jax.tree.map(jnp.add, first[1], second[1]),
+  )
   with in_brief():
     compare_leaves("PyTorch, float64: GPT-2, two backward()", expected, got, TOLERANCE["float64"])
 
@@ -190,14 +219,17 @@ def test_twenty_updates_in_float64(x64, system):
 
   Without clipping, of which torch has a formula of its own: see below.
   """
-  check_torch_training(train_both(system, OptimizerConfig(**ADAMW, **COSINE), "float64"), f"{system}, not clipped")
+  check_torch_training(
+    train_both(system, OptimizerConfig(**ADAMW, **COSINE), "float64"), f"{system}, not clipped"
+  )
 
 
 def test_twenty_clipped_updates_in_float64(x64, monkeypatch):
   """Clipping is torch's but for the 1e-6 that torch adds to the norm that it divides by.
 
-  That makes its gradients smaller by 1e-6 / norm, here less than 1e-6 as all norms that are clipped are above 1: parameters
-  agree to 1e-6 and not to 1e-9. With torch's formula in its place jgpt's chain gives torch's parameters to 1e-9.
+  That makes its gradients smaller by 1e-6 / norm, here less than 1e-6 as all norms that are clipped
+  are above 1: parameters agree to 1e-6 and not to 1e-9. With torch's formula in its place jgpt's
+  chain gives torch's parameters to 1e-9.
   """
   optimizer = OptimizerConfig(**ADAMW, **COSINE, clip_norm=1.0)
   trained = train_both("nanoGPT", optimizer, "float64")
@@ -213,36 +245,53 @@ def test_twenty_clipped_updates_in_float64(x64, monkeypatch):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
   monkeypatch.setattr(optax, "clip_by_global_norm", clip_as_torch_does)
-  check_torch_training(train_both("nanoGPT", optimizer, "float64"), "nanoGPT, clipped by torch's formula")
+  check_torch_training(
+    train_both("nanoGPT", optimizer, "float64"), "nanoGPT, clipped by torch's formula"
+  )
 
 
 @pytest.mark.parametrize("system", ["GPT-2", "nanoGPT"])
 def test_twenty_losses_in_float32(system):
-  """In the precision of training, twenty losses in a row are torch's, decay, clipping and schedule included."""
+  """In the precision of training, twenty losses in a row are torch's, decay, clipping and schedule
+  included.
+  """
   expected, got = train_both(system, OptimizerConfig(**ADAMW, **COSINE, clip_norm=1.0), "float32")
-  compare(f"torch.optim.AdamW, {NUM_STEPS} steps, float32: {system}", expected[0], got[0], TOLERANCE["float32"])
+  compare(
+    f"torch.optim.AdamW, {NUM_STEPS} steps, float32: {system}",
+    expected[0],
+    got[0],
+    TOLERANCE["float32"],
+  )
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_twenty_updates_by_the_rule_of_llm_c(x64, weight_decay):
-  """`gpt2_update`, which decays every parameter, makes of the same gradients the same parameters and moments."""
+  """`gpt2_update`, which decays every parameter, makes of the same gradients the same parameters
+  and moments.
+  """
   config = make_model(SYSTEMS["GPT-2"])
   settings = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
-  optimizer = OptimizerConfig(peak_lr=1e-2, schedule="constant", decay_steps=NUM_STEPS, decay_kinds=PARAM_KINDS, **settings)
+  optimizer = OptimizerConfig(
+    peak_lr=1e-2, schedule="constant", decay_steps=NUM_STEPS, decay_kinds=PARAM_KINDS, **settings
+  )
   params, rng = draw_params(config), np.random.default_rng(4)
-  grads = jax.tree.map(lambda p: rng.normal(size=(NUM_STEPS, *p.shape)) * np.exp(rng.normal()), params)
+  grads = jax.tree.map(
+    lambda p: rng.normal(size=(NUM_STEPS, *p.shape)) * np.exp(rng.normal()), params
+  )
 
   expected = jax.tree.map(lambda p: (p, np.zeros_like(p), np.zeros_like(p)), params)
   for step in range(NUM_STEPS):
     update = partial(torch_gpt.gpt2_update, t=step + 1, lr=optimizer.peak_lr, **settings)
-    expected = jax.tree.map(lambda g, pmv, u=update, i=step: u(pmv[0], g[i], *pmv[1:]), grads, expected)
+    expected = jax.tree.map(
+      lambda g, pmv, u=update, i=step: u(pmv[0], g[i], *pmv[1:]), grads, expected
+    )
   expected = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), expected)
 
-  tx = make_optimizer(optimizer, config)
+  tx = make_optimizer(make_experiment(config, optimizer))
 
   def add_update(carry, grads):
     params, opt_state = carry
-    updates, opt_state = tx.update(grads, opt_state, params)
+    updates, opt_state = tx.update(grads, opt_state, params, ok=True)
     return (optax.apply_updates(params, updates), opt_state), None
 
   start = cast(params, "float64")
@@ -260,7 +309,9 @@ def test_twenty_updates_by_the_rule_of_llm_c(x64, weight_decay):
 
 
 def init_as_nanogpt_does(model):
-  """Runs nanoGPT's `_init_weights`, and what its constructor does to the projections into the residual stream."""
+  """Runs nanoGPT's `_init_weights`, and what its constructor does to the projections into the
+  residual stream.
+  """
   for module in model.modules():
     if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
       torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -273,11 +324,20 @@ def init_as_nanogpt_does(model):
 
 @pytest.mark.parametrize("experiment", ["shakespeare_char", "gpt2_shakespeare"])
 def test_initial_values_are_spread_as_nanogpt_s(experiment):
-  """Every parameter of every layer begins with nanoGPT's mean and standard deviation, and all with a normal's tails.
+  """Every parameter of every layer begins with nanoGPT's mean and standard deviation, and all with
+  a normal's tails.
 
-  Up to chance: 5 standard deviations of each of these numbers. What nanoGPT sets to 1 or 0 is exactly that.
+  Up to chance: 5 standard deviations of each of these numbers. What nanoGPT sets to 1 or 0 is
+  exactly that.
   """
-  sizes = {"vocab_size": 70, "max_seq_len": 40, "num_layers": 2, "num_heads": 2, "d_model": 32, "d_ff": 128}
+  sizes = {
+    "vocab_size": 70,
+    "max_seq_len": 40,
+    "num_layers": 2,
+    "num_heads": 2,
+    "d_model": 32,
+    "d_ff": 128,
+  }
   config = dataclasses.replace(load_experiment(experiment).model, **sizes, vocab_multiple=1)
   params = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)(jax.random.key(0), config)
   model = torch_gpt.TorchGPT(config)
@@ -292,6 +352,10 @@ def test_initial_values_are_spread_as_nanogpt_s(experiment):
       np.testing.assert_array_equal(value, expected[name], err_msg=name)
       continue
     assert abs(value.mean()) < 5 * std / math.sqrt(n), name
-    assert abs(value.std() / std - 1) < 5 / math.sqrt(n), name  # of both, whose deviations are 1 / sqrt(2n) each
+    assert abs(value.std() / std - 1) < 5 / math.sqrt(n), (
+      name
+    )  # of both, whose deviations are 1 / sqrt(2n) each
     deviations.append(np.ravel(value) / value.std())
-  check_share("beyond 2.5 deviations", abs(np.concatenate(deviations)) > 2.5, math.erfc(2.5 / math.sqrt(2)))
+  check_share(
+    "beyond 2.5 deviations", abs(np.concatenate(deviations)) > 2.5, math.erfc(2.5 / math.sqrt(2))
+  )

@@ -19,7 +19,7 @@ from jgpt.plan import plan_run
 from jgpt.runs import manifest
 from jgpt.runs.folder import read_run_files
 from jgpt.runs.log import read_jsonl
-from jgpt.runs.open import load_run
+from jgpt.runs.open import open_run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -30,7 +30,10 @@ CHANGES = {"train.steps": 60, "train.log_every": 20, "data.heldout_fraction": 0.
 def words(tmp_path_factory):
   """A text of 40 made-up words."""
   path = tmp_path_factory.mktemp("data") / "words.txt"
-  path.write_text("".join(f"{a}{b}{a}{c}\n" for a in "abcd" for b in "xyzw" for c in ("", "q", "rs")), encoding="utf-8")
+  path.write_text(
+    "".join(f"{a}{b}{a}{c}\n" for a in "abcd" for b in "xyzw" for c in ("", "q", "rs")),
+    encoding="utf-8",
+  )
   return path
 
 
@@ -41,7 +44,8 @@ def experiment(words):
 
 def equal_bits(a, b) -> bool:
   return all(
-    x.tobytes() == y.tobytes() for x, y in zip(map(np.asarray, jax.tree.leaves(a)), jax.tree.leaves(b), strict=True)
+    x.tobytes() == y.tobytes()
+    for x, y in zip(map(np.asarray, jax.tree.leaves(a)), jax.tree.leaves(b), strict=True)
   )
 
 
@@ -57,7 +61,9 @@ def test_the_same_run_twice_is_equal_bit_by_bit(experiment):
 
 @pytest.mark.parametrize("stops", [[1, 60], [20, 37, 60], [59, 60]])
 def test_stopping_and_resuming_changes_no_bit(experiment, tmp_path, stops):
-  """Parameters, moments, step and every logged loss are those of the run that was never interrupted."""
+  """Parameters, moments, step and every logged loss are those of the run that was never
+  interrupted.
+  """
   straight = run(experiment, tmp_path / "straight")
   held = change(experiment, {"optimizer.decay_steps": 60})
   for steps in stops:
@@ -70,7 +76,9 @@ def test_stopping_and_resuming_changes_no_bit(experiment, tmp_path, stops):
 
 def test_rows_after_the_restored_step_are_written_anew(experiment, tmp_path):
   run(change(experiment, {"train.steps": 40}), tmp_path)
-  with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:  # as if killed before the next checkpoint
+  with open(
+    tmp_path / "metrics.jsonl", "a", encoding="utf-8"
+  ) as file:  # as if killed before the next checkpoint
     file.write('{"step": 41, "train/loss": 99}\n{"step": 42, "tra')
   result = run(change(experiment, {"train.steps": 40, "train.log_every": 7}), tmp_path)
   assert len(result.losses) == 40 and result.losses.max() < 5
@@ -91,21 +99,28 @@ class Recorder:
 
 def test_sampling_during_training_changes_no_bit(experiment):
   recorder = Recorder()
-  plain, sampled = run(experiment), run(experiment, writers=[recorder], sample_at=lambda step: step % 20 == 0)
+  plain, sampled = (
+    run(experiment),
+    run(experiment, writers=[recorder], sample_at=lambda step: step % 20 == 0),
+  )
   assert equal_bits(plain.state, sampled.state)
   assert [bool(c.texts) for c in recorder.chunks] == [c.step % 20 == 0 for c in recorder.chunks]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("log_every", "save_every"), [(1, None), (7, 5), (60, 25), (1000, None)])
-def test_call_lengths_change_no_bit_and_every_step_is_reported_once(experiment, tmp_path, log_every, save_every):
+def test_call_lengths_change_no_bit_and_every_step_is_reported_once(
+  experiment, tmp_path, log_every, save_every
+):
   recorder = Recorder()
   base = run(experiment)
   changed = change(experiment, {"train.log_every": log_every, "train.save_every": save_every})
   result = run(changed, tmp_path, writers=[recorder])
   assert equal_bits(base.state, result.state)
   assert recorder.chunks[0].step == 1 and recorder.closed == 1
-  np.testing.assert_array_equal(np.concatenate([c.metrics["train/loss"] for c in recorder.chunks]), base.losses)
+  np.testing.assert_array_equal(
+    np.concatenate([c.metrics["train/loss"] for c in recorder.chunks]), base.losses
+  )
 
 
 def test_the_rate_is_that_of_the_step(experiment):
@@ -118,8 +133,12 @@ def test_the_rate_is_that_of_the_step(experiment):
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one(experiment):
-  """At batch 16, losses and parameters of 8 virtual devices are those of one within 1e-5 relative, 20 steps."""
-  base = change(experiment, {"data.batch_size": 16, "train.steps": 20, "optimizer.decay_steps": 1000})
+  """At batch 16, losses and parameters of 8 virtual devices are those of one within 1e-5 relative,
+  20 steps.
+  """
+  base = change(
+    experiment, {"data.batch_size": 16, "train.steps": 20, "optimizer.decay_steps": 1000}
+  )
   one, eight = run(change(base, {"mesh.data": 1})), run(change(base, {"mesh.data": 8}))
   assert len(eight.params["tok_embed"].sharding.device_set) == 8
   np.testing.assert_allclose(eight.losses, one.losses, rtol=1e-5)
@@ -128,7 +147,9 @@ def test_eight_devices_train_as_one(experiment):
 
 
 def test_a_batch_is_divided_over_the_devices(experiment):
-  """The placement is real: each device gets its rows of the batch, and the state lies on all of them."""
+  """The placement is real: each device gets its rows of the batch, and the state lies on all of
+  them.
+  """
   plan = plan_run(change(experiment, {"data.batch_size": 16, "mesh.data": 4}))
   mesh = sharding.make_mesh(plan.experiment, jax.devices())
   assert sharding.batch_sharding(mesh).shard_shape((16, 16)) == (4, 16)
@@ -157,14 +178,18 @@ def test_a_batch_that_devices_do_not_divide_is_refused(experiment, batch_size, n
 def test_another_identity_in_a_folder_is_refused_naming_the_fields(experiment, tmp_path):
   run(experiment, tmp_path)
   with pytest.raises(
-    UserError, match=r"optimizer.peak_lr is 0.01 there and 0.02 here, train.seed is 0 there and 3 here\. .*--fresh"
+    UserError,
+    match=r"optimizer.peak_lr is 0.01 there and 0.02 here, train.seed is 0 there and 3 here\. "
+    r".*--fresh",
   ):
     run(change(experiment, {"optimizer.peak_lr": 0.02, "train.seed": 3}), tmp_path)
   assert list_settings(read_run_files(tmp_path).experiment)["optimizer.peak_lr"] == 0.01
 
 
 def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_path, monkeypatch):
-  """A source's text that the run began with is found again by its digest, not taken from the first place that has one."""
+  """A source's text that the run began with is found again by its digest, not taken from the first
+  place that has one.
+  """
   folder = tmp_path / "data"
   folder.mkdir()
   monkeypatch.setenv("JGPT_CACHE_DIR", str(tmp_path / "cache"))
@@ -188,7 +213,10 @@ def test_more_steps_at_a_rate_of_zero_are_refused(experiment, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_last_completed_step(experiment, tmp_path, number):
-  """The signal stops after the call under way; the same plan then goes on to the bits of the uninterrupted run."""
+  """The signal stops after the call under way.
+
+  The same plan then goes on to the bits of the uninterrupted run.
+  """
 
   class Interrupter(Recorder):
     def write(self, chunk):
@@ -200,12 +228,16 @@ def test_a_signal_saves_the_last_completed_step(experiment, tmp_path, number):
   stopped = run(experiment, tmp_path, writers=[Interrupter()])
   assert signal.getsignal(number) is handler
   assert stopped.signal == number and stopped.heldout_loss is None
-  assert 20 <= int(stopped.state.step) < 60 and manifest.find_step(tmp_path, None) == int(stopped.state.step)
+  assert 20 <= int(stopped.state.step) < 60 and manifest.find_step(tmp_path, None) == int(
+    stopped.state.step
+  )
   assert equal_bits(run(experiment, tmp_path).state, run(experiment).state)
 
 
 def test_checkpoints_by_the_clock_change_no_bit(experiment, tmp_path):
-  """One is due at each look of the host, and each is kept: after the first update, then every 20."""
+  """One is due at each look of the host, and each is kept: after the first update, then
+  every 20.
+  """
   often = change(experiment, {"train.save_every_seconds": 0.0, "train.keep_latest": 100})
   assert equal_bits(run(often, tmp_path).state, run(experiment).state)
   assert manifest.list_steps(tmp_path) == [1, 20, 40, 60]
@@ -243,15 +275,17 @@ def test_training_works_outside_the_main_thread(experiment):
 
 def test_zero_steps_make_a_run_folder_that_can_be_sampled(experiment, tmp_path):
   result = run(change(experiment, {"train.steps": 0}), tmp_path)
-  assert len(result.losses) == 0 and load_run(tmp_path).step == 0
+  assert len(result.losses) == 0 and open_run(tmp_path).step == 0
 
 
 @pytest.mark.slow
 def test_the_folder_alone_is_enough_to_sample(experiment, tmp_path, words):
   result = run(experiment, tmp_path)
-  loaded = load_run(tmp_path)
+  loaded = open_run(tmp_path)
   assert equal_bits(loaded.params, result.params)
-  assert loaded.tokenizer == result.tokenizer and list_settings(loaded.experiment) == list_settings(result.experiment)
+  assert loaded.tokenizer == result.tokenizer and list_settings(loaded.experiment) == list_settings(
+    result.experiment
+  )
   data = json.loads((tmp_path / "experiment.json").read_text())["data"]
   assert data["kind"] == "path" and data["location"] == str(words) and len(data["sha256"]) == 64
 
@@ -266,7 +300,7 @@ def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
   tokens, lengths = plan.data.heldout
   weights = (np.arange(16)[None] < lengths[:, None]).astype(np.float32)
   losses = [
-    float(loss_fn(result.params, Batch(t[None, :-1], t[None, 1:], w[None]), plan.experiment.model))
+    float(loss_fn(result.params, Batch(t[None, :-1], t[None, 1:], w[None]), plan.experiment))
     for t, w in zip(tokens, weights, strict=True)
   ]
   assert result.heldout_tokens == lengths.sum()
@@ -286,7 +320,9 @@ def test_a_writer_that_fails_does_not_end_the_training(experiment, tmp_path, cap
 
   result = run(experiment, tmp_path, writers=[Full()])
   assert int(result.state.step) == 60 and manifest.find_step(tmp_path, None) == 60
-  assert "Full stopped at step 1 (No space left on device); training goes on" in capfd.readouterr().err
+  assert (
+    "Full stopped at step 1 (No space left on device); training goes on" in capfd.readouterr().err
+  )
 
 
 def test_checkpoints_that_nothing_describes_are_refused(experiment, tmp_path):
@@ -301,7 +337,9 @@ def test_the_steady_loop_moves_nothing_unasked(experiment):
   plan = plan_run(experiment)
   made = program.compile_program(plan.experiment, plan.data)
   state, run_steps, corpus = made.state, made.run_steps, made.feed.corpus_at(0)
-  num = jax.device_put(np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices())))
+  num = jax.device_put(
+    np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices()))
+  )
   state, _ = run_steps(corpus, state, num)
   with jax.transfer_guard("disallow"):
     for _ in range(3):
@@ -345,17 +383,30 @@ def stream(play):
 
 @pytest.mark.slow
 def test_a_run_in_epochs_evaluates_samples_and_prints_by_epochs(stream, capsys):
-  """Three epochs of 9 updates: evaluated before the first and after each, sampled after each but the last."""
+  """Three epochs of 9 updates: evaluated before the first and after each, sampled after each but
+  the last.
+  """
   from jgpt.report.console import ConsoleWriter
 
   plan = plan_run(change(stream, {"train.steps": None, "train.epochs": 3}))
-  assert plan.epoch_steps == 9 and plan.experiment.train.steps == 27 and plan.experiment.optimizer.decay_steps == 27
-  recorder, console = Recorder(), ConsoleWriter(steps=27, log_every=4, epoch_steps=9, terminal=False)
+  assert (
+    plan.epoch_steps == 9
+    and plan.experiment.train.steps == 27
+    and plan.experiment.optimizer.decay_steps == 27
+  )
+  recorder, console = (
+    Recorder(),
+    ConsoleWriter(steps=27, log_every=4, epoch_steps=9, terminal=False),
+  )
   result = train.train_run(plan, writers=[recorder, console])
   assert [c.step for c in recorder.chunks if c.heldout_loss is not None] == [0, 9, 18, 27]
   assert [c.step for c in recorder.chunks if c.texts] == [9, 18]
   assert result.heldout_losses[-1] == (27, result.heldout_loss)
-  lines = [line.partition(" | loss")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch")]
+  lines = [
+    line.partition(" | loss")[0]
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith("Epoch")
+  ]
   assert lines[0].startswith("Epoch 1/3 | step 0/9 | held out")
   ends = [f"Epoch {e}/3 | step {s}/9" for e in (1, 2, 3) for s in (4, 8, 9)]
   assert lines[1:] == ["Epoch 1/3 | step 1/9", *ends]
@@ -363,7 +414,9 @@ def test_a_run_in_epochs_evaluates_samples_and_prints_by_epochs(stream, capsys):
 
 @pytest.mark.slow
 def test_epochs_stop_and_resume_at_their_edges(stream, tmp_path):
-  """Around the end of an epoch the same windows come in the same order, with the same dropout: equal bits."""
+  """Around the end of an epoch the same windows come in the same order, with the same dropout:
+  equal bits.
+  """
   held = change(stream, {"train.eval_every": 9, "optimizer.decay_steps": 27})
   straight = run(held, tmp_path / "straight")
   for steps in (8, 9, 10, 18, 27):
@@ -376,23 +429,30 @@ def test_epochs_stop_and_resume_at_their_edges(stream, tmp_path):
 @pytest.mark.slow
 def test_evaluating_and_sampling_change_no_bit(stream):
   plain = run(stream)
-  often = run(change(stream, {"train.eval_every": 2, "train.eval_batches": 1, "train.sample_every": 3}))
+  often = run(
+    change(stream, {"train.eval_every": 2, "train.eval_batches": 1, "train.sample_every": 3})
+  )
   assert equal_bits(plain.state, often.state) and plain.heldout_loss == often.heldout_loss
   assert [step for step, _ in often.heldout_losses] == list(range(0, 27, 2))
 
 
 @pytest.mark.slow
 def test_layers_scanned_or_written_out_are_one_run(stream, tmp_path):
-  """The same losses and parameters but for rounding; a run goes on in the other layout from the same checkpoint."""
+  """The same losses and parameters but for rounding.
+
+  A run goes on in the other layout from the same checkpoint.
+  """
   changes = {"model.dropout": 0.1, "optimizer.decay_steps": 27}
-  written, scanned = (change(stream, changes | {"mesh.scan_layers": scan}) for scan in (False, True))
+  written, scanned = (
+    change(stream, changes | {"compute.layers": way}) for way in ("unroll", "scan")
+  )
   a, b = run(written), run(scanned)
   assert isinstance(a.state.params["blocks"], list) and isinstance(b.state.params["blocks"], dict)
   np.testing.assert_allclose(a.losses, b.losses, rtol=1e-5)
   assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
   run(change(written, {"train.steps": 13}), tmp_path)
   np.testing.assert_allclose(run(scanned, tmp_path).losses, b.losses, rtol=1e-5)
-  assert load_run(tmp_path).params["blocks"]["w_up"].shape == (2, 16, 32)
+  assert open_run(tmp_path).params["blocks"]["w_up"].shape == (2, 16, 32)
 
 
 @pytest.mark.slow
@@ -413,17 +473,26 @@ def test_the_whole_heldout_part_is_evaluated_window_by_window(stream):
   for start in range(0, len(tokens) - 1, T):
     window = tokens[start : start + T + 1]
     batch = Batch(window[None, :-1], window[None, 1:], np.ones((1, len(window) - 1), np.float32))
-    nats += float(loss_fn(result.params, batch, plan.experiment.model)) * (len(window) - 1)
+    nats += float(loss_fn(result.params, batch, result.experiment)) * (len(window) - 1)
   assert result.heldout_tokens == len(tokens) - 1
   assert result.heldout_loss == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_a_run_keeps_its_tokenizer_when_it_goes_on(stream, tmp_path, monkeypatch):
-  """Merges are not learned again: another version of the package that learns them may break ties otherwise."""
-  pytest.importorskip("tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)")
-  base = change(stream, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 260, "data.seq_len": 8, "train.steps": 5})
+  """Merges are not learned again: another version of the package that learns them may break ties
+  otherwise.
+  """
+  pytest.importorskip(
+    "tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)"
+  )
+  base = change(
+    stream,
+    {"data.tokenizer": "bpe", "data.bpe_vocab_size": 260, "data.seq_len": 8, "train.steps": 5},
+  )
   base = change(base, {"optimizer.decay_steps": 10})
   first = run(base, tmp_path / "run")
-  monkeypatch.setattr("jgpt.data.corpus.train_bpe_tokenizer", lambda *args: pytest.fail("learned again"))
+  monkeypatch.setattr(
+    "jgpt.data.corpus.train_bpe_tokenizer", lambda *args: pytest.fail("learned again")
+  )
   assert run(change(base, {"train.steps": 10}), tmp_path / "run").tokenizer == first.tokenizer

@@ -1,13 +1,10 @@
-"""Measures how fast this machine trains.
-
-`python -m jgpt.bench`; importing this package imports nothing else.
-"""
+"""The command `python -m jgpt.bench`, which measures how fast this machine trains."""
 
 from __future__ import annotations
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command; returns its exit status."""
-  from jgpt.bench import cli  # only here: importing the package must cost nothing
+  """Runs the command and returns its exit status."""
+  from jgpt.bench import cli  # here, so that importing the package stays cheap
 
   return cli.main(argv)

@@ -1,30 +1,37 @@
-"""python -m jgpt.bench: how fast this machine trains, samples and starts, and what it could reach.
+"""python -m jgpt.bench: measures how fast this machine trains, samples and starts.
 
-Responsible for the command line and for saying what was measured where; the cases are in `cases.py`. No test asserts speed.
-Everything printed is measured in this run, with the compilation cache off, each program warm before it is timed:
+The command line, and the description of the machine. The cases are in `cases.py`. No test asserts
+speed. Every figure is measured in this call, without the compilation cache, and each program is
+warmed up before it is timed:
 
-  rounds        Contenders of a case take turns, a round each; the first round warms up and is not counted. jgpt computes in
-                this process, on one device, and each peer in a process of its own, which waits while others compute. The
-                table has the median round and the fastest and slowest; "time/jgpt's" is the median of each round's ratio,
-                and its spread: above 1 the peer takes longer.
-  tokens/s      Targets that count; the padding of documents does not.
-  GFLOP/s       Tokens/s times 6 P + 6 L D T operations: P the parameters that are multiplied with (the head once), L layers
-                of width D, T positions (of documents the context), of which a position sees half (causal). % own and % 2048
-                are its share of what this machine's float32 products reach: those of the step itself (each x @ w and its
-                gradient's two, alone, as often as they occur, padding included), and one of 2048 x 2048 x 2048. On
-                accelerators also of the dense bfloat16 peak.
-  compile       Until the first step could begin: drawing the state, compiling step, evaluation and sampling.
-  memory        Arguments + outputs + temporaries - what is aliased, of the compiled step, by the compiler's own account.
-  parts         Forward pass, gradient and update are programs of their own with the step's compiler options, repeated
-                in one compiled loop and timed in the same rounds; backward is gradient - forward of each round.
-  decoding      tokens/s <= batch * bandwidth / (parameter bytes + batch * cache bytes per position * context). Bandwidth is
-                a product of a float32 matrix of 50304 x 768 with a vector.
-  startup       Fresh processes, from before their start until they are gone, at most 3 rounds, all counted, as those of
-                weights are; `startup.py` says what each part is.
-  saving        Steps in calls of their own, and as many from before a save until the checkpoint is on disk: what that adds
-                is what a save costs, and its share is of 100 steps and one save.
-  peers         torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager and torch.compile; in
-                sampling Transformers' GPT2LMHeadModel.generate. scalar: plain Python, microgpt on a test oracle.
+  rounds      The contenders of a case take turns, one round each. The first round warms up and is
+              not counted. jgpt runs in this process on one device, and each peer in a process of
+              its own, which waits while others compute. The table has the median round, the fastest
+              and the slowest. "time/jgpt's" is the median ratio to jgpt in the same round, and its
+              range: above 1 the peer takes longer.
+  tokens/s    Targets that count; the padding of documents does not.
+  GFLOP/s     Tokens/s times 6 P + 6 L D T operations: P parameters in matrix products (the head
+              once), L layers of width D, T positions (of documents the context), of which attention
+              computes half (causal). % own and % 2048 are its share of what float32 products reach
+              on this machine: the products of the step itself (each x @ w and the two of its
+              gradient, one at a time, as often as they occur, with padding), and one of 2048 x 2048
+              x 2048. On accelerators there is also the share of the dense bfloat16 peak.
+  compile     Seconds until the first step could begin: drawing the state, compiling the step,
+              evaluation and sampling.
+  memory      Of the compiled step, as the compiler reports it: arguments + outputs + temporaries -
+              aliased bytes.
+  parts       Forward pass, gradient and update are programs of their own with the compiler options
+              of the step. Each is repeated in a compiled loop and timed in the same rounds.
+              Backward is gradient - forward in each round.
+  decoding    tokens/s <= batch * bandwidth / (parameter bytes + batch * cache bytes per position *
+              context). Bandwidth is that of a float32 product of a 50304 x 768 matrix and a vector.
+  startup     New processes, from before their start to their end, in at most 3 rounds. All rounds
+              count, as for weights. The parts are described in `startup.py`.
+  saving      Steps in calls of their own, and as many from before a save until the checkpoint is on
+              disk. The difference is the cost of a save; its share is of 100 steps and one save.
+  peers       torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager
+              and with torch.compile; for sampling GPT2LMHeadModel.generate of Transformers. scalar:
+              names in plain Python, as in microgpt.py.
 """
 
 from __future__ import annotations
@@ -47,12 +54,14 @@ BENCH_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "torch", "transformers")
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command; returns its exit status."""
+  """Runs the command and returns its exit status."""
   args = _parser().parse_args(argv)
   chosen = list(dict.fromkeys(args.only or CASES))
   for name in chosen:
     if name not in CASES:
-      raise UserError(f"there is no case {name!r}.{near_matches(name, CASES)} There are {', '.join(CASES)}.")
+      raise UserError(
+        f"there is no case {name!r}.{near_matches(name, CASES)} There are {', '.join(CASES)}."
+      )
   if args.rounds < 1:
     raise UserError(f"--rounds={args.rounds} must be at least 1.")
   load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -64,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  jax.config.update("jax_enable_compilation_cache", False)  # so that "compile" means compiling
+  jax.config.update("jax_enable_compilation_cache", False)  # else "compile" would time reading
   device = runtime.devices()[0]
   session = Session(
     args.rounds,
@@ -76,13 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     print(f"measuring {name} ...", file=sys.stderr, flush=True)
     try:
       CASES[name](session)
-    except UserError as error:  # a peer that died: what was measured before it is kept
+    except UserError as error:  # a peer's process ended; what was measured before is printed
       failures.append(f"{name} was not measured to its end: {error}")
     gc.collect()
     jax.clear_caches()
   machine = describe_machine(load)
   if args.json:
-    print(json.dumps({"machine": machine, "rounds": args.rounds} | results_to_json(session.results), indent=2))
+    print(
+      json.dumps(
+        {"machine": machine, "rounds": args.rounds} | results_to_json(session.results), indent=2
+      )
+    )
   else:
     print(f"{format_machine(machine)}\n\n{format_results(session.results)}")
   for failure in failures:
@@ -93,12 +106,16 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m jgpt.bench",
-    description="Measure how fast this machine trains, samples and starts, beside what it could reach.",
+    description="Measure how fast this machine trains, samples and starts, beside what it could "
+    "reach.",
     epilog=f"How the figures are made:\n\n  rounds  {__doc__.partition('  rounds  ')[2]}",
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "--only", action="append", metavar="CASE", help=f"one of {', '.join(CASES)}; repeat for more (default: all)"
+    "--only",
+    action="append",
+    metavar="CASE",
+    help=f"one of {', '.join(CASES)}; repeat for more (default: all)",
   )
   parser.add_argument(
     "--peer",
@@ -107,7 +124,13 @@ def _parser() -> argparse.ArgumentParser:
     choices=["torch", "scalar"],
     help="measure this too, in the same rounds, where it fits; repeat for both",
   )
-  parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds, of which the median counts (default: 7)")
+  parser.add_argument(
+    "--rounds",
+    type=int,
+    default=7,
+    metavar="N",
+    help="rounds, of which the median counts (default: 7)",
+  )
   parser.add_argument("--json", action="store_true", help="print JSON with every round's seconds")
   return parser
 
@@ -116,10 +139,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def describe_machine(load: float | None) -> dict[str, Any]:
-  """The machine and the versions that figures belong to.
+  """Describes the machine and the versions of packages, for JSON.
 
   Args:
-    load: the system's load before anything was measured; None where it does not say.
+    load: average of the last minute before anything was measured; None where it is unknown.
   """
   import jax
 
@@ -141,8 +164,9 @@ def describe_machine(load: float | None) -> dict[str, Any]:
 
 
 def format_machine(machine: dict[str, Any]) -> str:
-  """`describe_machine` in two lines."""
+  """Formats what `describe_machine` returned in two lines."""
   devices, load = machine["devices"], machine["load_before"]
   versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
   before = "" if load is None else f"; load before {load:.2f}"
-  return f"{machine['machine']}, {machine['cores']} cores; {len(devices)} {devices[0]}{before}\n{versions}"
+  cores = f"{machine['machine']}, {machine['cores']} cores"
+  return f"{cores}; {len(devices)} {devices[0]}{before}\n{versions}"

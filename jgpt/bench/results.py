@@ -1,7 +1,6 @@
-"""What a benchmark found, and its tables.
+"""The results of a benchmark: measured seconds, what is computed from them, and tables.
 
-Responsible for what follows from measured seconds (rates, shares, ratios) and for showing it. Pure: nothing here takes a
-time or prints, and this file imports no jax.
+Pure, without jax. Measuring is in `timing.py`, `rounds.py` and `startup.py`, printing in `cli.py`.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ OURS = "jgpt"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One contender in one case.
+  """A contender in a case: a row of the first table.
 
   Attributes:
     case: what was measured.
     contender: "jgpt", or a peer's name.
     seconds: of each round, per step, call or command; [] where it could not be measured.
     per: "step" or "call"; "" for a whole command or file.
-    samples: documents or texts in one; None where there are none.
-    tokens: tokens in one that count: padding does not.
-    flops: floating-point operations of one, by `limits.count_train_flops`.
+    samples: documents or texts per step or call; None where there are none.
+    tokens: per step or call, without padding.
+    flops: floating-point operations per step, by `limits.count_train_flops`.
     compile_seconds: until the first step could begin.
-    memory_bytes: the most that the compiled step holds.
+    memory_bytes: of the compiled step, as the compiler reports it.
     ratios: seconds of each round divided by jgpt's in the same round; None for jgpt itself.
     reason: why there are no seconds.
   """
@@ -46,29 +45,29 @@ class Row:
 
   @property
   def median(self) -> float:
-    """Of the rounds' seconds."""
+    """Returns the median of the rounds' seconds."""
     return statistics.median(self.seconds)
 
   def rate(self, amount: float | None) -> float | None:
-    """An amount per second, at the median; None without an amount or a time."""
+    """Computes an amount per second at the median; None without an amount or a time."""
     return amount / self.median if amount is not None and self.seconds else None
 
   @property
   def name(self) -> str:
-    """Case and contender, for a table."""
+    """Returns case and contender as the table names them."""
     return self.case if self.contender == OURS else f"{self.case}: {self.contender}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """A step's parts, each timed in a program of its own: seconds per step of each round.
+  """Seconds of the parts of a step in each round, each part timed in a program of its own.
 
   Attributes:
     case: what was measured.
     forward: the loss alone.
     gradient: the loss and its gradient.
-    update: the optimizer, and adding what it says to the parameters.
-    step: the median of the whole step, to hold the sum of the parts against.
+    update: the optimizer and its update of the parameters.
+    step: median of the whole step, to compare the sum of the parts with.
   """
 
   case: str
@@ -79,13 +78,13 @@ class Parts:
 
   @property
   def backward(self) -> list[float]:
-    """Gradient minus forward, of each round."""
+    """Computes gradient - forward in each round."""
     return [g - f for f, g in zip(self.forward, self.gradient, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Where the time of a whole command went: seconds of each round for each part, in order; they add up to the whole."""
+  """Seconds of the parts of a whole command in each round; they add up to the whole."""
 
   case: str
   parts: dict[str, list[float]]
@@ -93,14 +92,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-  """What the machine can do, measured.
+  """A rate that this machine can reach at most.
 
   Attributes:
-    name: of what.
-    rate: FLOP/s, bytes/s or tokens/s.
+    name: what is limited.
+    rate: in `unit`.
     unit: "FLOP/s", "B/s" or "tokens/s".
-    case: the case that it limits; "" for the machine's own.
-    reached: what that case reached, as a share; None where the table of cases says it.
+    case: that it limits; "" for a rate of the machine.
+    reached: share that the case reached, from 0 to 1; None where the first table has it.
   """
 
   name: str
@@ -112,15 +111,15 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """Everything that cases found.
+  """The results of all cases.
 
   Attributes:
-    rows: of the first table.
-    parts: of the second.
+    rows: the first table.
+    parts: of steps.
     splits: of whole commands.
     limits: of the machine.
-    peak: the device's dense bfloat16 peak in FLOP/s; None where it is not known, or on a CPU.
-    accelerated: whether the device is no CPU, so that a share of the peak is asked for.
+    peak: dense bfloat16 peak of the device in FLOP/s; None on a CPU, or where it is not known.
+    accelerated: whether the device is not a CPU; then the tables have the share of the peak.
   """
 
   rows: list[Row] = dataclasses.field(default_factory=list)
@@ -130,32 +129,38 @@ class Results:
   peak: float | None = None
   accelerated: bool = False
 
-  def limit(self, name: str, case: str = "") -> float | None:
-    """A measured rate, or None where it was not measured."""
+  def find_limit(self, name: str, case: str = "") -> float | None:
+    """Returns a limit's rate, or None where it was not measured."""
     return next((x.rate for x in self.limits if (x.name, x.case) == (name, case)), None)
 
 
-OWN_SHAPES, SQUARE, BANDWIDTH = "products at the case's own shapes", "float32 product 2048 x 2048 x 2048", "memory, read"
+OWN_SHAPES, SQUARE, BANDWIDTH = (
+  "products at the case's own shapes",
+  "float32 product 2048 x 2048 x 2048",
+  "memory, read",
+)
 
 
 def divide_rounds(peer: Sequence[float], ours: Sequence[float]) -> list[float]:
-  """The ratio of each round: a machine that slows down slows both, and leaves it."""
+  """Computes the ratio in each round, which a slower machine does not change."""
   return [a / b for a, b in zip(peer, ours, strict=True)]
 
 
-def shares(row: Row, results: Results) -> dict[str, float | None]:
-  """What a row reached of each rate, from 0 to 1: own shapes, square, bf16 peak."""
+def compute_shares(row: Row, results: Results) -> dict[str, float | None]:
+  """Computes the share that a row reached of each rate, from 0 to 1; None where one is missing."""
   rate = row.rate(row.flops)
-  against = {
-    "own_shapes": results.limit(OWN_SHAPES, row.case),
-    "square": results.limit(SQUARE),
+  limits = {
+    "own_shapes": results.find_limit(OWN_SHAPES, row.case),
+    "square": results.find_limit(SQUARE),
     "bf16_peak": results.peak,
   }
-  return {name: rate / limit if rate is not None and limit else None for name, limit in against.items()}
+  return {
+    name: rate / limit if rate is not None and limit else None for name, limit in limits.items()
+  }
 
 
 def results_to_json(results: Results) -> dict[str, Any]:
-  """All that was measured and what follows from it, for `json`: seconds, FLOP/s, bytes, shares from 0 to 1."""
+  """Returns all results for `json`, in seconds, FLOP/s and bytes; shares are from 0 to 1."""
   rows = [
     dataclasses.asdict(row)
     | {
@@ -163,7 +168,7 @@ def results_to_json(results: Results) -> dict[str, Any]:
       "samples_per_second": row.rate(row.samples),
       "tokens_per_second": row.rate(row.tokens),
       "flops_per_second": row.rate(row.flops),
-      "shares": shares(row, results),
+      "shares": compute_shares(row, results),
       "median_ratio": statistics.median(row.ratios) if row.ratios else None,
     }
     for row in results.rows
@@ -181,23 +186,41 @@ def results_to_json(results: Results) -> dict[str, Any]:
 
 
 def format_results(results: Results) -> str:
-  """The tables, one below the other; those without lines are left out."""
-  tables = [format_rows(results), format_parts(results.parts), format_splits(results.splits), format_limits(results)]
+  """Formats all tables that have rows, one below the other."""
+  tables = [
+    format_rows(results),
+    format_parts(results.parts),
+    format_splits(results.splits),
+    format_limits(results),
+  ]
   return "\n\n".join(table for table in tables if table)
 
 
 def format_rows(results: Results) -> str:
-  """The first table: a line for each contender in each case; below it samples per second, and why some have no figures."""
+  """Formats the first table, with a line for each contender in each case.
+
+  Below it are samples per second, and the reasons where there are no figures.
+  """
   if not results.rows:
     return ""
-  header = ["case", "median", "fastest to slowest", "us/sample", "tokens/s", "GFLOP/s", "% own", "% 2048"]
+  header = [
+    "case",
+    "median",
+    "fastest to slowest",
+    "us/sample",
+    "tokens/s",
+    "GFLOP/s",
+    "% own",
+    "% 2048",
+  ]
   header += ["% bf16 peak"] * results.accelerated + ["compile", "memory", "time/jgpt's"]
   table = [header]
   for row in results.rows:
     if not row.seconds:
       table.append([row.name, "n/a", *[""] * (len(header) - 2)])
       continue
-    rate, per_sample, share = row.rate(row.flops), row.rate(row.samples), shares(row, results)
+    rate, per_sample = row.rate(row.flops), row.rate(row.samples)
+    share = compute_shares(row, results)
     line = [
       row.name,
       f"{format_seconds(row.median)}{f'/{row.per}' if row.per else ''}",
@@ -227,30 +250,35 @@ def format_rows(results: Results) -> str:
 
 
 def format_parts(parts: Sequence[Parts]) -> str:
-  """The second table: a step's parts, and what they add up to beside the step."""
+  """Formats the medians of a step's parts, their sum, and the median of the step."""
   if not parts:
     return ""
   table = [["of a step, medians", "forward", "backward", "update", "sum", "whole step"]]
   for p in parts:
     medians = [statistics.median(values) for values in (p.forward, p.backward, p.update)]
     total = sum(medians)
-    table.append([p.case, *map(format_seconds, medians), f"{format_seconds(total)} ({total / p.step:.0%})"])
+    table.append(
+      [p.case, *map(format_seconds, medians), f"{format_seconds(total)} ({total / p.step:.0%})"]
+    )
     table[-1].append(format_seconds(p.step))
   return align(table)
 
 
 def format_splits(splits: Sequence[Split]) -> str:
-  """Where whole commands spend their time."""
+  """Formats the medians of the parts of whole commands."""
   if not splits:
     return ""
   names = list(dict.fromkeys(name for split in splits for name in split.parts))
   table = [["of a command, medians in s", *names]]
-  table += [[s.case, *(f"{statistics.median(s.parts[n]):.3f}" if n in s.parts else "" for n in names)] for s in splits]
+  table += [
+    [s.case, *(f"{statistics.median(s.parts[n]):.3f}" if n in s.parts else "" for n in names)]
+    for s in splits
+  ]
   return align(table)
 
 
 def format_limits(results: Results) -> str:
-  """What the machine can do."""
+  """Formats the limits of the machine."""
   table = [["limit", "of", "rate", "reached"]]
   for limit in results.limits:
     scale = 1 if limit.unit == "tokens/s" else 1e9
@@ -263,34 +291,37 @@ def format_limits(results: Results) -> str:
 
 
 def align(table: Sequence[Sequence[str]]) -> str:
-  """Lines of cells, the columns below each other."""
+  """Pads the cells of a table so that its columns are aligned."""
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)
+  return "\n".join(
+    "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+    for line in table
+  )
 
 
 def format_seconds(seconds: float) -> str:
-  """Four digits with a unit: us below 10 ms, ms below 10 s."""
-  scale, unit = _unit(seconds)
+  """Formats seconds with four digits and a unit: us below 10 ms, ms below 10 s."""
+  scale, unit = _choose_unit(seconds)
   return f"{seconds * scale:.4g} {unit}"
 
 
-def _unit(seconds: float) -> tuple[float, str]:
+def _choose_unit(seconds: float) -> tuple[float, str]:
   return (1e6, "us") if abs(seconds) < 0.01 else (1e3, "ms") if abs(seconds) < 10 else (1, "s")
 
 
 def format_spread(seconds: Sequence[float]) -> str:
-  """Fastest to slowest, in the unit of the median."""
-  scale, unit = _unit(statistics.median(seconds))
+  """Formats the fastest and the slowest round in the unit of the median."""
+  scale, unit = _choose_unit(statistics.median(seconds))
   return f"{min(seconds) * scale:.4g} to {max(seconds) * scale:.4g} {unit}"
 
 
 def format_share(share: float | None, unit: str = "") -> str:
-  """A share in percent, or "" for None."""
+  """Formats a share from 0 to 1 in percent; "" for None."""
   return "" if share is None else f"{share:.1%}".removesuffix("%") + unit
 
 
 def format_size(count: int) -> str:
-  """Bytes in kB, MB or GB, by thousands."""
+  """Formats a number of bytes in kB, MB or GB (1 kB is 1,000 bytes)."""
   for scale, unit in ((1e9, "GB"), (1e6, "MB")):
     if count >= scale:
       return f"{count / scale:.3g} {unit}"
@@ -298,8 +329,11 @@ def format_size(count: int) -> str:
 
 
 def format_ratios(ratios: Sequence[float] | None) -> str:
-  """The median ratio and its spread: "1.31 (1.25 to 1.40)"; three digits from 10 on."""
+  """Formats the median ratio and its range: "1.31 (1.25 to 1.40)"; three digits from 10 on."""
   if not ratios:
     return ""
-  median, low, high = (f"{x:.2f}" if x < 10 else f"{x:.3g}" for x in (statistics.median(ratios), min(ratios), max(ratios)))
+  median, low, high = (
+    f"{x:.2f}" if x < 10 else f"{x:.3g}"
+    for x in (statistics.median(ratios), min(ratios), max(ratios))
+  )
   return f"{median} ({low} to {high})"

@@ -1,7 +1,6 @@
-"""Contenders that take turns, and peers in processes of their own.
+"""Rounds in which contenders take turns, and the parent's side of a peer's process.
 
-Responsible for interleaving rounds, and for the bench's end of a peer's process (`peers.py` is the other): what is sent to
-it, and what becomes of it when it fails. Imports no jax.
+The process itself is in `peers.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -22,48 +21,57 @@ STOP_SECONDS = 10
 
 
 class PeerUnavailableError(Exception):
-  """A peer that cannot run here; its text says why, in a few words."""
+  """An error of a peer that cannot run here; its text gives the reason in a few words."""
 
 
-def interleave(timers: Sequence[Callable[[int], Any]], steps: Sequence[int], rounds: int) -> list[list[Any]]:
-  """Lets timers take turns; a round before the first warms them up and is not counted.
+def interleave(
+  timers: Sequence[Callable[[int], Any]], steps: Sequence[int], rounds: int
+) -> list[list[Any]]:
+  """Calls timers in turn, after one round that warms up and is not counted.
 
   Args:
-    timers: each is called with its number of steps.
+    timers: functions of a number of steps.
     steps: of each timer in a round.
-    rounds: that count.
+    rounds: that are counted.
 
   Returns:
-    For each timer what it returned, round by round.
+    For each timer the values it returned, one a round.
   """
-  found = [[timer(num) for timer, num in zip(timers, steps, strict=True)] for _ in range(rounds + 1)]
+  found = [
+    [timer(num) for timer, num in zip(timers, steps, strict=True)] for _ in range(rounds + 1)
+  ]
   return [list(of_one) for of_one in zip(*found[1:], strict=True)]
 
 
-def package_env() -> dict[str, str]:
-  """The environment of this process, in which a child imports its own jgpt, without a cache of jax's own."""
+def make_child_env() -> dict[str, str]:
+  """Makes the environment of a child process that imports this jgpt and has no jax cache set."""
   root = str(Path(__file__).resolve().parents[2])
-  env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}  # "cold" is without
+  env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
   return env | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 class Worker:
-  """A peer in a process of its own: it builds and warms up once, then times the steps it is asked for."""
+  """A peer in a process of its own, built and warmed up once; calling it times steps.
+
+  Attributes:
+    process: in which the peer runs.
+    versions: of the peer's packages, by name.
+  """
 
   def __init__(self, spec: dict[str, Any]):
-    """Starts `python -m jgpt.bench.peers` and waits until it is warm.
+    """Starts `python -m jgpt.bench.peers` and waits until the peer is warmed up.
 
     Args:
-      spec: what to build, as `peers.py` reads it.
+      spec: what to build, as described in `peers.py`.
 
     Raises:
-      UserError: if the peer's package is missing, or the process cannot be started.
-      PeerUnavailableError: if it cannot run here for another reason.
+      UserError: if the peer has no such model.
+      PeerUnavailableError: if it cannot run here.
     """
     self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-    self._process = subprocess.Popen(
+    self.process = subprocess.Popen(
       [sys.executable, "-m", "jgpt.bench.peers"],
-      env=package_env(),
+      env=make_child_env(),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._errors,
@@ -77,22 +85,26 @@ class Worker:
       raise
 
   def __call__(self, steps: int) -> float:
-    """Seconds per step of that many; raises `UserError` if the process is gone."""
+    """Runs that many steps and returns the seconds of one.
+
+    Raises:
+      UserError: if the process has ended.
+    """
     try:
       return self._ask({"steps": steps})["seconds"]
     except PeerUnavailableError as error:
       raise UserError(f"a peer stopped while it was timed: {error}") from error
 
   def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-    """Sends a line and reads the line that answers it."""
+    """Sends a line, and returns the answer."""
     try:
-      self._process.stdin.write(json.dumps(request) + "\n")
-      self._process.stdin.flush()
-      line = self._process.stdout.readline()
+      self.process.stdin.write(json.dumps(request) + "\n")
+      self.process.stdin.flush()
+      line = self.process.stdout.readline()
     except OSError:
       line = ""
     if not line:
-      raise PeerUnavailableError(f"its process ended: {self._last_words()}")
+      raise PeerUnavailableError(f"its process ended: {self._describe_end()}")
     answer = json.loads(line)
     if "user_error" in answer:
       raise UserError(answer["user_error"])
@@ -100,35 +112,36 @@ class Worker:
       raise PeerUnavailableError(answer["unavailable"])
     return answer
 
-  def _last_words(self) -> str:
+  def _describe_end(self) -> str:
+    """Returns the last line on standard error, or the exit status."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-      self._process.wait(STOP_SECONDS)
+      self.process.wait(STOP_SECONDS)
     self._errors.seek(0)
     lines = self._errors.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][:200] if lines else f"status {self._process.returncode}"
+    return lines[-1][:200] if lines else f"status {self.process.returncode}"
 
   def close(self) -> None:
-    """Ends the process: it stops where its input ends."""
+    """Closes the input of the process, which ends it, and kills it if it goes on."""
     with contextlib.suppress(OSError):
-      self._process.stdin.close()
+      self.process.stdin.close()
     try:
-      self._process.wait(STOP_SECONDS)
+      self.process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-      self._process.kill()
-      self._process.wait()
-    self._process.stdout.close()
+      self.process.kill()
+      self.process.wait()
+    self.process.stdout.close()
     self._errors.close()
 
 
 @contextlib.contextmanager
 def open_workers(specs: dict[str, dict[str, Any]]) -> Iterator[dict[str, Worker | str]]:
-  """Starts a process for each peer, one after the other, and ends them all at the end.
+  """Starts a process for each peer, one after the other, and ends them at the end.
 
   Args:
-    specs: the peers' names and what `Worker` takes.
+    specs: for each peer's name what to build.
 
   Yields:
-    For each name its worker, or why there is none.
+    For each name its worker, or the reason why it cannot run here.
 
   Raises:
     UserError: as `Worker` does.

@@ -1,18 +1,18 @@
-"""Where the time of a whole command goes: `run`, timed in a fresh process from its start to its end.
+"""The time of a whole command, by parts: `run` in a new process, from its start to its end.
 
-Responsible for starting such processes, and (as `python -m jgpt.bench.startup`) for being one: it calls `run` with clocks
-around the functions that a run consists of. The parts add up to the whole, because at every moment one of them is counted:
+`split_command` starts the process, which is `python -m jgpt.bench.startup`: it calls `run` with
+timers around its functions. At every moment one part is counted, so that they add up:
 
-  import   from the process's start until every module is imported
-  plan     finding the text, tokenizing it, resolving settings, the first look at the devices
-  compile  drawing the state, compiling step, evaluation and sampling
+  import   from the start of the process until every module is imported
+  plan     finding the text, tokenizing it, resolving settings, initializing the devices
+  compile  drawing the state, compiling the step, evaluation and sampling
   train    the steps, and the evaluation at their end
-  save     making the checkpoint's folder, saving, waiting until it is on the disk
+  save     making the checkpoint's folder, saving, waiting until it is on disk
   sample   drawing texts
   other    the rest: reading arguments, printing, the curve
-  exit     from the end of `run` until the process is gone
+  exit     from the end of `run` to the end of the process
 
-Not responsible for what is done with the seconds (`bench.py`).
+The case that calls this is in `cases.py`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pathlib import Path
 from typing import Any
 
 from jgpt import cli
-from jgpt.bench.rounds import package_env
+from jgpt.bench.rounds import make_child_env
 
 STARTUP_PARTS = ("import", "plan", "compile", "train", "save", "sample", "other", "exit")
 
 
 def time_command(args: Sequence[str], env: dict[str, str]) -> float:
-  """Seconds of `python -m jgpt.run` with these arguments, from start to end.
+  """Times `python -m jgpt.run` with these arguments, in seconds.
 
   Args:
-    args: the command's.
-    env: set besides this process's own.
+    args: of the command.
+    env: variables set in addition.
   """
   began = time.time()
   _run([sys.executable, "-m", "jgpt.run", *args], env)
@@ -48,11 +48,11 @@ def time_command(args: Sequence[str], env: dict[str, str]) -> float:
 
 
 def split_command(args: Sequence[str], env: dict[str, str]) -> dict[str, float]:
-  """Seconds of each of `PARTS` of a run in a fresh process; they add up to the whole.
+  """Times each of `STARTUP_PARTS` of a run in a new process, in seconds.
 
   Args:
     args: of `run`.
-    env: set besides this process's own.
+    env: variables set in addition.
   """
   with tempfile.TemporaryDirectory() as folder:
     report = Path(folder) / "report.json"
@@ -66,35 +66,40 @@ def split_command(args: Sequence[str], env: dict[str, str]) -> dict[str, float]:
 
 def _run(command: list[str], env: dict[str, str]) -> None:
   done = subprocess.run(
-    command, env=package_env() | env, capture_output=True, encoding="utf-8", errors="replace", check=False
+    command,
+    env=make_child_env() | env,
+    capture_output=True,
+    encoding="utf-8",
+    errors="replace",
+    check=False,
   )
   if done.returncode:
     raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
 
 
 class Recorder:
-  """Counts each moment for one part: the innermost one that is going on."""
+  """A timer of nested parts; time counts for the innermost one."""
 
   def __init__(self, began: float, part: str):
-    """Begins at `began` (seconds as `time.time` counts them) with a part."""
+    """Begins with a part at the time `began`, as `time.time` returns it."""
     self.seconds = dict.fromkeys(STARTUP_PARTS, 0.0)
     self._parts, self._last = [part], began
 
   def lap(self) -> float:
-    """Counts what has passed since the last lap for the part that is going on; returns the time."""
+    """Adds the time since the last lap to the current part, and returns the present time."""
     now = time.time()
     self.seconds[self._parts[-1]] += now - self._last
     self._last = now
     return now
 
   def switch(self, part: str) -> None:
-    """Ends the outermost part and goes on with another."""
+    """Replaces the outermost part by another."""
     self.lap()
     self._parts[0] = part
 
   @contextlib.contextmanager
   def part(self, name: str) -> Iterator[None]:
-    """Counts what happens inside for a part."""
+    """Counts the time in the context for a part."""
     self.lap()
     self._parts.append(name)
     try:
@@ -104,7 +109,7 @@ class Recorder:
       self._parts.pop()
 
   def wrap(self, owner: Any, function: str, part: str) -> None:
-    """Replaces a module's function with one that is counted."""
+    """Replaces a function of a module by one whose time counts for a part."""
     inner = getattr(owner, function)
 
     @functools.wraps(inner)
@@ -115,7 +120,7 @@ class Recorder:
     setattr(owner, function, counted)
 
   def wrap_context(self, owner: Any, function: str, part: str) -> None:
-    """Like `wrap` for a context manager: entering and leaving are counted, and not what happens inside."""
+    """Replaces a context manager: entering and leaving count for a part, its body does not."""
     inner: Callable[..., contextlib.AbstractContextManager] = getattr(owner, function)
 
     @contextlib.contextmanager
@@ -131,23 +136,24 @@ class Recorder:
 
 
 def main(argv: list[str]) -> int:
-  """Runs `run` and writes [seconds by part, time at the end] as JSON.
+  """Runs `run` and writes seconds by part, and the time at the end, as JSON.
 
   Args:
-    argv: when the process was started, where to write, and the arguments of `run`.
+    argv: time at which the process was started, path of the JSON, arguments of `run`.
   """
   began, report, *args = argv
   recorder = Recorder(float(began), "import")
-  names = ("run", "plan", "train", "report.summary", "runs.checkpoint")
-  run, plan, train, summary, checkpoint = (importlib.import_module(f"jgpt.{name}") for name in names)
+  names = ("run", "plan", "train", "generate", "report.summary", "runs.checkpoint")
+  modules = (importlib.import_module(f"jgpt.{name}") for name in names)
+  run, plan, train, generate, summary, checkpoint = modules
   recorder.switch("other")
   recorder.wrap(plan, "plan_run", "plan")
   recorder.wrap(summary, "describe_plan", "plan")
   recorder.wrap(train, "train_run", "train")
   recorder.wrap(train, "compile_program", "compile")
-  recorder.wrap(train, "save", "save")
+  recorder.wrap(checkpoint, "save_checkpoint", "save")
   recorder.wrap_context(checkpoint, "open_checkpoints", "save")
-  recorder.wrap(train, "sample_texts", "sample")
+  recorder.wrap(generate, "sample_texts", "sample")
   status = run.main(args)
   sys.stdout.flush()
   finished = recorder.lap()

@@ -1,11 +1,11 @@
-"""Seconds of jgpt's own compiled programs.
+"""Timers of jgpt's compiled programs, and of the products and the memory of this machine.
 
-Responsible for timing what `program.py`, `step.py` and `generate.py` compute, and the machine's rates that they are held
-against. Everything is warm before it is timed, and waited for. Not responsible for which cases there are (`cases.py`) or
-for what the figures mean (`limits.py`, `measured.py`).
+Programs are warmed up before they are timed, and their results are waited for. The cases are in
+`cases.py`, rates and shares in `results.py`.
 
-What takes microseconds is repeated inside one compiled loop, since a call from Python takes longer than the work. So that
-nothing is hoisted out of such a loop, what an iteration reads passes an optimization barrier together with its number.
+Work of microseconds is repeated in a compiled loop, since a call from Python takes longer. What an
+iteration reads passes an optimization barrier together with its number, so that XLA cannot move
+work out of the loop.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jgpt import generate, program, train
-from jgpt.batches import make_batch_fn
-from jgpt.config import SampleConfig
-from jgpt.devices.compute import Tricks, choose_tricks
+from jgpt import batches, generate, program
+from jgpt.config import Experiment, SampleConfig
+from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.devices.limits import FLOAT_BYTES, Product
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.model import init_params
 from jgpt.optim import make_optimizer
 from jgpt.plan import Plan
 from jgpt.runs import checkpoint
-from jgpt.step import MAX_STEPS_PER_CALL, TrainState, dropout_key
+from jgpt.sharding import arrange_blocks
+from jgpt.step import MAX_STEPS_PER_CALL, TrainState, loss_and_grads
 
-COPIED_BYTES = 64 << 20  # a larger state is carried from round to round instead
-LEAST_SECONDS = 0.02  # of what is timed at once
-BANDWIDTH_SHAPE = (50304, 768)  # GPT-2's head: far larger than a cache
+MAX_COPIED_BYTES = 64 << 20  # a larger state is not copied before each round
+LEAST_SECONDS = 0.02  # of one measurement
+BANDWIDTH_SHAPE = (50304, 768)  # GPT-2's head, far larger than a cache
 
 
 # --- The step ---
 
 
 class StepTimer:
-  """An experiment's program, whose steps can be timed.
+  """A timer of an experiment's training step; calling it times steps.
 
   Attributes:
     plan: of the run.
-    compile_seconds: until the first step could begin: the state drawn, the step, evaluation and sampling compiled.
-    memory_bytes: the most that the compiled step holds, by the compiler's own account: arguments, outputs and temporaries,
-      what is aliased once. The corpus is an argument. None where it gives no account.
+    compile_seconds: until the first step could begin: drawing the state, compiling the step,
+      evaluation and sampling.
+    memory_bytes: of the compiled step, from `find_memory`; the corpus is one of its arguments.
     corpus: the training part, on the devices.
   """
 
@@ -60,66 +60,68 @@ class StepTimer:
     self.compile_seconds = time.perf_counter() - began
     self.memory_bytes = find_memory(made.run_steps)
     self.corpus = made.feed.corpus_at(0)
-    self._copies = sum(x.nbytes for x in jax.tree.leaves(self._state)) <= COPIED_BYTES
+    self._copies = sum(x.nbytes for x in jax.tree.leaves(self._state)) <= MAX_COPIED_BYTES
 
   def __call__(self, steps: int) -> float:
-    """Runs that many updates in calls of up to 1,024, as a run that prints that seldom; returns the seconds of one."""
-    state = self.lend_state()
+    """Applies that many updates, up to 1,024 a call, and returns the seconds of one."""
+    state = self.donate_state()
     began = time.perf_counter()
     state = self.run(state, steps)
     seconds = (time.perf_counter() - began) / steps
-    self.take_back(state)
+    self.keep_state(state)
     return seconds
 
   def run(self, state: TrainState, steps: int) -> TrainState:
-    """Applies that many updates to a state, which is consumed, and waits for them."""
+    """Applies that many updates to a state, which is donated, and waits for them."""
     for first in range(0, steps, MAX_STEPS_PER_CALL):
       num = min(MAX_STEPS_PER_CALL, steps - first)
       state, _ = self._run_steps(self.corpus, state, jnp.int32(num))
     return jax.block_until_ready(state)
 
-  def lend_state(self) -> TrainState:
-    """A state to consume: a copy of the initial one; or, where that is large, the only one there is."""
-    return jax.block_until_ready(jax.tree.map(jnp.copy, self._state)) if self._copies else self._state
+  def donate_state(self) -> TrainState:
+    """Returns a state to donate: a copy of the initial one, or a large state itself."""
+    if not self._copies:
+      return self._state
+    return jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
 
-  def take_back(self, state: TrainState) -> None:
-    """Keeps what a large state that was lent became: the next round goes on from there."""
+  def keep_state(self, state: TrainState) -> None:
+    """Keeps the successor of a large donated state, for the next round."""
     if not self._copies:
       self._state = state
 
 
 class SaveTimer:
-  """Times steps with and without a checkpoint being written meanwhile."""
+  """A timer of steps with and without a checkpoint written in the background."""
 
   def __init__(self, steps: StepTimer, manager: checkpoint.Manager):
-    """Begins with a save, which compiles what saves need.
+    """Saves once, which compiles what saves need.
 
     Args:
-      steps: whose state is saved.
+      steps: its state is saved.
       manager: from `checkpoint.open_checkpoints`.
     """
     self._steps, self._manager = steps, manager
     self(1)
 
   def __call__(self, num: int) -> tuple[float, float, float]:
-    """Applies `num` updates, one a call, and as many after a save.
+    """Applies `num` updates, one a call, saves, and applies as many again.
 
     Returns:
-      Seconds of the ones; seconds of the others, from before the save until it is on disk; and of these, how long the
-      loop stood still while the arrays were copied.
+      Seconds of the first updates; seconds from the save to the end of the others and of writing;
+      and of these the seconds during which the loop waited for the arrays to be copied.
     """
-    state = self._run(self._steps.lend_state(), num)
+    state = self._run(self._steps.donate_state(), num)
     began = time.perf_counter()
     state = self._run(state, num)
     plain = time.perf_counter() - began
     began = time.perf_counter()
-    train.save(self._manager, state)
-    stood = time.perf_counter() - began
+    checkpoint.save_checkpoint(self._manager, state)
+    waited = time.perf_counter() - began
     state = self._run(state, num)
     self._manager.wait()
     saving = time.perf_counter() - began
-    self._steps.take_back(state)
-    return plain, saving, stood
+    self._steps.keep_state(state)
+    return plain, saving, waited
 
   def _run(self, state: TrainState, num: int) -> TrainState:
     for _ in range(num):
@@ -128,7 +130,10 @@ class SaveTimer:
 
 
 def find_memory(compiled: Any) -> int | None:
-  """The bytes that a compiled program holds at most: arguments + outputs + temporaries - what is aliased; or None."""
+  """Returns the bytes of a compiled program: arguments + outputs + temporaries - aliased ones.
+
+  None where the backend does not report them.
+  """
   try:
     sizes = compiled.memory_analysis()
   except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
@@ -139,39 +144,38 @@ def find_memory(compiled: Any) -> int | None:
   return total - sizes.alias_size_in_bytes
 
 
-def tricks_of(plan: Plan) -> Tricks:
-  """How the plan's programs are made here."""
-  return choose_tricks(plan.experiment, jax.devices()[0].platform)
+def resolve_plan(plan: Plan) -> Experiment:
+  """Returns the plan's experiment with `compute` resolved for the first device."""
+  return resolve_compute(plan.experiment, jax.devices()[0].platform)
 
 
 # --- Its parts ---
 
 
 class PartsTimer:
-  """Forward pass, gradient and update of a plan's step, each as a program that repeats it.
+  """A timer of the forward pass, the gradient and the update, each a program of its own.
 
-  The programs have the step's compiler options, its batches, its dropout and its layout of layers. Gradients go on to the
-  update. Cutting a batch is in the forward pass and in the gradient, as it is in a step.
+  The programs have the step's compiler options, batches, dropout and arrangement of blocks. Making
+  the batch counts for the forward pass and for the gradient.
   """
 
   def __init__(self, steps: StepTimer):
-    """Traces the three; they compile in the first round.
+    """Makes the three programs, which are compiled in the first round.
 
     Args:
-      steps: of the same plan; lends its state.
+      steps: of the same plan; its states are donated.
     """
-    self._steps, experiment = steps, steps.plan.experiment
-    model, seed = experiment.model, experiment.train.seed
-    tx, batch_fn = make_optimizer(experiment.optimizer, model), make_batch_fn(experiment.data, seed)
-    tricks = tricks_of(steps.plan)
-    jit = partial(jax.jit, compiler_options=tricks.step_options)
-    grad_fn = partial(tricks.grads_fn, config=model, micro_batch_size=experiment.train.micro_batch_size)
+    self._steps, experiment = steps, resolve_plan(steps.plan)
+    tx = make_optimizer(experiment)
+    jit = partial(jax.jit, compiler_options=choose_step_options(experiment))
 
     @jit
     def forward(params: dict, corpus: Any, num: jax.Array) -> jax.Array:
       def body(i: jax.Array, total: jax.Array) -> jax.Array:
         here, _ = jax.lax.optimization_barrier((params, i))
-        return total + tricks.loss_fn(here, batch_fn(corpus, i), model, dropout_key(seed, i, model))
+        batch = batches.batch(corpus, i, experiment)
+        # XLA removes the gradients, which are not used.
+        return total + loss_and_grads(here, batch, i, experiment)[0]
 
       return jax.lax.fori_loop(0, num, body, jnp.zeros(()))
 
@@ -179,7 +183,8 @@ class PartsTimer:
     def gradient(grads: dict, params: dict, corpus: Any, num: jax.Array) -> tuple[dict, jax.Array]:
       def body(i: jax.Array, carry: tuple) -> tuple:
         here, _ = jax.lax.optimization_barrier((params, i))
-        loss, grads = grad_fn(here, batch_fn(corpus, i), key=dropout_key(seed, i, model))
+        batch = batches.batch(corpus, i, experiment)
+        loss, grads = loss_and_grads(here, batch, i, experiment)
         return grads, carry[1] + loss
 
       return jax.lax.fori_loop(0, num, body, (grads, jnp.zeros(())))
@@ -189,41 +194,48 @@ class PartsTimer:
       def body(i: jax.Array, carry: tuple) -> tuple:
         params, opt_state = carry
         here, _ = jax.lax.optimization_barrier((grads, i))
-        updates, opt_state = tx.update(here, opt_state, params)
+        updates, opt_state = tx.update(here, opt_state, params, value=jnp.zeros(()))
         return optax.apply_updates(params, updates), opt_state
 
       return jax.lax.fori_loop(0, num, body, (params, opt_state))
 
     self._forward, self._gradient, self._update = forward, gradient, update
-    state = steps.lend_state()
+    state = steps.donate_state()
     self._grads = jax.tree.map(jnp.zeros_like, state.params)
 
   def __call__(self, repeats: int) -> tuple[float, float, float]:
-    """Repeats each part that often; returns the seconds of one forward pass, one gradient and one update."""
-    num, corpus, state = jnp.int32(repeats), self._steps.corpus, self._steps.lend_state()
+    """Repeats each part, and returns the seconds of a forward pass, a gradient and an update."""
+    num, corpus, state = jnp.int32(repeats), self._steps.corpus, self._steps.donate_state()
     times = [time.perf_counter()]
     jax.block_until_ready(self._forward(state.params, corpus, num))
     times.append(time.perf_counter())
     self._grads, _ = jax.block_until_ready(self._gradient(self._grads, state.params, corpus, num))
     times.append(time.perf_counter())
-    params, opt_state = jax.block_until_ready(self._update(state.params, state.opt_state, self._grads, num))
+    params, opt_state = jax.block_until_ready(
+      self._update(state.params, state.opt_state, self._grads, num)
+    )
     times.append(time.perf_counter())
-    self._steps.take_back(state.replace(params=params, opt_state=opt_state))
+    self._steps.keep_state(state.replace(params=params, opt_state=opt_state))
     return tuple((after - before) / repeats for before, after in itertools.pairwise(times))
 
 
 # --- The machine ---
 
 
-def time_product(left: tuple, right: tuple, contract: tuple, rounds: int, options: dict | None = None) -> float:
-  """Median seconds of one float32 matrix product, repeated inside a compiled loop.
+def time_product(
+  left: tuple, right: tuple, contract: tuple, rounds: int, options: dict | None = None
+) -> float:
+  """Times a float32 matrix product that is repeated in a compiled loop.
 
   Args:
     left: shape.
     right: shape.
-    contract: the dimension of each that is summed over.
-    rounds: timed after one that warms up.
-    options: the compiler's.
+    contract: the contracted dimension of each.
+    rounds: that are timed, after one that warms up.
+    options: of the compiler.
+
+  Returns:
+    The median of the rounds in seconds.
   """
   keys = jax.random.split(jax.random.key(0))
   operands = [jax.random.normal(key, shape) for key, shape in zip(keys, (left, right), strict=True)]
@@ -251,10 +263,15 @@ def time_product(left: tuple, right: tuple, contract: tuple, rounds: int, option
 
 
 def measure_products(products: list[Product], rounds: int, options: dict | None = None) -> float:
-  """The rate in FLOP/s of all products of a step: flops over seconds, each product as often as the step has it.
+  """Measures the rate in FLOP/s of the products of a step, each weighted by its count.
 
-  Each is timed forward and in both directions of its gradient, alone. Where they take less than a microsecond, as those of
-  the smallest model do, the loop around them takes part of that.
+  Each product and the two of its gradient are timed one at a time. Products of less than a
+  microsecond, as in the smallest model, include the time of the loop.
+
+  Args:
+    products: from `limits.list_products`.
+    rounds: that are timed.
+    options: of the compiler.
   """
   flops = seconds = 0.0
   for product in products:
@@ -265,14 +282,20 @@ def measure_products(products: list[Product], rounds: int, options: dict | None 
 
 
 def measure_square(rounds: int, size: int = 2048) -> float:
-  """The rate in FLOP/s of a square float32 product at jax's default precision."""
+  """Measures the rate in FLOP/s of a square float32 product at jax's default precision."""
   return 2 * size**3 / time_product((size, size), (size, size), (1, 0), rounds)
 
 
 def measure_bandwidth(rounds: int, shape: tuple[int, int] = BANDWIDTH_SHAPE) -> float:
-  """Bytes per second at which a float32 matrix-vector product reads its matrix, the faster of its two layouts."""
+  """Measures the bytes/s at which a float32 matrix-vector product reads its matrix.
+
+  Both layouts of the matrix are timed, and the faster one counts.
+  """
   rows, columns = shape
-  seconds = [time_product((1, columns), shape, (1, 1), rounds), time_product((1, columns), shape[::-1], (1, 0), rounds)]
+  seconds = [
+    time_product((1, columns), shape, (1, 1), rounds),
+    time_product((1, columns), shape[::-1], (1, 0), rounds),
+  ]
   return FLOAT_BYTES * rows * columns / min(seconds)
 
 
@@ -280,29 +303,39 @@ def measure_bandwidth(rounds: int, shape: tuple[int, int] = BANDWIDTH_SHAPE) -> 
 
 
 def draw_params(plan: Plan) -> dict:
-  """Random parameters of a plan's network, laid out as a run lays them out on this platform."""
-  tricks = tricks_of(plan)
-  draw = jax.jit(lambda key: tricks.layout(init_params(key, plan.experiment.model)), compiler_options=tricks.init_options)
+  """Draws parameters of a plan's network, arranged as in a run on this platform."""
+  experiment = resolve_plan(plan)
+
+  @partial(jax.jit, compiler_options=choose_quick_options(experiment))
+  def draw(key: jax.Array) -> dict:
+    return arrange_blocks(init_params(key, experiment.model), experiment.compute.layers)
+
   return jax.block_until_ready(draw(derive_key(plan.experiment.train.seed, INIT, 0)))
 
 
-def make_sample_timer(params: dict, plan: Plan, sample: SampleConfig) -> tuple[Callable[[int], float], float]:
-  """Makes a function that draws that many times over and returns the seconds of one call; and the seconds compiling took.
+def make_sample_timer(
+  params: dict, plan: Plan, sample: SampleConfig
+) -> tuple[Callable[[int], float], float]:
+  """Compiles sampling, and makes a function that times it.
 
   Args:
-    params: laid out as the run lays them out.
-    plan: gives seed, network and tokenizer.
-    sample: what is drawn in one call.
+    params: arranged as in a run.
+    plan: seed, network and tokenizer are read.
+    sample: what a call draws.
+
+  Returns:
+    A function of a number of calls to the seconds of one, and the seconds of compiling.
   """
-  model, seed, tokenizer = plan.experiment.model, plan.experiment.train.seed, plan.data.tokenizer
+  experiment, tokenizer = resolve_plan(plan), plan.data.tokenizer
+  seed = experiment.train.seed
   began = time.perf_counter()
-  generate.compile_texts(params, tokenizer, derive_key(seed, SAMPLE, 0), model, sample)
+  generate.compile_texts(params, tokenizer, derive_key(seed, SAMPLE, 0), experiment, sample)
   compile_seconds = time.perf_counter() - began
 
   def seconds_per_call(calls: int) -> float:
     began = time.perf_counter()
-    for i in range(calls):  # texts are decoded on the host: nothing is left to wait for
-      generate.generate_texts(params, tokenizer, derive_key(seed, SAMPLE, i), model, sample)
+    for i in range(calls):  # returns decoded texts, so there is nothing to wait for
+      generate.generate_texts(params, tokenizer, derive_key(seed, SAMPLE, i), experiment, sample)
     return (time.perf_counter() - began) / calls
 
   return seconds_per_call, compile_seconds

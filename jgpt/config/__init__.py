@@ -1,9 +1,11 @@
-"""What an experiment is, and changing one by name."""
+"""Experiments: their settings, checks of them, and the files that define them."""
 
 from jgpt.config.experiment import (
+  ComputeConfig,
   DataConfig,
   Expected,
   Experiment,
+  Hyper,
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
@@ -12,9 +14,11 @@ from jgpt.config.experiment import (
 )
 
 __all__ = [
+  "ComputeConfig",
   "DataConfig",
   "Expected",
   "Experiment",
+  "Hyper",
   "MeshConfig",
   "ModelConfig",
   "OptimizerConfig",

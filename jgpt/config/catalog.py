@@ -1,7 +1,6 @@
-"""The experiments there are, and the files that define them.
+"""Lists and loads experiment files: every *.py file in the folder `experiments` is an experiment.
 
-Responsible for finding and loading experiment files; the folder's listing is the registry. Not responsible for what an
-experiment is (`config.py`). Imports no jax.
+What an experiment is, is in `experiment.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -16,14 +15,17 @@ from jgpt.errors import UserError, near_matches
 
 
 def experiments_dir() -> Path:
-  """The folder of experiment files: inside the package in a wheel, beside it in a clone or an editable install."""
+  """Returns the folder of experiment files.
+
+  It is inside the package in a wheel, and beside it in a clone or an editable install.
+  """
   package = Path(__file__).resolve().parent.parent
   inside = package / "experiments"
   return inside if inside.is_dir() else package.parent / "experiments"
 
 
 def list_experiments() -> list[str]:
-  """Names of the experiments that come with jgpt, sorted."""
+  """Lists the names of the experiments that come with jgpt, sorted."""
   return sorted(p.stem for p in experiments_dir().glob("*.py") if not p.stem.startswith("_"))
 
 
@@ -31,33 +33,44 @@ def load_experiment(name: str) -> Experiment:
   """Loads the constant `EXPERIMENT` of an experiment file.
 
   Args:
-    name: an experiment of jgpt's, or the path of a file ending in ".py", which is executed.
+    name: of an experiment that comes with jgpt, or the path of a file ending in ".py", which is
+      executed.
 
   Raises:
-    UserError: if there is no such experiment, or the file holds none.
+    UserError: if there is no such experiment, the file raises an error (with its line), or it
+      defines no `EXPERIMENT`.
+
+  Example:
+    >>> experiment = jgpt.load_experiment("names")
+    >>> experiment.model.num_layers
   """
   return load_experiment_file(name)[0]
 
 
 def load_experiment_file(name: str) -> tuple[Experiment, str]:
-  """Like `load_experiment`, and returns the file's docstring as well."""
+  """Loads an experiment as `load_experiment` does, and the file's docstring."""
   path = Path(name) if name.endswith(".py") else experiments_dir() / f"{name}.py"
   if not name.endswith(".py") and name not in list_experiments():
     raise UserError(
       f"there is no experiment {name!r}.{near_matches(name, list_experiments())} They are: "
       f"{', '.join(list_experiments())}; or give the path of a file ending in .py."
     )
-  if not os.path.isfile(path):  # False, too, for a name that no file can have
+  if not os.path.isfile(path):  # False also for a name that no file can have
     raise UserError(f"the experiment file {path} does not exist.")
   spec = importlib.util.spec_from_file_location(f"jgpt_experiment_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   try:
-    # Compiled anew: Python's cache takes a file that was edited within a second for the old one if its size is the same.
+    # Compiled here, because Python's bytecode cache does not notice an edit within the same second
+    # that leaves the size as it is.
     exec(spec.loader.source_to_code(path.read_bytes(), str(path)), module.__dict__)
   except UserError:
     raise
-  except Exception as error:  # whatever the file does wrong is the user's to mend, at this line
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == path.resolve()]
+  except Exception as error:  # the user's file may raise anything
+    frames = [
+      f
+      for f in traceback.extract_tb(error.__traceback__)
+      if Path(f.filename).resolve() == path.resolve()
+    ]
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
     raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
   experiment = getattr(module, "EXPERIMENT", None)

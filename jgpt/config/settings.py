@@ -1,8 +1,7 @@
-"""Settings by name: changing them, writing and reading them, and telling two runs apart.
+"""Settings by name: changing and parsing them, filling in defaults, JSON, and comparing two runs.
 
-Responsible for `section.field=value` as a command takes it, for what an experiment leaves open, for an experiment as JSON,
-and for which settings are a run's identity. Not responsible for which settings there are, or which values go together
-(`config.py`). Imports no jax.
+A setting is written `section.field=value`, as commands take it. Which settings there are, and which
+values go together, is in `experiment.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -12,7 +11,16 @@ import types
 import typing
 from typing import Any
 
-from jgpt.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from jgpt.config import (
+  ComputeConfig,
+  DataConfig,
+  Experiment,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  SampleConfig,
+  TrainConfig,
+)
 from jgpt.config.checks import alternatives, choices, describe_type
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.errors import UserError, near_matches, show
@@ -24,10 +32,18 @@ SECTIONS = {
   "train": TrainConfig,
   "sample": SampleConfig,
   "mesh": MeshConfig,
+  "compute": ComputeConfig,
 }
-SIZE = "model.size"  # no field: one word for several
-# Settings that do not change what is learned: they may differ when a run is resumed. Everything else is a run's identity.
-CIRCUMSTANCE = frozenset({"mesh", "sample"}) | {
+OPTIONAL_SECTIONS = ("mesh", "compute")  # older run folders lack them
+# Renamed settings, which older run folders have: the new name, and new values for old ones.
+RENAMED = {
+  "mesh.tricks": ("compute.tricks", {}),
+  "mesh.scan_layers": ("compute.layers", {None: "auto", True: "scan", False: "unroll"}),
+}
+SIZE = "model.size"  # not a field: sets several fields
+# Sections and settings that do not change what is learned, and so may differ when a run is resumed.
+# All others are a run's identity.
+CIRCUMSTANCE = frozenset({"mesh", "compute", "sample"}) | {
   f"train.{name}"
   for name in (
     *("steps", "epochs", "micro_batch_size"),
@@ -41,25 +57,31 @@ CIRCUMSTANCE = frozenset({"mesh", "sample"}) | {
 
 
 def setting_names() -> list[str]:
-  """Every setting as `section.field`, in the order of declaration."""
-  return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+  """Lists the names of all settings as `section.field`, in the order of declaration."""
+  return [
+    f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)
+  ]
 
 
 def list_settings(experiment: Experiment) -> dict[str, Any]:
-  """The experiment flattened: `section.field` -> value."""
-  return {name: getattr(getattr(experiment, name.split(".")[0]), name.split(".")[1]) for name in setting_names()}
+  """Returns all settings of an experiment: `section.field` -> value."""
+  return {
+    name: getattr(getattr(experiment, name.split(".")[0]), name.split(".")[1])
+    for name in setting_names()
+  }
 
 
 def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
-  """Returns the experiment with settings replaced, all at once, so that their order does not matter.
+  """Returns an experiment with settings replaced, all at once: their order does not matter.
 
   Args:
-    experiment: what to start from; it is not changed.
-    changes: `section.field` -> value of the declared type. "model.size", one of `GPT2_SIZES`, stands for its sizes; a
-      size that is given beside it goes before.
+    experiment: left as it is.
+    changes: `section.field` -> value of the declared type. "model.size", one of `GPT2_SIZES`,
+      stands for its sizes; sizes that are given by name take precedence.
 
   Raises:
-    UserError: for an unknown setting (with near matches), a wrong type or values that do not go together.
+    UserError: for an unknown setting (with near matches), a wrong type, or values that do not go
+      together.
   """
   by_section: dict[str, dict[str, Any]] = {}
   size = changes.get(SIZE)
@@ -67,79 +89,108 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
     raise UserError(f"{SIZE}={show(size)} must be one of {', '.join(GPT2_SIZES)}.")
   sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
   for name, value in (sizes | {n: v for n, v in changes.items() if n != SIZE}).items():
+    if name in RENAMED:
+      new, values = RENAMED[name]
+      shown = format_value(_translate(_read_word(value), values))
+      raise UserError(f"{name} is now called {new}. Try --set {new}={shown}")
     if name not in setting_names():
       last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
-      meant = f" Did you mean {' or '.join(last)}?" if last else near_matches(name, [*setting_names(), SIZE])
+      meant = (
+        f" Did you mean {' or '.join(last)}?"
+        if last
+        else near_matches(name, [*setting_names(), SIZE])
+      )
       raise UserError(f"there is no setting {show(name)}.{meant} All of them: --print-config")
     section, field = name.split(".")
     by_section.setdefault(section, {})[field] = value
-  sections = {s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()}
+  sections = {
+    s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()
+  }
   return dataclasses.replace(experiment, **sections)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-  """Reads one `section.field=value` strictly by the field's declared type.
+  """Parses `section.field=value` by the field's declared type.
+
+  An unknown name is returned with its text, so that `change` raises an error with near matches.
+
+  Returns:
+    The name, and the value.
 
   Raises:
-    UserError: if there is no "=", no such setting, or the value is not of the declared type.
+    UserError: if there is no "=", or the value is not of the declared type.
   """
   name, equals, value = text.partition("=")
   name, value = name.strip(), value.strip()
   if not equals:
-    raise UserError(f"--set {show(text)} has no '='. Write it as section.field=value, for example --set train.steps=500")
+    raise UserError(
+      f"--set {show(text)} has no '='. Write it as section.field=value, for example --set "
+      "train.steps=500"
+    )
   if name not in setting_names():
-    return name, value  # `change` names the near matches
+    return name, value
   section, field = name.split(".")
   hint = typing.get_type_hints(SECTIONS[section])[field]
   allowed = alternatives(hint)
+  if bool in allowed and value.lower() in ("true", "false"):
+    return name, value.lower() == "true"
   if choices(hint):
-    return name, value  # its section says which words there are
+    return name, value  # the section's own check lists the words that are allowed
   if types.NoneType in allowed and value.lower() in ("none", "null"):
     return name, None
   try:
     for kind in allowed:
-      if kind is bool:
-        return name, {"true": True, "false": False}[value.lower()]
       if kind == tuple[str, ...]:
         return name, tuple(word.strip() for word in value.split(",") if word.strip())
       if kind in (int, float, str):
         return name, kind(value)
-  except (ValueError, KeyError):
+  except ValueError:
     pass
   raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.")
 
 
+def _read_word(value: Any) -> Any:
+  """Returns None, True or False where a value's text means one of them, else the value."""
+  return {"none": None, "true": True, "false": False}.get(str(value).lower(), value)
+
+
 def format_value(value: Any) -> str:
-  """A setting's value as `parse_setting` reads it."""
+  """Formats a setting's value as `parse_setting` reads it."""
   if isinstance(value, tuple):
     return ",".join(value)
   return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def differences(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:
-  """Identity settings in which two experiments differ: `section.field` -> (value in a, value in b)."""
+  """Finds the identity settings in which two experiments differ.
+
+  Returns:
+    `section.field` -> (value in a, value in b).
+  """
   first, second = list_settings(a), list_settings(b)
   return {n: (v, second[n]) for n, v in first.items() if v != second[n] and not is_circumstance(n)}
 
 
 def is_circumstance(name: str) -> bool:
-  """Whether a setting may change when a run is resumed."""
+  """Returns whether a setting may change when a run is resumed."""
   return name in CIRCUMSTANCE or name.split(".")[0] in CIRCUMSTANCE
 
 
-# --- What was left open ---
+# --- Settings that follow from the data ---
 
 
-def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None = None) -> Experiment:
-  """Fills in what was left open.
+def resolve(
+  experiment: Experiment, vocab_size: int, steps_per_epoch: int | None = None
+) -> Experiment:
+  """Fills in the settings that are None and follow from others or from the data.
 
-  `model.vocab_size` is the tokenizer's; `train.steps`, `eval_every` and `sample_every` follow from `train.epochs`;
-  `optimizer.decay_steps` is `train.steps`, and `cooldown_steps` a fifth of it.
+  `model.vocab_size` is the tokenizer's; `train.steps`, `eval_every` and `sample_every` follow from
+  `train.epochs`; `optimizer.decay_steps` is `train.steps`, and `cooldown_steps` a fifth of it.
 
   Args:
-    experiment: settings, perhaps with None in those places.
+    experiment: not resolved, or resolved before.
     vocab_size: ids of the tokenizer.
-    steps_per_epoch: batches in a pass over the training part; None where a run is not counted in epochs.
+    steps_per_epoch: batches in a pass over the training part; None where `train.epochs` is None.
 
   Raises:
     UserError: if `model.vocab_size` was given and is smaller than the tokenizer's.
@@ -147,17 +198,23 @@ def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None
   given, train, optimizer = experiment.model.vocab_size, experiment.train, experiment.optimizer
   if given is not None and given < vocab_size:
     raise UserError(
-      f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set model.vocab_size=none, "
-      "which takes the tokenizer's"
+      f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set "
+      "model.vocab_size=none, which takes the tokenizer's"
     )
   if steps_per_epoch is not None and train.epochs is not None:
     steps = train.epochs * steps_per_epoch if train.steps is None else train.steps
-    period = {name: getattr(train, name) or steps_per_epoch for name in ("eval_every", "sample_every")}
+    period = {
+      name: getattr(train, name) or steps_per_epoch for name in ("eval_every", "sample_every")
+    }
     train = dataclasses.replace(train, steps=steps, **period)
   decay_steps = optimizer.decay_steps or (None if train.steps is None else max(1, train.steps))
   if decay_steps is not None:
-    cooldown_steps = optimizer.cooldown_steps or max(1, decay_steps // 5) if optimizer.schedule == "wsd" else None
-    optimizer = dataclasses.replace(optimizer, decay_steps=decay_steps, cooldown_steps=cooldown_steps)
+    cooldown_steps = (
+      optimizer.cooldown_steps or max(1, decay_steps // 5) if optimizer.schedule == "wsd" else None
+    )
+    optimizer = dataclasses.replace(
+      optimizer, decay_steps=decay_steps, cooldown_steps=cooldown_steps
+    )
   model = dataclasses.replace(experiment.model, vocab_size=given or vocab_size)
   return dataclasses.replace(experiment, model=model, train=train, optimizer=optimizer)
 
@@ -166,32 +223,59 @@ def resolve(experiment: Experiment, vocab_size: int, steps_per_epoch: int | None
 
 
 def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
-  """The experiment as a dict that `json` can write; `expected` is documentation and stays behind."""
+  """Converts an experiment to a dict that `json` can write, without `expected`."""
   return {section: dataclasses.asdict(getattr(experiment, section)) for section in SECTIONS}
 
 
 def experiment_from_json(value: Any) -> Experiment:
-  """Reads what `to_json` wrote. A field that an older file lacks counts as its default.
+  """Makes an experiment from the value that `experiment_to_json` returned.
+
+  Fields that an older file lacks have their defaults.
+
+  Args:
+    value: parsed JSON, which may be untrusted.
 
   Raises:
-    UserError: for anything else than an experiment: an unknown section or field, a wrong type, a missing field.
+    UserError: for an unknown section or field, a wrong type, or a missing field without a default.
   """
   if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
-    raise UserError("an experiment in JSON must be an object of sections, each an object of settings.")
+    raise UserError(
+      "an experiment in JSON must be an object of sections, each an object of settings."
+    )
   sections = {}
-  for section, fields in value.items():
+  for section, fields in _rename(value).items():
     if section not in SECTIONS:
-      raise UserError(f"the experiment has an unknown section {show(section)}.{near_matches(section, SECTIONS)}")
+      raise UserError(
+        f"the experiment has an unknown section {show(section)}.{near_matches(section, SECTIONS)}"
+      )
     known = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
     for name in fields:
       if name not in known:
         shown = show(f"{section}.{name}").strip("'\"")
-        raise UserError(f"the experiment has an unknown setting {shown}.{near_matches(name, known)}")
+        raise UserError(
+          f"the experiment has an unknown setting {shown}.{near_matches(name, known)}"
+        )
     for name, field in known.items():
       if name not in fields and field.default is dataclasses.MISSING:
         raise UserError(f"the experiment lacks the setting {section}.{name}.")
     sections[section] = SECTIONS[section](**fields)
   for section in SECTIONS.keys() - sections.keys():
-    if section != "mesh":
+    if section not in OPTIONAL_SECTIONS:
       raise UserError(f"the experiment lacks the section {section!r}.")
   return Experiment(**sections)
+
+
+def _rename(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Returns an experiment in JSON with the settings of `RENAMED` under their new names."""
+  value = {section: dict(fields) for section, fields in value.items()}
+  for old, (new, values) in RENAMED.items():
+    (section, field), (new_section, new_field) = old.split("."), new.split(".")
+    if field in value.get(section, {}):
+      given = value[section].pop(field)
+      value.setdefault(new_section, {})[new_field] = _translate(given, values)
+  return value
+
+
+def _translate(value: Any, values: dict[bool | None, str]) -> Any:
+  """Returns the value that a renamed setting has today."""
+  return values.get(value, value) if value is None or isinstance(value, bool) else value

@@ -1,1 +1,1 @@
-"""Where texts come from, and how they become tokens on a device."""
+"""Texts and token files: finding, downloading, tokenizing, and placing tokens on devices."""

@@ -1,7 +1,7 @@
-"""From a text or token files to what a run reads: documents or a stream, their tokenizer, and the held-out part.
+"""Loads a text or token files as the training tokens, the held-out tokens and their tokenizer.
 
-Responsible for loading: what is done once, on the host. Not responsible for where the text comes from (`sources.py`), for
-the bytes of token files (`shards.py`) or for cutting batches (`batches.py`).
+All of this is done once, on the host. Finding the text is in `sources.py`, the format of token
+files in `token_files.py`, and making batches in `batches.py`.
 """
 
 import contextlib
@@ -25,24 +25,31 @@ from jgpt.text.documents import split_paragraphs
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, train_char_tokenizer
 
 DATA_PARTS = {"heldout": "held out", "test": "a test file"}
-MAX_WORD = 1 << 17  # learning merges takes the square of a word's length: 2 s for this one
-_LONG_WORD = re.compile(rf"[^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|[^\s\w]{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")
-MAX_BATCH_TOKENS = 1 << 30  # devices count positions, and those a batch further, by 32 bits
-RESIDENT_TOKENS = 1 << 26  # 256 MB on a device; more are read from their files, a block of steps at a time
+# Learning merges takes time quadratic in a word's length: 2 s for a word of this length.
+MAX_WORD_CHARS = 1 << 17
+_LONG_WORD = re.compile(
+  rf"[^\W\d_]{{{MAX_WORD_CHARS}}}|\d{{{MAX_WORD_CHARS}}}"
+  rf"|[^\s\w]{{{MAX_WORD_CHARS}}}|\s{{{MAX_WORD_CHARS}}}"
+)
+# Positions on a device are int32, and so are those that lie one batch further.
+MAX_BATCH_TOKENS = 1 << 30
+# 256 MB on a device. A larger stream stays in its files and is read a block of steps at a time.
+RESIDENT_TOKENS = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """A loaded text, or loaded token files: what a run trains on, and what there is to say about it.
+  """A loaded text, or loaded token files.
 
   Attributes:
-    text: where it came from; of token files the kind is "token files", and there are no characters.
-    label: its source by name, "(bundled)" added for the list that comes with jgpt; None for a path of the user's.
-    tokenizer: of the run.
-    train: the training part's tokens (NumPy arrays).
-    heldout: the held-out part's.
-    documents: the training documents in the order they are taken; [] for a stream.
-    summary: lines for a person: sizes of the text and its parts.
+    text: the text and its origin. For token files `kind` is "token files" and `text` is empty.
+    label: name of the source, followed by "(bundled)" for the list that comes with jgpt; None where
+      the user named a path.
+    tokenizer: maps between the text and its ids.
+    train: tokens of the training part (NumPy arrays).
+    heldout: tokens of the held-out part (NumPy arrays).
+    documents: the training documents in training order; [] for a stream.
+    summary: printable lines with the sizes of the text and of its parts.
   """
 
   text: Text
@@ -54,17 +61,20 @@ class Data:
   summary: list[str]
 
 
-def find_data(config: DataConfig, seed: int, *, sha256: str | None = None, tokenizer: Tokenizer | None = None) -> Data:
-  """Finds the text or the token files that `config` names and loads them.
+def find_data(
+  config: DataConfig, seed: int, *, sha256: str | None = None, tokenizer: Tokenizer | None = None
+) -> Data:
+  """Finds the text or the token files that `config` names, and loads them.
 
   Args:
-    config: where and how.
-    seed: of the documents' order.
+    config: `path` names a file, a folder or a glob; where it is None, `source` names a known text.
+    seed: of the shuffle of the documents.
     sha256: digest that the data must have, as recorded by a run; None takes the first text found.
-    tokenizer: the run's, where it has one already.
+    tokenizer: that of a run which is resumed, or of its initial weights; None makes or finds the
+      one that `config` asks for.
 
   Raises:
-    UserError: as `sources.find_text` and `load_data` do, or `load_token_files`.
+    UserError: as `sources.find_text`, `load_data` and `load_token_files` do.
   """
   if files := paths.find_token_files(config.path):
     data = load_token_files(files, config, tokenizer)
@@ -75,10 +85,12 @@ def find_data(config: DataConfig, seed: int, *, sha256: str | None = None, token
 
 
 def check_path(config: DataConfig) -> None:
-  """Notices early, in milliseconds, what `find_data` would not find: opens files and reads no text or ids.
+  """Checks that `find_data` would find its files, without reading a text or ids.
+
+  Takes milliseconds, so that a wrong path is reported before anything is compiled.
 
   Raises:
-    UserError: as `find_data` does, if `data.path` names nothing that can be read, or `data.source` is not known.
+    UserError: if `data.path` names nothing that can be read, or `data.source` is not known.
   """
   if config.path is None:
     sources.get_source(config.source)
@@ -90,19 +102,26 @@ def check_path(config: DataConfig) -> None:
     sources.check_text_path(config.path)
 
 
-def load_data(text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Data:
-  """Turns a text into tokens.
+def load_data(
+  text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | None = None
+) -> Data:
+  """Splits a text into a training part and a held-out part, and tokenizes both.
 
   Args:
     text: from `sources.find_text`.
-    config: how.
-    seed: of the documents' order.
-    tokenizer: the run's, where it has one already; None makes the one that `config` asks for.
+    config: `batching` decides whether the text is read as documents or as one stream.
+    seed: of the shuffle of the documents.
+    tokenizer: that of a run which is resumed, or of its initial weights; None makes the one that
+      `config` asks for.
 
   Raises:
-    UserError: if there is too little text for a window, or too much for 32-bit arithmetic.
+    UserError: if there is too little text for a window, or too much for 32-bit positions.
   """
-  label = None if config.path is not None else config.source + (" (bundled)" if text.kind == "bundled" else "")
+  label = (
+    None
+    if config.path is not None
+    else config.source + (" (bundled)" if text.kind == "bundled" else "")
+  )
   load = _load_documents if config.batching == "documents" else _load_stream
   return load(text, label, config, seed, tokenizer)
 
@@ -110,21 +129,27 @@ def load_data(text: Text, config: DataConfig, seed: int, tokenizer: Tokenizer | 
 # --- Documents ---
 
 
-def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
-  """Lines, stripped and not empty, are shuffled once by `random.Random(seed)`; then held-out documents are removed."""
+def _load_documents(
+  text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None
+) -> Data:
+  """Loads documents: shuffles them by `random.Random(seed)`, then removes the held-out ones."""
   documents = text.documents()
   if not documents:
     raise UserError(f"{text.location} holds no text: it needs one document a line.")
   if len(documents) * config.batch_size >= 2**31:
-    raise UserError(f"{len(documents):,} documents times data.batch_size={config.batch_size} must stay below 2**31.")
+    raise UserError(
+      f"{len(documents):,} documents times data.batch_size={config.batch_size} must stay below "
+      "2**31."
+    )
   random.Random(seed).shuffle(documents)
   is_heldout = {d: in_heldout(d, config.heldout_fraction) for d in set(documents)}
   train = [d for d in documents if not is_heldout[d]]
   heldout = [d for d in documents if is_heldout[d]]
   if not train:
     raise UserError(
-      f"all {len(documents)} documents of {text.location} are held out by data.heldout_fraction={config.heldout_fraction}, "
-      "and none is left to train on. Try --set data.heldout_fraction=0"
+      f"all {len(documents)} documents of {text.location} are held out by "
+      f"data.heldout_fraction={config.heldout_fraction}, and none is left to train on. "
+      "Try --set data.heldout_fraction=0"
     )
   made = tokenizer or train_char_tokenizer(documents, bos=True)
   with _explain_unknown(tokenizer, text.location):
@@ -139,8 +164,8 @@ def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int
     heldout=corpora[1],
     documents=train,
     summary=[
-      f"{len(documents):,} documents, {num_chars:,} characters, longest {longest}, "
-      f"{num_cut:,} cut at the context of {config.seq_len}",
+      f"{len(documents):,} documents, {num_chars:,} characters, longest {longest}, {num_cut:,} cut "
+      f"at the context of {config.seq_len}",
       f"{len(train):,} for training, {len(heldout):,} held out",
     ],
   )
@@ -148,42 +173,67 @@ def _load_documents(text: Text, label: str | None, config: DataConfig, seed: int
 
 @contextlib.contextmanager
 def _explain_unknown(given: Tokenizer | None, location: str) -> Iterator[None]:
-  """Says whose vocabulary lacks a text's characters, where a tokenizer was given and not made from the text."""
+  """Adds to an error about unknown characters where the vocabulary comes from.
+
+  Does so only where a character tokenizer was given; one that is made from the text knows all of
+  its characters.
+  """
   try:
     yield
   except UserError as error:
     if not isinstance(given, CharTokenizer):
       raise
     raise UserError(
-      f"{location}: {error}. That is the run's, or that of the weights to begin from, and a text adds nothing to it. Try "
-      "a text of these characters, or begin without --init-from"
+      f"{location}: {error}. It is that of the run or of its initial weights, and a text cannot "
+      "extend it. Try a text of these characters, or start without --init-from"
     ) from None
 
 
 def in_heldout(document: str, fraction: float) -> bool:
-  """Whether a document is held out: its SHA-256, read as a number in [0, 1), is below `fraction`; repeats stay together."""
+  """Returns whether a document is held out.
+
+  A document is held out if its SHA-256, read as a number in [0, 1), is below `fraction`. All copies
+  of a document are therefore in the same part.
+
+  Args:
+    document: the text of the document.
+    fraction: 0 <= fraction < 1, the expected share of held-out documents.
+  """
   return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def make_documents(documents: list[str], tokenizer: CharTokenizer, seq_len: int) -> Documents:
-  """Tokenizes documents into rows of `seq_len` + 1 ids (NumPy arrays)."""
+  """Tokenizes documents into rows of `seq_len` + 1 ids: BOS, the text, and BOS up to the end.
+
+  Args:
+    documents: the texts; what does not fit into a row is cut off.
+    tokenizer: has a BOS.
+    seq_len: predictions in a row.
+
+  Returns:
+    NumPy arrays.
+  """
   width = seq_len + 1
   texts = [document[:seq_len] for document in documents]
   counts = np.fromiter(map(len, texts), np.int32, len(texts))
   tokens = np.full((len(documents), width), tokenizer.bos_id, np.int32)
-  is_text = (np.arange(width) >= 1) & (np.arange(width) <= counts[:, None])  # after BOS; the closing BOS stands already
+  # Position 0 is BOS, and so is each position after the text: `tokens` is full of it already.
+  is_text = (np.arange(width) >= 1) & (np.arange(width) <= counts[:, None])
   tokens[is_text] = tokenizer.encode("".join(texts))
-  return Documents(tokens, np.minimum(np.fromiter(map(len, documents), np.int32, len(documents)) + 1, seq_len))
+  num_chars = np.fromiter(map(len, documents), np.int32, len(documents))
+  return Documents(tokens, np.minimum(num_chars + 1, seq_len))
 
 
 # --- Streams ---
 
 
-def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
-  """The held-out part is the last share of characters, or the first `heldout_tokens` tokens."""
+def _load_stream(
+  text: Text, label: str | None, config: DataConfig, seed: int, tokenizer: Tokenizer | None
+) -> Data:
+  """Loads a stream. Holds out the last `heldout_fraction` of it, or its first `heldout_tokens`."""
   num_train = int((1 - config.heldout_fraction) * len(text.text))
   train_text, heldout_text = text.text[:num_train], text.text[num_train:]
-  made = tokenizer or _make_tokenizer_of(text, train_text, config)
+  made = tokenizer or _make_stream_tokenizer(text, train_text, config)
   with _explain_unknown(tokenizer, text.location):
     train, heldout = (_encode(part, made, config) for part in (train_text, heldout_text))
   if config.heldout_tokens is not None:
@@ -194,17 +244,18 @@ def _load_stream(text: Text, label: str | None, config: DataConfig, seed: int, t
   return Data(text, label, made, *streams, documents=[], summary=summary)
 
 
-def _make_tokenizer_of(text: Text, train_text: str, config: DataConfig) -> Tokenizer:
-  """As `make_tokenizer`; what is wrong is said of the text that it is wrong with."""
+def _make_stream_tokenizer(text: Text, train_text: str, config: DataConfig) -> Tokenizer:
+  """Makes the tokenizer like `make_tokenizer`, with errors that name the text."""
   if config.tokenizer != "bpe":
     return make_tokenizer(config, text.text, train_text)
-  import_tokenizers()  # that it is not installed is no fault of the text
+  import_tokenizers()  # outside of `try`: a missing package is not an error of this text
   if not train_text:
-    raise _too_short("training", 0, config.seq_len + 1, text.location, config, "")
+    raise _make_length_error("training", 0, config.seq_len + 1, text.location, config, "")
   if word := _LONG_WORD.search(train_text):
     raise UserError(
-      f"{text.location} has a word of more than {MAX_WORD:,} characters, {word.group()[:20]!r}..., in which pairs would be "
-      "merged for hours. Try --set data.tokenizer=characters or --set data.tokenizer=bytes"
+      f"{text.location} has a word of more than {MAX_WORD_CHARS:,} characters, "
+      f"{word.group()[:20]!r}..., in which pairs would be merged for hours. "
+      "Try --set data.tokenizer=characters or --set data.tokenizer=bytes"
     )
   try:
     return make_tokenizer(config, text.text, train_text)
@@ -213,7 +264,13 @@ def _make_tokenizer_of(text: Text, train_text: str, config: DataConfig) -> Token
 
 
 def make_tokenizer(config: DataConfig, text: str, train_text: str) -> Tokenizer:
-  """Makes the tokenizer of a stream: characters are those of the whole text, merges are learned from its training part."""
+  """Makes the tokenizer of a stream.
+
+  Args:
+    config: `tokenizer` says which one; `bpe_vocab_size` is the size of "bpe".
+    text: the whole text, whose characters are the vocabulary of "characters".
+    train_text: the training part, from which "bpe" learns its merges.
+  """
   if config.tokenizer == "characters":
     return train_char_tokenizer([text], bos=False)
   if config.tokenizer == "bytes":
@@ -230,58 +287,76 @@ def _encode(text: str, tokenizer: Tokenizer, config: DataConfig) -> np.ndarray:
 
 
 def encode_paragraphs(text: str, tokenizer: BpeTokenizer) -> list[int]:
-  """Encodes each paragraph by itself, the end-of-text token before it and the blank line after it (llm.c's convention)."""
-  return [i for p in split_paragraphs(text) for i in (tokenizer.eot_id, *tokenizer.encode(p))] if text else []
+  """Encodes each paragraph by itself, with the end-of-text token before it, as llm.c does.
+
+  A paragraph keeps the blank line after it.
+  """
+  if not text:
+    return []
+  return [i for p in split_paragraphs(text) for i in (tokenizer.eot_id, *tokenizer.encode(p))]
 
 
-def _check_lengths(num_train: int, num_heldout: int, location: str, config: DataConfig, *, is_own: bool = False) -> None:
-  """Raises `UserError` unless a stream's parts are long enough for a batch, and what lies on a device can be counted.
+def _check_lengths(
+  num_train: int, num_heldout: int, location: str, config: DataConfig, *, is_own: bool = False
+) -> None:
+  """Checks that a stream's parts are long enough for a batch and short enough for 32-bit positions.
+
+  Raises `UserError` with the settings that would fit otherwise.
 
   Args:
     num_train: tokens of the training part.
     num_heldout: tokens of the held-out part, 0 where there is none.
-    location: for errors.
-    config: `seq_len` and `batch_size` say what is needed.
-    is_own: whether the held-out part has files of its own, and is not cut from the stream.
+    location: names the text in errors.
+    config: `seq_len` and `batch_size` decide the lengths that are needed.
+    is_own: whether the held-out part has files of its own, instead of being cut from the stream.
   """
   if config.batch_size * config.seq_len > MAX_BATCH_TOKENS:
     raise UserError(
-      f"data.batch_size={config.batch_size} times data.seq_len={config.seq_len} must be at most {MAX_BATCH_TOKENS:,}. "
+      f"data.batch_size={config.batch_size} times data.seq_len={config.seq_len} must be at most "
+      f"{MAX_BATCH_TOKENS:,}. "
       f"Try --set data.batch_size={max(1, MAX_BATCH_TOKENS // config.seq_len)}"
     )
   is_sequential, limit = config.batching == "sequential", config.heldout_tokens
   need = config.seq_len * config.batch_size + 1 if is_sequential else config.seq_len + 1
   if num_train < need:
-    mend = " and --set data.batch_size=1" if is_sequential and num_train > 1 else ""
+    fix = " and --set data.batch_size=1" if is_sequential and num_train > 1 else ""
     if limit is not None and not is_own:
       total, enough = num_train + num_heldout, config.seq_len + 1
-      mend += f"; data.heldout_tokens={limit} takes {num_heldout:,} of {total:,} tokens"
-      mend += f". Try --set data.heldout_tokens={max(enough, total // 10)}" if total >= 2 * max(enough, need) else ""
-    raise _too_short("training", num_train, need, location, config, mend)
+      fix += f"; data.heldout_tokens={limit} takes {num_heldout:,} of {total:,} tokens"
+      fix += (
+        f". Try --set data.heldout_tokens={max(enough, total // 10)}"
+        if total >= 2 * max(enough, need)
+        else ""
+      )
+    raise _make_length_error("training", num_train, need, location, config, fix)
   if num_heldout and num_heldout < config.seq_len + 1:
     if limit is not None and limit <= config.seq_len:
-      mend = f" or --set data.heldout_tokens={config.seq_len + 1}"
+      fix = f" or --set data.heldout_tokens={config.seq_len + 1}"
     elif is_own:
-      mend = ", or leave the held-out files out: --set data.path= with a glob for the others"
+      fix = ", or leave the held-out files out: --set data.path= with a glob for the others"
     else:
-      mend = " or --set data.heldout_fraction=0"
-    raise _too_short("held-out", num_heldout, config.seq_len + 1, location, config, mend)
+      fix = " or --set data.heldout_fraction=0"
+    raise _make_length_error("held-out", num_heldout, config.seq_len + 1, location, config, fix)
   if num_heldout >= 2**31 - config.seq_len * config.batch_size:
     raise UserError(
-      f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count, and an evaluation reads "
-      "them all. Try --set data.heldout_fraction=0 --set data.heldout_tokens=1000000"
+      f"{num_heldout:,} tokens held out from {location} are more than 32-bit positions can count, "
+      "and an evaluation reads them all. Try --set data.heldout_fraction=0 "
+      "--set data.heldout_tokens=1000000"
     )
 
 
-def _too_short(part: str, count: int, need: int, location: str, config: DataConfig, mend: str) -> UserError:
+def _make_length_error(
+  part: str, count: int, need: int, location: str, config: DataConfig, fix: str
+) -> UserError:
   seq_len = f", or --set data.seq_len={min(config.seq_len, count // 2)}" if count > 1 else ""
   return UserError(
-    f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer text{seq_len}{mend}"
+    f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer "
+    f"text{seq_len}{fix}"
   )
 
 
 def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
-  """The line of the summary that counts tokens."""
+  """Returns the summary's line with the tokens of both parts and the steps of an epoch."""
   epoch = count_epoch_steps(train, config)
   counts = f"{len(train.tokens):,} tokens for training, {len(heldout.tokens):,} held out"
   return counts + (f"; {epoch:,} steps an epoch" if epoch else "")
@@ -290,81 +365,106 @@ def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
 # --- Token files ---
 
 
-def load_token_files(files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
-  """Loads token files as one stream; every id is checked against the vocabulary.
+def load_token_files(
+  files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None = None
+) -> Data:
+  """Loads token files as one stream, and checks every id against the vocabulary.
 
-  Files whose names say so (`paths.part_of`) are the held-out part, all of it or its first `heldout_tokens` tokens. Where
-  there are none, it is the stream's first `heldout_tokens` tokens, or the last `heldout_fraction` of it. Test files are
-  left out: they stand beside the others in many data sets, and no glob names the others alone.
+  The files that are validation files by their names (`paths.part_of`) are the held-out part: all of
+  their tokens, or the first `heldout_tokens`. Without such files the first `heldout_tokens` tokens
+  of the stream are held out, or the last `heldout_fraction` of it. Test files are skipped: many
+  datasets have them in the same folder, where no glob matches the other files alone.
 
   Args:
-    files: in order.
-    config: how. `mark_paragraphs` has no effect: the ids are taken as they are.
-    tokenizer: the run's, where it has one already; None takes the one beside the files, or that `config` asks for.
+    files: in the order of the stream.
+    config: decides the held-out part and the batches. `mark_paragraphs` has no effect: the ids are
+      taken as they are.
+    tokenizer: that of a run which is resumed, or of its initial weights; None takes the one beside
+      the files, or the one that `config` asks for.
 
   Raises:
-    UserError: if a file is damaged, holds ids that the tokenizer does not have, or there are too few or too many ids.
+    UserError: if a file is damaged, an id is outside of the vocabulary, or there are too few or too
+      many ids.
   """
   location = f"{config.path} ({len(files)} {'file' if len(files) == 1 else 'files'})"
   if config.batching == "documents":
     raise UserError(
-      f"data.batching=documents needs text, one document a line, and {location} holds tokens in one stream. Try --set "
-      "data.batching=random with a data.tokenizer and an experiment for streams"
+      f"data.batching=documents needs text, one document a line, and {location} holds tokens in "
+      "one stream. Try --set data.batching=random with a data.tokenizer and an experiment for "
+      "streams"
     )
   found = paths.find_tokenizer(files, config)
   if tokenizer and found and tokenizer.digest != found.digest:
     raise UserError(
-      f"the token files of {location} were made with another tokenizer than the run's, which came with its folder or its "
-      f"weights. Make them again: python -m jgpt.prepare --tokenizer with the path of that {paths.TOKENIZER_FILE}"
+      f"the token files of {location} were made with another tokenizer than the run's, which came "
+      "with its folder or its weights. Make them again: python -m jgpt.prepare --tokenizer with "
+      f"the path of that {paths.TOKENIZER_FILE}"
     )
   tokenizer = tokenizer or found or make_tokenizer(config, "", "")
   named = [(paths.part_of(file, config.path), file) for file in files]
   if all(part != "train" for part, _ in named):
-    kind = DATA_PARTS[named[0][0]]
-    raise UserError(f"{location} holds nothing to train on: {files[0].name} is {kind} by its name. Name other files too.")
-  parts = [[read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")]
+    raise UserError(
+      f"{location} holds nothing to train on: {files[0].name} is {DATA_PARTS[named[0][0]]} by its "
+      "name. Name other files too."
+    )
+  parts = [
+    [read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")
+  ]
   sha256 = check_files(*parts, tokenizer.vocab_size)
   train, heldout = map(open_files, parts)
   num_left = len(files) - len(parts[0]) - len(parts[1])
   line = _describe_files(*map(len, parts), num_left, len(heldout), config)
   is_own = len(heldout) > 0
   if is_own:
-    bounds, heldout_bounds = (0, len(train)), (0, min(len(heldout), config.heldout_tokens or len(heldout)))
+    bounds = 0, len(train)
+    heldout_bounds = 0, min(len(heldout), config.heldout_tokens or len(heldout))
   else:
     heldout = train
-    bounds, heldout_bounds = _split(len(train), config)
-  _check_lengths(bounds[1] - bounds[0], heldout_bounds[1] - heldout_bounds[0], location, config, is_own=is_own)
-  is_large = bounds[1] - bounds[0] > RESIDENT_TOKENS
-  streams = (
-    Stream(train.part(*bounds) if is_large else train.read(*bounds)),  # a large one is read while it is trained on
-    Stream(heldout.read(*heldout_bounds)),
+    bounds, heldout_bounds = _split_bounds(len(train), config)
+  _check_lengths(
+    bounds[1] - bounds[0], heldout_bounds[1] - heldout_bounds[0], location, config, is_own=is_own
   )
+  is_large = bounds[1] - bounds[0] > RESIDENT_TOKENS
+  # A large training part is not read here: `feed.py` reads it during training.
+  tokens = train.part(*bounds) if is_large else train.read(*bounds)
+  streams = Stream(tokens), Stream(heldout.read(*heldout_bounds))
   summary = [line, _describe_parts(*streams, config)]
-  return Data(Text("", "token files", location, sha256), None, tokenizer, *streams, documents=[], summary=summary)
+  return Data(
+    Text("", "token files", location, sha256),
+    None,
+    tokenizer,
+    *streams,
+    documents=[],
+    summary=summary,
+  )
 
 
-def _describe_files(train: int, heldout: int, left: int, num_tokens: int, config: DataConfig) -> str:
-  """The line of the summary that counts files of each part, and says what names or settings leave out.
+def _describe_files(
+  train: int, heldout: int, left: int, num_tokens: int, config: DataConfig
+) -> str:
+  """Returns the summary's line with the files of each part and what is left out.
 
   Args:
-    train: files for training.
-    heldout: files held out.
-    left: test files.
-    num_tokens: of the files held out.
-    config: how.
+    train: number of training files.
+    heldout: number of held-out files.
+    left: number of test files.
+    num_tokens: tokens of the held-out files.
+    config: `heldout_fraction` and `heldout_tokens` are read.
   """
   line = f"{train} token {'file' if train == 1 else 'files'} for training"
   if heldout:
     line += f", {heldout} held out"
     if config.heldout_fraction:
-      line += " in the place of data.heldout_fraction"
+      line += " instead of data.heldout_fraction"
     elif config.heldout_tokens and config.heldout_tokens < num_tokens:
-      line += f" (data.heldout_tokens: the first {config.heldout_tokens:,} of {num_tokens:,} tokens)"
+      line += (
+        f" (data.heldout_tokens: the first {config.heldout_tokens:,} of {num_tokens:,} tokens)"
+      )
   return line + (f"; {left} left out, test by name" if left else "")
 
 
-def _split(num_tokens: int, config: DataConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-  """Where the training part and the held-out part of a stream begin and end."""
+def _split_bounds(num_tokens: int, config: DataConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+  """Returns (start, stop) of a stream's training part, and of its held-out part."""
   if config.heldout_tokens is not None:
     first = min(config.heldout_tokens, num_tokens)
     return (first, num_tokens), (0, first)

@@ -1,8 +1,8 @@
-"""Fetching a pinned file if its server answers within two seconds, or saying why not.
+"""Downloads of pinned files into the user's cache, checked by size and SHA-256.
 
-Responsible for one thing: the original of a `PinnedFile`, checked by size and SHA-256 and kept in the user's cache: a small
-file in memory (`download`), one of gigabytes in blocks (`download_file`). Not responsible for what stands in where there is
-no network (`sources.py`).
+`download` fetches a small file in memory, and `download_file` a file of gigabytes in blocks. The
+server must answer within two seconds. What is used instead of a failed download is decided in
+`sources.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from jgpt.system.cache import cache_dir, digest_bytes, make_private
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PinnedFile:
-  """A public file of which jgpt knows every byte.
+  """A public file with a known size and digest.
 
   Attributes:
-    filename: its name in `$JGPT_DATA_DIR`, in the cache and, where `bundled`, in the package; may begin with a folder.
+    filename: path of the file below `$JGPT_DATA_DIR`, below the cache and, if `bundled`, in the
+      package.
     url: https address of the original.
     sha256: of the original, in hexadecimal.
-    num_bytes: of the original.
-    bundled: whether the package holds a stand-in for where there is no network.
+    num_bytes: size of the original.
+    bundled: whether the package holds a substitute, which is used without a network.
   """
 
   filename: str
@@ -45,22 +46,23 @@ class PinnedFile:
 
 
 ANSWER_SECONDS = 2.0  # until the server answers, name resolution included
-BODY_SECONDS = 60.0  # after that, for a small file that nothing stands in for
+BODY_SECONDS = 60.0  # after the answer, for the body of a small file that is not bundled
 STALL_SECONDS = 30.0  # without a byte, for a large file
-FAILURE_SECONDS = 3600.0  # how long a failed download is not tried again
+FAILURE_SECONDS = 3600.0  # after a failed download, until it is tried again
 MAX_REDIRECTS = 5
 DOWNLOAD_BLOCK_BYTES = 2**18
 
 
 class DownloadError(Exception):
-  """A download did not succeed; the text is one reason for a person."""
+  """A download that failed. Its text names the file and the reason."""
 
 
 def download(file: PinnedFile) -> bytes:
-  """Fetches a file's original, checks size and SHA-256, and keeps it in the cache.
+  """Downloads a small file, checks its size and SHA-256, and stores it in the cache.
 
-  Takes `ANSWER_SECONDS` at most where a bundled file can stand in. Otherwise the server must answer within this time, and
-  then has `BODY_SECONDS` for the body. A failure is remembered for `FAILURE_SECONDS`.
+  A bundled file is given `ANSWER_SECONDS` in all. For any other file the server must answer within
+  this time, and then has `BODY_SECONDS` for the body. For `FAILURE_SECONDS` after a failure, calls
+  raise at once.
 
   Raises:
     DownloadError: if the network, the size or the digest fails.
@@ -76,20 +78,22 @@ def download(file: PinnedFile) -> bytes:
 
 
 def download_file(file: PinnedFile, report: Callable[[int, int], None]) -> Path:
-  """Fetches a large file's original into the cache, with never more than a block of it in memory.
+  """Downloads a large file into the cache, with at most one block of it in memory.
 
-  The server must answer within `ANSWER_SECONDS`, name resolution included; then only `STALL_SECONDS` without a byte end it.
-  What arrives is written to `<name>.partial`, which becomes `<name>` once size and SHA-256 are right. Where the network
-  breaks off, or the user does, the partial file stays, and the next call asks for the rest. (Two processes that fetch one
-  file write the same bytes to the same places.) A failure is remembered for `FAILURE_SECONDS`, unless it left more than it
-  found or the disk is to blame.
+  The server must answer within `ANSWER_SECONDS`, name resolution included, and then may pause for
+  less than `STALL_SECONDS`. The bytes are written to `<name>.partial`, which is renamed to `<name>`
+  once size and SHA-256 are right. If the network fails or the user interrupts, the partial file
+  stays, and the next call requests the remaining bytes. Two processes that download the same file
+  write the same bytes to the same places. For `FAILURE_SECONDS` after a failure, calls raise at
+  once, unless the failed call made progress or the disk was the reason.
 
   Args:
-    file: what to fetch.
-    report: told the bytes that are there and the bytes in all, whenever the percentage has changed.
+    file: the file to download.
+    report: called with the bytes that are stored and the bytes in all, whenever the percentage has
+      changed.
 
   Returns:
-    Its path in the cache.
+    The path of the file in the cache.
 
   Raises:
     DownloadError: if the network, the size, the digest or the disk fails.
@@ -101,15 +105,20 @@ def download_file(file: PinnedFile, report: Callable[[int, int], None]) -> Path:
   try:
     _make_cache_folder(cached.parent)
     _check_space(cached.parent, file.num_bytes - found)
-    with open(partial, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o600)) as target:
-      _complete(target, file, report)
-    if partial.exists():  # else another process was faster
+    with open(
+      partial, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o600)
+    ) as target:
+      _fetch_rest(target, file, report)
+    if partial.exists():  # else another process has renamed it
       partial.replace(cached)
     return cached
   except ConnectionError as error:
     reason = str(error)
     if (kept := _size(partial)) > found:
-      reason += f"; {kept / 1e9:.1f} of {file.num_bytes / 1e9:.1f} GB are kept, and the same command fetches the rest"
+      reason += (
+        f"; {kept / 1e9:.1f} of {file.num_bytes / 1e9:.1f} GB are kept, and the same command "
+        "fetches the rest"
+      )
     else:
       _remember_failure(file)
   except ValueError as error:  # the server sent something else
@@ -117,7 +126,10 @@ def download_file(file: PinnedFile, report: Callable[[int, int], None]) -> Path:
     _delete(partial)
     _remember_failure(file)
   except OSError as error:
-    reason = f"cannot write to {cached.parent}: {_describe(error)}. Make room, or set JGPT_CACHE_DIR to another folder"
+    reason = (
+      f"cannot write to {cached.parent}: {_describe(error)}. Make room, or set JGPT_CACHE_DIR to "
+      "another folder"
+    )
     _delete(partial)
   finally:
     if not _size(partial):
@@ -129,7 +141,10 @@ def download_file(file: PinnedFile, report: Callable[[int, int], None]) -> Path:
 
 
 def _check_no_recent_failure(file: PinnedFile) -> None:
-  """Raises `DownloadError` if a download of the file failed within `FAILURE_SECONDS`."""
+  """Checks that no download of the file failed in the last `FAILURE_SECONDS`.
+
+  Raises `DownloadError` with the minutes to wait otherwise.
+  """
   failed = cache_dir() / f"{file.filename}.failed"
   with contextlib.suppress(OSError):
     age = time.time() - failed.stat().st_mtime
@@ -137,7 +152,8 @@ def _check_no_recent_failure(file: PinnedFile) -> None:
       minutes = max(1, round((FAILURE_SECONDS - age) / 60))
       at_once = "" if file.bundled else f" (at once if you delete {failed})"
       raise DownloadError(
-        f"no download of {file.filename}: it failed lately and is tried again in {minutes} minutes{at_once}"
+        f"no download of {file.filename}: it failed recently and is tried again in {minutes} "
+        f"minutes{at_once}"
       )
 
 
@@ -149,16 +165,21 @@ def _remember_failure(file: PinnedFile) -> None:
 
 
 def _write_to_cache(cached: Path, content: bytes) -> None:
-  """Writes under a temporary name, then renames: the cache never holds half a file. A cache that is closed is no error."""
+  """Writes a file to the cache by way of a temporary name, so that readers see all of it or none.
+
+  Does nothing where the cache cannot be written.
+  """
   with contextlib.suppress(OSError):
     _make_cache_folder(cached.parent)
-    with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=f".{cached.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+      dir=cached.parent, prefix=f".{cached.name}.", delete=False
+    ) as file:
       temporary = Path(file.name)
     try:
       temporary.write_bytes(content)
       temporary.replace(cached)
     finally:
-      temporary.unlink(missing_ok=True)  # still there where the disk is full
+      temporary.unlink(missing_ok=True)  # it is left if the disk is full
 
 
 def _make_cache_folder(folder: Path) -> None:
@@ -169,7 +190,7 @@ def _make_cache_folder(folder: Path) -> None:
 def _check_space(folder: Path, num_bytes: int) -> None:
   free = shutil.disk_usage(folder).free
   if free < num_bytes:
-    raise OSError(f"{num_bytes / 1e9:.1f} GB are missing, and {free / 1e9:.1f} GB are free")
+    raise OSError(f"{num_bytes / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
 
 
 def _size(path: Path) -> int:
@@ -187,9 +208,15 @@ def _delete(path: Path) -> None:
 
 
 def _fetch(file: PinnedFile) -> bytes:
-  """Returns a small file's content. Raises ConnectionError if the network fails, ValueError if it is another file."""
+  """Returns the content of a small file.
+
+  Raises:
+    ConnectionError: if the network fails.
+    ValueError: if the server sends another file.
+  """
   began = time.monotonic()
-  # A time-out that is longer than this waits gives way to its reason; it ends a thread that was left behind.
+  # The socket's time-out ends the thread that `_run_within` leaves behind. It is the longer of the
+  # two, so that the error is that of `_run_within`.
   response = _open(file.url, timeout=1 + (ANSWER_SECONDS if file.bundled else BODY_SECONDS))
 
   def read() -> bytes:
@@ -197,20 +224,27 @@ def _fetch(file: PinnedFile) -> bytes:
       return response.read(file.num_bytes + 1)
 
   if file.bundled:
-    content = _in_time(read, ANSWER_SECONDS - (time.monotonic() - began), _no_answer())
+    content = _run_within(read, ANSWER_SECONDS - (time.monotonic() - began), _timeout_text())
   else:
-    content = _in_time(read, BODY_SECONDS, f"the server did not send it all within {BODY_SECONDS:.0f} s")
+    content = _run_within(
+      read, BODY_SECONDS, f"the server did not send it all within {BODY_SECONDS:.0f} s"
+    )
   _check_size(file, len(content))
   _check_digest(file, digest_bytes(content))
   return content
 
 
-def _complete(target: BinaryIO, file: PinnedFile, report: Callable[[int, int], None]) -> None:
-  """Adds to a partial file what is missing, and checks the whole.
+def _fetch_rest(target: BinaryIO, file: PinnedFile, report: Callable[[int, int], None]) -> None:
+  """Downloads the remaining bytes of a partial file, and checks the whole file.
+
+  Args:
+    target: the partial file, open at its start.
+    file: the file to download.
+    report: as for `download_file`.
 
   Raises:
-    ConnectionError: if the network fails; what the file holds is right as far as can be known.
-    ValueError: if the server sends something else.
+    ConnectionError: if the network fails; the bytes received so far can be kept.
+    ValueError: if the server sends another file.
     OSError: if the disk fails.
   """
   digest, percent = hashlib.sha256(), -1
@@ -219,7 +253,7 @@ def _complete(target: BinaryIO, file: PinnedFile, report: Callable[[int, int], N
   done = target.tell()
   if done < file.num_bytes:
     with _open(file.url, timeout=STALL_SECONDS, start=done) as response:
-      if response.status != http.client.PARTIAL_CONTENT:  # this server sends all or nothing
+      if response.status != http.client.PARTIAL_CONTENT:  # the server ignores "Range"
         digest, done = hashlib.sha256(), target.seek(0)
       for block in _receive(response, file, done):
         target.write(block)
@@ -231,11 +265,14 @@ def _complete(target: BinaryIO, file: PinnedFile, report: Callable[[int, int], N
 
 
 def _receive(response: http.client.HTTPResponse, file: PinnedFile, done: int) -> Iterator[bytes]:
-  """Yields a file's bytes from number `done` on as they arrive. Raises as `_fetch` does."""
+  """Yields the bytes of a file from offset `done` on, as they arrive. Raises as `_fetch` does."""
   announced = response.headers["Content-Length"]
   if announced not in (None, str(file.num_bytes - done)):
-    raise ValueError(_printable(f"the server announces {announced} bytes, not {file.num_bytes - done}"))
-  broken_off = ConnectionError if announced else ValueError  # what came unannounced may be a login page: it is not kept
+    raise ValueError(
+      _printable(f"the server announces {announced} bytes, not {file.num_bytes - done}")
+    )
+  # Without a Content-Length the body may be a login page, which must not be kept.
+  broken_off = ConnectionError if announced else ValueError
   while True:
     try:
       block = response.read1(DOWNLOAD_BLOCK_BYTES)
@@ -252,25 +289,36 @@ def _receive(response: http.client.HTTPResponse, file: PinnedFile, done: int) ->
 
 
 def _open(url: str, *, timeout: float, start: int = 0) -> http.client.HTTPResponse:
-  """Asks for a file's bytes from number `start` on. Raises ConnectionError if there is no answer in time."""
+  """Requests the bytes of a file from offset `start` on.
+
+  Raises ConnectionError if the server does not answer within `ANSWER_SECONDS`.
+  """
 
   def ask() -> http.client.HTTPResponse:
-    _check_https(url)
+    check_https(url)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
       return urllib.request.build_opener(_HttpsRedirects).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-      error.close()  # it holds the connection
+      error.close()  # else the connection stays open
       raise
 
-  return _in_time(ask, ANSWER_SECONDS, _no_answer())
+  return _run_within(ask, ANSWER_SECONDS, _timeout_text())
 
 
-def _in_time(work: Callable[[], Any], seconds: float, too_late: str) -> Any:
-  """Returns what `work` does, or raises ConnectionError with the reason, which is `too_late` when time is up.
+def _run_within(work: Callable[[], Any], seconds: float, too_late: str) -> Any:
+  """Calls `work` in a thread and returns its result.
 
-  Name resolution obeys no socket time-out, so a thread does the work and is left behind. It writes nothing, and what it
-  gets later is dropped with it.
+  Socket time-outs do not apply to name resolution. A thread that takes too long is therefore left
+  behind and its result dropped, so `work` must not write anything.
+
+  Args:
+    work: takes no arguments.
+    seconds: to wait; a negative number counts as 0.
+    too_late: text of the error when time is up.
+
+  Raises:
+    ConnectionError: if `work` fails or time is up.
   """
   result: list[Any] = []
 
@@ -290,7 +338,7 @@ def _in_time(work: Callable[[], Any], seconds: float, too_late: str) -> Any:
   return result[0]
 
 
-def _no_answer() -> str:
+def _timeout_text() -> str:
   return f"no answer within {ANSWER_SECONDS:.0f} s"
 
 
@@ -300,7 +348,7 @@ def _describe(error: Exception) -> str:
 
 
 def _printable(reason: str) -> str:
-  """One line without control codes: a server may have chosen the words."""
+  """Makes a reason, whose words a server may have chosen, one printable line of 200 characters."""
   return "".join(c if c.isprintable() else " " for c in reason[:200]).strip()
 
 
@@ -315,7 +363,8 @@ def _check_digest(file: PinnedFile, digest: str) -> None:
     raise ValueError(f"its SHA-256 is {digest[:12]}, not {file.sha256[:12]}")
 
 
-def _check_https(url: str) -> None:
+def check_https(url: str) -> None:
+  """Checks that an address begins with https://, and raises `ValueError` otherwise."""
   if not url.startswith("https://"):
     raise ValueError(f"{url} is not https")
 
@@ -327,7 +376,7 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
 
   def redirect_request(self, req, fp, code, msg, headers, newurl):
     try:
-      _check_https(newurl)
+      check_https(newurl)
     except ValueError:
       fp.close()
       raise

@@ -1,8 +1,9 @@
-"""Making token files from text of any size: in little memory, on all cores, and going on after an interruption.
+"""Makes a folder of token files from text of any size, on all cores, and resumes when interrupted.
 
-Responsible for the folder of token files: its shards, its `tokenizer.json`, and the manifest `prepare.json`, which says
-what they were made from, which are complete, and where the next one begins. Not responsible for the bytes of a token file
-(`shards.py`), for cutting text (`documents.py`) or for ids (`encoding.py`). Imports no jax.
+The folder holds the shards, `tokenizer.json`, and the manifest `prepare.json`: what the shards were
+made from, which of them are complete, and where the next one begins. The format of a token file is
+in `token_files.py`; splitting text into documents and encoding them is in `text/documents.py`.
+Imports no jax.
 """
 
 from __future__ import annotations
@@ -33,27 +34,40 @@ from jgpt.errors import UserError
 from jgpt.system import locks
 from jgpt.system.files import digest_file, read_json, sync_folder, write_json
 from jgpt.text.bpe import make_gpt2_tokenizer
-from jgpt.text.documents import KINDS, Block, DocumentEncoder, Position, check_jsonl, parse_block, read_blocks
+from jgpt.text.documents import (
+  KINDS,
+  Block,
+  DocumentEncoder,
+  Position,
+  check_jsonl,
+  parse_block,
+  read_blocks,
+)
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 PREPARATION_FORMAT = 1
-INPUT_BYTES = 120  # of an input in the manifest, besides its name
-MAX_THREADS = 16  # they share one interpreter, which has no more to give
-MAX_WAITING_BYTES = 1 << 24  # of text that was read and is not written; a line of JSON may be all of it
+INPUT_BYTES = 120  # size of an input's entry in the manifest, without its name
+MAX_THREADS = 16  # more are not faster: they share one interpreter lock
+# Text that has been read and not yet written. A single line of JSON may be larger.
+MAX_WAITING_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-  """What is asked for.
+  """The settings of a folder of token files.
 
   Attributes:
-    inputs: files of text or JSON lines, in order; from `find_inputs`.
-    tokenizer: from `find_tokenizer`.
+    inputs: files of text or JSON lines, in the order of the stream; from `find_inputs`.
+    tokenizer: from `choose_tokenizer`.
     out: the folder to make.
-    documents: what a document of text is: "paragraphs", "lines" or "files".
-    field: of the text in JSON lines.
-    heldout_tokens: ids of the validation shard, the first of all; 0 makes none.
-    shard_tokens: ids of each training shard but the last.
+    documents: what counts as a document in a text file: "paragraphs", "lines" or "files".
+    field: key of the text in JSON lines.
+    heldout_tokens: ids in the validation shard, which are the first of the stream; 0 makes none.
+    shard_tokens: ids in each training shard; the last may have fewer.
+
+  Raises:
+    UserError: if a number is out of range, there are too many inputs for the manifest, or an input
+      is in `out` or is JSON but not *.jsonl.
   """
 
   inputs: Sequence[Path]
@@ -70,10 +84,13 @@ class Preparation:
     for name, least in (("heldout_tokens", 0), ("shard_tokens", 1)):
       if not least <= getattr(self, name) < 2**31:
         option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-        raise UserError(f"{option} must be at least {least}, and below 2**31, which is what a header can count.")
+        raise UserError(
+          f"{option} must be at least {least}, and below 2**31, which is what a header can count."
+        )
     if sum(len(str(file)) + INPUT_BYTES for file in self.inputs) > MAX_PREPARATION_BYTES // 2:
       raise UserError(
-        f"--data is {len(self.inputs):,} files, more than {PREPARATION_FILE} can list. Join them, as JSON lines"
+        f"--data is {len(self.inputs):,} files, more than {PREPARATION_FILE} can list. Join them, "
+        "as JSON lines"
       )
     for file in self.inputs:
       if file.resolve().is_relative_to(self.out.resolve()):
@@ -82,21 +99,25 @@ class Preparation:
 
   @property
   def prefix(self) -> str:
-    """How the shards' names begin: with the folder's, unless that would hide them or say that all are held out."""
+    """Returns how the names of the shards begin.
+
+    It is the name of the folder without leading dots, which would hide the files; or "tokens" if
+    that name is empty or says "validation", which would make all shards held out.
+    """
     name = self.out.resolve().name.lstrip(".")
     return name if name and part_of_name(name) != "heldout" else "tokens"
 
   def shard_name(self, number: int) -> str:
-    """The name of a shard: number 0 is for validation, and the others for training."""
+    """Returns the name of a shard: number 0 is for validation, the others are for training."""
     return f"{self.prefix}_{'train' if number else 'val'}_{number:06}.bin"
 
   @property
   def num_bytes(self) -> int:
-    """Of all inputs."""
+    """Returns the size of all inputs."""
     return sum(file.stat().st_size for file in self.inputs)
 
   def describe(self) -> dict[str, Any]:
-    """What decides the ids, as the manifest records it."""
+    """Returns everything that decides the ids, as the manifest records it."""
     base = os.path.commonpath([file.resolve().parent for file in self.inputs])
     inputs = []
     for file in self.inputs:
@@ -115,7 +136,14 @@ class Preparation:
 
 
 def find_inputs(path: str) -> list[Path]:
-  """Lists the files that `path` names: one file, a folder's *.txt and *.jsonl, or a glob's; raises `UserError` for none."""
+  """Lists the input files that `path` names.
+
+  Args:
+    path: of a file; of a folder, which stands for its *.txt and *.jsonl files; or a glob.
+
+  Raises:
+    UserError: if there is no such file.
+  """
   files = list_files(path, ["*.txt", "*.jsonl"])
   if files is None:
     file = Path(os.path.expanduser(path))
@@ -123,17 +151,22 @@ def find_inputs(path: str) -> list[Path]:
       raise UserError(f"there is no file {path}.")
     return [file]
   if not files:
-    raise UserError(f"the folder {path} holds no *.txt or *.jsonl file. For others try --data '{Path(path, '*')}'")
+    raise UserError(
+      f"the folder {path} holds no *.txt or *.jsonl file. For others try --data '{Path(path, '*')}'"
+    )
   return files
 
 
 def choose_tokenizer(word: str) -> Tokenizer:
-  """Finds a tokenizer: "gpt2", "bytes", or the path of a `tokenizer.json` or of a folder that holds one.
+  """Returns the tokenizer that --tokenizer names.
 
-  Such a file is jgpt's, of a run or of token files, or Hugging Face's for the same tokenizer.
+  Args:
+    word: "gpt2", "bytes", or the path of a `tokenizer.json` (jgpt's or Hugging Face's) or of a
+      folder that has one.
 
   Raises:
-    UserError: if there is none, or it has the BOS of documents in rows, which a stream has no place for.
+    UserError: if there is no such file, or the tokenizer has a BOS, which belongs to documents in
+      rows and not to a stream.
   """
   if word == "gpt2":
     return make_gpt2_tokenizer(*sources.find_gpt2_files())
@@ -142,52 +175,65 @@ def choose_tokenizer(word: str) -> Tokenizer:
   path = Path(os.path.expanduser(word))
   path = path / TOKENIZER_FILE if os.path.isdir(path) else path
   if not os.path.isfile(path):
-    raise UserError(f"--tokenizer {word} must be gpt2, bytes, a {TOKENIZER_FILE} or a run folder; there is no file {path}.")
+    raise UserError(
+      f"--tokenizer {word} must be gpt2, bytes, a {TOKENIZER_FILE} or a run folder; there is no "
+      f"file {path}."
+    )
   tokenizer = read_tokenizer(path)
   if isinstance(tokenizer, CharTokenizer) and tokenizer.bos:
-    raise UserError(f"{path} is the tokenizer of a run of documents, with BOS; token files hold one stream. Choose another")
+    raise UserError(
+      f"{path} is the tokenizer of a run of documents, with BOS; token files hold one stream. "
+      "Choose another"
+    )
   return tokenizer
 
 
 # --- The folder ---
 
 
-def prepare(wanted: Preparation, on_progress: Callable[[int, int], None] = lambda done, tokens: None) -> dict[str, Any]:
-  """Makes token files, or goes on with making them.
+def prepare(
+  wanted: Preparation, on_progress: Callable[[int, int], None] = lambda done, tokens: None
+) -> dict[str, Any]:
+  """Makes token files, or resumes after the last complete shard.
 
-  Killed at any moment and called again, it goes on after the last complete shard, and the files are in the end the same,
-  byte by byte, as those of a call that was not interrupted. A finished folder is left as it is.
+  A call that was killed at any moment and repeated leaves the same files, byte for byte, as one
+  that was not interrupted. A finished folder is not changed.
 
   Args:
     wanted: what to make, and where.
-    on_progress: is called with the bytes of input and the ids that are done.
+    on_progress: called with the bytes of input and the number of ids that are done.
 
   Returns:
     The manifest.
 
   Raises:
-    UserError: if the folder holds something else, the inputs cannot be read, or hold too little for a shard.
+    UserError: if the folder has other content, or the inputs cannot be read or are too short for a
+      shard.
   """
   try:
     new = [folder for folder in (wanted.out, *wanted.out.parents) if not folder.exists()]
     wanted.out.mkdir(parents=True, exist_ok=True)
     with locks.hold(wanted.out):
-      manifest = _begin(wanted)
+      manifest = _load_or_create_manifest(wanted)
       try:
         if not manifest["finished"]:
-          _go_on(wanted, manifest, on_progress)
+          _write_shards(wanted, manifest, on_progress)
       except UserError:
         if not manifest["files"]:
-          _remove_beginning(wanted, new)
+          _remove_unrecorded_files(wanted, new)
         raise
       return manifest
   except OSError as error:
-    again = "The same command goes on from there when that is mended"
+    again = "Fix this, and the same command continues after the last complete shard"
     raise UserError(f"cannot write to --out {wanted.out}: {error.strerror}. {again}") from None
 
 
 def read_preparation(out: Path) -> dict[str, Any] | None:
-  """Reads `prepare.json`; None where there is none; raises `UserError` where it is damaged."""
+  """Reads the manifest of a folder; returns None if there is none.
+
+  Raises:
+    UserError: if the manifest is damaged.
+  """
   path = out / PREPARATION_FILE
   if not os.path.lexists(path):
     return None
@@ -199,45 +245,81 @@ def read_preparation(out: Path) -> dict[str, Any] | None:
   match value:
     case {"finished": bool(), "files": [*files], "next": {"start": dict(start), "skip": skip}}:
       known = dataclasses.asdict(Position())
-      right = start.keys() <= known.keys() and all(_is_count(start[n], type(known[n])) for n in start) and _is_count(skip)
-      if right and all(isinstance(f, dict) and is_plain_name(f.get("name")) and _is_count(f.get("tokens")) for f in files):
+      right = (
+        start.keys() <= known.keys()
+        and all(_is_count(start[n], type(known[n])) for n in start)
+        and _is_count(skip)
+      )
+      if right and all(
+        isinstance(f, dict) and is_plain_name(f.get("name")) and _is_count(f.get("tokens"))
+        for f in files
+      ):
         return value
-  raise UserError(f'{path} is damaged: "finished", "files" or "next" is not as it was written. {again}')
+  raise UserError(
+    f'{path} is damaged: "finished", "files" or "next" is not as it was written. {again}'
+  )
 
 
 def _is_count(value: Any, kind: type = int) -> bool:
-  """Whether a value is of a type, and if it is a number neither negative nor beyond what files have bytes."""
+  """Returns whether a value from the manifest is of a type and in 0 <= value < 2**63."""
   return type(value) is kind and 0 <= value < 2**63
 
 
-def _begin(wanted: Preparation) -> dict[str, Any]:
-  """The manifest of the folder, checked, or a new one: in an empty folder, or in the place of one without any shard."""
+def _load_or_create_manifest(wanted: Preparation) -> dict[str, Any]:
+  """Reads and checks the manifest of the folder, or writes a new one.
+
+  A new one is written in an empty folder, and in one with other settings and no complete shard.
+
+  Raises:
+    UserError: if the folder has other files, or shards of other settings or other sizes.
+  """
   out, asked = wanted.out, wanted.describe()
   manifest = read_preparation(out)
-  if manifest is None and (shown := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))):
-    raise UserError(f"--out {out} holds other files ({shown[0]}), which are left alone. Choose another --out")
+  if manifest is None and (
+    shown := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+  ):
+    raise UserError(
+      f"--out {out} holds other files ({shown[0]}), which are left alone. Choose another --out"
+    )
   differing = [name for name in asked if (manifest or {}).get(name) != asked[name]]
   if differing and manifest and (manifest["files"] or manifest["finished"]):
     what = ", ".join(differing[:3])
-    raise UserError(f"--out {out} was made from something else: {what} differs. Choose another --out, or delete {out}")
+    raise UserError(
+      f"--out {out} was made from something else: {what} differs. Choose another --out, or delete "
+      f"{out}"
+    )
   if differing:
     start = {"start": dataclasses.asdict(Position()), "skip": 0}
-    _remove_beginning(wanted)
+    _remove_unrecorded_files(wanted)
     manifest = {**asked, "files": [], "finished": False, "next": start}
     write_json(out / PREPARATION_FILE, manifest)
   for file in manifest["files"]:
-    path, need = out / file["name"], HEADER_BYTES + file["tokens"] * id_bytes(wanted.tokenizer.vocab_size)
+    path = out / file["name"]
+    need = HEADER_BYTES + file["tokens"] * id_bytes(wanted.tokenizer.vocab_size)
     size = path.stat().st_size if path.is_file() else None
     if size != need:
-      raise UserError(f"{path} has {size or 'no'} bytes and was written with {need:,}. Delete {out} to start over")
+      raise UserError(
+        f"{path} has {size or 'no'} bytes and was written with {need:,}. Delete {out} to start over"
+      )
   if not (out / TOKENIZER_FILE).exists():
     write_json(out / TOKENIZER_FILE, wanted.tokenizer.to_json())
   return manifest
 
 
-def _remove_beginning(wanted: Preparation, folders: Sequence[Path] = ()) -> None:
-  """Removes what was written before a shard was recorded, and then those of the folders that are empty."""
-  for name in (PREPARATION_FILE, TOKENIZER_FILE, wanted.shard_name(0), wanted.shard_name(1), locks.LOCK_FILE):
+def _remove_unrecorded_files(wanted: Preparation, folders: Sequence[Path] = ()) -> None:
+  """Removes the files of a preparation without a complete shard, then the folders that are empty.
+
+  Args:
+    wanted: names the files.
+    folders: removed in this order, up to the first that is not empty.
+  """
+  for name in (
+    PREPARATION_FILE,
+    TOKENIZER_FILE,
+    wanted.shard_name(0),
+    wanted.shard_name(1),
+    locks.LOCK_FILE,
+  ):
     (wanted.out / name).unlink(missing_ok=True)
   with contextlib.suppress(OSError):
     for folder in folders:
@@ -247,38 +329,44 @@ def _remove_beginning(wanted: Preparation, folders: Sequence[Path] = ()) -> None
 # --- Shards ---
 
 
-def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[[int, int], None]) -> None:
-  """Writes the shards that are missing; the manifest is written after each."""
+def _write_shards(
+  wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[[int, int], None]
+) -> None:
+  """Writes the remaining shards, and the manifest after each."""
   sizes = [file["bytes"] for file in manifest["inputs"]]
   start, skip = Position(**manifest["next"]["start"]), manifest["next"]["skip"]
   encoder = DocumentEncoder(wanted.tokenizer)
-  encoder.encode([""])  # a package that is missing is missed here, and not by every thread
+  encoder.encode([""])  # raises here, and not in every thread, if a package is missing
   blocks = read_blocks(wanted.inputs, sizes, wanted.documents, start)
 
   def encode(block: Block) -> np.ndarray:
-    texts = parse_block(block, wanted.field, part=encoder.eot_id is None)
+    texts = parse_block(block, wanted.field, separate=encoder.eot_id is None)
     try:
       return encoder.encode(texts, inside=block.start.inside)
     except UserError as error:
       raise UserError(f"{block.path}: {error}") from None
 
   with _encode_in_order(blocks, encode) as arrays:
-    ids = _Ids(arrays, start, skip)
-    while ids.are_left():
+    ids = _IdReader(arrays, start, skip)
+    while ids.has_more():
       is_first = not manifest["files"] and wanted.heldout_tokens > 0
       limit = wanted.heldout_tokens if is_first else wanted.shard_tokens
       number = 0 if is_first else len(manifest["files"]) + (not wanted.heldout_tokens)
       path = wanted.out / wanted.shard_name(number)
       before = sum(file["tokens"] for file in manifest["files"])
       with write_tokens(path, wanted.tokenizer.vocab_size) as writer:
-        while writer.count < limit and ids.are_left():
+        while writer.count < limit and ids.has_more():
           writer.append(ids.take(limit - writer.count))
           on_progress(sum(sizes[: ids.start.file]) + ids.start.offset, before + writer.count)
-        if is_first and not ids.are_left():
-          few = f"the input has only {writer.count:,} tokens, none beyond the {limit:,} for validation"
+        if is_first and not ids.has_more():
+          few = (
+            f"the input has only {writer.count:,} tokens, none beyond the {limit:,} for validation"
+          )
           raise UserError(f"{few}. Try a smaller --heldout-tokens, or 0")
-      sync_folder(wanted.out)  # before the manifest says that the file is there
-      manifest["files"].append({"name": path.name, "tokens": writer.count, "sha256": digest_file(path)})
+      sync_folder(wanted.out)  # before the manifest lists the file
+      manifest["files"].append(
+        {"name": path.name, "tokens": writer.count, "sha256": digest_file(path)}
+      )
       manifest["next"] = {"start": dataclasses.asdict(ids.start), "skip": ids.used}
       write_json(wanted.out / PREPARATION_FILE, manifest)
   if not manifest["files"]:
@@ -288,12 +376,12 @@ def _go_on(wanted: Preparation, manifest: dict[str, Any], on_progress: Callable[
   on_progress(sum(sizes), sum(file["tokens"] for file in manifest["files"]))
 
 
-class _Ids:
-  """The ids of blocks, taken in pieces.
+class _IdReader:
+  """Reads the ids of blocks in pieces of any size.
 
   Attributes:
-    start: where the block begins whose ids are taken.
-    used: how many of them are taken.
+    start: where the current block begins in the inputs.
+    used: number of the current block's ids that have been taken.
   """
 
   def __init__(self, arrays: Iterator[tuple[Position, np.ndarray]], start: Position, skip: int):
@@ -310,15 +398,15 @@ class _Ids:
       self.used = 0
     return following is not None
 
-  def are_left(self) -> bool:
-    """Whether there are ids to take; moves on to their block."""
+  def has_more(self) -> bool:
+    """Returns whether there are more ids, after advancing to the block that has them."""
     while self.used == len(self._ids):
       if not self._next():
         return False
     return True
 
   def take(self, limit: int) -> np.ndarray:
-    """The next ids of the block, at most `limit`."""
+    """Returns the next ids of the current block, at most `limit`."""
     taken = self._ids[self.used : self.used + limit]
     self.used += len(taken)
     return taken
@@ -328,9 +416,10 @@ class _Ids:
 def _encode_in_order(
   blocks: Iterator[Block], encode: Callable[[Block], np.ndarray]
 ) -> Iterator[Iterator[tuple[Position, np.ndarray]]]:
-  """Gives an iterator of where each block begins and its ids; threads work ahead of it, as far as the memory allows.
+  """Encodes blocks in threads, and gives an iterator over their starts and ids, in order.
 
-  Where the body ends early, what the threads have not begun is dropped.
+  The threads work ahead of the iterator, up to `MAX_WAITING_BYTES` of text. Leaving the context
+  drops the blocks that no thread has begun.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   num_threads = min(cores, MAX_THREADS)
@@ -339,7 +428,9 @@ def _encode_in_order(
   def results() -> Iterator[tuple[Position, np.ndarray]]:
     waiting, num_bytes = deque(), 0
     for block in blocks:
-      while waiting and (len(waiting) > 2 * num_threads or num_bytes + len(block.content) > MAX_WAITING_BYTES):
+      while waiting and (
+        len(waiting) > 2 * num_threads or num_bytes + len(block.content) > MAX_WAITING_BYTES
+      ):
         start, size, future = waiting.popleft()
         num_bytes -= size
         yield start, future.result()

@@ -1,8 +1,8 @@
-"""Where text comes from: a path, a folder named by the environment, the user's cache, a download, or the package itself.
+"""Finds texts, and the files of GPT-2's tokenizer, and records where they were found.
 
-Responsible for finding the bytes of a text, or of GPT-2's tokenizer, and saying where they were found, with their digest.
-A text that was recorded by a run is found again by its digest. Not responsible for fetching over the network
-(`download.py`) or for what the text means (`data.py`). Imports no jax.
+A text comes from `data.path`, or by name from `$JGPT_DATA_DIR`, the user's cache, a download, or
+the package itself. A resumed run finds its text again by the digest. Downloads are in
+`download.py`, and tokenization is in `corpus.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class PinnedText(PinnedFile):
   """A public text.
 
   Attributes:
-    chars: its distinct characters, so that parameters can be counted before anything is read.
+    chars: its distinct characters. They give the size of the vocabulary without reading the text.
   """
 
   chars: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MadeText:
-  """A text that every installation has.
+class GeneratedText:
+  """A text that jgpt makes, which needs no file.
 
   Attributes:
-    kind: what it is, for a person.
-    location: whose it is, for a person.
-    make: returns its characters.
+    kind: printable word for its origin.
+    location: printable description of its content.
+    make: returns the text.
   """
 
   kind: str
@@ -53,14 +53,15 @@ class MadeText:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """A text and where it was found.
+  """A text and its origin.
 
   Attributes:
-    text: its characters.
-    kind: "path", "JGPT_DATA_DIR", "cache", "download", "bundled", or the `kind` of a `MadeText`.
-    location: the file it was read from, or the address.
-    sha256: of its bytes, in hexadecimal.
-    note: what the user should know about the choice, or "".
+    text: the characters.
+    kind: "path", "JGPT_DATA_DIR", "cache", "download", "bundled", or the `kind` of a
+      `GeneratedText`.
+    location: path or address.
+    sha256: of the bytes, in hexadecimal.
+    note: printable remark on why this text was chosen, or "".
   """
 
   text: str
@@ -70,9 +71,14 @@ class Text:
   note: str = ""
 
   def documents(self) -> list[str]:
-    """The stripped lines that are not empty: one document each, in the order of the text."""
-    lines = self.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return [line.strip() for line in lines if line.strip()]
+    """Returns the documents of the text, as `split_documents` does."""
+    return split_documents(self.text)
+
+
+def split_documents(text: str) -> list[str]:
+  """Splits a text into documents: its lines, stripped, in order, without empty ones."""
+  lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+  return [line.strip() for line in lines if line.strip()]
 
 
 def _make_hamlet() -> str:
@@ -89,13 +95,15 @@ def _make_hamlet() -> str:
 
 def _make_python_docs() -> str:
   try:
-    from pydoc_data.topics import topics  # only here: half a megabyte
+    from pydoc_data.topics import topics  # imported late: it takes half a megabyte
   except ImportError:
-    raise UserError("this Python lacks its pydoc_data. Try --set data.path=FILE for a text of your own") from None
+    raise UserError(
+      "this Python lacks its pydoc_data. Try --set data.path=FILE for a text of your own"
+    ) from None
   return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-SOURCES: dict[str, PinnedText | MadeText] = {
+SOURCES: dict[str, PinnedText | GeneratedText] = {
   "names": PinnedText(
     filename="names.txt",
     url="https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt",
@@ -111,9 +119,13 @@ SOURCES: dict[str, PinnedText | MadeText] = {
     num_bytes=1115394,
     chars="\n !$&',-.3:;?" + string.ascii_letters,
   ),
-  "hamlet": MadeText(kind="built in", location="six lines of Hamlet, 50 times", make=_make_hamlet),
-  "python_docs": MadeText(
-    kind="Python's documentation", location=f"Python {platform.python_version()}", make=_make_python_docs
+  "hamlet": GeneratedText(
+    kind="built in", location="six lines of Hamlet, 50 times", make=_make_hamlet
+  ),
+  "python_docs": GeneratedText(
+    kind="Python's documentation",
+    location=f"Python {platform.python_version()}",
+    make=_make_python_docs,
   ),
 }
 GPT2_FILES = (
@@ -136,50 +148,67 @@ GPT2_FILES = (
 
 
 def find_text(config: DataConfig, *, sha256: str | None = None) -> Text:
-  """Finds the text that `config` names: its `path`, or the first place that has its `source`.
+  """Finds the text that `config` names.
 
   Args:
-    config: `path` goes before `source`.
+    config: `path`, or if that is None `source`, which is looked for in `$JGPT_DATA_DIR`, in the
+      cache, on the network and in the package, in this order.
     sha256: digest that the text must have, as recorded by a run; None takes the first text found.
 
   Raises:
-    UserError: if there is no such text, it is not UTF-8, or none found has the digest.
+    UserError: if there is no such text, it is not UTF-8, or no text found has the digest.
   """
   if config.path is not None:
     expanded = os.path.expanduser(config.path)
-    if sha256 is not None and os.path.exists(expanded) and not (os.path.isfile(expanded) or os.path.isdir(expanded)):
+    is_plain = os.path.isfile(expanded) or os.path.isdir(expanded)
+    if sha256 is not None and os.path.exists(expanded) and not is_plain:
       raise UserError(
-        f"{config.path} is no plain file, and a recorded path is read from nothing else. Try a copy of the text"
+        f"{config.path} is no plain file, and a resumed run reads its text from nothing else. Try "
+        "a copy of the text"
       )
     found = read_path(config.path)
-    return check_same_text(found, sha256, config.path, "Put the old text back, or start over with --fresh")
+    return check_same_text(
+      found, sha256, config.path, "Put the old text back, or start over with --fresh"
+    )
   source = get_source(config.source)
-  if isinstance(source, MadeText):
+  if isinstance(source, GeneratedText):
     text = source.make()
     found = Text(text, source.kind, source.location, digest_bytes(text.encode()))
-    advice = "It comes with Python or jgpt: resume with the versions this run began with, or start over with --fresh"
-    return check_same_text(found, sha256, f"the {config.source} text (this is {source.location})", advice)
-  for found in _places(source, sha256):
+    advice = (
+      "It comes with Python or jgpt: resume with the versions this run began with, or start over "
+      "with --fresh"
+    )
+    return check_same_text(
+      found, sha256, f"the {config.source} text (this is {source.location})", advice
+    )
+  for found in _find_copies(source, sha256):
     if sha256 in (None, found.sha256):
       return found
   raise UserError(
-    f"the {config.source} text this run began with (SHA-256 {sha256[:12] if sha256 else 'any'}) was not found. Put "
-    f"that {source.filename} into a folder and set JGPT_DATA_DIR to the folder, or start over with --fresh"
+    f"the {config.source} text this run began with (SHA-256 {sha256[:12] if sha256 else 'any'}) "
+    f"was not found. Put that {source.filename} into a folder and set JGPT_DATA_DIR to the folder, "
+    "or start over with --fresh"
   )
 
 
-def get_source(name: str) -> PinnedText | MadeText:
-  """Looks a source up by name; raises `UserError` with near matches."""
+def get_source(name: str) -> PinnedText | GeneratedText:
+  """Returns the source of a name; raises `UserError` with near matches if there is none."""
   if name not in SOURCES:
     raise UserError(
-      f"data.source={name!r} is not known.{near_matches(name, SOURCES)} There are: {', '.join(SOURCES)}; "
-      "or --set data.path=FILE for a text of your own."
+      f"data.source={name!r} is not known.{near_matches(name, SOURCES)} There are: "
+      f"{', '.join(SOURCES)}; or --set data.path=FILE for a text of your own."
     )
   return SOURCES[name]
 
 
 def expected_vocab_size(config: DataConfig) -> int:
-  """Ids of the tokenizer that the data will have, known without a download or reading ids: parameters can be counted."""
+  """Returns the size of the vocabulary that the data will have.
+
+  Needed to count parameters before a run; downloads nothing and reads no ids.
+
+  Raises:
+    UserError: if `data.path` or `data.source` names nothing, or a file cannot be read.
+  """
   if (files := find_token_files(config.path)) and (tokenizer := find_tokenizer(files, config)):
     return tokenizer.vocab_size
   if config.tokenizer != "characters":
@@ -191,11 +220,15 @@ def expected_vocab_size(config: DataConfig) -> int:
   else:
     text = find_text(config)
     chars = set().union(*text.documents()) if is_documents else set(text.text)
-  return len(chars) + is_documents  # BOS
+  return len(chars) + is_documents  # documents have a BOS
 
 
 def read_text(path: Path, kind: str) -> Text:
-  """Reads a UTF-8 file (a leading byte order mark is dropped).
+  """Reads a UTF-8 file, without a leading byte order mark.
+
+  Args:
+    path: of the file; "~" is the user's home.
+    kind: see `Text`.
 
   Raises:
     UserError: naming the file, if it cannot be read or is not UTF-8.
@@ -205,9 +238,13 @@ def read_text(path: Path, kind: str) -> Text:
 
 
 def read_path(path: str) -> Text:
-  """Reads what `data.path` names: a UTF-8 file, a folder's *.txt files or a glob's files, joined in the order of names.
+  """Reads the text that `data.path` names, and joins several files in the order of their names.
 
-  A newline is put between two files where the first does not end with one. The digest is that of the joined bytes.
+  A file that does not end with a newline gets one before the next file. The digest is that of the
+  joined bytes.
+
+  Args:
+    path: of a UTF-8 file; of a folder, which stands for its *.txt files; or a glob.
 
   Raises:
     UserError: naming the file, if one cannot be read or is not UTF-8; or if there is none.
@@ -226,51 +263,81 @@ def read_path(path: str) -> Text:
 
 
 def check_text_path(path: str) -> None:
-  """Raises the `UserError` of `read_path` if `path` names nothing that can be opened; reads no text."""
+  """Checks that `read_path` could open its files, and raises its `UserError` otherwise."""
   for file in _list_texts(path) or [Path(path)]:
-    with _opened(file):
+    with _open_file(file):
       pass
 
 
 def _list_texts(path: str) -> list[Path] | None:
-  """The files of a folder or glob; None where `path` can only be the name of one file; raises `UserError` for none."""
+  """Lists the *.txt files of a folder, or the files of a glob; returns None for a single file.
+
+  Raises `UserError` if there is no such file.
+  """
   if not path:
-    raise UserError("data.path is empty: it names a file, a folder or a glob. Try --set data.path=none for data.source")
+    raise UserError(
+      "data.path is empty: it names a file, a folder or a glob. Try --set data.path=none for "
+      "data.source"
+    )
   files = list_files(path, ["*.txt"])
   if files == []:
-    raise UserError(f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'")
+    raise UserError(
+      f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'"
+    )
   return files
 
 
 def check_same_text(found: Text, sha256: str | None, what: str, advice: str) -> Text:
-  """Returns what was found; raises `UserError` if it does not have the digest, where one is given."""
+  """Checks that a text has the digest that a run recorded, and returns the text.
+
+  Args:
+    found: the text.
+    sha256: the recorded digest; None accepts any.
+    what: names the text in the error.
+    advice: last sentence of the error.
+
+  Raises:
+    UserError: if the digest differs.
+  """
   if sha256 not in (None, found.sha256):
     raise UserError(
-      f"{what} has changed since this run began: its SHA-256 was {sha256[:12]} and is now {found.sha256[:12]}. {advice}"
+      f"{what} has changed since this run began: its SHA-256 was {sha256[:12]} and is now "
+      f"{found.sha256[:12]}. {advice}"
     )
   return found
 
 
-def _places(source: PinnedText, sha256: str | None) -> Iterator[Text]:
-  """Yields the source's text from each place that has it, in the order of preference."""
-  if own := own_file(source):
+def _find_copies(source: PinnedText, sha256: str | None) -> Iterator[Text]:
+  """Yields the text of a source from each place that has it, in the order of preference.
+
+  Raises `UserError` if it is neither found nor downloaded, and not bundled.
+  """
+  if own := find_user_file(source):
     yield read_text(own, "JGPT_DATA_DIR")
   if cached := _read_cache(source):
-    yield Text(_decode(cached, source.filename), "cache", str(cache_dir() / source.filename), source.sha256)
+    yield Text(
+      _decode(cached, source.filename), "cache", str(cache_dir() / source.filename), source.sha256
+    )
   note = ""
   if sha256 in (None, source.sha256):  # a download can only be the original
-    from jgpt.data.download import (
-      DownloadError,
-      download,  # only here: the network's modules take a while to import
-    )
+    # Imported late: the modules of the network take a while to import.
+    from jgpt.data.download import DownloadError, download
 
     try:
       content = download(source)
     except DownloadError as error:
       if not source.bundled:
-        other = ". Or try --set data.source=python_docs, the documentation text inside every Python installation"
-        raise UserError(f"{error}. {by_hand(source)}{other if sha256 is None else ''}") from None
-      note = f"{error}; the bundled list stands in. For the original, set JGPT_DATA_DIR to a folder that has it"
+        advice = describe_manual_download(source)
+        if sha256 is None:
+          advice += (
+            ". Or try --set data.source=python_docs, the documentation text inside every Python "
+            "installation"
+          )
+        raise UserError(f"{error}. {advice}") from None
+      note = (
+        f"{error}; the bundled list stands in. For the original, set JGPT_DATA_DIR to a folder "
+        "that has it"
+      )
     else:
       yield Text(_decode(content, source.url), "download", source.url, source.sha256)
       return
@@ -283,70 +350,75 @@ def _places(source: PinnedText, sha256: str | None) -> Iterator[Text]:
 
 
 def find_gpt2_files() -> tuple[bytes, bytes]:
-  """Finds `encoder.json` and `vocab.bpe`: in `$JGPT_DATA_DIR/gpt2`, in the cache, or by a download.
+  """Finds `encoder.json` and `vocab.bpe` in `$JGPT_DATA_DIR/gpt2`, in the cache or by a download.
+
+  Returns:
+    The content of the two files.
 
   Raises:
-    UserError: if one is nowhere, or is not the original.
+    UserError: if a file is not found, or that in `$JGPT_DATA_DIR` is not the original.
   """
   encoder_json, vocab_bpe = map(_find_gpt2_file, GPT2_FILES)
   return encoder_json, vocab_bpe
 
 
 def _find_gpt2_file(file: PinnedFile) -> bytes:
-  if own := own_file(file):
+  if own := find_user_file(file):
     content = _read_bytes(own)
     if (digest := digest_bytes(content)) != file.sha256:
-      raise UserError(f"{own} is not GPT-2's: its SHA-256 is {digest[:12]}, not {file.sha256[:12]}. {by_hand(file)}")
+      raise UserError(
+        f"{own} is not GPT-2's: its SHA-256 is {digest[:12]}, not {file.sha256[:12]}. "
+        f"{describe_manual_download(file)}"
+      )
     return content
   if cached := _read_cache(file):
     return cached
-  from jgpt.data.download import (
-    DownloadError,
-    download,  # only here: the network's modules take a while to import
-  )
+  # Imported late: the modules of the network take a while to import.
+  from jgpt.data.download import DownloadError, download
 
   try:
     return download(file)
   except DownloadError as error:
-    raise UserError(f"{error}. {by_hand(*GPT2_FILES)}") from None
+    raise UserError(f"{error}. {describe_manual_download(*GPT2_FILES)}") from None
 
 
 # --- Files ---
 
 
-def own_file(file: PinnedFile) -> Path | None:
-  """The user's file of this name, in the folder that they name."""
+def find_user_file(file: PinnedFile) -> Path | None:
+  """Returns the file's path in `$JGPT_DATA_DIR`; None if it is not there."""
   folder = os.environ.get("JGPT_DATA_DIR")
   own = Path(os.path.expanduser(folder or "")) / file.filename
   return own if folder and os.path.isfile(own) else None
 
 
 def _read_cache(file: PinnedFile) -> bytes | None:
-  with contextlib.suppress(OSError):  # a cache that is absent or closed is no error
+  with contextlib.suppress(OSError):  # a cache that cannot be read counts as empty
     content = (cache_dir() / file.filename).read_bytes()
-    if digest_bytes(content) == file.sha256:  # else the file was damaged: a download replaces it
+    if digest_bytes(content) == file.sha256:  # a download replaces a damaged file
       return content
   return None
 
 
-def by_hand(*files: PinnedFile) -> str:
-  """Says how to do without a download."""
+def describe_manual_download(*files: PinnedFile) -> str:
+  """Returns the advice to save files in a folder and set JGPT_DATA_DIR, without a final period."""
   names = " and ".join(f"{file.url} as {file.filename}" for file in files)
   return f"Save {names} in a folder and set JGPT_DATA_DIR to the folder"
 
 
 def _read_bytes(path: Path) -> bytes:
-  with _opened(path) as file:
+  with _open_file(path) as file:
     return file.read()
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-  """Opens a file; raises `UserError` naming it where it cannot be opened or read."""
+def _open_file(path: Path) -> Iterator[BinaryIO]:
+  """Opens a file; an error of opening or reading becomes a `UserError` that names the file."""
   try:
     with open(path.expanduser(), "rb") as file:
       yield file
-  except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the path; RuntimeError: no such ~user
+  # ValueError: a NUL in the path. RuntimeError: an unknown ~user.
+  except (OSError, ValueError, RuntimeError) as error:
     raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
@@ -355,4 +427,6 @@ def _decode(content: bytes, location: str) -> str:
     return content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     what = f"byte {error.start} is 0x{content[error.start]:02x}"
-    raise UserError(f"{location} is not UTF-8 text: {what}. Save it as UTF-8, or name another file") from None
+    raise UserError(
+      f"{location} is not UTF-8 text: {what}. Save it as UTF-8, or name another file"
+    ) from None

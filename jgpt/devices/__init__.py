@@ -1,1 +1,1 @@
-"""What the devices at hand need: choices of `compute`, compiler options, and the check of the compiler."""
+"""Choices by platform, compiler options, the set-up of a process, and the compiler's check."""

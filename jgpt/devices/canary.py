@@ -1,10 +1,10 @@
-"""Whether the compiler computes what is written.
+"""Compares compiled gradients with a float64 reference.
 
-XLA's CPU backend replaces groups of operations by ready-made ones (YNNPACK fusions), and has had versions that returned
-wrong values without an error (jax-ml/jax#39103, #39257, #40412). Responsible for comparing loss and every gradient, made
-and compiled as a run's are, with the same network run operation by operation in float64: at the run's widths and length,
-with at most two layers and 1,024 tokens, without dropout. Never called before a run's first step. Not responsible for who
-is told (`run.py`).
+XLA's CPU backend replaces groups of operations by prebuilt kernels (YNNPACK fusions), and some
+versions returned wrong values without an error (jax-ml/jax#39103, #39257, #40412). The loss and
+every gradient are compiled as in a run, and compared with the same network computed in float64
+without jit: at the run's widths and length, with at most two layers and 1,024 tokens, without
+dropout. `run.py` calls this after training and prints the result.
 """
 
 from __future__ import annotations
@@ -23,31 +23,41 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from jgpt.batches import NUM_GROUPS, Batch
-from jgpt.config import Experiment, ModelConfig
-from jgpt.devices.compute import FUSIONS, PLAIN, SMALL_MODEL_PARAMS, Tricks, choose_tricks, has_padding
+from jgpt.batches import Batch
+from jgpt.config import Experiment
+from jgpt.config.experiment import NUM_GROUPS, PLAIN
+from jgpt.devices.compute import (
+  FUSIONS,
+  SMALL_MODEL_PARAMS,
+  choose_quick_options,
+  choose_step_options,
+  resolve_compute,
+)
 from jgpt.keys import INIT, derive_key
 from jgpt.model import init_params
 from jgpt.params import count_params
-from jgpt.sharding import stack_blocks, unstack_blocks
+from jgpt.sharding import arrange_blocks, stack_blocks, unstack_blocks
 from jgpt.step import loss_and_grads
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, make_private
 
-MAX_TOKENS = 1024  # of the batch that is compared; the logits in float64 are kept several times over
-MAX_LAYERS = 2  # every shape is in two of them
-TOLERANCE = 1e-4  # of a leaf's largest entry; a sound float32 gradient is within 1e-5
+# In the batch that is compared: several copies of its float64 logits are in memory at once.
+MAX_TOKENS = 1024
+MAX_LAYERS = 2  # more layers add no new shapes
+TOLERANCE = 1e-4  # relative to a leaf's largest entry; a correct float32 gradient is within 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-  """What a comparison came to.
+class Comparison:
+  """The result of a comparison.
 
   Attributes:
-    difference: the largest over all leaves, relative to the leaf's largest entry; infinite for what is not a number.
-    leaf: where.
-    sound: where the difference is too large, other ways of compiling that agree: "plain", "without fusions".
-    seconds: that it took.
+    difference: the largest over all leaves, relative to the leaf's largest entry; infinite where a
+      gradient is not finite.
+    leaf: name of the leaf with this difference.
+    sound: other ways of compiling that agree, of "plain" and "without fusions"; looked for only
+      where the difference is too large.
+    seconds: taken by the comparison.
   """
 
   difference: float
@@ -57,15 +67,15 @@ class Check:
 
   @property
   def passed(self) -> bool:
-    """Whether the way that a run is compiled agrees."""
+    """Returns whether gradients compiled as in a run agree with float64."""
     return self.difference <= TOLERANCE
 
 
-def compare_compiled(experiment: Experiment, platform: str) -> Check:
-  """Compares loss and gradients, compiled, with the network run operation by operation in float64.
+def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
+  """Compares compiled loss and gradients with those computed in float64 without jit.
 
-  The network has the experiment's sizes and switches, at most two layers and no dropout; the batch has the experiment's
-  length and at most 1,024 tokens (or one sequence), drawn evenly.
+  The network has the experiment's sizes and switches, at most two layers and no dropout. The batch
+  has the experiment's length and at most 1,024 tokens (or one sequence), drawn uniformly.
 
   Args:
     experiment: resolved.
@@ -73,48 +83,83 @@ def compare_compiled(experiment: Experiment, platform: str) -> Check:
   """
   began = time.perf_counter()
   layers = min(MAX_LAYERS, experiment.model.num_layers)
-  model = dataclasses.replace(experiment.model, num_layers=layers, dropout=0.0, dropout_places=())
-  draw = jax.jit(partial(init_params, config=model), compiler_options=choose_tricks(experiment, platform).init_options)
+  changes = {"num_layers": layers, "dropout": 0.0, "dropout_places": ()}
+  as_run = dataclasses.replace(
+    resolve_compute(experiment, platform),
+    model=dataclasses.replace(experiment.model, **changes),
+    train=dataclasses.replace(experiment.train, micro_batch_size=None),
+  )
+  plain = dataclasses.replace(as_run, compute=PLAIN)
+  draw = jax.jit(
+    partial(init_params, config=as_run.model), compiler_options=choose_quick_options(as_run)
+  )
   params = jax.tree.map(np.asarray, draw(derive_key(experiment.train.seed, INIT, 0)))
-  batch = _draw_batch(experiment, model)
-  expected = _run_in_float64(params, batch, model)
+  batch = draw_batch(as_run)
+  expected = compute_in_float64(params, batch, plain)
 
-  def find_worst(tricks: Tricks) -> tuple[str, float]:
-    compiled = jax.jit(partial(tricks.grads_fn, config=model), compiler_options=tricks.step_options)
-    loss, grads = compiled(tricks.layout(params), batch)
-    return _find_worst(expected, {"loss": loss, **stack_blocks(grads)})
+  def compare_with(experiment: Experiment, options: dict) -> tuple[str, float]:
+    compiled = jax.jit(
+      partial(loss_and_grads, step=0, experiment=experiment), compiler_options=options
+    )
+    loss, grads = compiled(arrange_blocks(params, experiment.compute.layers), batch)
+    return find_worst(expected, {"loss": loss, **stack_blocks(grads)})
 
-  as_run = choose_tricks(experiment, platform)
-  leaf, difference = find_worst(as_run)
-  without = dataclasses.replace(as_run, step_options=as_run.step_options | {FUSIONS: ""})
-  others = {} if difference <= TOLERANCE else {"plain": PLAIN, "without fusions": without}
-  sound = tuple(way for way, tricks in others.items() if find_worst(tricks)[1] <= TOLERANCE)
-  return Check(difference, leaf, sound, time.perf_counter() - began)
+  options = choose_step_options(as_run)
+  leaf, difference = compare_with(as_run, options)
+  others = {"plain": (plain, {}), "without fusions": (as_run, options | {FUSIONS: ""})}
+  if difference <= TOLERANCE:
+    others = {}
+  sound = tuple(way for way, made in others.items() if compare_with(*made)[1] <= TOLERANCE)
+  return Comparison(difference, leaf, sound, time.perf_counter() - began)
 
 
-def _draw_batch(experiment: Experiment, model: ModelConfig) -> Batch:
-  """Random tokens; documents have random lengths."""
+def draw_batch(experiment: Experiment) -> Batch:
+  """Draws a batch of uniform random tokens; documents have uniform random lengths.
+
+  Args:
+    experiment: resolved.
+  """
   T = experiment.data.seq_len
   B = max(1, min(experiment.data.batch_size, MAX_TOKENS // T))
-  if has_padding(experiment):
+  if experiment.compute.group_documents is True:
     B = max(NUM_GROUPS, B - B % NUM_GROUPS)
   rng = np.random.default_rng(experiment.train.seed)
-  tokens = rng.integers(0, model.vocab_size, (B, T + 1)).astype(np.int32)
+  tokens = rng.integers(0, experiment.model.vocab_size, (B, T + 1)).astype(np.int32)
   lengths = rng.integers(1, T + 1, B) if experiment.data.batching == "documents" else np.full(B, T)
   weights = np.arange(T) < lengths[:, None]
-  return Batch(*(jnp.asarray(x) for x in (tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32))))
+  return Batch(
+    *(jnp.asarray(x) for x in (tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32)))
+  )
 
 
-def _run_in_float64(params: dict, batch: Batch, model: ModelConfig) -> dict:
-  """Loss and gradients without `jax.jit`, as float64 NumPy arrays, blocks stacked."""
+def compute_in_float64(params: dict, batch: Batch, experiment: Experiment) -> dict:
+  """Computes loss and gradients in float64 without jit.
+
+  Args:
+    params: as `init_params` returns them.
+    batch: for the loss.
+    experiment: resolved; `compute` decides how it is computed.
+
+  Returns:
+    The gradients as NumPy arrays with stacked blocks, and the loss under "loss".
+  """
   with jax.enable_x64(True):
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), unstack_blocks(params))
-    loss, grads = loss_and_grads(exact, batch, model)
+    loss, grads = loss_and_grads(exact, batch, 0, experiment)
     return jax.tree.map(np.asarray, {"loss": loss, **stack_blocks(grads)})
 
 
-def _find_worst(expected: dict, got: dict) -> tuple[str, float]:
-  """The leaf that differs most, and by how much of its largest entry; one that is not a number differs without bound."""
+def find_worst(expected: dict, got: dict) -> tuple[str, float]:
+  """Finds the leaf with the largest difference.
+
+  Args:
+    expected: float64 arrays.
+    got: arrays of the same structure.
+
+  Returns:
+    The leaf's name, and its largest difference relative to its largest expected entry; infinite
+    where an entry is not finite.
+  """
   differences = {}
   wanted, there = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (expected, got))
   for path, leaf in wanted.items():
@@ -129,51 +174,75 @@ def _find_worst(expected: dict, got: dict) -> tuple[str, float]:
 # --- Once for each machine ---
 
 
-def check_once(experiment: Experiment, platform: str) -> Check | None:
-  """Checks the first program with XLA's fusions that this jaxlib compiles on this processor; None where that was done.
+def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
+  """Calls `compare_compiled` unless it has passed before with this compiler and processor.
 
-  Small models, whose training step has no fusions, and other platforms are not checked. What failed is checked again.
+  Small models are skipped, because their training step has no fusions, and so are other platforms.
 
   Args:
     experiment: resolved.
-    platform: of the devices.
+    platform: of the devices: "cpu", "gpu", "tpu".
+
+  Returns:
+    The comparison, or None where it was skipped.
   """
   if platform != "cpu" or count_params(experiment.model) <= SMALL_MODEL_PARAMS:
     return None
-  path, key = cache_dir() / "canary.json", f"{_describe_compiler()}, tricks {experiment.mesh.tricks}"
-  sound = _read(path)
+  path = cache_dir() / "canary.json"
+  key = f"{describe_compiler()}, tricks {experiment.compute.tricks}"
+  sound = _read_sound(path)
   if key in sound:
     return None
-  check = compare_compiled(experiment, platform)
-  if check.passed:
-    _write(path, sound | {key: f"{check.difference:.1e} in {check.leaf}"})
-  return check
+  comparison = compare_compiled(experiment, platform)
+  if comparison.passed:
+    write_sound(path, sound | {key: f"{comparison.difference:.1e} in {comparison.leaf}"})
+  return comparison
 
 
-def describe_check(check: Check) -> str:
-  """What a check found, in a line; where it failed, what to do."""
-  differing = f"{check.difference:.1e} of the largest entry of {check.leaf}"
-  if check.passed:
-    return f"checked once, the compiler: gradients agree with float64, the worst by {differing} ({check.seconds:.1f} s)"
-  mend = {"plain": "--set mesh.tricks=false", "without fusions": f'XLA_FLAGS="--{FUSIONS}=" before the command'}
-  advice = f"Try {mend[check.sound[0]]}" if check.sound else "No way of compiling agrees: try another version of jaxlib"
+def describe_comparison(comparison: Comparison) -> str:
+  """Describes a comparison in one line; where it failed, with what to do."""
+  differing = f"{comparison.difference:.1e} of the largest entry of {comparison.leaf}"
+  if comparison.passed:
+    return (
+      "checked once, the compiler: gradients agree with float64, the worst by "
+      f"{differing} ({comparison.seconds:.1f} s)"
+    )
+  remedies = {
+    "plain": "--set compute.tricks=false",
+    "without fusions": f'XLA_FLAGS="--{FUSIONS}=" before the command',
+  }
+  advice = (
+    f"Try {remedies[comparison.sound[0]]}"
+    if comparison.sound
+    else "No way of compiling agrees: try another version of jaxlib"
+  )
   return (
-    f"WARNING: jaxlib {jaxlib.__version__} compiles this model wrongly on this machine: a gradient differs from float64 by "
-    f"{differing}. Do not trust what was trained. {advice}"
+    f"WARNING: jaxlib {jaxlib.__version__} compiles this model wrongly on this machine: a gradient "
+    f"differs from float64 by {differing}. Do not trust what was trained. {advice}"
   )
 
 
-def _describe_compiler() -> str:
-  """What a result holds for: the compiler's version and flags, and the processor that it compiles for."""
+def describe_compiler() -> str:
+  """Describes the compiler by its version and flags, and the processor by a digest.
+
+  A comparison is valid for one such description.
+  """
   cpuinfo = Path("/proc/cpuinfo")
-  lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-  processor = [next((line for line in lines if line.startswith(field)), "") for field in ("model name", "flags")]
-  digest = hashlib.sha256(repr((processor, host.machine(), host.processor())).encode()).hexdigest()[:8]
-  return f"jaxlib {jaxlib.__version__}, processor {digest}, XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}"
+  lines = (
+    cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+  )
+  processor = [
+    next((line for line in lines if line.startswith(field)), "")
+    for field in ("model name", "flags")
+  ]
+  described = repr((processor, host.machine(), host.processor()))
+  digest = hashlib.sha256(described.encode()).hexdigest()[:8]
+  flags = os.environ.get("XLA_FLAGS", "")
+  return f"jaxlib {jaxlib.__version__}, processor {digest}, XLA_FLAGS={flags}"
 
 
-def _read(path: Path) -> dict[str, str]:
-  """What was found sound; nothing where the file is not there or is none of ours."""
+def _read_sound(path: Path) -> dict[str, str]:
+  """Reads what `write_sound` wrote; returns {} where the file is missing or not readable."""
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
@@ -181,8 +250,13 @@ def _read(path: Path) -> dict[str, str]:
   return found if isinstance(found, dict) else {}
 
 
-def _write(path: Path, sound: dict[str, str]) -> None:
-  """Replaces the file; where it cannot be written the check is made again next time."""
+def write_sound(path: Path, sound: dict[str, str]) -> None:
+  """Writes which compilers passed; where that fails, the next run compares again.
+
+  Args:
+    path: canary.json, replaced.
+    sound: compilers as `describe_compiler` describes them, each with its worst difference.
+  """
   try:
     make_private(path.parent)
     files.write_json(path, sound)

@@ -1,7 +1,6 @@
-"""What a step must compute and what a device can: the figures that measured times are held against.
+"""Floating-point operations and bytes of a step, and the peak rates of known accelerators.
 
-Responsible for counting floating-point operations and bytes by stated formulas, and for the peaks of known accelerators.
-Pure arithmetic on sizes: nothing here runs on a device (`timing.py` measures), and this file imports no jax.
+Pure arithmetic on sizes, without jax. What a device reaches is measured in `bench/timing.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ import dataclasses
 from jgpt.config import ModelConfig
 from jgpt.params import count_params
 
-FLOAT_BYTES = 4  # float32, in which everything here computes
+FLOAT_BYTES = 4  # of a float32
 
-# Dense bfloat16 peaks in TFLOP/s by how a device's kind begins; the first that fits counts. H100 and H200 are the SXM
-# modules: their slower cards (PCIe, NVL) are not in the table, so that no share is printed against a wrong peak.
+# Dense bfloat16 peaks in TFLOP/s, by the beginning of a device's kind; the first match counts. H100
+# and H200 are the SXM modules. The slower PCIe and NVL cards have no entry, so that no share is
+# printed relative to a wrong peak.
 BF16_PEAKS = (
   ("NVIDIA A100", 312.0),
   ("NVIDIA H100 80GB HBM3", 989.0),
   ("NVIDIA H200 NVL", None),
   ("NVIDIA H200", 989.0),
-  ("TPU v4 lite", None),  # an inference chip that is not in the table
+  ("TPU v4 lite", None),  # an inference chip; "TPU v4" would match it
   ("TPU v4", 275.0),
   ("TPU v5 lite", 197.0),
   ("TPU v5e", 197.0),
@@ -32,15 +32,15 @@ BF16_PEAKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """One matrix product of a step's forward pass: [m, k] times [k, n].
+  """A matrix product in a step's forward pass: [m, k] times [k, n].
 
   Attributes:
     name: qkv, out, up, down or head.
     m: rows of the activations, batch times positions.
     k: contracted size.
     n: columns of the result.
-    count: how often a forward pass has it.
-    transposed: whether the weights lie as [n, k] in memory, as the head's do.
+    count: times it occurs in a forward pass.
+    transposed: whether the weights are [n, k] in memory, as the head's are.
   """
 
   name: str
@@ -52,16 +52,18 @@ class Product:
 
   @property
   def flops(self) -> int:
-    """Of the product, and of each of the two that its gradient has: 2 m k n."""
+    """Counts the operations of the product, 2 m k n; its gradient has two products of as many."""
     return 2 * self.m * self.k * self.n
 
   def operands(self) -> dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
-    """The forward product and its gradient's two, as they lie in memory.
+    """Returns the shapes in memory of the forward product and of the two in its gradient.
 
     Returns:
-      forward, inputs and weights -> shape of the left side, shape of the right side, the contracted dimension of each.
+      "forward", "inputs" and "weights", each with the left shape, the right shape, and the
+      contracted dimension of both.
     """
-    x, g, w = (self.m, self.k), (self.m, self.n), (self.n, self.k) if self.transposed else (self.k, self.n)
+    x, g = (self.m, self.k), (self.m, self.n)
+    w = (self.n, self.k) if self.transposed else (self.k, self.n)
     return {
       "forward": (x, w, (1, int(self.transposed))),
       "inputs": (g, w, (1, int(not self.transposed))),
@@ -70,10 +72,10 @@ class Product:
 
 
 def list_products(config: ModelConfig, batch_size: int, seq_len: int) -> list[Product]:
-  """The products with weights of a forward pass; attention's own, which have none, are left out.
+  """Lists the products of a forward pass that multiply by weights; attention's scores have none.
 
   Args:
-    config: sizes; `vocab_size` resolved.
+    config: `vocab_size` resolved.
     batch_size: sequences.
     seq_len: positions of each.
   """
@@ -88,28 +90,28 @@ def list_products(config: ModelConfig, batch_size: int, seq_len: int) -> list[Pr
 
 
 def count_matmul_params(config: ModelConfig) -> int:
-  """Counts the parameters that are multiplied with: matrices, and the head once, whether it is tied or not."""
+  """Counts the parameters used in matrix products: all matrices, and the head, tied or not."""
   return count_params(config, ("matrix",)) + config.vocab_size * config.d_model
 
 
 def count_train_flops(config: ModelConfig, seq_len: int) -> int:
-  """Counts the floating-point operations that training on one token takes: 6 P + 6 L D T.
+  """Counts the floating-point operations of training on one token: 6 P + 6 L D T.
 
-  P are the matmul parameters (`count_matmul_params`); a product and its gradient are 2 + 4 operations for each. Attention
-  adds 6 L D T, half of the full square's, since a position sees only those before it. Work that is wasted or done twice
-  does not count.
+  P is `count_matmul_params`; each takes 2 operations in the forward pass and 4 in the gradient.
+  Attention adds 6 L D T, half of what all pairs of positions take, since it is causal. Padding and
+  recomputation do not count.
 
   Args:
-    config: sizes; `vocab_size` resolved.
+    config: `vocab_size` resolved.
     seq_len: T, positions of a sequence.
 
-  Source: Chowdhery et al. 2022, "PaLM", appendix B; there with the full square.
+  Source: Chowdhery et al. 2022, "PaLM", appendix B; there attention is not halved.
   """
   return 6 * count_matmul_params(config) + 6 * config.num_layers * config.d_model * seq_len
 
 
 def find_bf16_peak(device_kind: str) -> float | None:
-  """The dense bfloat16 peak of a device in FLOP/s, or None where its kind is not known.
+  """Returns the dense bfloat16 peak of a device in FLOP/s, or None where its kind is not known.
 
   Args:
     device_kind: as jax names it.
@@ -125,15 +127,19 @@ def count_cache_bytes(config: ModelConfig) -> int:
   return 2 * config.num_layers * config.d_model * FLOAT_BYTES
 
 
-def limit_decoding(config: ModelConfig, batch_size: int, context: float, bandwidth: float) -> float:
-  """The most tokens per second that decoding can reach: each step reads every parameter, and each text its cache.
+def compute_decoding_limit(
+  config: ModelConfig, batch_size: int, context: float, bandwidth: float
+) -> float:
+  """Computes the highest rate of decoding that memory bandwidth allows, in tokens/s.
 
-  tokens/s <= batch * bandwidth / (parameter bytes + batch * cache bytes per position * context), float32.
+  Each step reads all parameters once, and the cache of each text, float32:
+
+    batch * bandwidth / (parameter bytes + batch * cache bytes per position * context)
 
   Args:
-    config: sizes; `vocab_size` resolved.
+    config: `vocab_size` resolved.
     batch_size: texts that are drawn together.
-    context: positions in the cache, the mean while a text is drawn.
+    context: positions in the cache, on average while a text is drawn.
     bandwidth: bytes per second.
   """
   per_step = count_params(config) * FLOAT_BYTES + batch_size * count_cache_bytes(config) * context

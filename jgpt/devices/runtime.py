@@ -1,7 +1,6 @@
-"""JAX as the commands set it up: a cache of compiled programs, quiet libraries, and the devices there are.
+"""Process-wide setup of JAX for the commands: the compilation cache, log levels, devices.
 
-Responsible for what is set once for a process, before it computes anything, and for the soundness of the cache. A library
-user who calls none of this gets plain JAX. Not responsible for how a program is compiled (`tricks.py`).
+Library users who call nothing here get plain JAX. Compiler options are in `compute.py`.
 """
 
 import contextlib
@@ -21,34 +20,40 @@ from jgpt.errors import UserError, first_line
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, digest_bytes, make_private
 
-LEAST_ADDRESS_SPACE = 3 << 29  # bytes: with less jax cannot start its threads, and the process is aborted without a word
+# Bytes: with less, jax cannot start its threads, and the process is aborted without a message.
+MIN_ADDRESS_SPACE = 3 << 29
 
 
 def set_up() -> str:
-  """Turns on the persistent compilation cache in the user's cache folder, and silences libraries' remarks.
+  """Turns on the persistent compilation cache and lowers the log levels of libraries.
 
-  A cache folder that others can write is not used: whoever can write compiled programs can run code. Nothing here
-  touches a device.
+  A cache folder that other users can write to is not used, since compiled programs are machine
+  code. No device is initialized.
 
   Returns:
-    What the user should know, or "".
+    A line for the user about a cache that is not used, or "".
 
   Raises:
-    UserError: where the process may not use enough memory for anything.
+    UserError: where the address space is too small to compile anything.
   """
   check_address_space()
-  for name, level in {"absl": logging.CRITICAL, "asyncio": logging.CRITICAL, "jax": logging.ERROR}.items():
-    logging.getLogger(name).setLevel(level)  # what goes wrong with a save is raised too, and said in one line
-  _leave_out_closed_loops()
+  # Errors of a save are raised as well, and printed in one line.
+  for name, level in {
+    "absl": logging.CRITICAL,
+    "asyncio": logging.CRITICAL,
+    "jax": logging.ERROR,
+  }.items():
+    logging.getLogger(name).setLevel(level)
+  _silence_closed_loops()
   if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    return ""  # the user's own choice
+    return ""  # jax reads the variable itself
   try:
     folder = cache_dir() / "compiled"
     make_private(folder.parent)
     make_private(folder)
     info = folder.stat()
   except (OSError, RuntimeError):
-    return ""  # a read-only home, or none: compile each time
+    return ""  # no home, or a read-only one: compile each time
   if hasattr(os, "getuid") and (info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o022):
     return f"{folder} can be written by others: compiled programs are not kept there"
   jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -56,43 +61,49 @@ def set_up() -> str:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
   ignored = "Error (reading|writing) persistent compilation cache entry"  # it compiles instead
   warnings.filterwarnings("ignore", message=ignored)
-  drop_damaged(folder)
+  delete_damaged_programs(folder)
   return ""
 
 
-def _leave_out_closed_loops() -> None:
-  """Has Python keep quiet about TensorStore's threads that report on a save which was given up."""
+def _silence_closed_loops() -> None:
+  """Hides the errors of TensorStore's threads after a cancelled save ("Event loop is closed")."""
   show = sys.unraisablehook
 
   def show_others(unraisable: Any) -> None:
-    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+    if not (
+      unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"
+    ):
       show(unraisable)
 
   sys.unraisablehook = show_others
 
 
 def check_address_space() -> None:
-  """Raises `UserError` where `ulimit -v` leaves less address space than a process needs to compile the smallest model."""
+  """Checks that `ulimit -v` leaves enough address space to compile the smallest model.
+
+  Raises:
+    UserError: with the limit and what is needed.
+  """
   with contextlib.suppress(ImportError):  # POSIX only
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if 0 <= limit < LEAST_ADDRESS_SPACE:
+    if 0 <= limit < MIN_ADDRESS_SPACE:
       raise UserError(
-        f"this process may use {limit / 2**30:.1f} GB of address space, and needs {LEAST_ADDRESS_SPACE / 2**30:.1f} GB at "
-        "least. Try ulimit -v unlimited before the command"
+        f"this process may use {limit / 2**30:.1f} GB of address space, and needs "
+        f"{MIN_ADDRESS_SPACE / 2**30:.1f} GB at least. Try ulimit -v unlimited before the command"
       )
 
 
-def drop_damaged(folder: Path) -> None:
-  """Deletes compiled programs that are no longer what was written, and records the digests of new ones.
+def delete_damaged_programs(folder: Path) -> None:
+  """Deletes compiled programs whose digest has changed, and records the digests of new ones.
 
-  A program is machine code, and a damaged one may crash or compute anything. Where jax compresses with zlib it notices
-  damage; with zstd, which it prefers where there is one, it does not. A program whose writing broke off would be in the
-  way for good: jax replaces none.
+  A damaged program may crash or compute wrong values. jax detects damage in files compressed with
+  zlib but not with zstd, which it prefers where it is installed, and never replaces a file, so that
+  one that was cut off would stay.
 
   Args:
-    folder: of the compilation cache. One that cannot be read or written is left as it is.
+    folder: of the compilation cache; unchanged where it cannot be read or written.
   """
   known = _read_digests(folder / "digests.json")
   sound = {}
@@ -118,7 +129,7 @@ def _read_digests(path: Path) -> dict[str, str]:
 
 
 def _is_whole(content: bytes) -> bool:
-  """Whether a program that was compressed with zlib can be unpacked; True for those of other formats, empty ones aside."""
+  """Returns whether a program can be decompressed; only zlib is tried, and an empty one cannot."""
   try:
     return bool(zlib.decompress(content)) if content[:1] == b"\x78" else bool(content)
   except zlib.error:
@@ -126,13 +137,15 @@ def _is_whole(content: bytes) -> bool:
 
 
 def devices() -> list[jax.Device]:
-  """The devices that jax sees.
+  """Returns the devices that jax finds.
 
   Raises:
-    UserError: where JAX_PLATFORMS asks for a kind that is not there.
+    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks.
   """
   try:
     return jax.devices()
   except RuntimeError as error:
     asked = os.environ.get("JAX_PLATFORMS", "")
-    raise UserError(f"jax finds no device (JAX_PLATFORMS={asked!r}): {first_line(error)[:200]}") from error
+    raise UserError(
+      f"jax finds no device (JAX_PLATFORMS={asked!r}): {first_line(error)[:200]}"
+    ) from error

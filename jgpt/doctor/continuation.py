@@ -1,7 +1,7 @@
-"""Checks of what a run needs to go on: its log, its data, room for the next checkpoint.
+"""Checks of what a run needs to resume: its log, its data, room for the next checkpoint.
 
-Responsible for reading these without changing anything, without network, and within bounds: a stranger's run folder may
-name any file, and claim any number. Not responsible for checkpoints (`soundness.py`).
+Nothing is changed and no network is used. What is read is bounded, since a run folder of somebody
+else may name any file and contain any number. Checkpoints are checked in `soundness.py`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from jgpt.weights.initial import RELEASED
 
 STATE_BYTES = 12  # of a parameter and its two moments
 MAX_LOG = 10**10  # bytes of metrics.jsonl
-MAX_FILES = 100_000  # of a folder of data
-MAX_SHOWN = 10  # of what there may be any number
+MAX_FILES = 100_000  # in a folder of data
+MAX_SHOWN = 10  # gaps in the log
 
 # --- The log ---
 
 
 @dataclasses.dataclass
 class _Rows:
-  """What reading metrics.jsonl came to: the last update, and what was not as expected."""
+  """Counts over the rows of metrics.jsonl, the last step, and gaps between steps."""
 
   last: int = 0
   updates: int = 0
@@ -50,7 +50,7 @@ class _Rows:
   gaps: list[str] = dataclasses.field(default_factory=list)
 
   def add(self, row: dict) -> None:
-    """Takes the next row."""
+    """Counts the next row."""
     step, loss = row["step"], row.get("train/loss")
     self.evaluations += "heldout/loss" in row
     if loss is None:
@@ -62,17 +62,26 @@ class _Rows:
     self.not_finite += not math.isfinite(loss)
 
 
-def check_metrics(path: Path, newest: int) -> list[Finding]:
-  """Whether the log can be read, has a row for each update, and reaches the newest checkpoint.
+def examine_metrics(path: Path, newest: int) -> list[Finding]:
+  """Examines whether the log is readable, has every update, and reaches the newest checkpoint.
 
   Args:
     path: metrics.jsonl.
-    newest: step of the newest checkpoint.
+    newest: step of the newest checkpoint; 0 without any.
   """
   if not os.path.lexists(path):
-    return [note("metrics", f"{path} is not there: the losses of {newest:,} steps are lost")] if newest else []
+    return (
+      [note("metrics", f"{path} is not there: the losses of {newest:,} steps are lost")]
+      if newest
+      else []
+    )
   if (size := path.lstat().st_size) > MAX_LOG:
-    return [note("metrics", f"{path} has {format_bytes(size)}, and at most {format_bytes(MAX_LOG)} are read here")]
+    return [
+      note(
+        "metrics",
+        f"{path} has {format_bytes(size)}, and at most {format_bytes(MAX_LOG)} are read here",
+      )
+    ]
   rows, unreadable, first, is_torn = _Rows(), 0, 0, False
   for number, line in enumerate(read_lines(path), 1):
     if line.row is not None:
@@ -87,46 +96,68 @@ def check_metrics(path: Path, newest: int) -> list[Finding]:
   words = f"{path}: {', '.join(parts)}, to step {rows.last:,}"
   found = [note("metrics", words) if rows.not_finite else ok("metrics", words)]
   if unreadable:
-    words = f"lines that cannot be read and are passed over: {unreadable:,}, the first is line {first:,}"
+    words = (
+      f"lines that cannot be read and are passed over: {unreadable:,}, the first is line {first:,}"
+    )
     found.append(note("metrics", f"{path}: {words}"))
   if is_torn:
-    found.append(note("metrics", f"{path}: its last line is torn, and dropped when the run goes on"))
+    found.append(
+      note("metrics", f"{path}: its last line is torn, and dropped when the run goes on")
+    )
   if rows.gaps:
     found.append(
-      note("metrics", f"{path} has gaps: {'; '.join(rows.gaps)}. Writing it may have failed; training is not concerned")
+      note(
+        "metrics",
+        f"{path} has gaps: {'; '.join(rows.gaps)}. Writing it may have failed; training is not "
+        "concerned",
+      )
     )
   if rows.last < newest:
-    found.append(note("metrics", f"{path} ends at step {rows.last:,}, and the newest checkpoint is of step {newest:,}"))
+    found.append(
+      note(
+        "metrics",
+        f"{path} ends at step {rows.last:,}, and the newest checkpoint is of step {newest:,}",
+      )
+    )
   return found
 
 
-# --- Going on ---
+# --- Resuming ---
 
 
-def check_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Finding]:
-  """Whether the run can go on: its data are found, with the digest it recorded, and its settings go together.
+def examine_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Finding]:
+  """Examines whether the run can resume: its data have the recorded digest, its settings agree.
 
   Args:
     workdir: a run folder.
-    files: its settings.
-    has_steps: whether there is a checkpoint; otherwise the run begins anew.
+    files: of the run folder.
+    has_steps: whether there is a checkpoint; otherwise the run starts at step 0.
   """
   recorded, config = files.data["sha256"], files.experiment.data
-  if reason := _find_risk(config.path):
+  if reason := find_risk(config.path):
     return [note("going on", f"the data were not looked at: {reason}")]
   if config.path is None and _needs_download(files):
     return [
-      note("going on", f"the text {config.source} (SHA-256 {recorded[:12]}) is not here: going on begins with a download")
+      note(
+        "going on",
+        f"the text {config.source} (SHA-256 {recorded[:12]}) is not here: going on begins with a "
+        "download",
+      )
     ]
   if not has_steps and files.experiment.train.init_from in RELEASED:
     return [
-      note("going on", f"it begins with the weights {files.experiment.train.init_from}, which are not looked for here")
+      note(
+        "going on",
+        f"it begins with the weights {files.experiment.train.init_from}, which are not looked for "
+        "here",
+      )
     ]
   try:
     plan = plan_run(files.experiment, workdir=workdir, name=files.name)
   except UserError as error:
-    mend = f"put the data back where they were, {files.data.get('location', config.path)}, or start over with --fresh"
-    return [from_error("going on", error, mend)]
+    place = files.data.get("location", config.path)
+    do = f"put the data back where they were, {place}, or start over with --fresh"
+    return [from_error("going on", error, do)]
   text, steps = plan.data.text, plan.experiment.train.steps
   where = f"data: {text.location} ({text.kind}, SHA-256 {text.sha256[:12]}, as recorded)"
   if plan.start_step >= steps:
@@ -135,17 +166,28 @@ def check_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Findin
 
 
 def _needs_download(files: RunFiles) -> bool:
-  """Whether the text that a run recorded is nowhere on this machine."""
+  """Returns whether the text that a run recorded is not on this machine."""
   source, wanted = sources.get_source(files.experiment.data.source), files.data["sha256"]
   if not isinstance(source, PinnedText):
     return False
   bundled = sources.BUNDLED_DIR / source.filename
-  places = [sources.own_file(source), cache_dir() / source.filename, bundled if source.bundled else None]
-  return not any(place is not None and place.is_file() and digest_bytes(place.read_bytes()) == wanted for place in places)
+  places = [
+    sources.find_user_file(source),
+    cache_dir() / source.filename,
+    bundled if source.bundled else None,
+  ]
+  return not any(
+    place is not None and place.is_file() and digest_bytes(place.read_bytes()) == wanted
+    for place in places
+  )
 
 
-def _find_risk(path: str | None) -> str | None:
-  """Why what `data.path` names is better not read: a stranger's run may name anything on this machine."""
+def find_risk(path: str | None) -> str | None:
+  """Returns why `data.path` should not be read, or None; a run may name any file here.
+
+  Args:
+    path: a file, a folder or a glob; None for a known source.
+  """
   if path is None:
     return None
   expanded = os.path.expanduser(path)
@@ -154,7 +196,7 @@ def _find_risk(path: str | None) -> str | None:
   try:
     files = list_files(path, ["*.txt", "*.bin"])
   except UserError:
-    return None  # it is said when the data are looked for
+    return None  # `plan_run` raises it again
   total = 0
   for file in [Path(expanded)] if files is None else files:
     try:
@@ -164,21 +206,21 @@ def _find_risk(path: str | None) -> str | None:
     if not stat.S_ISREG(info.st_mode):
       return f"{file} is no plain file"
     total += info.st_size if file.suffix != ".bin" else 0
-  there = measure_memory()[0]
-  if there is not None and total > (most := there // 8):
+  memory = measure_memory()[0]
+  if memory is not None and total > (most := memory // 8):
     return f"{path} has {format_bytes(total)}, and at most {format_bytes(most)} are read here"
   return None
 
 
 def _lists_too_many(path: str) -> bool:
-  """Whether finding the files of a folder or glob looks at more than `MAX_FILES` names, folders on the way included."""
+  """Returns whether listing the files of a folder or glob meets more than `MAX_FILES` names."""
   if os.path.isdir(path):
     return _are_many(name for _, folders, names in os.walk(path) for name in (*folders, *names))
   if os.path.exists(path):
     return False
   parts = Path(path).parts
   for n, part in enumerate(parts):
-    if glob.has_magic(part):  # what has to be listed to see which names match
+    if glob.has_magic(part):  # the names that are listed to find those that match
       pattern = os.path.join(*parts[:n], "**" if part == "**" else "*")
       with contextlib.suppress(ValueError):  # a NUL in the path
         if _are_many(glob.iglob(pattern, recursive=True, include_hidden=True)):
@@ -187,22 +229,22 @@ def _lists_too_many(path: str) -> bool:
 
 
 def _are_many(names: Iterable[str]) -> bool:
-  """Whether there are more than `MAX_FILES`, without looking at those beyond."""
+  """Returns whether there are more than `MAX_FILES`; reads no more than needed."""
   return sum(1 for _ in itertools.islice(names, MAX_FILES + 1)) > MAX_FILES
 
 
-def check_next_save(workdir: Path, newest: int | None, num_params: int) -> list[Finding]:
-  """Whether the disk has room for another checkpoint.
+def examine_next_save(workdir: Path, newest: int | None, num_params: int) -> list[Finding]:
+  """Examines whether the disk has room for another checkpoint.
 
   Args:
     workdir: a run folder.
-    newest: step of the newest checkpoint that is sound, which the next one will be as large as; None where there is none.
+    newest: step of the newest sound checkpoint, whose size is expected; None where there is none.
     num_params: of the model.
   """
   size = num_params * STATE_BYTES
   if newest is not None:
     folder = workdir / "checkpoints" / str(newest)
-    with contextlib.suppress(OSError, UserError):  # what is wrong there is said elsewhere
+    with contextlib.suppress(OSError, UserError):  # `examine_checkpoint` finds these
       size = max(size, sum(path.lstat().st_size for _, path in manifest.walk_files(folder)))
   free = shutil.disk_usage(workdir).free
   text = f"{format_bytes(free)} free, a checkpoint takes {format_bytes(size)}"

@@ -1,7 +1,7 @@
-"""Checks of what is installed: jgpt, Python, the packages it needs and the optional ones, and whether they go together.
+"""Checks of what is installed: jgpt, Python, required and optional packages, and their versions.
 
-Responsible for comparing versions with what metadata asks for. Not responsible for importing any of it (`probe.py`).
-Imports nothing that has to be installed, so that it can say what is missing.
+Versions are compared with the requirements in metadata; nothing is imported (that is done in
+`probe.py`). Imports the standard library only, so that it can report what is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jgpt
-from jgpt.cli import python_word
+from jgpt.cli import python_command
 from jgpt.doctor.findings import Finding, note, ok, problem
 from jgpt.doctor.probe import run_bounded
 
@@ -30,38 +30,46 @@ EXTRAS = {
 }
 
 
-def check_python(requires: str = ">=3.11") -> list[Finding]:
-  """Which jgpt, which Python, which system.
+def examine_python(requires: str = ">=3.11") -> list[Finding]:
+  """Examines the versions of jgpt, Python and the system.
 
   Args:
-    requires: of the package's metadata.
+    requires: version specifiers for Python.
   """
   package = Path(jgpt.__file__).resolve().parent
   version = f"{jgpt.__version__} in {package}"
   if (package.parent / ".git").exists():
-    done = run_bounded(["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--tags"], 5)
+    done = run_bounded(
+      ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--tags"], 5
+    )
     version += f", git {done.out.strip()}" if done.status == 0 else ""
   system = f"{platform.python_version()}, {sys.executable}; {platform.platform()}"
   if satisfies(platform.python_version(), requires):
     return [ok("jgpt", version), ok("python", system)]
-  return [ok("jgpt", version), problem("python", f"{system}; jgpt needs {requires}", f"install Python {requires}")]
+  return [
+    ok("jgpt", version),
+    problem("python", f"{system}; jgpt needs {requires}", f"install Python {requires}"),
+  ]
 
 
 def list_requirements() -> list[str]:
-  """What jgpt needs, from its metadata, or from the clone's pyproject.toml where it has none that can be read."""
+  """Returns jgpt's requirements from its metadata, or else from pyproject.toml; [] without both."""
   if found := find_requirements("jgpt"):
     return found
   path = Path(jgpt.__file__).resolve().parent.parent / "pyproject.toml"
   try:
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *(f"{text}; extra == '{name}'" for name in extras for text in extras[name])]
+    return [
+      *project["dependencies"],
+      *(f"{text}; extra == '{name}'" for name in extras for text in extras[name]),
+    ]
   except (OSError, ValueError, KeyError):
     return []
 
 
 def find_version(name: str) -> str | None:
-  """The version of an installed distribution, or None."""
+  """Returns the version of an installed distribution, or None."""
   try:
     return importlib.metadata.version(name)
   except Exception:  # damaged metadata raises anything
@@ -69,57 +77,77 @@ def find_version(name: str) -> str | None:
 
 
 def find_requirements(name: str) -> list[str]:
-  """What an installed distribution needs; [] where that is not known."""
+  """Returns the requirements of an installed distribution; [] where they are not known."""
   try:
     return importlib.metadata.requires(name) or []
   except Exception:  # damaged metadata raises anything
     return []
 
 
-def check_packages(
+def examine_packages(
   requirements: Sequence[str],
   version_of: Callable[[str], str | None] = find_version,
   needs_of: Callable[[str], Sequence[str]] = find_requirements,
 ) -> list[Finding]:
-  """Whether what jgpt needs is there, in versions that go together.
+  """Examines whether required packages are installed, in versions that are compatible.
 
   Args:
-    requirements: as metadata writes them: "jax>=0.10.2", "tokenizers>=0.20; extra == 'bpe'".
-    version_of: name -> version, None where it is not installed.
-    needs_of: name -> its own requirements.
+    requirements: as in metadata: "jax>=0.10.2", "tokenizers>=0.20; extra == 'bpe'".
+    version_of: returns the version of a package; None where it is not installed.
+    needs_of: returns the requirements of a package.
   """
-  needed = [(name, wanted, "jgpt") for name, wanted, extra in map(parse_requirement, requirements) if extra is None]
+  needed = [
+    (name, wanted, "jgpt")
+    for name, wanted, extra in map(parse_requirement, requirements)
+    if extra is None
+  ]
   if not needed:
     return [
       problem(
-        "packages", "what jgpt needs is not known: it has no metadata", "python -m pip install jgpt, or run it in a clone"
+        "packages",
+        "what jgpt needs is not known: it has no metadata",
+        "python -m pip install jgpt, or run it in a clone",
       )
     ]
   for owner in CORE:
     others = [parse_requirement(text) for text in needs_of(owner)] if version_of(owner) else []
-    needed += [(name, wanted, owner) for name, wanted, extra in others if extra is None and name in CORE]
+    needed += [
+      (name, wanted, owner) for name, wanted, extra in others if extra is None and name in CORE
+    ]
   missing, wrong = [], {}
   for name, wanted, owner in needed:
     version = version_of(name)
     if version is None and owner == "jgpt":
       missing.append((name, f"{name}{wanted}"))
     elif version is not None and not satisfies(version, wanted):
-      wrong.setdefault(name, (f"{name} {version} is there, and {owner} needs {name}{wanted}", f"{name}{wanted}"))
+      wrong.setdefault(
+        name, (f"{name} {version} is there, and {owner} needs {name}{wanted}", f"{name}{wanted}")
+      )
   found = [problem("packages", text, _install([need])) for text, need in wrong.values()]
   if missing:
-    text = f"{', '.join(name for name, _ in missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    verb = "is" if len(missing) == 1 else "are"
+    text = f"{', '.join(name for name, _ in missing)} {verb} not installed"
     found.append(problem("packages", text, _install([need for _, need in missing])))
   names = dict.fromkeys([*CORE, *(name for name, _, owner in needed if owner == "jgpt")])
   there = [f"{name} {version}" for name in names if (version := version_of(name))]
   return [*found, *([ok("packages", ", ".join(there))] if there else [])]
 
 
-def check_extras(requirements: Sequence[str], version_of: Callable[[str], str | None] = find_version) -> list[Finding]:
-  """Which optional packages are there, and what those that are not would be for."""
+def examine_extras(
+  requirements: Sequence[str], version_of: Callable[[str], str | None] = find_version
+) -> list[Finding]:
+  """Examines which optional packages are installed.
+
+  Args:
+    requirements: as in metadata.
+    version_of: returns the version of a package; None where it is not installed.
+  """
   there, missing, needs = [], [], []
   for extra, purpose in EXTRAS.items():
     absent = []
-    for name, wanted, _ in [part for part in map(parse_requirement, requirements) if part[2] == extra]:
+    for name, wanted, _ in [
+      part for part in map(parse_requirement, requirements) if part[2] == extra
+    ]:
       version = version_of(name)
       if version and satisfies(version, wanted):
         there.append(f"{name} {version}")
@@ -130,29 +158,41 @@ def check_extras(requirements: Sequence[str], version_of: Callable[[str], str | 
   found = [ok("extras", ", ".join(there))] if there else []
   return [
     *found,
-    *([note("extras", f"not there: {', '.join(missing)}", f"if wanted: {_install(needs)}")] if missing else []),
+    *(
+      [note("extras", f"not there: {', '.join(missing)}", f"if wanted: {_install(needs)}")]
+      if missing
+      else []
+    ),
   ]
 
 
 def _install(requirements: Sequence[str]) -> str:
-  return f"{python_word()} -m pip install --upgrade {' '.join(map(shlex.quote, requirements))}"
+  return f"{python_command()} -m pip install --upgrade {' '.join(map(shlex.quote, requirements))}"
 
 
-def check_shadows(folder: Path) -> list[Finding]:
-  """Whether files of the user's stand before packages: `python -m` looks into the current folder first."""
+def examine_shadows(folder: Path) -> list[Finding]:
+  """Examines whether files in a folder hide packages: `python -m` searches there first."""
   found = []
   for name in (name.partition("-")[0] for name in CORE):
     spec = importlib.util.find_spec(name) if name not in sys.modules else sys.modules[name].__spec__
     origin = Path(spec.origin) if spec and spec.origin else None
     if origin and folder.resolve() in (origin.resolve().parent, origin.resolve().parent.parent):
-      found.append(problem("packages", f"{origin} stands before the package {name}", "rename it, or run in another folder"))
+      found.append(
+        problem(
+          "packages",
+          f"{origin} stands before the package {name}",
+          "rename it, or run in another folder",
+        )
+      )
   return found
 
 
 def parse_requirement(text: str) -> tuple[str, str, str | None]:
-  """The name of a requirement, its version specifiers, and the extra that it belongs to.
+  """Parses a requirement.
 
-  One with another condition (a system, a version of Python) counts as an extra of its own, named by that.
+  Returns:
+    Its name, its version specifiers, and its extra; another condition (a system, a version of
+    Python) stands in place of the extra.
   """
   wanted, _, condition = text.partition(";")
   match = re.match(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?([^)]*)\)?", wanted)
@@ -167,21 +207,30 @@ def parse_requirement(text: str) -> tuple[str, str, str | None]:
 
 
 def satisfies(version: str, specifiers: str) -> bool:
-  """Whether a version is in the range of specifiers such as ">=0.10.2,<1"; only the numbers are compared."""
-  got = _release(version)
+  """Returns whether a version is in a range such as ">=0.10.2,<1"; only numbers are compared."""
+  got = _parse_release(version)
   for specifier in filter(None, specifiers.split(",")):
     sign, wanted = re.match(r"([<>=!~]*)(.*)", specifier.strip()).groups()
-    need = _release(wanted)
+    need = _parse_release(wanted)
     width = max(len(got), len(need))
     a, b = (numbers + (0,) * (width - len(numbers)) for numbers in (got, need))
     starts = got[: len(need)] == need
-    fine = {">=": a >= b, "<=": a <= b, ">": a > b, "<": a < b, "!=": not (starts if "*" in wanted else a == b)}
-    fine |= {"==": starts if "*" in wanted else a == b, "~=": a >= b and got[: len(need) - 1] == need[:-1]}
+    fine = {
+      ">=": a >= b,
+      "<=": a <= b,
+      ">": a > b,
+      "<": a < b,
+      "!=": not (starts if "*" in wanted else a == b),
+    }
+    fine |= {
+      "==": starts if "*" in wanted else a == b,
+      "~=": a >= b and got[: len(need) - 1] == need[:-1],
+    }
     if not fine.get(sign, True):
       return False
   return True
 
 
-def _release(version: str) -> tuple[int, ...]:
+def _parse_release(version: str) -> tuple[int, ...]:
   match = re.match(r"\d+(?:\.\d+)*", version.strip())
   return tuple(int(number[:9]) for number in match.group().split(".")) if match else ()

@@ -1,8 +1,8 @@
-"""Checks of a run folder, from end to end: its settings, its tokenizer, every checkpoint's files and arrays.
+"""Checks of a run folder: its settings, its tokenizer, and the files and arrays of checkpoints.
 
-Responsible for reading all of a run folder without changing it, following a link in it or trusting a number in it. What a
-sound checkpoint is, is said by `manifest.py` and `checkpoint.py`. Not responsible for the log, nor for what going on needs
-besides (`continuation.py`).
+Nothing in the folder is changed, no link is followed and no number is trusted. `runs/manifest.py`
+and `runs/checkpoint.py` define what a sound checkpoint is. The log, and what resuming needs
+besides, are checked in `continuation.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from pathlib import Path
 import jax
 
 from jgpt.doctor import continuation
-from jgpt.doctor.findings import Finding, format_bytes, from_error, note, ok, problem, safely
+from jgpt.doctor.findings import (
+  Finding,
+  format_bytes,
+  from_error,
+  note,
+  ok,
+  problem,
+  run_check,
+)
 from jgpt.errors import UserError
 from jgpt.keys import INIT, derive_key
-from jgpt.optim import make_optimizer
 from jgpt.params import count_params
 from jgpt.plan import find_contradiction
 from jgpt.runs import checkpoint, manifest
@@ -32,15 +39,17 @@ from jgpt.system import locks
 from jgpt.system.memory import measure_memory
 from jgpt.text.tokenizer import Tokenizer
 
-MAX_TEXT = 100_000  # characters that go through the tokenizer
-MAX_SHOWN_FINDINGS = 10  # of what there may be any number
+MAX_TEXT = 100_000  # characters that are encoded
+MAX_SHOWN_FINDINGS = 10  # of links and of leftovers
 
 
 def examine_run(workdir: Path) -> Iterator[Finding]:
-  """Checks a run folder; yields findings as they are made, with paths below the folder. Changes nothing in it.
+  """Examines a run folder, and yields findings as they are made.
+
+  Nothing in it is changed. Paths in the findings are relative to the folder.
 
   Args:
-    workdir: a folder.
+    workdir: any folder.
   """
   for finding in _examine(workdir):
     yield dataclasses.replace(finding, text=finding.text.replace(f"{workdir}{os.sep}", ""))
@@ -50,8 +59,11 @@ def _examine(workdir: Path) -> Iterator[Finding]:
   held = locks.is_held(workdir)
   if held:
     holder = locks.describe_holder(workdir) or "another process"
-    yield note("writer", f"{holder} is writing to it: this is how it is at the moment, and checkpoints come and go")
-  yield from safely("links", lambda: check_links(workdir))
+    yield note(
+      "writer",
+      f"{holder} is writing to it: this is how it is at the moment, and checkpoints come and go",
+    )
+  yield from run_check("links", lambda: examine_links(workdir))
   try:
     files = read_run_files(workdir)
   except UserError as error:
@@ -59,46 +71,61 @@ def _examine(workdir: Path) -> Iterator[Finding]:
     return
   count = count_params(files.experiment.model)
   yield ok("settings", f"{workdir}: {files.name or 'made from Python'}, {count:,} parameters")
-  yield from safely("tokenizer", lambda: check_tokenizer(files.tokenizer))
-  if not (workdir / "checkpoints").is_symlink():  # else it was said
-    yield from safely("checkpoint", lambda: _examine_checkpoints(workdir, files, held))
+  yield from run_check("tokenizer", lambda: examine_tokenizer(files.tokenizer))
+  if not (workdir / "checkpoints").is_symlink():  # `examine_links` reports that
+    yield from run_check("checkpoint", lambda: _examine_checkpoints(workdir, files, held))
 
 
 def _examine_checkpoints(workdir: Path, files: RunFiles, held: bool) -> Iterator[Finding]:
-  """Checks the checkpoints and what depends on them; raises OSError where the folder cannot be read."""
+  """Examines the checkpoints, the log, and whether the run can resume."""
   steps, sound = manifest.list_steps(workdir), []
   try:
-    sweep, refused = manifest.plan_sweep(workdir), None
-  except UserError as error:  # a run that goes on stops here
-    sweep, refused = manifest.Sweep([], []), from_error("checkpoint", error)
-  yield from safely("leftovers", lambda: check_leftovers(workdir, steps, sweep, held))
+    leftovers, blocked = manifest.find_leftovers(workdir), None
+  except UserError as error:  # resuming would raise it too
+    leftovers, blocked = manifest.Leftovers([], []), from_error("checkpoint", error)
+  yield from run_check("leftovers", lambda: examine_leftovers(workdir, steps, leftovers, held))
   for step in steps:
-    found = list(safely("checkpoint", lambda step=step: check_step(workdir, step, files)))
-    if any(finding.level == "problem" for finding in found) and step not in manifest.list_steps(workdir):
-      continue  # its writer deleted it meanwhile
+    found = list(
+      run_check("checkpoint", lambda step=step: examine_checkpoint(workdir, step, files))
+    )
+    if any(finding.level == "problem" for finding in found) and step not in manifest.list_steps(
+      workdir
+    ):
+      continue  # a run that is training has deleted it meanwhile
     sound += [step] if all(finding.level != "problem" for finding in found) else []
     yield from found
-  if refused:
-    yield refused
+  if blocked:
+    yield blocked
   elif steps and not sound:
-    yield problem("checkpoint", "no checkpoint is sound", "put a backup in their place, or start over with --fresh")
+    yield problem(
+      "checkpoint",
+      "no checkpoint is sound",
+      "put a backup in their place, or start over with --fresh",
+    )
   elif not steps:
     yield note("checkpoint", "there is no checkpoint yet: the run begins anew")
-  yield from safely("metrics", lambda: continuation.check_metrics(workdir / "metrics.jsonl", steps[-1] if steps else 0))
-  if not refused and (sound or not steps):
+  yield from run_check(
+    "metrics",
+    lambda: continuation.examine_metrics(workdir / "metrics.jsonl", steps[-1] if steps else 0),
+  )
+  if not blocked and (sound or not steps):
     count = count_params(files.experiment.model)
-    yield from safely("going on", lambda: continuation.check_resume(workdir, files, bool(steps)))
-    yield from safely("room", lambda: continuation.check_next_save(workdir, sound[-1] if sound else None, count))
+    yield from run_check(
+      "going on", lambda: continuation.examine_resume(workdir, files, bool(steps))
+    )
+    yield from run_check(
+      "room", lambda: continuation.examine_next_save(workdir, sound[-1] if sound else None, count)
+    )
 
 
 # --- Settings ---
 
 
 def _explain_unreadable(workdir: Path, error: UserError) -> Iterator[Finding]:
-  """Where experiment.json or tokenizer.json cannot be read, which checkpoint has copies that can."""
+  """Yields the problem that settings are not readable, with the checkpoint to copy them from."""
   what = str(error).partition(". ")[0].rstrip(".")
   steps = []
-  with contextlib.suppress(OSError, UserError):  # a folder that cannot be read, or a link: there is nothing to copy from
+  with contextlib.suppress(OSError, UserError):  # not readable, or a link: nothing to copy from
     steps = manifest.list_steps(workdir)
   for step in reversed(steps):
     copies = workdir / "checkpoints" / str(step)
@@ -115,16 +142,24 @@ def _explain_unreadable(workdir: Path, error: UserError) -> Iterator[Finding]:
     yield problem("settings", what, "name the folder of a run, as python -m jgpt.run made it")
 
 
-def check_links(workdir: Path) -> list[Finding]:
-  """Whether there are links in the folder, which jgpt never makes and never follows."""
-  links = [entry.path for folder in (workdir, workdir / "checkpoints") for entry in _entries(folder) if entry.is_symlink()]
+def examine_links(workdir: Path) -> list[Finding]:
+  """Examines whether there are links in the folder, which jgpt never makes and never follows."""
+  links = [
+    entry.path
+    for folder in (workdir, workdir / "checkpoints")
+    for entry in _list_entries(folder)
+    if entry.is_symlink()
+  ]
   text = "is a symbolic link, which a run folder never holds and jgpt never follows"
   do = "put what it leads to in its place, if that is yours; otherwise rm"
-  return [problem("links", f"{path} {text}", f"{do} {shlex.quote(path)}") for path in links[:MAX_SHOWN_FINDINGS]]
+  return [
+    problem("links", f"{path} {text}", f"{do} {shlex.quote(path)}")
+    for path in links[:MAX_SHOWN_FINDINGS]
+  ]
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
-  """What is in a folder, sorted; nothing where it is a link or cannot be read."""
+def _list_entries(folder: Path) -> list[os.DirEntry]:
+  """Returns a folder's entries, sorted; [] where it is a link or cannot be read."""
   if folder.name == "checkpoints" and folder.is_symlink():
     return []
   try:
@@ -134,8 +169,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     return []
 
 
-def check_tokenizer(tokenizer: Tokenizer) -> list[Finding]:
-  """Whether text survives the way to ids and back."""
+def examine_tokenizer(tokenizer: Tokenizer) -> list[Finding]:
+  """Examines whether decoding returns the text that was encoded."""
   text = b"".join(piece for piece in tokenizer.token_bytes if _is_text(piece)).decode()[:MAX_TEXT]
   try:
     ids = tokenizer.encode(text)
@@ -158,30 +193,40 @@ def _is_text(piece: bytes) -> bool:
 # --- Checkpoints ---
 
 
-def check_leftovers(workdir: Path, steps: Sequence[int], sweep: manifest.Sweep, held: bool) -> list[Finding]:
-  """What a process that was killed, or a run that went on past damage, left behind.
+def examine_leftovers(
+  workdir: Path, steps: Sequence[int], leftovers: manifest.Leftovers, held: bool
+) -> list[Finding]:
+  """Examines what killed processes and damaged checkpoints have left in the folder.
 
   Args:
     workdir: a run folder.
-    steps: that have a manifest.
-    sweep: what the next run does with those that have none.
+    steps: of the checkpoints that have a manifest.
+    leftovers: what the next run does with checkpoints that have none.
     held: whether a process is writing to the folder.
   """
   found = []
-  known, aside = set(map(str, steps)), {path.name for path in sweep.aside}
-  removed = {path.name for path in sweep.remove}
-  for entry in _entries(workdir / "checkpoints")[: 10 * MAX_SHOWN_FINDINGS]:
+  known, aside = set(map(str, steps)), {path.name for path in leftovers.aside}
+  removed = {path.name for path in leftovers.remove}
+  for entry in _list_entries(workdir / "checkpoints")[: 10 * MAX_SHOWN_FINDINGS]:
     if entry.name in known or entry.is_symlink():
       continue
     quoted, is_partial = shlex.quote(entry.path), manifest.PARTIAL.fullmatch(entry.name) is not None
     if is_partial and entry.is_dir() and not os.access(entry.path, os.R_OK | os.X_OK):
-      found.append(problem("leftovers", f"{entry.path}: Permission denied", f"chmod u+rwx {quoted}"))
+      found.append(
+        problem("leftovers", f"{entry.path}: Permission denied", f"chmod u+rwx {quoted}")
+      )
     elif is_partial and held:
       found.append(note("leftovers", f"{entry.path} is being saved"))
     elif entry.name in aside:
       then = f"goes on from step {steps[-1]:,}" if steps else "begins anew"
-      text = f"{entry.path} has no {manifest.MANIFEST_FILE}: the next run keeps it under another name, and {then}"
-      do = f"if you have the {manifest.MANIFEST_FILE}, put it back; if nobody wants the checkpoint: rm -r {quoted}"
+      text = (
+        f"{entry.path} has no {manifest.MANIFEST_FILE}: the next run keeps it under another name, "
+        f"and {then}"
+      )
+      do = (
+        f"if you have the {manifest.MANIFEST_FILE}, put it back; if nobody wants the checkpoint: "
+        f"rm -r {quoted}"
+      )
       found.append(problem("leftovers", text, do))
     elif entry.name in removed:
       broken_off = "its save was broken off, nothing reads it, and the next run removes it"
@@ -193,24 +238,32 @@ def check_leftovers(workdir: Path, steps: Sequence[int], sweep: manifest.Sweep, 
       found.append(note("leftovers", text, f"where nobody wants to look into it: rm -r {quoted}"))
     else:
       found.append(note("leftovers", f"{entry.path} is nothing that jgpt made"))
-  for entry in _entries(workdir):
+  for entry in _list_entries(workdir):
     if entry.name.startswith(".") and entry.name.endswith(".tmp") and not held:
-      found.append(note("leftovers", f"{entry.path} is of a process that was killed", f"rm {shlex.quote(entry.path)}"))
+      found.append(
+        note(
+          "leftovers",
+          f"{entry.path} is of a process that was killed",
+          f"rm {shlex.quote(entry.path)}",
+        )
+      )
   return sorted(found, key=lambda finding: finding.level != "problem")[:MAX_SHOWN_FINDINGS]
 
 
-def check_step(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
-  """Whether a checkpoint is whole: its files by size and SHA-256, its settings, and every array, really restored.
+def examine_checkpoint(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
+  """Examines a checkpoint: sizes and SHA-256 of its files, its settings, and every array.
 
   Args:
     workdir: a run folder.
-    step: that has a manifest.
+    step: of a checkpoint that has a manifest.
     files: of the run folder.
   """
   folder, name = workdir / "checkpoints" / str(step), f"step {step:,}"
   damage, quoted = manifest.find_damage(folder), shlex.quote(str(folder))
   do = (
-    "a run that goes on sets it aside and takes an older one that is sound" if damage else "a run that goes on stops here"
+    "a run that goes on sets it aside and takes an older one that is sound"
+    if damage
+    else "a run that goes on stops here"
   )
   try:
     described = None if damage else manifest.read_manifest(folder)
@@ -219,34 +272,48 @@ def check_step(workdir: Path, step: int, files: RunFiles) -> list[Finding]:
     available = measure_memory()[1]
     is_large = available is not None and need > available
     if not (damage or wrong or is_large):
-      damage = _find_bad_array(_restore(folder, files))
+      damage = _find_bad_array(restore_state(folder, files))
   except UserError as error:
     damage = str(error)
   if damage:
-    return [problem("checkpoint", f"{name}: {damage}", f"{do}; by hand: mv {quoted} {quoted}.damaged")]
+    return [
+      problem("checkpoint", f"{name}: {damage}", f"{do}; by hand: mv {quoted} {quoted}.damaged")
+    ]
   if wrong:
     names = " ".join(shlex.quote(str(folder / copy)) for copy in checkpoint.COPIES)
     do = f"where the checkpoint is right: cp {names} {shlex.quote(str(workdir))}/"
     return [problem("checkpoint", f"{name}: it is of another run: {wrong}", do)]
-  text = f"{name}: {len(described.files)} files, {format_bytes(sum(file['bytes'] for file in described.files.values()))}"
+  size = format_bytes(sum(file["bytes"] for file in described.files.values()))
+  text = f"{name}: {len(described.files)} files, {size}"
   text += "" if described.heldout_loss is None else f", held-out loss {described.heldout_loss:.4f}"
   if is_large:
-    text += f"; its arrays were not read: they take {format_bytes(need)}, and {format_bytes(available)} are available"
-    return [note("checkpoint", text)]
+    there = f"they take {format_bytes(need)}, and {format_bytes(available)} are available"
+    return [note("checkpoint", f"{text}; its arrays were not read: {there}")]
   return [ok("checkpoint", f"{text}; {len(described.leaves)} arrays, digests right, all finite")]
 
 
 def _find_bad_array(state: TrainState) -> str | None:
-  """What is wrong with a state whose digests are right, or None."""
+  """Returns which arrays of a state are not finite, or None."""
   bad = find_nonfinite({"params": state.params, "opt_state": state.opt_state})
-  return f"{bad[0]} is not finite" + (f", nor are {len(bad) - 1} others" if bad[1:] else "") if bad else None
+  return (
+    f"{bad[0]} is not finite" + (f", nor are {len(bad) - 1} others" if bad[1:] else "")
+    if bad
+    else None
+  )
 
 
-def _restore(folder: Path, files: RunFiles) -> TrainState:
-  """Reads a whole state as a run that goes on would, on one device, digests compared; raises `UserError` for damage."""
-  tx = make_optimizer(files.experiment.optimizer, files.experiment.model)
+def restore_state(folder: Path, files: RunFiles) -> TrainState:
+  """Restores the state in a checkpoint on one device, as resuming does.
+
+  Args:
+    folder: of the checkpoint.
+    files: of the run folder.
+
+  Raises:
+    UserError: if the checkpoint is damaged.
+  """
   key = derive_key(files.experiment.train.seed, INIT, 0)
-  shapes = jax.eval_shape(partial(init_state, config=files.experiment.model, tx=tx), key)
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-  return checkpoint.restore(folder, target)
+  shapes = jax.eval_shape(partial(init_state, experiment=files.experiment), key)
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+  return checkpoint.restore(folder, placed)

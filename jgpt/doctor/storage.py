@@ -1,7 +1,7 @@
-"""Checks of folders: the caches, the texts and tokenizer that experiments read, the folder that runs are kept in.
+"""Checks of folders: the caches, the texts and the tokenizer of experiments, the folder of runs.
 
-Responsible for what lies where, who may write it, whether it is whole, and how much room is left; without network, and
-without leaving anything behind. Not responsible for run folders (`soundness.py`). Imports no jax.
+Whether files are there and undamaged, who can write to them, and how much room is left. No network
+is used, and nothing is left behind. Run folders are checked in `soundness.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -26,27 +26,31 @@ from jgpt.data.sources import GPT2_FILES, SOURCES, PinnedText
 from jgpt.doctor.findings import Finding, format_bytes, note, ok, problem
 from jgpt.system.cache import cache_dir
 
-FULL_BYTES, NEARLY_FULL_BYTES = 1e8, 3e9  # three checkpoints of gpt2_shakespeare take 4.5 GB, those of names 0.1 MB each
+# Three checkpoints of gpt2_shakespeare take 4.5 GB, those of names 0.1 MB each.
+FULL_BYTES, NEARLY_FULL_BYTES = 1e8, 3e9
 LARGE_BYTES = 5e9  # of a cache
-MAX_ENTRIES = 100_000  # files of a cache that are looked at
+MAX_ENTRIES = 100_000  # files that are listed in a cache
 MAX_CHECKED_BYTES = 2**30  # of compiled programs that are read
 DIGEST_BLOCK_BYTES = 2**18
-OLD_SECONDS = 3600  # a temporary file of this age belongs to no process
-ZLIB, ZSTD = b"\x78", b"\x28\xb5\x2f\xfd"  # how the two ways begin in which jax compresses programs
+OLD_SECONDS = 3600  # no process still writes a temporary file of this age
+ZLIB, ZSTD = b"\x78", b"\x28\xb5\x2f\xfd"  # first bytes of a program compressed by jax
 
 
 # --- The cache of compiled programs ---
 
 
-def check_caches(env: Mapping[str, str]) -> list[Finding]:
-  """Where caches are, whether they can be used, and whether what is in them is whole.
+def examine_caches(env: Mapping[str, str]) -> list[Finding]:
+  """Examines whether the caches can be used, and whether compiled programs are undamaged.
 
   Args:
-    env: JGPT_CACHE_DIR and JAX_COMPILATION_CACHE_DIR name folders.
+    env: JGPT_CACHE_DIR, JAX_COMPILATION_CACHE_DIR and its minimum compile time are read.
   """
-  folder = _cache_dir()
+  folder = _find_cache_dir()
   if folder is None:
-    text = "there is no folder for caches: neither HOME nor JGPT_CACHE_DIR is set, and this user has no home"
+    text = (
+      "there is no folder for caches: neither HOME nor JGPT_CACHE_DIR is set, and this user has no "
+      "home"
+    )
     return [problem("cache", text, "set JGPT_CACHE_DIR to a folder of yours")]
   found = []
   if not folder.is_absolute():
@@ -60,13 +64,15 @@ def check_caches(env: Mapping[str, str]) -> list[Finding]:
     if (wrong := _find_obstacle(place, own is not None)) is not None:
       return [*found, wrong]
   if own and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in env:
-    text = "with a JAX_COMPILATION_CACHE_DIR of your own, jax keeps only what took a second to compile"
+    text = (
+      "with a JAX_COMPILATION_CACHE_DIR of your own, jax keeps only what took a second to compile"
+    )
     found.append(note("cache", text, "set JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 too"))
-  return [*found, *check_programs(compiled)]
+  return [*found, *examine_programs(compiled)]
 
 
-def _cache_dir() -> Path | None:
-  """`sources.cache_dir`, or None for a user without a home."""
+def _find_cache_dir() -> Path | None:
+  """Returns `cache_dir`, or None for a user without a home."""
   try:
     return cache_dir()
   except RuntimeError:
@@ -74,76 +80,100 @@ def _cache_dir() -> Path | None:
 
 
 def _find_obstacle(folder: Path, is_own: bool) -> Finding | None:
-  """Why a cache folder cannot be used, or None."""
+  """Returns the problem of a cache folder that cannot be used, or None."""
   instead = "JAX_COMPILATION_CACHE_DIR" if is_own else "JGPT_CACHE_DIR"
   another = f"set {instead} to a folder that you can write"
   try:
     info = folder.stat()
   except FileNotFoundError:
-    reason = explain_unwritable(_nearest(folder))
-    return reason and problem("cache", f"{folder} cannot be made: {reason}. Everything is compiled anew each time", another)
+    reason = explain_unwritable(_find_existing(folder))
+    return reason and problem(
+      "cache", f"{folder} cannot be made: {reason}. Everything is compiled anew each time", another
+    )
   except OSError as error:
-    return problem("cache", f"{folder}: {error.strerror}. Everything is compiled anew each time", another)
+    return problem(
+      "cache", f"{folder}: {error.strerror}. Everything is compiled anew each time", another
+    )
   if not stat.S_ISDIR(info.st_mode):
-    return problem("cache", f"{folder} is no folder. Everything is compiled anew each time", f"rename it, or {another}")
+    return problem(
+      "cache",
+      f"{folder} is no folder. Everything is compiled anew each time",
+      f"rename it, or {another}",
+    )
   if reason := explain_unwritable(folder):
-    return problem("cache", f"{folder} cannot be written: {reason}. Nothing new is kept there", another)
+    return problem(
+      "cache", f"{folder} cannot be written: {reason}. Nothing new is kept there", another
+    )
   if not hasattr(os, "getuid"):
     return None
   mode, quoted = stat.S_IMODE(info.st_mode), shlex.quote(str(folder))
-  effect = "who writes compiled programs runs code as you" + ("" if is_own else ", so jgpt keeps none there")
+  effect = "who writes compiled programs runs code as you" + (
+    "" if is_own else ", so jgpt keeps none there"
+  )
   if info.st_uid != os.getuid():
     text = f"{folder} belongs to user {info.st_uid}, and you are {os.getuid()}: {effect}"
     return problem("cache", text, f"set {instead} to a folder of your own")
   if mode & 0o022:
-    return problem("cache", f"{folder} can be written by others (mode {mode:04o}): {effect}", f"chmod 700 {quoted}")
+    return problem(
+      "cache",
+      f"{folder} can be written by others (mode {mode:04o}): {effect}",
+      f"chmod 700 {quoted}",
+    )
   return None
 
 
-def check_programs(folder: Path) -> list[Finding]:
-  """Whether the compiled programs in a folder can be read; jax compiles anew what cannot, and does not replace it."""
+def examine_programs(folder: Path) -> list[Finding]:
+  """Examines whether compiled programs can be read; jax never replaces those that cannot."""
   if not folder.is_dir():
-    return check_room(folder, "cache", f"{folder} is made by the first run")
+    return examine_room(folder, "cache", f"{folder} is made by the first run")
   files = [file for file in list_folder(folder) if file.name.endswith("-cache")]
   total, checked, damaged, last = 0, 0, [], 0.0
   for file in files:
-    with contextlib.suppress(OSError):  # gone in the meantime
+    with contextlib.suppress(OSError):  # the file may be deleted meanwhile
       info = file.lstat()
       total, last = total + info.st_size, max(last, info.st_mtime)
       if checked < MAX_CHECKED_BYTES:
         checked += info.st_size
-        if reason := find_damaged_files(file):
+        if reason := find_program_damage(file):
           damaged.append((file, reason))
   text = f"{folder}: {len(files):,} compiled programs, {format_bytes(total)}"
   text += f", the newest {format_age(time.time() - last)} old" if files else ""
-  found = check_room(folder, "cache", text)
+  found = examine_room(folder, "cache", text)
   if damaged:
     quoted = " ".join(shlex.quote(str(file)) for file, _ in damaged[:5])
     first = f"{damaged[0][0].name} {damaged[0][1]}"
     text = f"{len(damaged)} of them cannot be read and are compiled anew each time: {first}"
-    do = f"rm {quoted}" if len(damaged) <= 5 else f"rm -r {shlex.quote(str(folder))} (it is filled again)"
+    do = (
+      f"rm {quoted}"
+      if len(damaged) <= 5
+      else f"rm -r {shlex.quote(str(folder))} (it is filled again)"
+    )
     found.append(problem("cache", text, do))
   if total > LARGE_BYTES:
     do = f"rm -r {shlex.quote(str(folder))} (it is filled again)"
     found.append(
-      note("cache", f"{format_bytes(total)} of compiled programs; those of older versions are never deleted", do)
+      note(
+        "cache",
+        f"{format_bytes(total)} of compiled programs; those of older versions are never deleted",
+        do,
+      )
     )
   return found
 
 
-def find_damaged_files(file: Path) -> str | None:
-  """What is wrong with a compiled program's file, or None; memory is bounded whatever the file holds."""
+def find_program_damage(file: Path) -> str | None:
+  """Returns what is wrong with a compiled program's file, or None; uses little memory."""
   try:
     with open(file, "rb") as stream:
       first = stream.read(DIGEST_BLOCK_BYTES)
       if not first:
         return "is empty"
       if first.startswith(ZSTD):
-        return None  # its reader is not in every Python
+        return None  # Python before 3.14 cannot decompress it
       if not first.startswith(ZLIB):
         return "is no compiled program"
       reader, block = zlib.decompressobj(), first
-      out = b"something"
+      out = b"any"
       while not reader.eof and (block or out):
         out = reader.decompress(block, DIGEST_BLOCK_BYTES)
         block = reader.unconsumed_tail or stream.read(DIGEST_BLOCK_BYTES)
@@ -157,25 +187,29 @@ def find_damaged_files(file: Path) -> str | None:
 # --- Downloads ---
 
 
-def check_downloads(now: float) -> list[Finding]:
-  """What downloads left in jgpt's cache: failures that are remembered, parts, temporary files.
+def examine_downloads(now: float) -> list[Finding]:
+  """Examines what downloads left in jgpt's cache: recorded failures, parts, temporary files.
 
   Args:
     now: seconds since 1970.
   """
-  found, folder = [], _cache_dir()
+  found, folder = [], _find_cache_dir()
   for file in list_folder(folder, skip="compiled") if folder else ():
-    with contextlib.suppress(OSError):  # gone in the meantime
+    with contextlib.suppress(OSError):  # the file may be deleted meanwhile
       info, name, quoted = file.lstat(), str(file.relative_to(folder)), shlex.quote(str(file))
       age = now - info.st_mtime
       if name.endswith(".failed") and 0 <= age < FAILURE_SECONDS:
         minutes = max(1, round((FAILURE_SECONDS - age) / 60))
         text = (
-          f"{name.removesuffix('.failed')}: a download failed {format_age(age)} ago, the next is tried in {minutes} minutes"
+          f"{name.removesuffix('.failed')}: a download failed {format_age(age)} ago, the next is "
+          f"tried in {minutes} minutes"
         )
         found.append(note("downloads", text, f"for another try at once: rm {quoted}"))
       elif name.endswith(".partial"):
-        text = f"{name}: {format_bytes(info.st_size)} of a download that broke off; the same command fetches the rest"
+        text = (
+          f"{name}: {format_bytes(info.st_size)} of a download that broke off; the same command "
+          "fetches the rest"
+        )
         found.append(note("downloads", text, f"where it is not wanted any more: rm {quoted}"))
       elif age > OLD_SECONDS and (name.endswith(".part") or file.name.startswith(".")):
         text = f"{name}: {format_bytes(info.st_size)} of a process that was killed"
@@ -183,9 +217,9 @@ def check_downloads(now: float) -> list[Finding]:
   return found
 
 
-def check_record() -> list[Finding]:
-  """What runs found when they checked the compiler, each once for a compiler and a processor: canary.json."""
-  folder = _cache_dir()
+def examine_compiler_record() -> list[Finding]:
+  """Examines canary.json, in which runs record the compilers that `compare_once` found right."""
+  folder = _find_cache_dir()
   path = folder / "canary.json" if folder else None
   if path is None or not path.exists():
     return [ok("compiler", "no run has checked it yet; here it is checked at once")]
@@ -195,17 +229,22 @@ def check_record() -> list[Finding]:
   except (OSError, ValueError, AttributeError, RecursionError):
     text = f"{path}, where runs keep what they found, cannot be read: the next run checks again"
     return [note("compiler", text, f"rm {shlex.quote(str(path))}")]
-  return [ok("compiler", f"runs have found it right {len(lines)} times, the last time {''.join(lines[-1:])}")]
+  return [
+    ok(
+      "compiler",
+      f"runs have found it right {len(lines)} times, the last time {''.join(lines[-1:])}",
+    )
+  ]
 
 
 # --- Texts ---
 
 
-def check_data(env: Mapping[str, str]) -> list[Finding]:
-  """Where the text of each known source, and GPT-2's tokenizer, would come from.
+def examine_data(env: Mapping[str, str]) -> list[Finding]:
+  """Examines where the text of each known source, and GPT-2's tokenizer, would be read.
 
   Args:
-    env: the environment of this process.
+    env: JGPT_DATA_DIR is read.
   """
   found = []
   own = env.get("JGPT_DATA_DIR")
@@ -213,46 +252,62 @@ def check_data(env: Mapping[str, str]) -> list[Finding]:
     text = f"JGPT_DATA_DIR={own} is no folder: nothing is found there"
     found.append(problem("data", text, "make it, or unset JGPT_DATA_DIR"))
   for name, source in SOURCES.items():
-    found.append(_locate(name, source) if isinstance(source, PinnedText) else _check_made(name))
+    found.append(_locate(name, source) if isinstance(source, PinnedText) else _examine_made(name))
   tokenizer = [_locate("GPT-2's tokenizer", file) for file in GPT2_FILES]
   return [*found, *([tokenizer[0]] if tokenizer[0] == tokenizer[1] else tokenizer)]
 
 
-def _check_made(name: str) -> Finding:
+def _examine_made(name: str) -> Finding:
   if name == "python_docs" and importlib.util.find_spec("pydoc_data") is None:
-    return note("data", "python_docs: this Python lacks its pydoc_data", "for the experiment `text`: --set data.path=FILE")
+    return note(
+      "data",
+      "python_docs: this Python lacks its pydoc_data",
+      "for the experiment `text`: --set data.path=FILE",
+    )
   return ok("data", f"{name}: {SOURCES[name].kind}, {SOURCES[name].location}")
 
 
 def _locate(name: str, file: PinnedFile) -> Finding:
-  """Where a pinned file would be read: the user's folder, the cache, the package, or a download."""
+  """Finds where a file would be read: JGPT_DATA_DIR, the cache, the package, or a download."""
   where = f"{name}: " if isinstance(file, PinnedText) else f"{name}, {file.filename}: "
-  if own := sources.own_file(file):
-    digest = _digest(own)
+  if own := sources.find_user_file(file):
+    digest = _compute_digest(own)
     if digest is None:
-      return problem("data", f"{where}{own} cannot be read", "mend its permissions, or unset JGPT_DATA_DIR")
+      return problem(
+        "data", f"{where}{own} cannot be read", "mend its permissions, or unset JGPT_DATA_DIR"
+      )
     if digest == file.sha256:
       return ok("data", f"{where}{own} (JGPT_DATA_DIR), the original")
-    text = f"{where}{own} (JGPT_DATA_DIR) is not the original: its SHA-256 is {digest[:12]}, not {file.sha256[:12]}"
+    text = (
+      f"{where}{own} (JGPT_DATA_DIR) is not the original: its SHA-256 is {digest[:12]}, not "
+      f"{file.sha256[:12]}"
+    )
     if isinstance(file, PinnedText):
-      return note("data", f"{text}. It is taken all the same, and losses are not those that experiments expect")
-    return problem("data", text, f"s{sources.by_hand(file)[1:]}")
-  folder = _cache_dir()
+      return note(
+        "data",
+        f"{text}. It is taken all the same, and losses are not those that experiments expect",
+      )
+    return problem("data", text, f"s{sources.describe_manual_download(file)[1:]}")
+  folder = _find_cache_dir()
   cached = folder / file.filename if folder else None
-  digest = _digest(cached) if cached else None
+  digest = _compute_digest(cached) if cached else None
   if digest == file.sha256:
     return ok("data", f"{where}{cached}")
   damaged = f"{cached} is damaged; " if digest is not None else ""
   if file.bundled:
     return ok(
-      "data", f"{where}{damaged}a download of {format_bytes(file.num_bytes)}, or else the list that comes with jgpt"
+      "data",
+      f"{where}{damaged}a download of {format_bytes(file.num_bytes)}, or else the list that comes "
+      "with jgpt",
     )
-  text = f"{where}{damaged}not here; the first run that needs it downloads {format_bytes(file.num_bytes)}"
-  return note("data", text, f"where there is no network: s{sources.by_hand(file)[1:]}")
+  size = format_bytes(file.num_bytes)
+  text = f"{where}{damaged}not here; the first run that needs it downloads {size}"
+  advice = sources.describe_manual_download(file)
+  return note("data", text, f"where there is no network: s{advice[1:]}")
 
 
-def _digest(path: Path) -> str | None:
-  """SHA-256 of a file, read in blocks; None where there is none that can be read."""
+def _compute_digest(path: Path) -> str | None:
+  """Computes the SHA-256 of a file; None where it is missing or not readable."""
   try:
     with open(path, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
@@ -263,21 +318,33 @@ def _digest(path: Path) -> str | None:
 # --- Room ---
 
 
-def check_here(folder: Path) -> list[Finding]:
-  """Whether runs can be kept in `runs/` of a folder, and how much room there is."""
+def examine_runs_folder(folder: Path) -> list[Finding]:
+  """Examines whether runs can be written to `runs/` in a folder, and how much room there is."""
   runs = folder / "runs"
   place = runs if runs.exists() else folder
   if runs.exists() and not runs.is_dir():
-    return [problem("run folders", f"{runs} is no folder, and runs are kept in it", "rename it, or choose a --workdir")]
+    return [
+      problem(
+        "run folders",
+        f"{runs} is no folder, and runs are kept in it",
+        "rename it, or choose a --workdir",
+      )
+    ]
   if reason := explain_unwritable(place):
     text = f"{place} cannot be written: {reason}"
     return [problem("run folders", text, "choose a --workdir that can, or go to another folder")]
-  return check_room(place, "run folders", str(runs))
+  return examine_room(place, "run folders", str(runs))
 
 
-def check_room(folder: Path, topic: str, text: str) -> list[Finding]:
-  """Whether the disk of a folder, which need not exist yet, has room; `text` is said besides."""
-  place = _nearest(folder)
+def examine_room(folder: Path, topic: str, text: str) -> list[Finding]:
+  """Examines whether a folder's disk has room.
+
+  Args:
+    folder: may be missing.
+    topic: of the findings.
+    text: of the finding, before the room.
+  """
+  place = _find_existing(folder)
   try:
     free = shutil.disk_usage(place).free
     files = os.statvfs(place) if hasattr(os, "statvfs") else None
@@ -285,16 +352,28 @@ def check_room(folder: Path, topic: str, text: str) -> list[Finding]:
     return [note(topic, f"{text}; how much room there is cannot be told ({error.strerror})")]
   do = f"make room on the disk of {place}, or choose another one"
   if free < FULL_BYTES:
-    return [ok(topic, text), problem(topic, f"{format_bytes(free)} are free there: what is written may be lost", do)]
+    return [
+      ok(topic, text),
+      problem(topic, f"{format_bytes(free)} are free there: what is written may be lost", do),
+    ]
   if files and files.f_files and not files.f_favail:
-    return [ok(topic, text), problem(topic, "no more files can be made there: the disk has none left (inodes)", do)]
+    return [
+      ok(topic, text),
+      problem(topic, "no more files can be made there: the disk has none left (inodes)", do),
+    ]
   if free < NEARLY_FULL_BYTES:
-    return [note(topic, f"{text}; {format_bytes(free)} are free there, and a checkpoint of gpt2_shakespeare takes 1.5 GB")]
+    return [
+      note(
+        topic,
+        f"{text}; {format_bytes(free)} are free there, and a checkpoint of gpt2_shakespeare takes "
+        "1.5 GB",
+      )
+    ]
   return [ok(topic, f"{text}; {format_bytes(free)} free there")]
 
 
 def explain_unwritable(folder: Path) -> str | None:
-  """Why nothing can be written to a folder, or None; a file without a name is written, and nothing is left behind."""
+  """Returns why a folder cannot be written to, or None; tries it with a temporary file."""
   try:
     with tempfile.TemporaryFile(dir=folder) as file:
       file.write(bytes(DIGEST_BLOCK_BYTES))
@@ -304,18 +383,20 @@ def explain_unwritable(folder: Path) -> str | None:
     return error.strerror or str(error)
 
 
-def _nearest(folder: Path) -> Path:
-  """The folder, or the nearest one above it that exists."""
+def _find_existing(folder: Path) -> Path:
+  """Returns the folder, or the nearest one above it that exists."""
   folder = Path(os.path.abspath(folder))
   return next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
 
 
 def list_folder(folder: Path, skip: str = "") -> Iterator[Path]:
-  """The files in a folder and its folders, without following links, at most `MAX_ENTRIES`; none where it cannot be read.
+  """Yields the files in a folder and in those below it, at most `MAX_ENTRIES`.
+
+  Links are not followed. A folder that is missing or not readable has no files.
 
   Args:
-    folder: may be missing.
-    skip: the name of a folder in it that is left out.
+    folder: any path.
+    skip: name of a folder in it that is skipped.
   """
   count = 0
   for root, folders, files in os.walk(folder):
@@ -328,7 +409,7 @@ def list_folder(folder: Path, skip: str = "") -> Iterator[Path]:
 
 
 def format_age(seconds: float) -> str:
-  """A time span for a person: "40 seconds", "5 minutes", "3 days"."""
+  """Formats a time span: "40 seconds", "5 minutes", "3 days"."""
   for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
     if seconds >= size:
       count = int(seconds // size)

@@ -1,7 +1,7 @@
-"""python -m jgpt.inspect: what a run predicts for each token of a text, and how Adam moved one of its numbers.
+"""Runs `python -m jgpt.inspect`: arguments, and the two tables that it prints.
 
-Responsible for the command line and for the two tables. Their rows come from `predictions.py` and `updates.py`, for a
-library user too. The module has the name of one in the standard library: it is `jgpt.inspect` everywhere, never `inspect`.
+The tables' rows are computed in `predictions.py` and `updates.py`. The package is always imported
+as `jgpt.inspect`; the standard library has a module `inspect`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError(f"--trace-steps={args.trace_steps} must be at least 1")
   from jgpt.devices import runtime
   from jgpt.runs.folder import read_run_files
-  from jgpt.runs.open import load_run
+  from jgpt.runs.open import open_run
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   files = read_run_files(Path(args.run))
   entry = None if args.trace is None else find_entry(args.trace, files.experiment.model)
   if args.text is not None:
-    files.tokenizer.encode(args.text)  # unknown characters are named before an array is read
-    _print_predictions(load_run(args.run, args.step), args.text)
+    files.tokenizer.encode(args.text)  # raises for unknown characters, before an array is read
+    _print_predictions(open_run(args.run, args.step), args.text)
   if entry is not None:
     print(end="" if args.text is None else "\n")
     _print_trace(files, args.run, entry, args.trace_steps)
@@ -54,31 +54,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_predictions(run: Run, text: str) -> None:
-  from jgpt.inspect.predictions import frame_text, predict
+  from jgpt.inspect.predictions import make_text_batch, predict
 
-  batch = frame_text(text, run.tokenizer, run.experiment)
+  batch = make_text_batch(text, run.tokenizer, run.experiment)
   rows = predict(run.params, batch, run.tokenizer, run.experiment.model)
   print(f"run         {run.workdir} at step {run.step:,}")
-  print(f"text        {describe_framing(text, run)}\n")
+  print(f"text        {describe_sequence(text, run)}\n")
   print(f"{format_predictions(rows)}\n")
   for label, line in describe_loss(rows, run):
     print(f"{label:<12}{line}")
 
 
-def describe_framing(text: str, run: Run) -> str:
-  """What `predictions.frame_text` makes of a text, in words."""
+def describe_sequence(text: str, run: Run) -> str:
+  """Describes the sequence that `predictions.make_text_batch` makes of a text."""
   if run.experiment.data.batching == "documents":
     whole = f"{text!r} as in training: BOS, {len(text)} character{'s' * (len(text) != 1)}, BOS"
     seq_len = run.experiment.data.seq_len
-    return whole if len(text) < seq_len else f"{whole}; cut after {seq_len} predictions, the context in training"
+    if len(text) < seq_len:
+      return whole
+    return f"{whole}; cut after {seq_len} predictions, the context in training"
   num_tokens, max_seq_len = len(run.tokenizer.encode(text)), run.experiment.model.max_seq_len
   if num_tokens <= max_seq_len + 1:
     return f"{num_tokens:,} tokens; each predicts the next, so the first has no row"
-  return f"the first {max_seq_len + 1:,} of {num_tokens:,} tokens: the context is {max_seq_len:,}; each predicts the next"
+  return (
+    f"the first {max_seq_len + 1:,} of {num_tokens:,} tokens: the context is {max_seq_len:,}; each "
+    "predicts the next"
+  )
 
 
 def format_predictions(rows: Sequence[Prediction]) -> str:
-  """The table: a line for each position, with the three best guesses and their probabilities."""
+  """Formats a table with a row for each position and the three best guesses."""
   names = ["best guess", "second", "third"][: len(rows[0].guesses)]
   header = ["position", "context", "target", "probability", "-log p", "1 in", *names]
   cells = [
@@ -86,18 +91,19 @@ def format_predictions(rows: Sequence[Prediction]) -> str:
       str(row.position),
       row.context,
       row.target,
-      _probability(row.probability),
+      _format_probability(row.probability),
       f"{row.nats:.4f}",
       format_count(row.one_in),
-      *(f"{guess.token} {_probability(guess.probability)}" for guess in row.guesses),
+      *(f"{guess.token} {_format_probability(guess.probability)}" for guess in row.guesses),
     ]
     for row in rows
   ]
-  return _table([header, *cells], ["right", "left", "left", "right", "right", "right", *("left" for _ in names)])
+  sides = ["right", "left", "left", "right", "right", "right", *("left" for _ in names)]
+  return _format_table([header, *cells], sides)
 
 
 def describe_loss(rows: Sequence[Prediction], run: Run) -> list[tuple[str, str]]:
-  """What the column -log p comes to, as labelled lines."""
+  """Describes the mean of the column -log p, as labelled lines."""
   from jgpt.inspect.predictions import mean_loss
   from jgpt.report.console import format_perplexity, uniform_loss
 
@@ -105,22 +111,32 @@ def describe_loss(rows: Sequence[Prediction], run: Run) -> list[tuple[str, str]]
   alone = "this document" if run.experiment.data.batching == "documents" else "this text"
   dropped = ", if dropout dropped nothing" if model.dropout else ""
   return [
-    ("loss", f"{loss:.4f} nats per token: the mean of the column -log p over {len(rows):,} predictions"),
+    (
+      "loss",
+      f"{loss:.4f} nats per token: the mean of the column -log p over {len(rows):,} predictions",
+    ),
     ("", f"training on {alone} alone would report the same loss for these weights{dropped}"),
-    ("perplexity", f"{format_perplexity(loss)}: on average as unsure as among so many tokens, all alike"),
-    ("baseline", f"uniform guessing: {uniform_loss(model.vocab_size):.4f} nats per token, 1 in {model.vocab_size:,}"),
+    (
+      "perplexity",
+      f"{format_perplexity(loss)}: on average as unsure as among so many tokens, all alike",
+    ),
+    (
+      "baseline",
+      f"uniform guessing: {uniform_loss(model.vocab_size):.4f} nats per token, 1 in "
+      f"{model.vocab_size:,}",
+    ),
   ]
 
 
 def format_count(number: float) -> str:
-  """A "1 in" for a person: 1.1, 20, 1,300, 2e+09; two digits that count."""
+  """Formats a number of the column "1 in" with two significant digits: 1.1, 20, 1,300, 2e+09."""
   if not math.isfinite(number) or number >= 1e6:
     return f"{number:.0e}" if math.isfinite(number) else "inf"
   rounded = float(f"{number:.2g}")
   return f"{rounded:.1f}" if rounded < 10 else f"{rounded:,.0f}"
 
 
-def _probability(value: float) -> str:
+def _format_probability(value: float) -> str:
   return f"{value:.3f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
@@ -130,27 +146,32 @@ def _probability(value: float) -> str:
 def _print_trace(files: RunFiles, workdir: str, entry: Entry, num_steps: int) -> None:
   from jgpt.data.corpus import find_data
   from jgpt.inspect.updates import trace_updates
-  from jgpt.weights.initial import find_initial
+  from jgpt.weights.initial import find_initial_params
 
   experiment = files.experiment
   seed, sha256 = experiment.train.seed, files.data["sha256"]
   data = find_data(experiment.data, seed, sha256=sha256, tokenizer=files.tokenizer)
-  initial = find_initial(experiment, files.weights["sha256"] if files.weights else None)
+  initial = find_initial_params(experiment, files.weights["sha256"] if files.weights else None)
   rows = trace_updates(experiment, data, entry, num_steps, initial.params if initial else None)
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
-  print(f"run         {workdir} from its initial weights: the first {num_steps} updates, made again")
+  print(
+    f"run         {workdir} from its initial weights: the first {num_steps} updates, made again"
+  )
   print(f"number      {place}{describe_row(entry, files)}; initially {rows[0].value_before:.6g}\n")
-  print(f"{format_updates(rows, with_decay=_decays(entry, experiment.optimizer))}\n")
+  print(f"{format_updates(rows, with_decay=_is_decayed(entry, experiment.optimizer))}\n")
   for label, line in describe_formulas(entry, experiment.optimizer):
     print(f"{label:<14}{line}")
 
 
-def _decays(entry: Entry, optimizer: OptimizerConfig) -> bool:
+def _is_decayed(entry: Entry, optimizer: OptimizerConfig) -> bool:
   return bool(optimizer.weight_decay) and entry.param.kind in optimizer.decay_kinds
 
 
 def describe_row(entry: Entry, files: RunFiles) -> str:
-  """Which token's row a number of the vocabulary stands in: ", in the row of 'e'"; "" for other parameters."""
+  """Describes the token of an entry of the embeddings or the head: ", in the row of 'e'".
+
+  "" for other parameters.
+  """
   from jgpt.inspect.predictions import show_token
 
   if entry.param.axes[0] != "vocab":
@@ -159,25 +180,52 @@ def describe_row(entry: Entry, files: RunFiles) -> str:
 
 
 def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:
-  """The table: a line for each update; the decay term only where it is asked for."""
-  names = ["gradient", "m", "v", "m_hat", "v_hat", *(["decay"] if with_decay else []), "rate", "update", "value"]
+  """Formats a table with a row for each update, and a column for decay if asked for."""
+  names = [
+    "gradient",
+    "m",
+    "v",
+    "m_hat",
+    "v_hat",
+    *(["decay"] if with_decay else []),
+    "rate",
+    "update",
+    "value",
+  ]
   cells = [
-    [str(row.step), f"{row.loss:.4f}", *(f"{getattr(row, name):.4g}" for name in names[:-1]), f"{row.value:.6g}"]
+    [
+      str(row.step),
+      f"{row.loss:.4f}",
+      *(f"{getattr(row, name):.4g}" for name in names[:-1]),
+      f"{row.value:.6g}",
+    ]
     for row in rows
   ]
-  return _table([["step", "loss", *names], *cells], ["right"] * (len(names) + 2))
+  return _format_table([["step", "loss", *names], *cells], ["right"] * (len(names) + 2))
 
 
 def describe_formulas(entry: Entry, optimizer: OptimizerConfig) -> list[tuple[str, str]]:
-  """How each column follows from those before it, as labelled lines with the run's own numbers."""
-  b1, b2, decays = optimizer.b1, optimizer.b2, _decays(entry, optimizer)
-  clipped = "" if optimizer.clip_norm is None else f", all of them clipped to a norm of {optimizer.clip_norm:g}"
+  """Describes how each column is computed, as labelled lines with the run's numbers."""
+  b1, b2, decays = optimizer.b1, optimizer.b2, _is_decayed(entry, optimizer)
+  clipped = (
+    ""
+    if optimizer.clip_norm is None
+    else f", all of them clipped to a norm of {optimizer.clip_norm:g}"
+  )
   return [
     ("loss", "of the batch, before the update"),
-    ("gradient", f"of that loss, as Adam sees it{clipped}; 0 where the batch does not use the number"),
-    ("m, v", f"m = {b1:g} m + {1 - b1:g} gradient; v = {b2:g} v + {1 - b2:g} gradient^2; both begin at 0"),
+    (
+      "gradient",
+      f"of that loss, as Adam sees it{clipped}; 0 where the batch does not use the number",
+    ),
+    (
+      "m, v",
+      f"m = {b1:g} m + {1 - b1:g} gradient; v = {b2:g} v + {1 - b2:g} gradient^2; both begin at 0",
+    ),
     ("m_hat, v_hat", f"m / (1 - {b1:g}^step), v / (1 - {b2:g}^step): corrected for that beginning"),
-    ("decay", f"{optimizer.weight_decay:g} × value before") if decays else ("decay", "none on this number"),
+    ("decay", f"{optimizer.weight_decay:g} × value before")
+    if decays
+    else ("decay", "none on this number"),
     ("update", f"-rate × {'(' * decays}m_hat / (√v_hat + {optimizer.eps:g}){' + decay)' * decays}"),
     ("value", "the value before + update"),
   ]
@@ -186,27 +234,48 @@ def describe_formulas(entry: Entry, optimizer: OptimizerConfig) -> list[tuple[st
 # --- Both ---
 
 
-def _table(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
-  """Lines of cells in columns, each at its side, "left" or "right"."""
+def _format_table(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
+  """Formats cells in columns.
+
+  Args:
+    rows: of cells.
+    sides: of each column, "left" or "right".
+  """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   signs = [">" if side == "right" else "<" for side in sides]
-  lines = [[f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)] for row in rows]
+  lines = [
+    [f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)]
+    for row in rows
+  ]
   return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m jgpt.inspect",
-    description="See what a run predicts for each token of a text, or follow one number through its first updates.",
+    description="See what a run predicts for each token of a text, or follow one number through "
+    "its first updates.",
   )
-  parser.add_argument("--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it")
-  parser.add_argument("--text", metavar="TEXT", help="a text to predict, token by token; for names: one name")
-  parser.add_argument("--step", type=int, metavar="N", help="which checkpoint predicts it (default: the newest)")
+  parser.add_argument(
+    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+  )
+  parser.add_argument(
+    "--text", metavar="TEXT", help="a text to predict, token by token; for names: one name"
+  )
+  parser.add_argument(
+    "--step", type=int, metavar="N", help="which checkpoint predicts it (default: the newest)"
+  )
   parser.add_argument(
     "--trace",
     metavar="PARAMETER[INDICES]",
-    help="one number to follow from the run's first update on, for example 'tok_embed[4,2]', or 'blocks/w_up[0,3,5]' "
-    "where the first index is the layer",
+    help="one number to follow from the run's first update on, for example 'tok_embed[4,2]', or "
+    "'blocks/w_up[0,3,5]' where the first index is the layer",
   )
-  parser.add_argument("--trace-steps", type=int, default=10, metavar="N", help="updates to follow it through (default: 10)")
+  parser.add_argument(
+    "--trace-steps",
+    type=int,
+    default=10,
+    metavar="N",
+    help="updates to follow it through (default: 10)",
+  )
   return parser

@@ -1,7 +1,8 @@
-"""What a model predicts at each position of a text, in a form that a person can read.
+"""The model's prediction at each position of a text.
 
-Responsible for framing a text as training does, for the probability of each of its tokens, and for showing tokens so that
-blanks, control characters and parts of a character can be told apart. Pure. Not responsible for the table (`inspect.py`).
+Makes the batch that training would make of a text, computes the probability of each of its tokens,
+and formats tokens so that blanks, control characters and parts of a character can be told apart.
+Pure; the table is printed by `cli.py`.
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ CONTEXT_WIDTH = 24  # characters of the context that a row shows
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-  """A token that the model thinks may come next.
+  """A candidate for the next token.
 
   Attributes:
-    token: as `show_token` shows it.
+    token: as `show_token` formats it.
     id: of the token.
-    probability: that it comes next.
+    probability: that the model gives it.
   """
 
   token: str
@@ -39,14 +40,14 @@ class Guess:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What the model predicts at one position, and what comes.
+  """The model's prediction at one position, and the target.
 
   Attributes:
     position: from 0; the row of the position embedding.
-    context: the end of the text so far, as `show_context` shows it.
-    target: the token that comes next, as `show_token` shows it.
+    context: the end of the text so far, as `show_context` formats it.
+    target: the next token of the text, as `show_token` formats it.
     target_id: its id.
-    probability: that the model gives to the target.
+    probability: that the model gives the target.
     nats: -log(probability), the target's loss.
     guesses: the most probable tokens, best first.
   """
@@ -61,15 +62,16 @@ class Prediction:
 
   @property
   def one_in(self) -> float:
-    """1 / probability: the target comes once in so many draws."""
+    """Returns 1 / probability: the target is drawn once in so many draws."""
     return math.exp(self.nats) if self.nats < 700 else math.inf
 
 
-def frame_text(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch:
-  """Makes the batch of one sequence that training makes of a text.
+def make_text_batch(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch:
+  """Makes the batch of one sequence that training would make of a text.
 
-  Where batches are documents: BOS, characters, BOS, cut at `data.seq_len` predictions; what is missing to that length
-  weighs nothing. Otherwise each token of the text predicts the next one, for at most `model.max_seq_len` predictions.
+  Where batches are documents: BOS, characters, BOS, cut or padded to `data.seq_len` predictions;
+  padding has weight zero. Otherwise each token of the text predicts the next one, for at most
+  `model.max_seq_len` predictions.
 
   Args:
     text: one document, or a piece of a stream.
@@ -77,7 +79,7 @@ def frame_text(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch
     experiment: resolved.
 
   Raises:
-    UserError: naming the characters that the tokenizer does not know, or if nothing can be predicted.
+    UserError: if the tokenizer does not know a character, or nothing can be predicted.
   """
   if experiment.data.batching == "documents":
     documents = make_documents([text], tokenizer, experiment.data.seq_len)
@@ -85,8 +87,8 @@ def frame_text(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch
   ids = tokenizer.encode(text)
   if len(ids) < 2:
     raise UserError(
-      f"the text {text!r} has {len(ids)} token{'s' * (len(ids) != 1)}, and each token predicts the next: it needs 2. "
-      "Try a longer --text"
+      f"the text {text!r} has {len(ids)} token{'s' * (len(ids) != 1)}, and each token predicts the "
+      "next: it needs 2. Try a longer --text"
     )
   tokens = jnp.asarray([ids[: experiment.model.max_seq_len + 1]], jnp.int32)
   return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))
@@ -95,16 +97,19 @@ def frame_text(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch
 def predict(
   params: dict, batch: Batch, tokenizer: Tokenizer, config: ModelConfig, *, num_guesses: int = 3
 ) -> list[Prediction]:
-  """Computes what the model predicts at each position of one sequence; drops nothing out.
+  """Computes the model's prediction at each position of one sequence, without dropout.
 
   Args:
-    params: as `init_params` returns them, or with unstacked blocks.
-    batch: of one sequence, from `frame_text`; positions that weigh nothing have no row.
+    params: as `init_params` returns them; blocks stacked or a list.
+    batch: of one sequence, from `make_text_batch`.
     tokenizer: of the run.
-    config: sizes and switches.
-    num_guesses: most probable tokens of each row, fewer where the vocabulary is smaller.
+    config: of the model.
+    num_guesses: guesses at each position, fewer where the vocabulary is smaller.
+
+  Returns:
+    One prediction for each position whose weight is not zero.
   """
-  log_probs_TV = np.asarray(_log_probs(params, batch.inputs_BT, config)[0], np.float64)
+  log_probs_TV = np.asarray(_compute_log_probs(params, batch.inputs_BT, config)[0], np.float64)
   inputs, targets = (np.asarray(ids)[0].tolist() for ids in (batch.inputs_BT, batch.targets_BT))
   rows = []
   for t in range(int(np.sum(batch.weights_BT))):
@@ -125,12 +130,12 @@ def predict(
 
 
 @jax.jit(static_argnames="config")
-def _log_probs(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def _compute_log_probs(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
   return jax.nn.log_softmax(apply(params, tokens_BT, config))
 
 
 def mean_loss(rows: Sequence[Prediction]) -> float:
-  """The loss of the text, nats per token: the mean of the rows' `nats`, which `step.loss_fn` computes of the same batch."""
+  """Computes the mean of the rows' `nats`: the loss of the text, equal to `step.loss_fn`'s."""
   return math.fsum(row.nats for row in rows) / len(rows)
 
 
@@ -138,7 +143,9 @@ def mean_loss(rows: Sequence[Prediction]) -> float:
 
 
 def show_token(token_id: int, tokenizer: Tokenizer) -> str:
-  r"""Shows a token: `'a'`, `' the'`, `'\n'`, `byte 0xe2` (part of a character), `BOS`, or `id 27` where it has no text.
+  r"""Formats a token: `'a'`, `' the'`, `'\n'`, `byte 0xe2` (part of a character), or `BOS`.
+
+  An id of the model that the tokenizer does not have is `id 27`.
 
   Args:
     token_id: any id of the model.
@@ -149,11 +156,13 @@ def show_token(token_id: int, tokenizer: Tokenizer) -> str:
   content = tokenizer.token_bytes[token_id]
   if not content:
     return "BOS" if isinstance(tokenizer, CharTokenizer) else "end of text"
-  return f"byte 0x{content[0]:02x}" if len(content) == 1 and content[0] >= 128 else _quote(_show_characters(content))
+  if len(content) == 1 and content[0] >= 128:
+    return f"byte 0x{content[0]:02x}"
+  return _quote(_show_characters(content))
 
 
 def show_context(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-  """Shows the text so far, its beginning left out where it is long: `BOS`, `BOS 'em'`, `…'e or not to be'`.
+  """Formats the end of the text so far: `BOS`, `BOS 'em'`, `…'e or not to be'`.
 
   Args:
     ids: the tokens so far.
@@ -161,7 +170,8 @@ def show_context(ids: Sequence[int], tokenizer: Tokenizer) -> str:
   """
   contents = tokenizer.token_bytes
   content = b"".join(contents[i] for i in ids)
-  pieces = _show_characters(content[-4 * CONTEXT_WIDTH - 3 :])  # a character has 4 bytes at most, the first may be cut
+  # A character has at most 4 bytes, and the first one may be cut.
+  pieces = _show_characters(content[-4 * CONTEXT_WIDTH - 3 :])
   shown = len(pieces)
   while sum(map(len, pieces[-shown:])) > CONTEXT_WIDTH:
     shown -= 1
@@ -172,7 +182,7 @@ def show_context(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def _show_characters(content: bytes) -> list[str]:
-  r"""Each character as Python's `repr` writes it; a byte that is not part of one as `\xe2`."""
+  r"""Returns each character as `repr` writes it; a byte that is not part of one as `\xe2`."""
   text = content.decode(errors="surrogateescape")
   return [f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text]
 

@@ -1,8 +1,7 @@
-"""What a run says: one line of progress at a time, and one row per update in a file.
+"""Progress in the terminal: one line at a time, a bar, a curve of the losses, and samples.
 
-Responsible for the writers, for what is handed to them and when it is on the disk, and for figures drawn as text. A writer
-is an object with `write(chunk)` and `close()`; it is called with what one compiled call returned. Not responsible for when
-that happens (`train.py`).
+The interface of writers, and the one that writes metrics.jsonl, are in `runs/log.py`; when they are
+called is decided in `train.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ import numpy as np
 
 from jgpt.runs.log import Chunk
 
+MAX_DRAWN_LOSS = 1e12  # larger values do not fit the plot's labels
+
 
 class ConsoleWriter:
-  """Prints a line every `log_every` updates, after the first update, each evaluation and the last update.
+  """Prints a line of progress after the first update, every `log_every` updates, and the last.
 
-  On a terminal the lines stand above a bar with the time that is left. A text drawn at that moment ends the line where it
-  is short and stands below it otherwise.
+  Evaluations also print one. On a terminal the lines are above a bar that shows the remaining time.
+  A sample drawn at that moment ends the line if it is short, and is below it otherwise.
   """
 
   def __init__(
@@ -32,13 +33,14 @@ class ConsoleWriter:
     epoch_steps: int | None = None,
     terminal: bool | None = None,
   ):
-    """Begins.
+    """Prepares the bar, which appears with the first `write`.
 
     Args:
       steps: updates in all.
       log_every: updates between two lines.
       start_step: updates already done.
-      epoch_steps: updates in an epoch: lines then count the steps of each; None counts those of the run.
+      epoch_steps: updates in an epoch; lines then count the steps of each epoch. None counts the
+        steps of the run.
       terminal: whether to show the bar; None asks standard output.
     """
     self._steps, self._log_every, self._epoch_steps = steps, log_every, epoch_steps
@@ -58,28 +60,32 @@ class ConsoleWriter:
 
   @property
   def wants_samples(self) -> bool:
-    """Whether lines can end with a text."""
+    """Returns whether lines can end with a sample."""
     return self._progress is not None
 
-  def is_line(self, step: int) -> bool:
-    """Whether a line is printed after this update."""
+  def is_line_due(self, step: int) -> bool:
+    """Returns whether a line is printed after this update."""
     in_epoch = step if self._epoch_steps is None else step % self._epoch_steps
     return step in (1, self._steps) or in_epoch % self._log_every == 0
 
   def write(self, chunk: Chunk) -> None:
-    """Adds the chunk to the line under way, and prints that where it is due."""
+    """Adds the chunk to the current line, and prints the line if it is due."""
     if "train/loss" in chunk.metrics:
       self._losses.append(chunk.metrics["train/loss"])
     self._seconds += chunk.seconds
     if self._progress:
-      self._progress.start()  # not before there is something to show, so that an error on the way leaves no bar behind
+      # Started only now, so that an error before the first update leaves no bar behind.
+      self._progress.start()
       self._progress.update(self._task, completed=chunk.step)
-    if not self.is_line(chunk.step) and chunk.heldout_loss is None and not chunk.texts:
+    if not self.is_line_due(chunk.step) and chunk.heldout_loss is None and not chunk.texts:
       return
     losses = np.concatenate(self._losses) if self._losses else np.zeros(0)
     loss = float(losses.mean()) if len(losses) else None
     line = format_line(
-      chunk, format_step(chunk.step, self._steps, self._epoch_steps), loss, len(losses) / max(self._seconds, 1e-9)
+      chunk,
+      format_step(chunk.step, self._steps, self._epoch_steps),
+      loss,
+      len(losses) / max(self._seconds, 1e-9),
     )
     self._losses, self._seconds = [], 0.0
     if self._progress:
@@ -88,13 +94,13 @@ class ConsoleWriter:
       print(line, flush=True)
 
   def close(self) -> None:
-    """Takes the bar away."""
+    """Removes the bar."""
     if self._progress:
       self._progress.stop()
 
 
 def format_step(step: int, steps: int, epoch_steps: int | None) -> str:
-  """Where training is: `step  100/1000`, or `Epoch 1/3 | step  50/171`."""
+  """Formats the progress of training: `step  100/1000`, or `Epoch 1/3 | step  50/171`."""
   if epoch_steps is None:
     return f"step {step:>{len(str(steps))}}/{steps}"
   epoch = max(0, step - 1) // epoch_steps
@@ -103,10 +109,12 @@ def format_step(step: int, steps: int, epoch_steps: int | None) -> str:
 
 
 def format_line(chunk: Chunk, where: str, loss: float | None, steps_per_second: float) -> str:
-  """One line of progress: `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`.
+  """Formats a line of progress.
+
+  For example `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`.
 
   Args:
-    chunk: the last; its held-out loss and its texts are added where it has them.
+    chunk: the last; its held-out loss and first text are added if it has them.
     where: from `format_step`.
     loss: mean training loss since the line before; None before the first update.
     steps_per_second: since the line before.
@@ -115,8 +123,12 @@ def format_line(chunk: Chunk, where: str, loss: float | None, steps_per_second: 
   if chunk.heldout_loss is not None:
     parts.append(f"held out {chunk.heldout_loss:.4f}")
   if loss is not None:
-    parts += [f"grad norm {chunk.metrics['train/grad_norm'][-1]:.2f}", f"lr {chunk.metrics['train/lr'][-1]:.1e}"]
-    parts.append(f"{steps_per_second:,.0f} steps/s" if steps_per_second >= 10 else f"{steps_per_second:.2f} steps/s")
+    speed = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2f}"
+    parts += [
+      f"grad norm {chunk.metrics['train/grad_norm'][-1]:.2f}",
+      f"lr {chunk.metrics['train/lr'][-1]:.1e}",
+      f"{speed} steps/s",
+    ]
   if not chunk.texts:
     return " | ".join(parts)
   text = chunk.texts[0]
@@ -126,7 +138,7 @@ def format_line(chunk: Chunk, where: str, loss: float | None, steps_per_second: 
 
 
 def indent(text: str) -> str:
-  """A drawn text with each line set off, unprintable characters shown as the replacement character."""
+  """Indents each line of a text by "  | ", and replaces unprintable characters by U+FFFD."""
   shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
   return "\n".join(f"  | {line}" for line in shown.split("\n"))
 
@@ -138,48 +150,60 @@ def draw_curve(
   width: int = 64,
   height: int = 12,
 ) -> str:
-  """Draws losses over steps as text: training as a line, each evaluation on the held-out part as an o.
+  """Draws losses over steps as text: the training loss as a line, each held-out loss as an o.
 
   Args:
-    losses: one per update, nats per token; averaged in equal groups, one for each column. A group that is not
-      finite, or beyond what the plot can label, leaves its column empty.
-    heldout_losses: (updates, loss); what is not finite is left out.
+    losses: one per update, nats per token; averaged in equal groups, one for each column. A column
+      is empty if a loss of its group is not finite, or too large for the labels.
+    heldout_losses: (updates, loss); those that are not finite are left out.
     width: columns.
     height: rows; each label is the value at the middle of its row.
   """
-  import uniplot  # 0.1 s that only the end of a run pays
+  import uniplot  # takes 0.1 s to import, and is needed at the end of a run only
 
   losses = np.asarray(losses, np.float64)
-  groups = [g for g in np.array_split(np.arange(len(losses)), width) if len(g) and (np.abs(losses[g]) < 1e12).all()]
+  groups = [
+    g
+    for g in np.array_split(np.arange(len(losses)), width)
+    if len(g) and (np.abs(losses[g]) < MAX_DRAWN_LOSS).all()
+  ]
   if not groups:
     return "no training loss is finite: there is no curve to draw"
   steps = [1 + float(g.mean()) for g in groups]
   means = np.array([losses[g].mean() for g in groups])
-  points = [(step, loss) for step, loss in heldout_losses if math.isfinite(loss) and abs(loss) < 1e12]
+  points = [
+    (step, loss)
+    for step, loss in heldout_losses
+    if math.isfinite(loss) and abs(loss) < MAX_DRAWN_LOSS
+  ]
   values = np.concatenate([means, [loss for _, loss in points]])
   margin = max(1e-6, 0.02 * float(np.ptp(values)))
   low, high = float(values.min()) - margin, float(values.max()) + margin
   limits = {"y_min": low, "y_max": high, "x_min": 0.5, "x_max": len(losses) + 0.5}
-  lines = uniplot.plot_to_string(means, steps, lines=len(means) > 1, width=width, height=height, **limits)
+  lines = uniplot.plot_to_string(
+    means, steps, lines=len(means) > 1, width=width, height=height, **limits
+  )
   lines = lines.split("\n") if isinstance(lines, str) else list(lines)
   frame = [line[: line.rindex("│") + 1] for line in lines if "│" in line]
+  inner = len(frame[0]) - 2  # columns between the two edges
   for step, loss in points:
     row = min(len(frame) - 1, int((high - loss) / (high - low) * len(frame)))
-    column = 1 + min(len(frame[0]) - 3, int(max(0.0, step - 0.5) / len(losses) * (len(frame[0]) - 2)))
+    column = 1 + min(inner - 1, int(max(0.0, step - 0.5) / len(losses) * inner))
     frame[row] = frame[row][:column] + "o" + frame[row][column + 1 :]
   labels = [high - (row + 0.5) / len(frame) * (high - low) for row in range(len(frame))]
-  # Uniplot's own labels have too few digits: what it calls 2 may be 2.5.
+  # Uniplot's own labels have too few digits: its 2 may be 2.5.
   body = [
-    f"{line} {label:.3g}" if row % 3 == 1 else line for row, (line, label) in enumerate(zip(frame, labels, strict=True))
+    f"{line} {label:.3g}" if row % 3 == 1 else line
+    for row, (line, label) in enumerate(zip(frame, labels, strict=True))
   ]
-  ends = f" step 1{f'step {len(losses):,}':>{max(0, len(frame[0]) - 8)}}"
-  edge = "─" * (len(frame[0]) - 2)
-  title = f"{'training loss (line) and held-out loss (o)' if points else 'training loss'}, nats per token"
-  return "\n".join([title, f"┌{edge}┐", *body, f"└{edge}┘", ends])
+  ends = f" step 1{f'step {len(losses):,}':>{max(0, inner - 6)}}"
+  edge = "─" * inner
+  what = "training loss (line) and held-out loss (o)" if points else "training loss"
+  return "\n".join([f"{what}, nats per token", f"┌{edge}┐", *body, f"└{edge}┘", ends])
 
 
 def format_samples(texts: list[str], known: set[str]) -> str:
-  """Samples in columns, those that stand in the training list marked with *."""
+  """Formats samples in columns; those in the training list are marked with *."""
   cells = [f"{text or '(empty)'}{'*' if text in known else ''}" for text in texts]
   width = max(len(c) for c in cells) + 2
   columns = max(1, min(5, 76 // width))
@@ -195,11 +219,14 @@ def format_samples(texts: list[str], known: set[str]) -> str:
 
 
 def format_perplexity(loss: float) -> str:
-  """exp(loss) for a person: two decimals where that is short, else four digits; beyond a float's range "inf"."""
+  """Formats exp(loss) with two decimals if that is short, else four digits.
+
+  "inf" where it overflows a float.
+  """
   perplexity = math.exp(loss) if loss < 700 else math.inf
   return f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.4g}"
 
 
 def uniform_loss(vocab_size: int) -> float:
-  """The loss of guessing every id alike: ln(vocab_size), in nats."""
+  """Computes the loss of uniform guessing: ln(vocab_size), in nats per token."""
   return math.log(vocab_size)

@@ -1,11 +1,12 @@
-"""A planned run in words: what it trains on, what it trains, how and for how long.
+"""The start and the end of a run's output: what is planned, what was learned, what to try next.
 
-Responsible for the lines at the head of a run. Not responsible for what is planned (`train.py`) or for printing it
-(`run.py`).
+Lines of progress are in `console.py`, the verdict on the losses is in `verdict.py`; `run.py` calls
+these functions in order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from typing import TYPE_CHECKING
@@ -17,28 +18,32 @@ from jgpt.config import Experiment
 from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, is_circumstance, list_settings
 from jgpt.devices import runtime
+from jgpt.devices.compute import resolve_compute
 from jgpt.errors import printable
 from jgpt.params import count_params, walk
 from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
-from jgpt.report.verdict import LAST, final_loss, judge_losses
+from jgpt.report.verdict import LAST, diagnose_losses, final_loss
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.train import Result
 
 
 def describe_plan(plan: Plan) -> list[tuple[str, str]]:
-  """What a run is, as labelled lines that are printable; the first look at a device."""
+  """Describes a planned run, as labelled printable lines.
+
+  Raises:
+    UserError: if there is no device, or the devices do not fit the settings.
+  """
   experiment, data = plan.experiment, plan.data
-  devices = runtime.devices()
-  mesh = sharding.make_mesh(experiment, devices)
-  used, there = mesh.devices.size, len(devices)
-  device = devices[0]
+  there = runtime.devices()
+  mesh = sharding.make_mesh(experiment, there)
+  used, device = mesh.devices.size, there[0]
   kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-  of = f" of {there} devices (mesh.data={used}):" if there > 1 else ""
+  count = f"{used} of {len(there)} devices (mesh.data={used}): " if len(there) > 1 else ""
   lines = [
     ("experiment", plan.name or "(from Python)"),
-    ("device", f"{f'{used}{of} ' if of else ''}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
+    ("device", f"{count}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
     ("data", f"{data.text.location} ({data.text.kind}, SHA-256 {data.text.sha256[:12]})"),
   ]
   if data.text.note:
@@ -50,62 +55,88 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     *describe_initial(plan),
     ("optimizer", describe_groups(experiment)),
     ("training", describe_length(plan)),
-    ("baseline", f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token"),
+    ("compute", describe_compute(experiment, device.platform)),
+    (
+      "baseline",
+      f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token",
+    ),
     ("run folder", str(plan.workdir or "none: nothing is kept")),
   ]
   return [(label, printable(line)) for label, line in lines]  # names of files may be anything
 
 
 def describe_initial(plan: Plan) -> list[tuple[str, str]]:
-  """Where the weights that the run begins from were found; nothing where they are drawn."""
+  """Describes where the initial weights were found, as labelled lines; none if they are drawn."""
   if plan.weights is None:
     return []
   began = "" if plan.initial else "began from "
-  lines = [("weights", f"{began}{plan.weights['location']} (SHA-256 {plan.weights['sha256'][:12]})")]
+  lines = [
+    ("weights", f"{began}{plan.weights['location']} (SHA-256 {plan.weights['sha256'][:12]})")
+  ]
   return [*lines, ("", plan.initial.note)] if plan.initial and plan.initial.note else lines
 
 
 def describe_vocabulary(plan: Plan) -> str:
-  """The tokenizer's ids, and how many the model has where those are more."""
+  """Describes the tokenizer, and the model's vocabulary if that is larger."""
   there, has = plan.data.tokenizer.describe(), plan.experiment.model.vocab_size
   return there if has == plan.data.tokenizer.vocab_size else f"{there}; the model has {has:,}"
 
 
 def describe_groups(experiment: Experiment) -> str:
-  """Which parameters decay, with their numbers: what torch calls param_groups."""
+  """Describes which parameters decay, and counts them: torch's param_groups."""
   optimizer, model = experiment.optimizer, experiment.model
   if not optimizer.weight_decay:
     return "AdamW without decay"
 
-  def group(kinds: list[str]) -> str:
-    found = [(param.size * layers, layers) for _, param, layers in walk(model) if param.kind in kinds]
+  def describe_group(kinds: list[str]) -> str:
+    found = [
+      (param.size * layers, layers) for _, param, layers in walk(model) if param.kind in kinds
+    ]
     numbers, arrays = sum(size for size, _ in found), sum(layers for _, layers in found)
     return f"{numbers:,} numbers in {arrays} arrays ({', '.join(kinds)})"
 
   there = [kind for kind in PARAM_KINDS if count_params(model, (kind,))]
   decays = [kind for kind in there if kind in optimizer.decay_kinds]
   rest = [kind for kind in there if kind not in decays]
-  line = f"AdamW, decay {optimizer.weight_decay:g} on {group(decays)}" if decays else "AdamW, decay on nothing"
-  return f"{line}; none on {group(rest)}" if rest else line
+  line = (
+    f"AdamW, decay {optimizer.weight_decay:g} on {describe_group(decays)}"
+    if decays
+    else "AdamW, decay on nothing"
+  )
+  return f"{line}; none on {describe_group(rest)}" if rest else line
+
+
+def describe_compute(experiment: Experiment, platform: str) -> str:
+  """Describes how a run computes on a platform, each choice as `--set compute.` takes it."""
+  chosen = dataclasses.asdict(resolve_compute(experiment, platform).compute)
+  return " ".join(f"{name}={format_value(value)}" for name, value in chosen.items())
 
 
 def describe_length(plan: Plan) -> str:
-  """How many updates of what."""
+  """Describes the number of updates, the batch, and the passes over the training part."""
   experiment, data = plan.experiment, plan.data
-  batch, steps = experiment.data.batch_size, experiment.train.steps
+  batch_size, steps = experiment.data.batch_size, experiment.train.steps
   if not data.documents:
     T, num_tokens = experiment.data.seq_len, len(data.train.tokens)
-    passes = steps / plan.epoch_steps if plan.epoch_steps else steps * batch * T / num_tokens
-    return f"{steps:,} steps of {batch} × {T} tokens: {passes:.2g} times the training part"
-  tokens = data.train.lengths.mean() * batch
-  taken = min(steps, experiment.data.num_batches or steps) * batch
+    passes = steps / plan.epoch_steps if plan.epoch_steps else steps * batch_size * T / num_tokens
+    return f"{steps:,} steps of {batch_size} × {T} tokens: {passes:.2g} times the training part"
+  tokens = data.train.lengths.mean() * batch_size
+  taken = min(steps, experiment.data.num_batches or steps) * batch_size
   passes = taken / len(data.documents)
-  share = f"{passes:.1%} of the training documents" if passes < 1 else f"{passes:.1f} times the training documents"
-  return f"{steps:,} steps of {batch} document{'s' * (batch > 1)} ({tokens:.1f} tokens on average): {share}"
+  share = (
+    f"{passes:.1%} of the training documents"
+    if passes < 1
+    else f"{passes:.1f} times the training documents"
+  )
+  documents = f"{batch_size} document{'s' * (batch_size > 1)}"
+  return f"{steps:,} steps of {documents} ({tokens:.1f} tokens on average): {share}"
 
 
-def comparable(base: Experiment, experiment: Experiment) -> bool:
-  """Whether a run can be held against what its experiment expects: all but the seed, and which text, as it says."""
+def is_comparable(base: Experiment, experiment: Experiment) -> bool:
+  """Returns whether the result expected by `base` holds for a changed experiment.
+
+  The seed and the text may differ: the expected result names its text.
+  """
   before, now = list_settings(base), list_settings(experiment)
   length = ("train.steps", "train.epochs")
   decisive = [n for n in now if not is_circumstance(n) or n in length]
@@ -113,10 +144,14 @@ def comparable(base: Experiment, experiment: Experiment) -> bool:
 
 
 def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:
-  """Prints what a finished run learned: losses, their curve and what they say, and samples."""
+  """Prints what a finished run learned: losses, their curve, the verdict, and samples."""
   print()
   if len(result.losses):
-    took = "" if plan.start_step >= plan.experiment.train.steps else f", {seconds:.1f} s with compiling and saving"
+    took = (
+      ""
+      if plan.start_step >= plan.experiment.train.steps
+      else f", {seconds:.1f} s with compiling and saving"
+    )
     num = min(LAST, len(result.losses))
     print(f"training loss {final_loss(result.losses):.4f} (mean of the last {num} updates){took}")
   if result.heldout_loss is not None:
@@ -130,23 +165,34 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
     last = [(len(result.losses), result.heldout_loss)] if result.heldout_loss is not None else []
     print(f"\n{draw_curve(result.losses, [*result.heldout_losses, *last])}")
     baseline = uniform_loss(plan.experiment.model.vocab_size)
-    said = judge_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
-    print(f"\n{said.verdict}: {said.evidence}")
-    if said.verdict == "diverging":
+    found = diagnose_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
+    print(f"\n{found.verdict}: {found.evidence}")
+    if found.verdict == "diverging":
       print(f"try a lower rate, --set optimizer.peak_lr={plan.experiment.optimizer.peak_lr / 10:g}")
   if plan.data.documents:
     print(f"\n{format_samples(texts, set(plan.data.documents))}\n")
   else:
-    print("\n" + "\n\n".join(f"sample {i + 1}\n{indent(text)}" for i, text in enumerate(texts)) + "\n")
+    samples = [f"sample {i + 1}\n{indent(text)}" for i, text in enumerate(texts)]
+    print("\n" + "\n\n".join(samples) + "\n")
 
 
 def print_next(plan: Plan, texts: list[str], again: str) -> None:
-  """Prints what to try next; `again` is this command."""
-  prompt = texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
+  """Prints what to try next.
+
+  Args:
+    plan: of the finished run.
+    texts: its samples.
+    again: this command, from `format_command`.
+  """
+  prompt = (
+    texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
+  )
   print("next:")
-  python, run = [cli.python_word(), "-m"], ["--run", str(plan.workdir)]
-  print(f"  {shlex.join([*python, 'jgpt.sample', *run, f'--prompt={prompt}', '--temperature', '0.8'])}")
-  if not plan.experiment.train.steps:  # weights as they were
+  python, run = [cli.python_command(), "-m"], ["--run", str(plan.workdir)]
+  print(
+    f"  {shlex.join([*python, 'jgpt.sample', *run, f'--prompt={prompt}', '--temperature', '0.8'])}"
+  )
+  if not plan.experiment.train.steps:  # the run only holds the weights that it began from
     if len(plan.data.heldout.tokens):
       print(f"  {shlex.join([*python, 'jgpt.evaluate', *run])}")
     print(f"  {again}")
@@ -156,9 +202,19 @@ def print_next(plan: Plan, texts: list[str], again: str) -> None:
     print(f"  {again} --set data.path=my_words.txt")
 
 
-def command_line(name: str, base: Experiment, experiment: Experiment) -> str:
-  """A command for the same experiment with the same changes, whatever flags made them; without `train.steps`."""
+def format_command(name: str, base: Experiment, experiment: Experiment) -> str:
+  """Formats a command that makes the same changes to an experiment with `--set`.
+
+  `train.steps` is left out.
+
+  Args:
+    name: of the experiment, as `--experiment` takes it.
+    base: the experiment of that name.
+    experiment: the changed one.
+  """
   before, now = list_settings(base), list_settings(experiment)
-  changed = [f"{n}={format_value(v)}" for n, v in now.items() if v != before[n] and n != "train.steps"]
-  words = [cli.python_word(), "-m", "jgpt.run", "--experiment", name, *(w for c in changed for w in ("--set", c))]
+  words = [cli.python_command(), "-m", "jgpt.run", "--experiment", name]
+  for setting, value in now.items():
+    if value != before[setting] and setting != "train.steps":
+      words += ["--set", f"{setting}={format_value(value)}"]
   return shlex.join(words)

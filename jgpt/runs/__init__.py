@@ -1,1 +1,1 @@
-"""The run folder: its files, checkpoints, metrics, and reading them back."""
+"""The run folder: its files, checkpoints and metrics, and opening a run for reading."""

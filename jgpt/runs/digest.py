@@ -1,17 +1,20 @@
-"""Digests of arrays, wherever they lie.
+"""64-bit digests of arrays, which tell whether an array has changed.
 
-Responsible for 64 bits that tell whether an array has changed, computed on the devices that hold it: the same for every
-layout over devices and processes, without gathering anything. Against damage, not against an adversary: whoever can change
-an array can make another with its digest. Pure. Not responsible for files (`manifest.py`).
+A digest is computed on the devices that hold the array, without gathering it, and is the same for
+every layout over devices and processes. It detects damage, not an adversary, who can make another
+array with the same digest. Pure; digests of files are in `manifest.py`.
 
-With bits_i the bits of entry i (as an unsigned integer of 32; a wider type counts as twice as many entries, a narrower one
-is widened), i its number in row-major order, and all sums and products modulo 2**32:
+Let bits_i be the bits of entry i as an unsigned 32-bit integer (a wider type counts as twice as
+many entries, a narrower one is widened), i its number in row-major order, and all sums and products
+modulo 2**32:
 
     h_i = fmix32(bits_i + 0x9E3779B1 * i)
     digest = sum_i h_i, sum_i (h_i ^ h_i >> 15) * 0x85EBCA77
 
-as 16 hexadecimal digits, the first sum first. Source: fmix32 is the last step of MurmurHash3 (Appleby 2011); the two
-factors are primes of xxHash (Collet 2012).
+It is written as 16 hexadecimal digits, the first sum first.
+
+Source: fmix32 is the last step of MurmurHash3 (Appleby 2011); the two factors are primes of xxHash
+(Collet 2012).
 """
 
 from typing import Any
@@ -21,26 +24,32 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def survey(tree: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Computes the digest of each leaf, and whether all its entries are finite.
+def survey_leaves(tree: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Computes the digest of each leaf and whether all its entries are finite.
 
   Args:
-    tree: arrays.
+    tree: of arrays.
 
   Returns:
-    Name, parts joined by "/" -> (uint32 [2], bool scalar).
+    Name, as `name_leaves` gives it -> (uint32 [2], bool scalar).
   """
-  return {name: (digest_array(leaf), jnp.isfinite(leaf).all()) for name, leaf in name_leaves(tree).items()}
+  return {
+    name: (digest_array(leaf), jnp.isfinite(leaf).all()) for name, leaf in name_leaves(tree).items()
+  }
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree by their names, parts joined by "/"."""
+  """Returns the leaves of a tree by name; the parts of a name are joined by "/"."""
   leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def digest_array(x: jax.Array) -> jax.Array:
-  """Computes the two sums of an array of any type and shape: uint32 [2]."""
+  """Computes the two sums of an array of any dtype and shape.
+
+  Returns:
+    uint32 [2].
+  """
   bits = _to_uint32(x)
   number = jnp.zeros(bits.shape, jnp.uint32)
   stride = 1
@@ -53,17 +62,18 @@ def digest_array(x: jax.Array) -> jax.Array:
 
 
 def format_digest(sums: jax.Array) -> str:
-  """The 16 hexadecimal digits of a digest."""
+  """Formats the sums of `digest_array` as 16 hexadecimal digits."""
   return "".join(f"{int(word):08x}" for word in np.asarray(sums))
 
 
 def _to_uint32(x: jax.Array) -> jax.Array:
-  """The bits of each entry; 64-bit types get a last axis of 2, the low half first."""
+  """Returns the bits of each entry; 64-bit types get a last axis of 2, the low half first."""
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   if x.dtype.itemsize >= 4:
     return jax.lax.bitcast_convert_type(x, jnp.uint32)
-  return jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8).astype(jnp.uint32)
+  narrow = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8
+  return jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)
 
 
 def _fmix32(h: jax.Array) -> jax.Array:

@@ -1,13 +1,14 @@
-"""What a run's numbers say while it trains: skipped updates, spikes of the loss, and which array is not finite.
+"""Watching a run's numbers: skipped updates, spikes of the loss, and arrays that are not finite.
 
-Responsible for the host's look at the metrics that steps return, and for finding out afterwards why an update was skipped.
-Not responsible for skipping it (`step.py`), for saying what is found, nor for stopping (`train.py`).
+Reads the metrics that steps return, and finds out afterwards why an update was skipped. The update
+is skipped in `step.py`; printing and stopping are in `log.py` and `train.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,31 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jgpt import sharding
-from jgpt.batches import Corpus, make_batch_fn
+from jgpt import batches, sharding
+from jgpt.batches import Corpus
 from jgpt.config import Experiment
-from jgpt.devices.compute import choose_tricks
-from jgpt.optim import DECAY, LossStats, z_score
+from jgpt.devices.compute import choose_step_options
+from jgpt.optim import STATS_DECAY, LossStats, z_score
 from jgpt.runs.digest import name_leaves
-from jgpt.step import TrainState, dropout_key
+from jgpt.step import TrainState, loss_and_grads
 
-MEMORY = 2000  # losses of earlier starts that are looked at: those before them weigh less than 2e-9
+SPIKE = 7.0  # the z-score above which a loss is reported as a spike
+MAX_EARLIER_LOSSES = 2000  # of earlier starts; those before them have weights below 2e-9
 
 
 class Health:
-  """Watches the metrics of a run as they come.
+  """Statistics of a run's losses and skipped updates, updated with every compiled call.
 
   Attributes:
     skipped: updates skipped since the run first began.
-    exhausted: where `max_consecutive_skips` updates in a row were skipped, the step of the first of them; else None. Only
-      an update given to `observe` can bring it about, so that a run that goes on gets one more try.
+    stats: of the finite losses so far.
+    exhausted: once `max_consecutive_skips` updates in a row were skipped, the step of the first of
+      them; else None. Rows of earlier starts do not set it, so that a resumed run gets one more
+      try.
   """
 
   def __init__(self, rows: Sequence[dict], max_consecutive_skips: int):
-    """Begins where earlier starts of the run ended.
+    """Initialises the statistics from earlier starts of the run.
 
     Args:
-      rows: of metrics.jsonl, in order; those of evaluations alone may be among them.
+      rows: of metrics.jsonl, in order; rows of evaluations are ignored.
       max_consecutive_skips: see `TrainConfig`.
     """
     rows = [row for row in rows if "train/loss" in row]
@@ -49,29 +53,31 @@ class Health:
       self._since = (self._since or row["step"]) if row.get("train/skipped") else None
     self.skipped = sum(bool(row.get("train/skipped")) for row in rows)
     self.exhausted: int | None = None
-    losses = np.array([row["train/loss"] for row in rows[-MEMORY:]], np.float64)
-    self._stats = z_scores(LossStats(), losses[np.isfinite(losses)])[-1]
+    losses = np.array([row["train/loss"] for row in rows[-MAX_EARLIER_LOSSES:]], np.float64)
+    self.stats = compute_z_scores(LossStats(), losses[np.isfinite(losses)])[-1]
 
   @property
   def is_skipping(self) -> bool:
-    """Whether the last update was skipped."""
+    """Returns whether the last update was skipped."""
     return self._since is not None
 
   def observe(self, step: int, metrics: dict[str, np.ndarray]) -> list[str]:
-    """Takes consecutive updates into account, one or a thousand; what is healthy takes 0.1 ms.
+    """Adds consecutive updates to the statistics; takes 0.1 ms where there is nothing to report.
 
     Args:
       step: of the last of them; the first update of a run is step 1.
       metrics: as `train_step` names them, arrays [n], n at least 1.
 
     Returns:
-      Lines to print, three at most: the first spike, the first skipped update and how many more there are of each, and
-      where a series of skipped updates ended that an earlier line told of.
+      Lines to print, at most three: the first spike and the number of further ones, the first
+      skipped update and the number of further ones, and the end of a series of skipped updates that
+      an earlier call reported.
     """
-    losses, skipped = np.asarray(metrics["train/loss"], np.float64), np.asarray(metrics["train/skipped"]) != 0
+    losses = np.asarray(metrics["train/loss"], np.float64)
+    skipped = np.asarray(metrics["train/skipped"]) != 0
     finite, first = np.isfinite(losses), step - len(losses) + 1
     zs, means = np.zeros(len(losses)), np.zeros(len(losses))
-    zs[finite], means[finite], self._stats = z_scores(self._stats, losses[finite])
+    zs[finite], means[finite], self.stats = compute_z_scores(self.stats, losses[finite])
 
     def describe(i: int) -> str:
       if not finite[i]:
@@ -83,21 +89,34 @@ class Health:
     lines = []
     spikes = np.flatnonzero((zs > SPIKE) & ~skipped)
     if len(spikes):
-      lines.append(f"step {first + spikes[0]}: {describe(spikes[0])}{_count_more(spikes, first)}")
+      more = _describe_more(spikes, first)
+      lines.append(f"step {first + spikes[0]}: {describe(spikes[0])}{more}")
     if skipped.any() or self._since is not None:
-      told = self._since
-      begins = self._follow(first, skipped)
-      if told is not None and self._since != told:
+      before = self._since
+      begins = self._count_skipped(first, skipped)
+      if before is not None and self._since != before:
         ended = first + int(np.argmin(skipped))
-        lines.append(f"step {ended}: parameters are updated again, after {ended - told} updates skipped in a row")
+        lines.append(
+          f"step {ended}: parameters are updated again, after {ended - before} updates skipped in "
+          "a row"
+        )
       if len(begins):
         rest = np.flatnonzero(skipped)
         rest = rest[rest >= begins[0]]
-        lines.append(f"step {first + rest[0]}: {describe(rest[0])}: the update is skipped{_count_more(rest, first)}")
+        more = _describe_more(rest, first)
+        lines.append(f"step {first + rest[0]}: {describe(rest[0])}: the update is skipped{more}")
     return lines
 
-  def _follow(self, first: int, skipped: np.ndarray) -> np.ndarray:
-    """Counts skipped updates and how many there are in a row; returns where series begin."""
+  def _count_skipped(self, first: int, skipped: np.ndarray) -> np.ndarray:
+    """Counts skipped updates and the length of each series of them.
+
+    Args:
+      first: step of the first update.
+      skipped: bool [n].
+
+    Returns:
+      The indices at which series begin.
+    """
     before = np.concatenate([[self._since is not None], skipped[:-1]])
     begins, ends = np.flatnonzero(skipped & ~before), np.flatnonzero(~skipped & before)
     firsts = [self._since] * int(before[0]) + [first + int(i) for i in begins]
@@ -110,13 +129,17 @@ class Health:
     return begins
 
 
-def _count_more(places: np.ndarray, first: int) -> str:
-  """How many come after the first, as the end of a line; "" for none."""
+def _describe_more(places: np.ndarray, first: int) -> str:
+  """Describes how many places follow the first, as the end of a line; "" for none."""
   return f", and {len(places) - 1} more up to step {first + places[-1]}" if len(places) > 1 else ""
 
 
 def find_nonfinite(tree: Any) -> list[str]:
-  """The leaves of a tree that hold NaN or infinity, by name: "blocks/w_qkv"; where layers are a list "blocks/0/w_qkv"."""
+  """Finds the leaves of a tree that hold NaN or infinity.
+
+  Returns:
+    Their names, as "blocks/w_qkv", or "blocks/0/w_qkv" where layers are a list.
+  """
   return _name_nonfinite(jax.jit(_are_finite)(tree))
 
 
@@ -125,43 +148,44 @@ def _are_finite(tree: Any) -> Any:
 
 
 def _name_nonfinite(are_finite: Any) -> list[str]:
-  return [name for name, is_finite in name_leaves(jax.device_get(are_finite)).items() if not is_finite]
+  return [
+    name for name, is_finite in name_leaves(jax.device_get(are_finite)).items() if not is_finite
+  ]
 
 
-def explain(experiment: Experiment, state: TrainState, corpus: Corpus, step: int) -> str:
-  """Says why an update was skipped, by computing its loss and gradients again at the present parameters.
+def explain_skip(experiment: Experiment, state: TrainState, corpus: Corpus, step: int) -> str:
+  """Describes why an update was skipped, by computing its loss and gradients again.
 
-  They are those it had if every update since was skipped too. Where a run has several processes, all of them must call.
+  They are computed at the present parameters, which are those of the update if every update since
+  was skipped too. Where a run has several processes, all of them must call.
 
   Args:
-    experiment: resolved.
+    experiment: from `resolve_compute`.
     state: blocks stacked or a list.
     corpus: that of the update's batch, `feed.corpus_at(step - 1)`.
     step: of the update, as the log counts: the first of a run is 1.
 
   Returns:
-    "the update of step 812 was skipped: its loss is nan; not finite: gradients of tok_embed, unembed": no full stop.
+    For example "the update of step 812 was skipped: its loss is nan; not finite: gradients of
+    tok_embed, unembed", without a full stop.
   """
-  model, train = experiment.model, experiment.train
   mesh = sharding.make_mesh(experiment, jax.devices())
-  tricks = choose_tricks(experiment, mesh.devices.flat[0].platform)
-  rows = sharding.batch_sharding(mesh)
 
-  def compute(params: dict, corpus: Corpus, number: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
-    batch = make_batch_fn(experiment.data, train.seed)(corpus, number)
-    batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
-    key = dropout_key(train.seed, number, model)
-    loss, grads = tricks.grads_fn(params, batch, model, key, train.micro_batch_size)
+  def compute(params: dict, corpus: Corpus, step: jax.Array) -> tuple:
+    batch = batches.batch(corpus, step, experiment)
+    loss, grads = loss_and_grads(params, batch, step, experiment)
     return loss, optax.tree.norm(grads), _are_finite(params), _are_finite(grads)
 
-  program = jax.jit(compute, compiler_options=tricks.step_options)
-  loss, norm, *finite = jax.device_get(program(state.params, corpus, np.int32(step - 1)))
+  program = jax.jit(compute, compiler_options=choose_step_options(experiment))
+  with jax.set_mesh(mesh):
+    found = program(state.params, corpus, np.int32(step - 1))
+  loss, norm, *finite = jax.device_get(found)
   params, grads = map(_name_nonfinite, finite)
   begin = f"the update of step {step} was skipped: its loss is {loss:.5g}"
   if params:
-    return f"{begin}; not finite: the parameters {_list(params)}"
+    return f"{begin}; not finite: the parameters {_join_names(params)}"
   if grads:
-    return f"{begin}; not finite: gradients of {_list(grads)}"
+    return f"{begin}; not finite: gradients of {_join_names(grads)}"
   if not math.isfinite(norm):
     return f"{begin}; every gradient is finite, but their norm is too large for float32"
   if experiment.optimizer.skip_spikes is not None:
@@ -169,35 +193,58 @@ def explain(experiment: Experiment, state: TrainState, corpus: Corpus, step: int
   return f"{begin}; loss and gradients are finite now"
 
 
-def _list(names: Sequence[str]) -> str:
-  """The first three names, and how many more."""
+def explain_stop(
+  experiment: Experiment, state: TrainState, corpus: Corpus, health: Health, workdir: Path | None
+) -> str:
+  """Explains why training stops after a series of skipped updates, what is kept, what to try.
+
+  Args:
+    experiment: from `resolve_compute`.
+    state: after the series; saved where there is a run folder.
+    corpus: of the batch of the first update of the series.
+    health: with `exhausted` set.
+    workdir: the run folder, or None.
+  """
+  step, kept, advice = int(state.step), "Nothing was kept", ""
+  if workdir is not None:
+    last = "of the last good update" if health.is_skipping else "of the good updates that followed"
+    kept = f"The parameters {last} are saved as checkpoint {step} in {workdir}"
+    advice = f", in another --workdir with --init-from {workdir}/checkpoints/{step}"
+  words = explain_skip(experiment, state, corpus, health.exhausted)
+  lower = experiment.optimizer.peak_lr / 10
+  return f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}{advice}"
+
+
+def _join_names(names: Sequence[str]) -> str:
+  """Joins the first three names and how many more there are."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-SPIKE = 7.0  # the z-score above which a loss is logged as a spike
-
-
-def z_scores(stats: LossStats, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, LossStats]:
-  """`z_score` and `observe` of many losses, one after the other, but computed at once.
+def compute_z_scores(
+  stats: LossStats, losses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, LossStats]:
+  """Computes `optim.z_score` and `optim.observe` of consecutive losses, vectorised.
 
   Args:
     stats: of the losses before them, Python numbers.
     losses: finite, [n].
 
   Returns:
-    float64 [n]: the z-scores, and the mean before each; and the statistics after all.
+    float64 [n]: the z-scores, and the mean before each loss; and the statistics after all.
   """
   zs, means = np.zeros(len(losses)), np.zeros(len(losses))
   for begin in range(0, len(losses), 1024):
-    part = slice(begin, begin + 1024)  # DECAY^-1024 is 3e4: 16 digits are enough
+    part = slice(begin, begin + 1024)  # STATS_DECAY^-1024 is 3e4: 16 digits are enough
     zs[part], means[part], stats = _z_scores_of_part(stats, losses[part].astype(np.float64))
   return zs, means, stats
 
 
-def _z_scores_of_part(stats: LossStats, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, LossStats]:
+def _z_scores_of_part(
+  stats: LossStats, losses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, LossStats]:
   n = np.arange(len(losses) + 1)
-  decay = DECAY**n
-  before = (1 - DECAY**stats.count) / (1 - DECAY)  # the weights' sum
+  decay = STATS_DECAY**n
+  before = (1 - STATS_DECAY**stats.count) / (1 - STATS_DECAY)  # the weights' sum
   centre = stats.mean if stats.count else float(losses[0])
   rises = losses - centre  # so that squares lose no digits
   weights, firsts, seconds = (
@@ -213,4 +260,8 @@ def _z_scores_of_part(stats: LossStats, losses: np.ndarray) -> tuple[np.ndarray,
   means, variances = centre + shifts, np.maximum(0.0, seconds / weights - shifts * shifts)
   means[0], variances[0] = stats.mean, stats.variance
   known = LossStats(stats.count + n[:-1], means[:-1], variances[:-1])
-  return z_score(known, losses), means[:-1], LossStats(stats.count + len(losses), float(means[-1]), float(variances[-1]))
+  return (
+    z_score(known, losses),
+    means[:-1],
+    LossStats(stats.count + len(losses), float(means[-1]), float(variances[-1])),
+  )

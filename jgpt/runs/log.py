@@ -1,14 +1,15 @@
-"""What compiled calls returned: handed to the writers, watched, and kept.
+"""A run's metrics: metrics.jsonl, and the log that hands each compiled call's metrics to writers.
 
-Responsible for waiting for a call's metrics, for giving them to every writer, and for what a run remembers of them while it
-trains. Not responsible for what writers make of them (`metrics.py`), for judging them (`health.py`) or for when calls are
-made (`train.py`).
+Holds the interface of writers, the one that writes metrics.jsonl, functions that read the file, and
+`Log`. Printing is in `report/console.py`, skipped updates and spikes are in `health.py`, and when
+calls are made is decided in `train.py`.
 """
 
 from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,18 +17,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from jgpt.config import TrainConfig
 from jgpt.runs.folder import open_file
 from jgpt.runs.health import Health
-from jgpt.system.signals import Stop, say
+from jgpt.system.signals import Stop, print_stderr
 
-LAST_ROWS = 2000  # of earlier starts, that a run which goes on looks at
-MAX_LINE = 1 << 16  # bytes of a line of metrics.jsonl; what is longer is no row
-MAX_NUMBER = 1e39  # of a row, but for infinity: float32 holds no larger one
+LAST_ROWS = 2000  # rows of earlier starts that a resumed run reads
+MAX_LINE = 1 << 16  # bytes of a line of metrics.jsonl; a longer line is not a row
+MAX_NUMBER = 1e39  # of a finite number in a row; larger than any float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Chunk:
   """Metrics of consecutive updates.
 
   Attributes:
-    step: the last of them; the first update of a run is step 1, and step 0 comes with an evaluation only.
+    step: the last of them; the first update of a run is step 1. At step 0 there is only an
+      evaluation.
     metrics: name -> float array [updates].
-    seconds: the time they took.
-    heldout_loss: nats per token on the held-out part after them, where it was evaluated.
-    texts: drawn after them, where some were asked for.
+    seconds: that the updates took.
+    heldout_loss: nats per token on the held-out part after the last update; None where it was not
+      evaluated.
+    texts: drawn after the last update, where samples were due.
   """
 
   step: int
@@ -50,28 +54,30 @@ class Chunk:
 
 
 class Writer(Protocol):
-  """What `train` writes to."""
+  """The interface of objects that receive a run's metrics."""
 
   def write(self, chunk: Chunk) -> None:
-    """Takes the metrics of consecutive updates."""
+    """Receives the metrics of consecutive updates."""
 
   def close(self) -> None:
-    """Called once, also when training ends early."""
+    """Ends writing; called once, also when training ends early."""
 
 
 class JsonlWriter:
-  """Writes one JSON object per update: {"step": 1, "train/loss": 3.29, ...}, floats so that float32 reads back equal.
+  """Writes one JSON object per update: {"step": 1, "train/loss": 3.29, ...}.
 
-  Where the held-out part was evaluated, a row of its own follows: {"step": 100, "heldout/loss": 2.41}.
+  Numbers are written so that float32 reads back equal. Each evaluation on the held-out part adds a
+  row of its own: {"step": 100, "heldout/loss": 2.41}.
   """
 
   def __init__(self, path: Path, step: int):
     """Opens the file, in a folder that exists.
 
-    The first chunk cuts off what a run resumed from `step` writes again: the rows after it, and a torn last line. Where
-    they begin is where fewest rows contradict: one wrong number among the rows before does not end them. A run that has
-    nothing to write leaves the file as it is. Of the rows up to `step`, `kept` has the last 2,000 and all of evaluations
-    and skipped updates.
+    The first `write` cuts off the rows that a run resumed from `step` writes again, and a torn last
+    line; a run that writes nothing leaves the file unchanged. The cut is at the position where the
+    fewest rows are on the wrong side of it, so that a single wrong number among the earlier rows
+    does not lose the rows after it. `kept` holds, of the rows up to `step`, the last 2,000 and all
+    of evaluations and skipped updates.
     """
     kept: list[tuple[int, dict]] = []
     last: collections.deque[tuple[int, dict]] = collections.deque(maxlen=LAST_ROWS)
@@ -82,8 +88,10 @@ class JsonlWriter:
       if balance >= best and (line.is_whole or is_before):
         best, end, is_whole = balance, line.end, line.is_whole
       if is_before:
-        if len(last) == LAST_ROWS and (last[0][1].get("train/skipped") or "heldout/loss" in last[0][1]):
-          kept.append(last[0])
+        if len(last) == LAST_ROWS:
+          oldest = last[0]
+          if oldest[1].get("train/skipped") or "heldout/loss" in oldest[1]:
+            kept.append(oldest)
         last.append((line.end, line.row))
     self.kept = [row for at, row in (*kept, *last) if at <= end]
     self._lost = len(kept) + len(last) - len(self.kept)
@@ -97,11 +105,14 @@ class JsonlWriter:
     count = len(next(iter(chunk.metrics.values()), ()))
     # str of a NumPy float32 is the shortest text that reads back as the same float32.
     columns = {
-      name: values.tolist() if values.dtype.kind in "iu" else [float(str(value)) for value in values]
-      for name, values in chunk.metrics.items()
+      name: column.tolist()
+      if column.dtype.kind in "iu"
+      else [float(str(value)) for value in column]
+      for name, column in chunk.metrics.items()
     }
     rows = [
-      {"step": chunk.step - count + 1 + i, **{name: values[i] for name, values in columns.items()}} for i in range(count)
+      {"step": chunk.step - count + 1 + i, **{name: column[i] for name, column in columns.items()}}
+      for i in range(count)
     ]
     if chunk.heldout_loss is not None:
       rows.append({"step": chunk.step, "heldout/loss": chunk.heldout_loss})
@@ -109,15 +120,18 @@ class JsonlWriter:
     self._file.flush()
 
   def _cut(self) -> None:
-    """Cuts off what this start writes again."""
+    """Cuts off the rows that this start writes again."""
     if self._lost:
-      say(f"WARNING: {self._path} is damaged: {self._lost} earlier rows stand behind later ones, and are cut off with them")
+      print_stderr(
+        f"WARNING: {self._path} is damaged: {self._lost} earlier rows stand behind later ones, and "
+        "are cut off with them"
+      )
     self._file.truncate(self._cut_at)
     self._file.write("" if self._is_whole else "\n")
     self._cut_at = None
 
   def sync(self) -> None:
-    """Returns when what was written is on the disk: a checkpoint must not be there without the rows that led to it."""
+    """Waits until the rows written so far are on disk; called before a checkpoint is saved."""
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
@@ -129,9 +143,9 @@ class Line(NamedTuple):
   """A line of metrics.jsonl.
 
   Attributes:
-    end: bytes of the file up to where the next one begins.
-    row: numbers by name, with `step`; None where the line is no row.
-    is_whole: whether it ends with a line break: the last one of a process that was killed may not.
+    end: offset in bytes of the next line.
+    row: numbers by name, with `step`; None where the line is not a row.
+    is_whole: whether it ends with a line break; the last line of a killed process may not.
   """
 
   end: int
@@ -140,10 +154,12 @@ class Line(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-  """Yields the lines of metrics.jsonl, whatever they hold, in little memory however long they are; none of an absent file.
+  """Yields the lines of metrics.jsonl; an absent file has none.
+
+  Lines may hold anything and be of any length; memory stays small.
 
   Raises:
-    UserError: if something else than a plain file has the name.
+    UserError: if it is not a plain file.
   """
   if not os.path.lexists(path):
     return
@@ -151,14 +167,18 @@ def read_lines(path: Path) -> Iterator[Line]:
   with open_file(path) as file:
     while line := file.readline(MAX_LINE):
       end, row = end + len(line), _parse_row(line)
-      while len(line) == MAX_LINE and not line.endswith(b"\n"):  # the rest of a line that is too long
+      # The rest of a line that is too long.
+      while len(line) == MAX_LINE and not line.endswith(b"\n"):
         line = file.readline(MAX_LINE)
         end, row = end + len(line), None
       yield Line(end, row, line.endswith(b"\n"))
 
 
 def _parse_row(line: bytes) -> dict[str, float] | None:
-  """A line's row: an object of numbers that fit float32 (NaN and infinity do), whose `step` is a whole one; else None."""
+  """Parses a JSON object of numbers that fit float32, with an integer `step`; None for others.
+
+  NaN and infinity fit.
+  """
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):
@@ -172,16 +192,20 @@ def _is_number(value: object) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-  """Reads the rows of metrics.jsonl; lines that are none are left out, and an absent file is empty.
+  """Reads the rows of metrics.jsonl; skips lines that are not rows; an absent file is empty.
 
   Raises:
-    UserError: if something else than a plain file has the name.
+    UserError: if it is not a plain file.
   """
   return [line.row for line in read_lines(path) if line.row is not None]
 
 
 def read_losses(path: Path, step: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
-  """Reads the losses up to a step from metrics.jsonl, in little memory: float32 [updates], and (step, held-out loss)."""
+  """Reads the losses of metrics.jsonl up to a step, in little memory.
+
+  Returns:
+    Training losses, float32 [updates], and (step, held-out loss) of each evaluation.
+  """
   losses, heldout_losses = array.array("f"), []
   for line in read_lines(path):
     row = line.row if line.row is not None and line.row["step"] <= step else {}
@@ -193,17 +217,36 @@ def read_losses(path: Path, step: int) -> tuple[np.ndarray, list[tuple[int, floa
 
 
 class Clock:
-  """Seconds since the last look."""
+  """A clock that measures consecutive laps."""
 
   def __init__(self):
-    """Starts."""
+    """Starts the first lap."""
     self._last = time.perf_counter()
 
   def lap(self) -> float:
-    """Seconds since the last lap."""
+    """Ends a lap and starts the next; returns its seconds."""
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
     return seconds
+
+
+class Call(NamedTuple):
+  """A compiled call that was made, and what was started after it.
+
+  Attributes:
+    step: updates done after the call.
+    num_steps: updates that the call made.
+    metrics: name -> array [capacity] on the device, whose first `num_steps` entries are set.
+    evaluation: held-out loss in nats per token and number of tokens, on the device; None where no
+      evaluation was due.
+    texts: waits for the samples and returns them; None where none were due.
+  """
+
+  step: int
+  num_steps: int
+  metrics: dict[str, jax.Array]
+  evaluation: tuple[jax.Array, jax.Array] | None
+  texts: Callable[[], list[str]] | None
 
 
 class Log:
@@ -212,72 +255,105 @@ class Log:
   Attributes:
     losses: training loss of each update of this start, nats per token, float32.
     evaluations: (step, nats per token, tokens) of each evaluation of this start.
-    evaluated: steps of the evaluations that are on record, earlier starts' too.
-    health: counts updates that were skipped.
+    evaluated: steps of all evaluations on record, including earlier starts'.
+    health: statistics of losses and skipped updates.
   """
 
   def __init__(self, writers: list[Writer], rows: Sequence[dict], max_consecutive_skips: int):
-    """Begins; `rows` are those of earlier starts."""
+    """Starts the clock.
+
+    Args:
+      writers: a writer whose writing fails is removed from the list.
+      rows: of earlier starts.
+      max_consecutive_skips: see `TrainConfig`.
+    """
     self._writers, self._clock = writers, Clock()
     self._seconds_per_step = 0.0
-    self.losses = array.array("f")  # a list would take eight times the room
+    self.losses = array.array("f")  # a list would take eight times the memory
     self.evaluations: list[tuple[int, float, int]] = []
     self.evaluated = {row["step"] for row in rows if "heldout/loss" in row}
     self.health = Health(rows, max_consecutive_skips)
 
-  def whole_evaluation(self, train: TrainConfig) -> tuple[float, int] | None:
-    """The loss after the last update and its tokens, if it was computed over the whole held-out part."""
+  def find_whole_evaluation(self, train: TrainConfig) -> tuple[float, int] | None:
+    """Returns the held-out loss after the last update and its number of tokens.
+
+    None where it was not evaluated, or not over the whole held-out part.
+    """
     if train.eval_batches is None and self.evaluations and self.evaluations[-1][0] == train.steps:
       return self.evaluations[-1][1:]
     return None
 
   def find_heldout_loss(self, step: int) -> float | None:
-    """The held-out loss at a step of this start, where that was evaluated."""
+    """Returns the held-out loss at a step; None where this start did not evaluate it."""
     return next((loss for at, loss, _ in self.evaluations if at == step), None)
 
   def count_steps(self, seconds: float) -> int:
-    """Updates that take about so long, as the last ones did; one where none was timed yet."""
+    """Estimates from the last call how many updates take `seconds`; 1 before any was timed."""
     if not self._seconds_per_step:
       return 1
     return max(1, int(min(seconds / max(self._seconds_per_step, 1e-9), 2**31)))
 
-  def write(
-    self,
-    step: int,
-    num: int,
-    metrics: dict,
-    evaluation: tuple[Any, Any] | None,
-    texts: Callable[[], list[str]] | None,
-    stop: Stop,
-  ) -> None:
-    """Waits for the call that ended at `step` with its last `num` updates, and for what was begun after it.
+  def write(self, call: Call | None, stop: Stop) -> None:
+    """Waits for a call and what was started after it, and hands its metrics to the writers.
 
-    An evaluation that is not done when `stop` becomes true is left out, and so are texts: whoever goes on makes it again.
+    Args:
+      call: None writes nothing.
+      stop: once it is true, an unfinished evaluation and the samples are dropped; a resumed run
+        makes them again.
     """
-    metrics = {name: np.asarray(values)[:num] for name, values in metrics.items()}
-    self.losses.frombytes(np.asarray(metrics.get("train/loss", ()), np.float32).tobytes())
-    heldout_loss = None
+    if call is None:
+      return
+    metrics = {name: np.asarray(column)[: call.num_steps] for name, column in call.metrics.items()}
+    losses = np.asarray(metrics.get("train/loss", ()), np.float32)
+    self.losses.frombytes(losses.tobytes())
+    heldout_loss, evaluation = None, call.evaluation
     while evaluation is not None and not evaluation[0].is_ready() and not stop:
       time.sleep(0.002)
     if evaluation is not None and evaluation[0].is_ready():
       heldout_loss = float(evaluation[0])
-      self.evaluations.append((step, heldout_loss, int(evaluation[1])))
+      self.evaluations.append((call.step, heldout_loss, int(evaluation[1])))
     seconds = self._clock.lap()
-    self._seconds_per_step = seconds / num if num else self._seconds_per_step
-    chunk = Chunk(step, metrics, seconds, heldout_loss, tuple(texts()) if texts and not stop else ())
-    for line in self.health.observe(step, metrics) if num else ():
-      say(line)
-    self._each(lambda writer: writer.write(chunk), step)
+    if call.num_steps:
+      self._seconds_per_step = seconds / call.num_steps
+    drawn = tuple(call.texts()) if call.texts and not stop else ()
+    chunk = Chunk(call.step, metrics, seconds, heldout_loss, drawn)
+    for line in self.health.observe(call.step, metrics) if call.num_steps else ():
+      print_stderr(line)
+    self._for_each_writer(lambda writer: writer.write(chunk), call.step)
 
   def sync(self) -> None:
-    """Returns when what was written to files is on the disk."""
-    self._each(lambda writer: writer.sync() if isinstance(writer, JsonlWriter) else None)
+    """Waits until the rows written to metrics.jsonl are on disk."""
+    self._for_each_writer(lambda writer: writer.sync() if isinstance(writer, JsonlWriter) else None)
 
-  def _each(self, call: Callable[[Writer], None], step: int | None = None) -> None:
+  def _for_each_writer(self, call: Callable[[Writer], None], step: int | None = None) -> None:
     for writer in list(self._writers):
       try:
         call(writer)
-      except (OSError, ValueError) as error:  # a full disk, a reader that left, an encoding: training is worth more
+      # A full disk, a closed pipe or an encoding: not worth ending the training.
+      except (OSError, ValueError) as error:
         self._writers.remove(writer)
         at = "" if step is None else f" at step {step}"
-        say(f"{type(writer).__name__} stopped{at} ({getattr(error, 'strerror', None) or error}); training goes on")
+        print_stderr(
+          f"{type(writer).__name__} stopped{at} ({getattr(error, 'strerror', None) or error}); "
+          "training goes on"
+        )
+
+
+def close_quietly(writer: Writer) -> None:
+  """Closes a writer; an error was reported when writing failed."""
+  with contextlib.suppress(OSError):
+    writer.close()
+
+
+def collect_losses(
+  log: Log, workdir: Path | None, step: int
+) -> tuple[np.ndarray, list[tuple[int, float]]]:
+  """Returns the losses of a run up to a step, those of earlier starts included.
+
+  Returns:
+    Training losses, float32 [updates], and (step, held-out loss) pairs, nats per token.
+  """
+  if workdir is not None:
+    return read_losses(workdir / "metrics.jsonl", step)
+  pairs = [(at, loss) for at, loss, _ in log.evaluations]
+  return np.asarray(log.losses, np.float32), pairs

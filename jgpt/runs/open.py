@@ -1,41 +1,65 @@
-"""Checkpoints: saving a state while training goes on, and reading back what is verified.
+"""A run folder opened for reading: parameters, tokenizer, settings and metrics of one checkpoint.
 
-Responsible for arrays in a run folder: that a save costs the training loop no more than a copy, that what is read has the
-digests it was saved with, and that damage is named and never read. Orbax is named in this file only. What files a
-checkpoint has, and when it exists, is described in `manifest.py`. Not responsible for what is trained.
+Nothing in the folder is changed or executed. Arrays are read and verified by `checkpoint.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jgpt.config import Experiment
+from jgpt.batches import Stream
+from jgpt.config import Experiment, SampleConfig
+from jgpt.data.corpus import Data, find_data, make_documents
+from jgpt.data.sources import split_documents
 from jgpt.devices import runtime
+from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError, printable
+from jgpt.evaluation import evaluate_loss
+from jgpt.generate import generate_texts
+from jgpt.keys import SAMPLE, derive_key
 from jgpt.model import init_params
-from jgpt.runs import manifest
-from jgpt.runs.checkpoint import _restore
+from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import read_run_files
-from jgpt.runs.manifest import find_damage, find_step, list_steps
-from jgpt.system.files import may_pass
-from jgpt.system.signals import say
+from jgpt.runs.log import read_jsonl
+from jgpt.system.files import is_temporary
+from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
+
+
+class Series(NamedTuple):
+  """One metric of a run over its updates: `plt.plot(*series)` draws it.
+
+  Attributes:
+    steps: int64 [n], the update that each value belongs to; the first update is step 1.
+    values: float64 [n].
+  """
+
+  steps: np.ndarray
+  values: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What sampling needs of a run.
+  """A run at one of its checkpoints, from `open_run`.
 
   Attributes:
-    params: arrays, as `init_params` returns them.
+    params: as `init_params` returns them.
     tokenizer: of the run.
-    experiment: resolved.
+    experiment: resolved, `compute` for this machine's device.
     step: updates that made these parameters.
-    workdir: the folder.
+    workdir: the run folder.
+
+  Example:
+    >>> run = jgpt.open_run("runs/names")
+    >>> run.sample("an")
+    >>> run.loss("anna")
   """
 
   params: dict
@@ -44,46 +68,150 @@ class Run:
   step: int
   workdir: Path
 
+  @functools.cached_property
+  def metrics(self) -> dict[str, Series]:
+    """Reads the run's metrics up to its step, by name: "train/loss", "heldout/loss" and more."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in read_jsonl(self.workdir / "metrics.jsonl"):
+      if row["step"] <= self.step:
+        for name in row.keys() - {"step"}:
+          found.setdefault(name, []).append((row["step"], row[name]))
+    return {
+      name: Series(np.array([at for at, _ in rows]), np.array([value for _, value in rows], float))
+      for name, rows in sorted(found.items())
+    }
 
-def load_run(workdir: str | Path, step: int | None = None) -> Run:
-  """Reads a run's parameters and settings from one of its checkpoints, verified; changes nothing in the folder.
+  def sample(
+    self, prompt: str | None = None, *, seed: int | None = None, **settings: Any
+  ) -> list[str]:
+    """Draws texts, as `python -m jgpt.sample` does.
+
+    Args:
+      prompt: how each text begins; None takes the run's.
+      seed: of the draws; None takes the run's.
+      **settings: fields of `SampleConfig` in place of the run's, for example `num=5`.
+
+    Returns:
+      `num` texts, with the prompt.
+
+    Raises:
+      UserError: for a prompt with characters that the tokenizer does not know, or a setting out of
+        its range.
+    """
+    if prompt is not None:
+      settings["prompt"] = prompt
+    config, seed = choose_sample(self.experiment, seed, settings)
+    key = derive_key(seed, SAMPLE, self.step)
+    return generate_texts(self.params, self.tokenizer, key, self.experiment, config)
+
+  def loss(self, text: str) -> float:
+    """Computes the loss of a text, nats per token, as evaluation does.
+
+    Args:
+      text: documents, one a line, where the run's batches are documents; otherwise one stream, cut
+        into windows of `data.seq_len` tokens that do not see each other.
+
+    Raises:
+      UserError: if the tokenizer does not know a character, or nothing can be predicted.
+    """
+    if self.experiment.data.batching == "documents":
+      lines = split_documents(text)
+      corpus = make_documents(lines, self.tokenizer, self.experiment.data.seq_len)
+      is_empty = not lines
+    else:
+      corpus = Stream(np.asarray(self.tokenizer.encode(text), np.int32))
+      is_empty = len(corpus.tokens) < 2
+    if is_empty:
+      raise UserError(f"the text {text[:40]!r} has nothing to predict. Try a longer one")
+    evaluation = evaluate_loss(self.params, corpus, self.tokenizer, self.experiment)
+    return evaluation.loss_nats_per_token
+
+  def data(self) -> Data:
+    """Loads the text that the run was trained on, found by its recorded digest.
+
+    Raises:
+      UserError: if there is no such text.
+    """
+    recorded = read_run_files(self.workdir)
+    return find_data(
+      self.experiment.data,
+      self.experiment.train.seed,
+      sha256=recorded.data["sha256"],
+      tokenizer=self.tokenizer,
+    )
+
+
+def choose_sample(
+  experiment: Experiment, seed: int | None, settings: dict[str, Any]
+) -> tuple[SampleConfig, int]:
+  """Returns how texts are drawn and from which seed: as given, or else as in an experiment.
 
   Args:
-    workdir: a run folder; a run may be going on in it.
-    step: which checkpoint; None takes the newest that is not damaged, and says so on standard error where one is.
+    experiment: resolved.
+    seed: of the draws; None takes the experiment's.
+    settings: fields of `SampleConfig` in place of the experiment's.
 
   Raises:
-    UserError: if it is no run folder, has no such checkpoint, or what is asked for is damaged.
+    UserError: if there is no such field, or a value is out of its range.
+  """
+  unknown = settings.keys() - {field.name for field in dataclasses.fields(experiment.sample)}
+  if unknown:
+    raise UserError(f"there is no setting sample.{min(unknown)}.")
+  config, train = dataclasses.replace(experiment.sample, **settings), experiment.train
+  if seed is not None:
+    train = dataclasses.replace(train, seed=seed)
+  return config, train.seed
+
+
+def open_run(workdir: str | Path, step: int | None = None) -> Run:
+  """Reads a run's parameters and settings from one of its checkpoints, and verifies them.
+
+  Args:
+    workdir: a run folder; a process may be training in it.
+    step: of the checkpoint; None takes the newest that is not damaged, with a warning on standard
+      error for each newer one.
+
+  Raises:
+    UserError: if it is not a run folder, has no such checkpoint, or the checkpoint is damaged.
+
+  Example:
+    >>> run = jgpt.open_run("runs/names")
+    >>> run.experiment.model.num_layers
   """
   workdir = Path(workdir)
   if not os.path.isdir(workdir / "checkpoints"):
-    read_run_files(workdir)  # says what is missing
-  runtime.devices()  # says where there is none
+    read_run_files(workdir)  # raises an error that says what is missing
+  runtime.devices()  # raises an error where there is none
   if step is not None:
-    return _load_step(workdir, find_step(workdir, step))
+    return _open_step(workdir, manifest.find_step(workdir, step))
   while True:
-    find_step(workdir, None)
-    steps = list_steps(workdir)
+    manifest.find_step(workdir, None)
+    steps = manifest.list_steps(workdir)
     for newest in reversed(steps):
       try:
-        return _load_step(workdir, newest)
+        return _open_step(workdir, newest)
       except UserError as error:
-        if may_pass(error):
+        if is_temporary(error):
           raise
-        if newest not in list_steps(workdir):
-          break  # deleted meanwhile, so there is a newer one
+        if newest not in manifest.list_steps(workdir):
+          break  # its writer deleted it, so there is a newer one
         if newest == steps[0]:
-          raise UserError(f"every checkpoint of {workdir} is damaged; of the oldest: {error}") from error
-        say(f"WARNING: step {newest} is damaged, the one before it is taken: {printable(str(error))}")
+          words = f"every checkpoint of {workdir} is damaged; of the oldest: {error}"
+          raise UserError(words) from error
+        shown = printable(str(error))
+        print_stderr(f"WARNING: step {newest} is damaged, the one before it is taken: {shown}")
 
 
-def _load_step(workdir: Path, step: int) -> Run:
+def _open_step(workdir: Path, step: int) -> Run:
+  """Reads and verifies the parameters of one checkpoint."""
   folder = manifest.checkpoints_dir(workdir) / str(step)
-  if damage := find_damage(folder, ["params"]):
+  if damage := manifest.find_damage(folder, ["params"]):
     raise UserError(damage)
   files = read_run_files(folder)
-  place = jax.sharding.SingleDeviceSharding(runtime.devices()[0])
+  device = runtime.devices()[0]
+  place = jax.sharding.SingleDeviceSharding(device)
   shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-  params = _restore(folder, {"params": target})["params"]
-  return Run(params, files.tokenizer, files.experiment, step, workdir)
+  params = checkpoint.restore_items(folder, {"params": target})["params"]
+  experiment = resolve_compute(files.experiment, device.platform)
+  return Run(params, files.tokenizer, experiment, step, workdir)

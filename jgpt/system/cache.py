@@ -1,8 +1,7 @@
-"""Where text comes from: a path, a folder named by the environment, the user's cache, a download, or the package itself.
+"""The user's cache folder, and digests of bytes.
 
-Responsible for finding the bytes of a text, or of GPT-2's tokenizer, and saying where they were found, with their digest.
-A text that was recorded by a run is found again by its digest. Not responsible for fetching over the network
-(`download.py`) or for what the text means (`data.py`). Imports no jax.
+What is kept in the folder is decided by those who write to it: `data/download.py`,
+`devices/runtime.py` and `devices/canary.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ from pathlib import Path
 
 
 def digest_bytes(content: bytes) -> str:
-  """SHA-256 in hexadecimal."""
+  """Computes the SHA-256 of bytes, in hexadecimal."""
   return hashlib.sha256(content).hexdigest()
 
 
 def cache_dir() -> Path:
-  """The user's cache folder for jgpt (`$JGPT_CACHE_DIR` where set); it may not exist yet."""
+  """Returns the user's cache folder for jgpt, which may not exist yet.
+
+  `$JGPT_CACHE_DIR` replaces the operating system's default where it is set.
+  """
   if os.environ.get("JGPT_CACHE_DIR"):
     return Path(os.environ["JGPT_CACHE_DIR"])
   import platformdirs  # only here, so that --help does not wait for it
@@ -27,6 +29,12 @@ def cache_dir() -> Path:
 
 
 def make_private(folder: Path) -> None:
-  """Creates a folder that only its user can enter (0700); one that exists is left as it is. Raises OSError."""
+  """Creates a folder that only its owner can enter (mode 0700), and its parents.
+
+  A folder that exists keeps its mode.
+
+  Raises:
+    OSError: if it cannot be created.
+  """
   folder.parent.mkdir(parents=True, exist_ok=True)
   folder.mkdir(exist_ok=True, mode=0o700)

@@ -1,8 +1,7 @@
-"""Files read with suspicion and written whole.
+"""Reads small files from untrusted folders, and writes files atomically.
 
-Responsible for small files that may be anybody's: plain ones only, of bounded size, without waiting for a pipe; and for
-writing so that a reader sees the old file or the new one, after a power cut too. Not responsible for what they hold.
-Imports no jax.
+Reading accepts only regular files of bounded size and never waits for a pipe. After a write a
+reader sees either the old file or the new one, also after a power cut. Imports no jax.
 """
 
 from __future__ import annotations
@@ -22,18 +21,25 @@ from jgpt.errors import UserError
 MAX_BYTES = 64 << 20  # of a small file; a tokenizer of 50,257 ids has 2 MB
 
 
-# Errors that are a file's own, and say that it is damaged.
+# Errors that mean that the file itself is missing or damaged.
 DAMAGE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENXIO", "ENODEV", "EIO", "EBADMSG", "EUCLEAN")
 
 
-def may_pass(error: Exception) -> bool:
-  """Whether an error may be gone the next time: no permission, too many open files, a server that is away."""
+def is_temporary(error: Exception) -> bool:
+  """Returns whether the system's error is not about the file itself, so that a retry may succeed.
+
+  Examples are a missing permission, too many open files and a file server that does not answer.
+  """
   number = getattr(error, "errno", None)
   return number is not None and number not in (getattr(errno, name, None) for name in DAMAGE)
 
 
 class UnreadableError(UserError):
-  """A file that the system would not read. Attributes: `errno` says why."""
+  """A file that the operating system could not read.
+
+  Attributes:
+    errno: the system's error number.
+  """
 
   def __init__(self, text: str, number: int):
     super().__init__(text)
@@ -42,11 +48,11 @@ class UnreadableError(UserError):
 
 @contextlib.contextmanager
 def open_plain(path: Path) -> Iterator[BinaryIO]:
-  """Opens a plain file, or what a link to one leads to, for reading.
+  """Opens a regular file, or a link to one, for reading.
 
   Raises:
-    UserError: naming the file, if it is absent or no plain file.
-    UnreadableError: if the system does not read it.
+    UserError: naming the file, if it does not exist or is not a regular file.
+    UnreadableError: if the system cannot read it.
   """
   flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
   try:
@@ -61,7 +67,12 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_small(path: Path, most: int = MAX_BYTES) -> bytes:
-  """Reads a plain file of at most so many bytes; raises `UserError` naming it if it is anything else."""
+  """Reads a regular file of at most `most` bytes.
+
+  Raises:
+    UserError: naming the file, if it does not exist, is larger or is not a regular file.
+    UnreadableError: if the system cannot read it.
+  """
   with open_plain(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size > most:
@@ -70,9 +81,11 @@ def read_small(path: Path, most: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: Path, most: int = MAX_BYTES) -> Any:
-  """Reads a JSON file as `read_small` does; raises `UserError` naming it if it is none.
+  """Reads a JSON file of at most `most` bytes; its value may take 25 times as much memory.
 
-  As Python's objects it takes up to 25 times its bytes.
+  Raises:
+    UserError: as `read_small`, and if the file is not JSON.
+    UnreadableError: if the system cannot read it.
   """
   content = read_small(path, most)
   try:
@@ -82,29 +95,34 @@ def read_json(path: Path, most: int = MAX_BYTES) -> Any:
 
 
 def digest_file(path: Path) -> str:
-  """SHA-256 of a file of any size, in hexadecimal; raises OSError where it cannot be read."""
+  """Computes the SHA-256 of a file of any size, in hexadecimal.
+
+  Raises:
+    OSError: if the file cannot be read.
+  """
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON under a temporary name, then renames."""
+  """Writes a value as indented JSON, as `write_file` does."""
   text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-  write_file(path, text.encode(errors="backslashreplace"))  # half a surrogate, from a file's name: as JSON escapes it
+  # A file's name may hold a lone surrogate, which UTF-8 cannot encode: JSON has the same escape.
+  write_file(path, text.encode(errors="backslashreplace"))
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes UTF-8 text under a temporary name, then renames."""
+  """Writes text as UTF-8, as `write_file` does."""
   write_file(path, text.encode())
 
 
 def write_file(path: Path, content: bytes) -> None:
-  """Writes bytes under a temporary name, then renames; the folder must exist.
+  """Writes bytes under a temporary name, then renames the file; the folder must exist.
 
-  A link that somebody put in the place of either name is replaced and never followed.
+  A link at either name is replaced, never followed.
 
   Raises:
-    OSError: naming the file, whatever went wrong.
+    OSError: naming the file.
   """
   temporary = path.with_name(f".{path.name}.tmp")
   temporary.unlink(missing_ok=True)
@@ -115,16 +133,17 @@ def write_file(path: Path, content: bytes) -> None:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except OSError as error:
-    error.filename = error.filename or str(path)  # a write that fails names no file
+    error.filename = error.filename or str(path)  # `write` raises errors without a name
     with contextlib.suppress(OSError):
-      temporary.unlink()  # half a file is no use, and a disk that is full needs the room
+      temporary.unlink()  # a full disk needs the room
     raise
   sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:
-  """Returns when a file that others wrote is on the disk."""
-  descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write to
+  """Flushes to the disk a file that another library wrote."""
+  # Windows flushes only files that are open for writing.
+  descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
   try:
     os.fsync(descriptor)
   finally:
@@ -132,8 +151,11 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-  """Makes renames in a folder last through a power cut, where the system can."""
-  with contextlib.suppress(OSError):  # Windows opens no folders
+  """Flushes a folder's entries to the disk, so that renames in it survive a power cut.
+
+  Where the system cannot do so, nothing happens.
+  """
+  with contextlib.suppress(OSError):  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
       os.fsync(descriptor)

@@ -1,8 +1,7 @@
-"""One writer for a folder.
+"""A lock on a folder, so that only one process writes to it.
 
-Responsible for keeping a second process from writing into a folder that one is writing to. The system lets a lock go when
-its process ends, however it ends, so none is ever stale. Where the file system has no locks, and on Windows, nothing is
-kept. Imports no jax.
+The operating system releases a lock when its process ends, however it ends, so no lock is ever
+stale. On Windows, and on file systems without locks, nothing is locked. Imports no jax.
 """
 
 from __future__ import annotations
@@ -22,23 +21,27 @@ from jgpt.errors import UserError, show
 
 LOCK_FILE = ".lock"
 ATTEMPTS = 100
-LOOK_SECONDS = 0.2  # somebody may hold it for a moment, to see whether it is held
+LOCK_WAIT_SECONDS = 0.2  # `is_held` in another process holds the lock for a moment
 
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-  """Holds a folder's lock; the folder must exist. On a file system without locks, and on Windows, it holds nothing.
+  """Holds a folder's lock inside a `with` statement; the folder must exist.
 
   Raises:
-    UserError: naming the process that holds it, if another one does.
+    UserError: naming the process that holds the lock, if another one does, or if the folder cannot
+      be written to.
   """
   path = folder / LOCK_FILE
   file = _acquire(path)
   if file is None:
     holder = describe_holder(folder)
-    raise UserError(f"{folder} is being written by another process{f' ({holder})' if holder else ''}. Wait until it ends")
+    raise UserError(
+      f"{folder} is being written by another process{f' ({holder})' if holder else ''}. Wait until "
+      "it ends"
+    )
   with file:
-    with contextlib.suppress(OSError):  # a full disk: the lock holds, whatever the file says
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without its content
       file.truncate(0)
       file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
       file.flush()
@@ -46,21 +49,22 @@ def hold(folder: Path) -> Iterator[None]:
       yield
     finally:
       with contextlib.suppress(OSError):
-        path.unlink()  # still held: whoever opened the file before finds it gone, and tries again
+        # Removed while it is held: a process that has opened it sees that it is gone, and retries.
+        path.unlink()
 
 
 def is_held(folder: Path) -> bool:
-  """Whether another process writes to a folder; changes nothing."""
+  """Returns whether another process holds a folder's lock; changes nothing."""
   try:
     file = _open(folder / LOCK_FILE, os.O_RDWR)
   except OSError:
     return False
   with file:
-    return not _lock(file)
+    return not _try_lock(file)
 
 
 def describe_holder(folder: Path) -> str:
-  """The process that a lock file names, or "" where it names none."""
+  """Returns "process PID on HOST" as a folder's lock file has it, or "" where it names none."""
   try:
     with _open(folder / LOCK_FILE, os.O_RDONLY) as file:
       holder = json.loads(file.read(500))
@@ -70,14 +74,14 @@ def describe_holder(folder: Path) -> str:
 
 
 def _acquire(path: Path) -> IO[str] | None:
-  """Opens and locks a file, creating it; None where another process has the lock."""
-  end = time.monotonic() + LOOK_SECONDS
+  """Opens and locks a file, creating it; returns None where another process has the lock."""
+  end = time.monotonic() + LOCK_WAIT_SECONDS
   for _ in range(ATTEMPTS):
     try:
       file = _open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
       raise UserError(f"cannot write to {path.parent}: {error.strerror}.") from None
-    while not (locked := _lock(file)) and time.monotonic() < end:
+    while not (locked := _try_lock(file)) and time.monotonic() < end:
       time.sleep(0.01)
     if not locked:
       file.close()
@@ -85,12 +89,12 @@ def _acquire(path: Path) -> IO[str] | None:
     with contextlib.suppress(OSError):
       if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
         return file
-    file.close()  # its holder ended and removed it between the two
-  raise UserError(f"cannot lock {path}: it is another file each time. Choose another folder")
+    file.close()  # its holder removed it after it was opened here
+  raise UserError(f"cannot lock {path}: other processes keep replacing it. Choose another folder")
 
 
 def _open(path: Path, flags: int) -> IO[str]:
-  """Opens a file, never through a symbolic link and never waiting for the other end of a pipe."""
+  """Opens a regular file, without following a symbolic link or waiting for a pipe."""
   flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
   descriptor = os.open(path, flags, 0o644)
   if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -99,7 +103,8 @@ def _open(path: Path, flags: int) -> IO[str]:
   return os.fdopen(descriptor, "r" if flags & 3 == os.O_RDONLY else "r+", encoding="utf-8")
 
 
-def _lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
+  """Locks a file without waiting; returns False where another process has the lock."""
   try:
     import fcntl
   except ImportError:  # Windows

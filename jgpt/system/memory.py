@@ -1,7 +1,6 @@
-"""How much memory there is: the machine's, or what a container may use of it.
+"""The memory and processor cores of the machine, or of the container that limits them.
 
-Responsible for asking the kernel. Not responsible for what is too much: who asks knows what it wants to hold. Imports no
-jax.
+Limits are read from the kernel's control groups. Imports no jax.
 """
 
 from __future__ import annotations
@@ -10,14 +9,17 @@ import contextlib
 import re
 from pathlib import Path
 
-NO_LIMIT = 2**60  # bytes; version 1 of control groups says "none" by a number beyond
+NO_LIMIT = 2**60  # bytes; version 1 of control groups writes a larger number for "no limit"
 
 
 def read_quota(root: Path = Path("/")) -> tuple[float | None, int | None]:
-  """A container's limits: (cores, bytes of memory), None where there is none.
+  """Reads a container's limits.
 
   Args:
-    root: where proc and sys are.
+    root: folder with proc and sys.
+
+  Returns:
+    Cores, and bytes of memory; None where there is no limit.
   """
   cores, memory = [], []
   for folder in _cgroups(root):
@@ -31,10 +33,13 @@ def read_quota(root: Path = Path("/")) -> tuple[float | None, int | None]:
 
 
 def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
-  """Bytes of memory (in all, available) within a container's limits; None where the system does not say.
+  """Measures the memory of the machine, within a container's limits.
 
   Args:
-    root: where proc and sys are.
+    root: folder with proc and sys.
+
+  Returns:
+    Bytes in total, and bytes available; None where the system does not say.
   """
   lines = dict(line.partition(":")[::2] for line in read_kernel(root / "proc/meminfo").splitlines())
   sizes = [re.match(r"\s*(\d+) kB", lines.get(name, "")) for name in ("MemTotal", "MemAvailable")]
@@ -44,8 +49,12 @@ def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
       import psutil  # comes with orbax; only where the kernel has no /proc
 
       total, available = psutil.virtual_memory()[:2]
-  groups = [(limit, folder) for folder in _cgroups(root) if (limit := _read_limit(folder)) is not None]
-  if total is not None and (groups := [(limit, folder) for limit, folder in groups if limit < total]):
+  groups = [
+    (limit, folder) for folder in _cgroups(root) if (limit := _read_limit(folder)) is not None
+  ]
+  if total is not None and (
+    groups := [(limit, folder) for limit, folder in groups if limit < total]
+  ):
     total = min(limit for limit, _ in groups)
     left = [max(0, limit - _read_used(folder)) for limit, folder in groups]
     available = min(*left, total if available is None else available)
@@ -53,7 +62,7 @@ def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
 
 
 def read_kernel(path: Path) -> str:
-  """What a file of the kernel's says; "" where there is none."""
+  """Reads a file of the kernel, stripped; returns "" where it cannot be read."""
   try:
     return path.read_text(encoding="utf-8", errors="replace").strip()
   except OSError:
@@ -61,26 +70,37 @@ def read_kernel(path: Path) -> str:
 
 
 def _cgroups(root: Path) -> list[Path]:
-  """The folders of this process's control groups, and those above them."""
+  """Lists the folders of this process's control groups, and their parents."""
   folders = []
   for line in read_kernel(root / "proc/self/cgroup").splitlines():
     controllers, _, path = line.partition(":")[2].partition(":")
-    for base in [root / "sys/fs/cgroup", *(root / "sys/fs/cgroup" / name for name in controllers.split(",") if name)]:
-      below = base.joinpath(path.strip("/")) if ".." not in path else base  # a group outside of the container
+    for base in [
+      root / "sys/fs/cgroup",
+      *(root / "sys/fs/cgroup" / name for name in controllers.split(",") if name),
+    ]:
+      # A path with ".." leads to a group outside the container.
+      below = base.joinpath(path.strip("/")) if ".." not in path else base
       folders += [folder for folder in (below, *below.parents) if folder.is_relative_to(base)]
   return list(dict.fromkeys(folders))
 
 
 def _read_limit(folder: Path) -> int | None:
-  """Bytes of memory that a control group may use, or None."""
+  """Returns the bytes of memory that a control group may use, or None."""
   texts = [read_kernel(folder / name) for name in ("memory.max", "memory.limit_in_bytes")]
-  return min((int(text) for text in texts if text.isdecimal() and int(text) < NO_LIMIT), default=None)
+  return min(
+    (int(text) for text in texts if text.isdecimal() and int(text) < NO_LIMIT), default=None
+  )
 
 
 def _read_used(folder: Path) -> int:
-  """Bytes of memory that a control group uses, without the files that the kernel only remembers and gives up first."""
+  """Returns the bytes of memory that a control group uses, without its inactive file cache.
+
+  The kernel frees that cache before it runs out of memory.
+  """
   texts = [read_kernel(folder / name) for name in ("memory.current", "memory.usage_in_bytes")]
   used = max((int(text) for text in texts if text.isdecimal()), default=0)
-  facts = dict(line.partition(" ")[::2] for line in read_kernel(folder / "memory.stat").splitlines())
-  remembered = facts.get("total_inactive_file", facts.get("inactive_file", ""))
-  return max(0, used - (int(remembered) if remembered.isdecimal() else 0))
+  facts = dict(
+    line.partition(" ")[::2] for line in read_kernel(folder / "memory.stat").splitlines()
+  )
+  cached = facts.get("total_inactive_file", facts.get("inactive_file", ""))
+  return max(0, used - (int(cached) if cached.isdecimal() else 0))

@@ -1,12 +1,13 @@
-"""Stopping a run: the first signal asks, the second insists.
+"""Stopping a run by SIGINT, SIGTERM or SIGHUP (a terminal that is closed).
 
-Responsible for SIGINT, SIGTERM and SIGHUP (a terminal that is closed) while training, and for one line that says what
-becomes of the run. What is saved then is decided by `train.py`.
+The first signal asks the run to stop after the steps under way, the second ends it at once. What is
+saved on a stop is decided in `train.py`.
 
-A library user's process is not ours to end: `stop_signals` collects the first signal, and what interrupts Python as usual
-is the second. A command ends itself: `exit_on_signals` hears a signal at once, whatever the main thread is waiting for,
-because a thread of its own reads what the system's handler writes; Python's handlers would wait until XLA has compiled or
-computed.
+jgpt must not end the process of a library user: `stop_signals` records the first signal, and the
+second has its usual effect in Python. A command ends its own process: `exit_on_signals` reacts to a
+signal at once, also while XLA compiles or computes in the main thread. Python's handlers would run
+only after that; so a thread reads the numbers of signals from a socket, to which the interpreter's
+C handler writes them (`signal.set_wakeup_fd`).
 """
 
 from __future__ import annotations
@@ -23,34 +24,44 @@ from pathlib import Path
 
 from jgpt.errors import TrainingError
 
-REPEAT_SECONDS = 0.5  # a key that is held down, or a signal sent to the whole group, is one signal
+# Signals so close together count as one: a key is held down, or a whole process group is signalled.
+REPEAT_SECONDS = 0.5
 EXIT_BY_SIGNAL = 128  # a process ended by signal n has status 128 + n, by the shell's convention
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-ASKED = "\nstopping after the steps under way; once more quits at once"
+SIGNALS = tuple(
+  getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+STOPPING = "\nstopping after the steps under way; once more quits at once"
 
 
-def say(line: str) -> None:
-  """One line on standard error, also from a signal handler; without a standard error, none."""
+def print_stderr(line: str) -> None:
+  """Prints a line to standard error, where there is one; may be called in a signal handler."""
   if sys.stderr is None:
-    return  # what has its number now is another file
+    return  # file descriptor 2 may be another file now
   with contextlib.suppress(OSError):
     os.write(2, f"{line}\n".encode(errors="replace"))
 
 
 def describe_stop(step: int, workdir: Path | None) -> str:
-  """What a run leaves that is stopped after a step, with nothing unsaved."""
+  """Describes in one line what a run has saved when it stops after a step.
+
+  Args:
+    step: updates so far, all of them saved.
+    workdir: the run folder; None for a run that saves nothing.
+  """
   if workdir is None:
     return f"stopped after step {step:,}; nothing is kept"
   if not step:
     return f"stopped before the first step; the same command begins again in {workdir}"
-  return f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there"
+  return (
+    f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there"
+  )
 
 
 class Stop:
-  """Whether a run was asked to stop.
+  """A request to stop a run; true once a signal has arrived.
 
   Attributes:
-    signal: the first signal that came while there was something to save; None before.
+    signal: number of the first signal that arrived outside `leaving`; None before.
   """
 
   def __init__(self):
@@ -61,24 +72,27 @@ class Stop:
 
   @contextlib.contextmanager
   def leaving(self, line: str, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """While this is entered nothing is unsaved, and a signal ends the process.
+    """Marks a block of code in which nothing is unsaved: a signal need not wait for its end.
+
+    In a library user's process the signal has its usual effect in the block. A command's process
+    ends.
 
     Args:
-      line: says so.
-      finish: called before, for example to wait for a save.
+      line: printed when a command ends in the block; says what is saved.
+      finish: called before the line is printed, for example to wait for a save.
     """
     yield
 
   def leave(self, line: str) -> None:
-    """Says what was saved after a signal; a process of ours ends with it."""
-    say(line)
+    """Prints what was saved after a signal; a command's process then ends."""
+    print_stderr(line)
 
 
-# --- In somebody's process ---
+# --- Signal handling for library users ---
 
 
-class _Asked(Stop):
-  """Inside `leaving` signals have their usual effect."""
+class _LibraryStop(Stop):
+  """A stop in a library user's process: inside `leaving` signals have their usual effect."""
 
   def __init__(self):
     super().__init__()
@@ -95,11 +109,12 @@ class _Asked(Stop):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-  """Collects the first of `SIGNALS` instead of dying of it.
+  """Records the first of `SIGNALS` as a request to stop, in place of its usual effect.
 
-  A second one, more than `REPEAT_SECONDS` later, has its usual effect. Signals that were ignored stay ignored.
+  A second signal, more than `REPEAT_SECONDS` later, has its usual effect. Signals that were ignored
+  stay ignored. Outside the main thread nothing is recorded, for only it may install handlers.
   """
-  stop = _Asked()
+  stop = _LibraryStop()
   first = 0.0
 
   def on_signal(number: int, frame: object) -> None:
@@ -110,75 +125,81 @@ def stop_signals() -> Iterator[Stop]:
     elif not stop:
       first = time.monotonic()
       stop.signal = number
-      say(ASKED)
+      print_stderr(STOPPING)
 
-  with _handled(on_signal) as previous:
+  with _install_handlers(on_signal) as previous:
     yield stop
 
 
-# --- In a process of ours ---
+# --- Signal handling for commands ---
 
 
-class _Exiting(Stop):
-  """Inside `leaving` a signal ends the process, with the line and the shell's status for the signal."""
+class _CommandStop(Stop):
+  """A stop in a command's process: inside `leaving` a signal ends the process.
+
+  It ends with the line given to `leaving` and the shell's status for the signal.
+  """
 
   def __init__(self):
     super().__init__()
     self._lock = threading.Lock()
-    self._leave: tuple[str, Callable[[], None]] | None = None
+    self._block: tuple[str, Callable[[], None]] | None = None  # arguments of `leaving`
     self._first = 0.0
 
   @contextlib.contextmanager
   def leaving(self, line: str, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
     with self._lock:
-      before, self._leave = self._leave, (line, finish)
-      asked = self.signal
-    if asked is not None:
-      self._end(asked, line, finish)
+      outer, self._block = self._block, (line, finish)
+      number = self.signal
+    if number is not None:
+      self._end(number, line, finish)
     try:
       yield
     finally:
       with self._lock:
-        self._leave = before
+        self._block = outer
 
   def leave(self, line: str) -> None:
     self._end(self.signal, line)
 
-  def hear(self, number: int) -> None:
-    """What becomes of a signal; called by the thread that hears it."""
+  def on_signal(self, number: int) -> None:
+    """Handles a signal, in the thread that reads signals."""
     with self._lock:
       is_first = self.signal is None
       if is_first:
         self._first, self.signal = time.monotonic(), number
       elif time.monotonic() - self._first <= REPEAT_SECONDS:
         return
-      leave = self._leave
+      block = self._block
     if not is_first:
       _exit(EXIT_BY_SIGNAL + number, "\nstopped at once; the last checkpoint is as it was")
-    if leave is None:
-      say(ASKED)
+    if block is None:
+      print_stderr(STOPPING)
       return
-    say("\nstopping")
-    threading.Thread(target=self._end, args=(number, *leave), daemon=True).start()  # a second signal is heard meanwhile
+    print_stderr("\nstopping")
+    # In a thread of its own, so that this one can handle a second signal.
+    threading.Thread(target=self._end, args=(number, *block), daemon=True).start()
 
   def _end(self, number: int, line: str, finish: Callable[[], None] = lambda: None) -> None:
+    """Ends the process for a signal: flushes the output, calls `finish` and prints the line."""
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
-    flush.join(REPEAT_SECONDS)  # a reader that does not read must not keep the process
+    flush.join(REPEAT_SECONDS)  # a pipe whose reader has stalled must not keep the process alive
     try:
       finish()
-    except Exception as error:  # whatever kept the last save from being finished is what there is to say
+    except Exception as error:  # the last save failed
       _exit(TrainingError.status, f"error: {error}")
     _exit(EXIT_BY_SIGNAL + number, line)
 
 
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[Stop]:
-  """Collects the first of `SIGNALS`, or ends the process where nothing is unsaved (`Stop.leaving`).
+  """Records the first of `SIGNALS` as a request to stop; inside `Stop.leaving` ends the process.
 
-  A second one, more than `REPEAT_SECONDS` later, ends it at once. Signals that were ignored stay ignored.
+  A second signal, more than `REPEAT_SECONDS` later, ends the process at once. Signals that were
+  ignored stay ignored. Outside the main thread nothing is recorded.
   """
-  stop = _Exiting()
+  stop = _CommandStop()
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
@@ -189,9 +210,9 @@ def exit_on_signals() -> Iterator[Stop]:
     with contextlib.suppress(OSError):
       while number := ours.recv(1):
         if number[0] in SIGNALS:
-          stop.hear(number[0])
+          stop.on_signal(number[0])
 
-  with ours, theirs, _handled(lambda number, frame: None):
+  with ours, theirs, _install_handlers(lambda number, frame: None):
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, name="jgpt-signals", daemon=True)
     thread.start()
@@ -204,20 +225,24 @@ def exit_on_signals() -> Iterator[Stop]:
 
 
 @contextlib.contextmanager
-def _handled(on_signal: Callable[[int, object], None]) -> Iterator[dict]:
-  """Installs a handler for the signals that are not ignored; yields the handlers that were there, by signal."""
+def _install_handlers(handler: Callable[[int, object], None]) -> Iterator[dict]:
+  """Installs a handler for those of `SIGNALS` that are not ignored; restores the previous ones.
+
+  Yields:
+    The previous handlers, by signal.
+  """
   if threading.current_thread() is not threading.main_thread():
     yield {}  # only the main thread may install handlers
     return
   handlers = {s: signal.getsignal(s) for s in SIGNALS}
-  previous = {s: handler for s, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+  previous = {s: old for s, old in handlers.items() if old not in (None, signal.SIG_IGN)}
   for s in previous:
-    signal.signal(s, on_signal)
+    signal.signal(s, handler)
   try:
     yield previous
   finally:
-    for s, handler in previous.items():
-      signal.signal(s, handler)
+    for s, old in previous.items():
+      signal.signal(s, old)
 
 
 def _flush() -> None:
@@ -226,9 +251,13 @@ def _flush() -> None:
 
 
 def _exit(status: int, line: str) -> None:
-  """Ends the process from any thread, whatever the others are doing."""
+  """Prints a line and ends the process from any thread, without joining the others."""
   try:
-    show_cursor = "\x1b[?25h" if sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty() else ""
-    say(f"{show_cursor}{line}")
+    show_cursor = (
+      "\x1b[?25h"
+      if sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+      else ""
+    )
+    print_stderr(f"{show_cursor}{line}")
   finally:
     os._exit(status)

@@ -1,1 +1,1 @@
-"""Initial weights, and weights in the formats of others."""
+"""Initial weights of a run, and weights in the formats of Hugging Face and llm.c."""

@@ -1,10 +1,8 @@
-"""GPT-2's parameters by other programs' names: which of jgpt's each is, in which order and shape.
+"""Converts jgpt's parameters to GPT-2's tensors and back: names, order and shapes.
 
-Responsible for the table that relates the two, for turning parameters into GPT-2's tensors, and for building parameters
-out of weights that are read one at a time. Pure: files are read and written by `hugging_face.py` and `llmc.py`.
-
-Hugging Face stores a matrix as (in, out), which is jgpt's memory in another shape: `w_qkv` [D, 3, N, H] is `c_attn.weight`
-[D, 3D] and `w_out` [N, H, D] is `c_proj.weight` [D, D]. llm.c stores it as (out, in).
+Hugging Face stores a matrix as (in, out), which is a reshape of jgpt's: `w_qkv` [D, 3, N, H] is
+`c_attn.weight` [D, 3D], and `w_out` [N, H, D] is `c_proj.weight` [D, D]. llm.c stores a matrix as
+(out, in). Files are read and written in `hugging_face.py` and `llmc.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from jgpt.errors import UserError
 from jgpt.params import Param, param_table, walk
 from jgpt.text.tokenizer import Tokenizer
 
-# jgpt's name and Hugging Face's, {} being the layer; in llm.c's order, which has no head of its own.
+# jgpt's name and Hugging Face's, where {} is the layer, in llm.c's order. llm.c has no "unembed".
 GPT2_NAMES = (
   ("tok_embed", "wte.weight"),
   ("pos_embed", "wpe.weight"),
@@ -45,26 +43,46 @@ GPT2_NAMES = (
   ("norm_final_bias", "ln_f.bias"),
   ("unembed", "lm_head.weight"),
 )
-# The settings that say which function a model computes; the others are about memory, dropout and the first values.
-FUNCTION = (
-  *("vocab_size", "max_seq_len", "num_layers", "num_heads", "d_model", "d_ff", "norm", "norm_embed", "norm_final"),
-  *("activation", "positions", "biases", "tied_head", "scale_embed"),
+# The settings of `ModelConfig` that decide which function a model computes. The others are about
+# padding, dropout and initial values.
+ARCHITECTURE = (
+  "vocab_size",
+  "max_seq_len",
+  "num_layers",
+  "num_heads",
+  "d_model",
+  "d_ff",
+  "norm",
+  "norm_embed",
+  "norm_final",
+  "activation",
+  "positions",
+  "biases",
+  "tied_head",
+  "scale_embed",
 )
-BIASES = ("none", "mlp", "all")  # each has those of the one before
-# What a GPT-2 has, whoever wrote it down.
-GPT2 = {"norm": "layer", "norm_embed": False, "norm_final": True, "positions": "learned", "scale_embed": False}
+BIASES = ("none", "mlp", "all")  # each value includes the biases of those before
+# Settings that every GPT-2 has, in the formats of Hugging Face and llm.c.
+GPT2_SETTINGS = {
+  "norm": "layer",
+  "norm_embed": False,
+  "norm_final": True,
+  "positions": "learned",
+  "scale_embed": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A model's weights in a file or folder, to be read one parameter at a time.
+  """A model's weights in a file or folder, which are read one parameter at a time.
 
   Attributes:
-    location: for a person.
-    model: the settings of `ModelConfig` that they decide, by name.
-    shapes: jgpt's name ("blocks/w_up" in blocks) -> shape in GPT-2, the layers in front, without padding.
-    read: returns the parameter of a name, float32 of that shape, in memory of its own.
-    tokenizer: that comes with them; None where they have none.
+    location: printable path or name.
+    model: the settings of `ModelConfig` that the weights decide, by name.
+    shapes: jgpt's name, such as "blocks/w_up", -> shape in GPT-2: [L, ...] in blocks, and without
+      padding.
+    read: returns the parameter of a name: a new float32 array of that shape.
+    tokenizer: the tokenizer that is stored with the weights; None if there is none.
   """
 
   location: str
@@ -78,37 +96,54 @@ class Weights:
 
 
 def check_is_gpt2(config: ModelConfig, what: str, needs: dict[str, Any]) -> None:
-  """Raises `UserError` naming each setting that is not as `needs` says; `what` needs them so."""
-  others = [f"{n}={format_value(getattr(config, n))} (it has {format_value(v)})" for n, v in _unmet(config, needs)]
+  """Checks that a model can be written in a format of GPT-2.
+
+  Raises `UserError` with each setting that differs and the value it needs otherwise.
+
+  Args:
+    config: the model to write.
+    what: names the format in the error.
+    needs: setting -> the value that the format needs.
+  """
+  others = [
+    f"{n}={format_value(getattr(config, n))} (it has {format_value(v)})"
+    for n, v in _find_unmet(config, needs)
+  ]
   if others:
-    raise UserError(f"{what} cannot hold this model: {', '.join(f'model.{other}' for other in others)}.")
+    raise UserError(
+      f"{what} cannot hold this model: {', '.join(f'model.{other}' for other in others)}."
+    )
 
 
-def _unmet(config: ModelConfig, needs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _find_unmet(config: ModelConfig, needs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
   for name, value in needs.items():
     got = getattr(config, name)
-    if got != value and not (name == "norm" and got == "layer_no_bias"):  # that is a bias of zeros
+    # A norm without biases is written with biases of zero.
+    if got != value and not (name == "norm" and got == "layer_no_bias"):
       yield name, value
 
 
 def to_gpt2(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
-  """Turns parameters into GPT-2's tensors by jgpt's names, in the order of `NAMES`, matrices as (in, out).
+  """Converts parameters to GPT-2's tensors by jgpt's names, in the order of `GPT2_NAMES`.
 
   Args:
     params: as `init_params` returns them (blocks stacked), or their gradients.
-    config: sizes and switches.
+    config: the model of the parameters.
 
   Returns:
-    float32 arrays, the layers in front in blocks, rows of padding left out; biases that the model lacks are zeros. The
-    others are views where the parameters are on the host.
+    float32 arrays of `gpt2_shapes`, with matrices as (in, out) and without rows of padding. Biases
+    that the model lacks are zeros. The others are views if the parameters are NumPy arrays.
   """
   there = flatten(params, config)
   shapes = gpt2_shapes(config)
-  return {name: there[name] if name in there else np.zeros(shape, np.float32) for name, shape in shapes.items()}
+  return {
+    name: there[name] if name in there else np.zeros(shape, np.float32)
+    for name, shape in shapes.items()
+  }
 
 
 def flatten(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
-  """A model's parameters by name, in the shapes of `flat_shapes`; without padding."""
+  """Returns a model's parameters by name, in the shapes of `flat_shapes`, without padding."""
   tensors = {}
   for name, shape in flat_shapes(config).items():
     section, _, inner = name.rpartition("/")
@@ -118,35 +153,61 @@ def flatten(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def flat_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """The shapes of a model's parameters with their heads side by side, the layers in front in blocks, without padding."""
+  """Returns the shapes of a model's parameters by name, with the heads concatenated.
+
+  The shapes in blocks are [L, ...]. Rows of padding are not counted.
+  """
   return {
-    name: (num_layers, *_flat(param)) if "/" in name else (param.shape[0] - param.padding, *param.shape[1:])
+    name: (num_layers, *_flat_shape(param))
+    if "/" in name
+    else (param.shape[0] - param.padding, *param.shape[1:])
     for name, param, num_layers in walk(config)
   }
 
 
 def gpt2_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """The shapes of GPT-2's tensors by jgpt's names, in the order of `NAMES`: `flat_shapes` with all biases."""
+  """Returns the shapes of GPT-2's tensors by jgpt's names, in the order of `GPT2_NAMES`.
+
+  They are those of `flat_shapes`, with all biases.
+  """
   shapes = flat_shapes(dataclasses.replace(config, norm="layer", biases="all"))
   return {name: shapes[name] for name, _ in GPT2_NAMES if name in shapes}
 
 
 def make_gpt2_config(**sizes: Any) -> ModelConfig:
-  """Makes the model that a file of GPT-2's weights describes; a switch that is not given is GPT-2's own."""
-  own = GPT2 | {"activation": "gelu_tanh", "tied_head": True, "num_heads": 1, "biases": "all"}
+  """Makes the settings of the model that a file of GPT-2's weights describes.
+
+  Args:
+    **sizes: settings of `ModelConfig`; those that are missing are GPT-2's.
+  """
+  own = GPT2_SETTINGS | {
+    "activation": "gelu_tanh",
+    "tied_head": True,
+    "num_heads": 1,
+    "biases": "all",
+  }
   return ModelConfig(**own | sizes, init_std=0.02, scale_residual_init=True)
 
 
 def find_shapes(location: Path, sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-  """The `gpt2_shapes` of sizes that a file says; raises `UserError` naming it where no model has them."""
+  """Returns the `gpt2_shapes` of the sizes in a file.
+
+  Raises `UserError` that names the file if the sizes are invalid.
+
+  Args:
+    location: the file.
+    sizes: as for `make_gpt2_config`.
+  """
   try:
     return gpt2_shapes(make_gpt2_config(**sizes))
   except UserError as error:
-    raise UserError(f"{location} has sizes that no model has: {str(error).partition(' Try ')[0]}") from None
+    raise UserError(
+      f"{location} has sizes that no model has: {str(error).partition(' Try ')[0]}"
+    ) from None
 
 
-def _flat(param: Param) -> tuple[int, ...]:
-  """The shape of a parameter with its heads side by side: a matrix from or to the width, or a bias."""
+def _flat_shape(param: Param) -> tuple[int, ...]:
+  """Returns the shape of a parameter with its heads concatenated: that of a matrix or a bias."""
   if "heads" not in param.axes:
     return param.shape
   if "embed" not in param.axes:
@@ -160,10 +221,11 @@ def _flat(param: Param) -> tuple[int, ...]:
 
 
 def check_weights_settings(weights: Weights, config: ModelConfig) -> None:
-  """Raises `UserError` where weights are those of another model, naming each setting and how to make them equal.
+  """Checks that weights are those of a model with these settings.
 
-  Fewer positions than the weights have are allowed: the first ones are taken. Biases that the model lacks may be there if
-  they are zero, which `build_params` sees.
+  Raises `UserError` with each setting that differs, and how to set it, otherwise. A model may have
+  fewer positions than the weights, whose first ones are taken. It may lack biases of the weights if
+  they are zero, which `build_params` checks.
   """
   differing = {}
   for name, value in weights.model.items():
@@ -176,11 +238,20 @@ def check_weights_settings(weights: Weights, config: ModelConfig) -> None:
       differing[name] = value, got
   if not differing:
     return
-  said = ", ".join(f"model.{n}={format_value(a)} there and {format_value(b)} here" for n, (a, b) in differing.items())
+  said = ", ".join(
+    f"model.{n}={format_value(a)} there and {format_value(b)} here"
+    for n, (a, b) in differing.items()
+  )
   for size, sizes in GPT2_SIZES.items():
-    # A file by itself does not say how many heads there are.
-    if all(weights.model.get(name, value) == value for name, value in sizes.items()) and differing.keys() & sizes.keys():
-      changes = [f"model.size={size}", *(f"model.{n}={format_value(differing[n][0])}" for n in differing.keys() - sizes)]
+    # Weights may leave a size open: the number of heads is not in a model.safetensors.
+    if (
+      all(weights.model.get(name, value) == value for name, value in sizes.items())
+      and differing.keys() & sizes.keys()
+    ):
+      changes = [
+        f"model.size={size}",
+        *(f"model.{n}={format_value(differing[n][0])}" for n in differing.keys() - sizes),
+      ]
       break
   else:
     changes = [f"model.{name}={format_value(value)}" for name, (value, _) in differing.items()]
@@ -192,15 +263,16 @@ def build_params(weights: Weights, config: ModelConfig) -> dict:
   """Reads weights as a model's parameters.
 
   Args:
-    weights: of a model with these settings, as `refuse_other_settings` checks.
-    config: sizes and switches; `vocab_size` resolved.
+    weights: passed by `check_weights_settings` for this model.
+    config: `vocab_size` resolved.
 
   Returns:
-    A pytree shaped like `param_table(config)`, float32 (NumPy arrays), blocks stacked; rows of padding are zero.
+    A pytree shaped like `param_table(config)`, float32 (NumPy arrays), blocks stacked; rows of
+    padding are zero.
 
   Raises:
-    UserError: if a parameter is missing, has another shape, or holds numbers that are not finite; or if the weights have
-      one that the model lacks, unless it is a bias of zeros.
+    UserError: if a parameter is missing, has another shape, or has values that are not finite; or
+      if the weights have a parameter that the model lacks, unless it is a bias of zeros.
   """
   wanted = {name: (param, num) for name, param, num in walk(config)}
   for name in weights.shapes.keys() - wanted.keys():
@@ -213,35 +285,45 @@ def build_params(weights: Weights, config: ModelConfig) -> dict:
       )
   tree: dict = {"blocks": {}}
   for name, (param, num) in wanted.items():
-    array = _read(weights, name, param, num)
+    array = _read_param(weights, name, param, num)
     section, _, inner = name.rpartition("/")
     (tree[section] if section else tree)[inner] = array
   return {name: tree[name] for name in param_table(config)}
 
 
-def _read(weights: Weights, name: str, param: Param, num_layers: int) -> np.ndarray:
-  """One parameter in its shape in memory, checked."""
+def _read_param(weights: Weights, name: str, param: Param, num_layers: int) -> np.ndarray:
+  """Reads one parameter in jgpt's shape, and checks its shape and values."""
   if name.startswith("blocks/"):
-    full, need = (num_layers, *param.shape), (num_layers, *_flat(param))
+    full, need = (num_layers, *param.shape), (num_layers, *_flat_shape(param))
   else:
     full, need = param.shape, (param.shape[0] - param.padding, *param.shape[1:])
   there = weights.shapes.get(name, ())
   fewer = name == "pos_embed" and there[1:] == need[1:] and there[0] > need[0]
   if there != need and not fewer:
-    raise UserError(f"{weights.location}: {name} must be {list(need)} for this model, and is {list(there) or 'missing'}.")
+    raise UserError(
+      f"{weights.location}: {name} must be {list(need)} for this model, and is "
+      f"{list(there) or 'missing'}."
+    )
   array = weights.read(name)[: need[0]]
-  with np.errstate(invalid="ignore"):  # infinities of both signs
+  with np.errstate(invalid="ignore"):  # inf - inf is NaN, as it should be
     finite = np.isfinite(np.sum(array, dtype=np.float64))
   if not finite:
     where = np.unravel_index(np.argmin(np.isfinite(array)), array.shape)
-    raise UserError(f"{weights.location}: {name}{[int(i) for i in where]} is {array[where]}: the weights are damaged.")
+    raise UserError(
+      f"{weights.location}: {name}{[int(i) for i in where]} is {array[where]}: the weights are "
+      "damaged."
+    )
   if param.padding:
     array = np.pad(array, [(0, param.padding), (0, 0)])
   return array.reshape(full)
 
 
 def digest_params(params: dict) -> str:
-  """SHA-256 over the names, shapes and values of parameters (NumPy arrays, blocks stacked), in hexadecimal."""
+  """Computes the SHA-256, in hexadecimal, of the names, dtypes, shapes and values of parameters.
+
+  Args:
+    params: NumPy arrays, blocks stacked.
+  """
   digest = hashlib.sha256()
   for name, value in sorted(params.items()):
     for inner, array in sorted(value.items()) if name == "blocks" else [("", value)]:

@@ -1,8 +1,8 @@
-"""GPT-2 as Hugging Face's Transformers keeps it: a folder with model.safetensors, config.json and tokenizer files.
+"""Reads and writes GPT-2 as Hugging Face's Transformers stores it.
 
-Responsible for writing such a folder from a model, and for reading one, or its model.safetensors alone. Needs the package
-`safetensors` and neither `transformers` nor `torch`. Not responsible for which parameter is which (`interop.py`) or for the
-tokenizer's files (`tokenizer_files.py`).
+That is a folder with model.safetensors, config.json and tokenizer files; a model.safetensors alone
+can be read too. Needs the package `safetensors`, but neither `transformers` nor `torch`. The names
+of the tensors are in `gpt2.py`, and the tokenizer files in `text/tokenizer_files.py`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,35 @@ from jgpt.system.files import read_json, read_small
 from jgpt.text.bpe import make_gpt2_tokenizer
 from jgpt.text.tokenizer import Tokenizer
 from jgpt.text.tokenizer_files import hugging_face_files, read_hugging_face_tokenizer
-from jgpt.weights.gpt2 import GPT2, GPT2_NAMES, Weights, check_is_gpt2, find_shapes, to_gpt2
+from jgpt.weights.gpt2 import (
+  GPT2_NAMES,
+  GPT2_SETTINGS,
+  Weights,
+  check_is_gpt2,
+  find_shapes,
+  to_gpt2,
+)
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 READABLE = {"F64", "F32", "F16", "BF16"}
 HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}
-_READ_ACTIVATIONS = {name: ours for ours, name in HF_ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
-_PREFIX = "transformer."  # that of a model with a head; the weights that OpenAI released come without
-_MASKS = re.compile(r"h\.[0-9]+\.attn\.(masked_)?bias")  # causal masks, which older files hold beside the weights
-_PART = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)  # a file's name, without a folder
-_NO_PICKLE = "jgpt reads no pickles, which can run code. Transformers' model.save_pretrained(folder) writes safetensors"
-_WEIGHTS_ONLY = "To read the weights only, copy model.safetensors into a folder of its own, and name that file"
-# What a config.json must say, or not mention: other values are other networks.
+_READ_ACTIVATIONS = {name: ours for ours, name in HF_ACTIVATIONS.items()} | {
+  "gelu_pytorch_tanh": "gelu_tanh"
+}
+# Of the names of GPT2LMHeadModel. The weights that OpenAI released have names without it.
+_PREFIX = "transformer."
+# Causal masks, which older files store beside the weights.
+_MASKS = re.compile(r"h\.[0-9]+\.attn\.(masked_)?bias")
+# The name of a file without a folder.
+_PART_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
+_NO_PICKLE = (
+  "jgpt reads no pickles, which can run code. Transformers' model.save_pretrained(folder) writes "
+  "safetensors"
+)
+_WEIGHTS_ONLY = (
+  "To read the weights only, copy model.safetensors into a folder of its own, and name that file"
+)
+# Entries of config.json that must have these values or be missing: others give another network.
 _FIXED = {
   "layer_norm_epsilon": NORM_EPS,
   "scale_attn_weights": True,
@@ -49,18 +66,22 @@ _FIXED = {
 # --- Writing ---
 
 
-def write_folder(folder: Path, params: dict, config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> None:
-  """Writes a folder that `GPT2LMHeadModel.from_pretrained` and `AutoTokenizer.from_pretrained` open.
+def write_folder(
+  folder: Path, params: dict, config: ModelConfig, tokenizer: Tokenizer, dtype: str
+) -> None:
+  """Writes a folder for `GPT2LMHeadModel.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
   Args:
-    folder: exists, and is empty.
+    folder: an existing, empty folder.
     params: as `init_params` returns them (blocks stacked).
-    config: sizes and switches.
-    tokenizer: of the run.
-    dtype: "float32" or "bfloat16", rounded to nearest, ties to even.
+    config: the model of the parameters.
+    tokenizer: the tokenizer that the model was trained with.
+    dtype: "float32", or "bfloat16", which rounds to nearest, ties to even.
 
   Raises:
-    UserError: naming the settings that Transformers' GPT-2 has not, or if `safetensors` is not installed.
+    UserError: with the settings that Transformers' GPT-2 does not have; or if `safetensors` is not
+      installed.
+    OSError: if a file cannot be written.
   """
   check_hugging_face_model(config)
   files = {
@@ -69,19 +90,27 @@ def write_folder(folder: Path, params: dict, config: ModelConfig, tokenizer: Tok
     **hugging_face_files(tokenizer, config.max_seq_len),
   }
   for name, content in files.items():
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = (
+      content
+      if isinstance(content, str)
+      else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    )
     (folder / name).write_text(text, encoding="utf-8", newline="\n")
   write_safetensors(folder / "model.safetensors", to_tensors(params, config), dtype)
-  shutil.copymode(folder / "config.json", folder / "model.safetensors")  # `safetensors` lets nobody else read it
+  # `safetensors` makes a file that only its owner can read.
+  shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def check_hugging_face_model(config: ModelConfig) -> None:
-  """Raises `UserError` naming the settings that Transformers' GPT-2 has not."""
-  check_is_gpt2(config, "Hugging Face's GPT-2", GPT2)
+  """Checks that Transformers' GPT-2 can hold a model, and raises `UserError` otherwise."""
+  check_is_gpt2(config, "Hugging Face's GPT-2", GPT2_SETTINGS)
 
 
 def to_tensors(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
-  """Names the tensors of a model as Transformers does; each layer's are its own. A tied head is not written."""
+  """Converts parameters to tensors with Transformers' names, one for each layer.
+
+  A tied head has no tensor of its own.
+  """
   hugging_face = dict(GPT2_NAMES)
   tensors = {}
   for name, array in to_gpt2(params, config).items():
@@ -94,11 +123,18 @@ def to_tensors(params: dict, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-  """Writes tensors and reads them again to compare: `safetensors` writes the memory of an array whatever its strides.
+  """Writes a safetensors file, then reads it and compares.
+
+  The comparison is necessary because `safetensors` ignores the strides of an array.
+
+  Args:
+    path: replaced if it exists.
+    tensors: floating point.
+    dtype: a key of `DTYPES`.
 
   Raises:
     UserError: if `safetensors` is not installed.
-    OSError: if what was read is not what was written.
+    OSError: if the file cannot be written, or differs from the tensors.
   """
   safetensors = _import_safetensors()
   from safetensors.numpy import save_file
@@ -116,7 +152,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def config_json(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-  """The config.json of a model."""
+  """Returns the content of a model's config.json."""
   places = config.dropout_places
 
   def dropout(*needed: str) -> float:
@@ -144,7 +180,10 @@ def config_json(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[s
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-  """The ids that begin and end a text, None where there is none: else Transformers takes GPT-2's 50256."""
+  """Returns the ids that begin and end a text, as entries of config.json.
+
+  An entry of None is written too: Transformers takes GPT-2's 50256 for a missing one.
+  """
   mark = getattr(tokenizer, "eot_id", None)
   if mark is None:
     mark = tokenizer.stop_id
@@ -155,21 +194,25 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def open_hugging_face(path: Path) -> Weights:
-  """Opens a folder, or a model.safetensors by itself. Reads headers, and a tensor only where a head stands beside `wte`.
+  """Opens a folder, or a model.safetensors alone, and reads headers; the values are read later.
 
-  A file by itself says nothing about heads, activation and tokenizer: those are the experiment's.
+  The number of heads, the activation and the tokenizer are not in a model.safetensors: without the
+  folder, those of the experiment are used. The tensors lm_head.weight and wte.weight are compared
+  if both are there.
 
   Raises:
-    UserError: for what is damaged, is no GPT-2, or has tensors that a GPT-2 has not.
+    UserError: if a file is damaged, is not a GPT-2, or has tensors that GPT-2 does not have.
   """
   is_folder = path.is_dir()
   tensors = _read_headers(path, _list_parts(path) if is_folder else [path])
   sizes = _read_sizes(path, tensors)
-  told = _read_config(path / "config.json") if is_folder else {}
+  stated = _read_config(path / "config.json") if is_folder else {}
   for name, value in sizes.items():
-    if told.get(name, value) != value:
-      raise UserError(f"{path / 'config.json'} says {name}={show(told[name])}, and the tensors have {value}.")
-  tied = _is_tied(path, tensors, told)
+    if stated.get(name, value) != value:
+      raise UserError(
+        f"{path / 'config.json'} says {name}={show(stated[name])}, and the tensors have {value}."
+      )
+  tied = _is_tied(path, tensors, stated)
   sizes["tied_head"] = tied
   shapes = find_shapes(path, sizes)
   hugging_face = dict(GPT2_NAMES)
@@ -181,9 +224,12 @@ def open_hugging_face(path: Path) -> Weights:
       known.add(there)
       if there not in tensors or tensors[there].shape != need:
         got = list(tensors[there].shape) if there in tensors else "missing"
-        raise UserError(f"{path}: the tensor {there} must be {list(need)} by the model's other sizes, and is {got}.")
+        raise UserError(
+          f"{path}: the tensor {there} must be {list(need)} by the model's other sizes, and is "
+          f"{got}."
+        )
   if extra := sorted(tensors.keys() - known):
-    raise UserError(f"{path} has tensors that a GPT-2 has not: {_shown(*extra[:5])}.")
+    raise UserError(f"{path} has tensors that GPT-2 does not have: {_show_all(*extra[:5])}.")
 
   def read(name: str) -> np.ndarray:
     there = hugging_face[name]
@@ -195,17 +241,20 @@ def open_hugging_face(path: Path) -> Weights:
     return stacked
 
   tokenizer = read_folder_tokenizer(path) if is_folder else None
-  return Weights(str(path), told | sizes | GPT2, shapes, read, tokenizer)
+  return Weights(str(path), stated | sizes | GPT2_SETTINGS, shapes, read, tokenizer)
 
 
 def read_folder_tokenizer(folder: Path) -> Tokenizer | None:
-  """The tokenizer of a folder's tokenizer.json, or of GPT-2's two files; None where there is neither.
+  """Reads the tokenizer of a folder, from tokenizer.json or from vocab.json and merges.txt.
+
+  Returns:
+    The tokenizer; None if the folder has none of these files.
 
   Raises:
-    UserError: for another kind of tokenizer.
+    UserError: if the files are damaged or another kind of tokenizer.
   """
   path, older = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
-  if not path.exists() and not path.is_symlink():  # a link to nothing is damage
+  if not path.exists() and not path.is_symlink():  # a dangling link is an error below
     return _read_older_tokenizer(*older) if all(file.is_file() for file in older) else None
   try:
     return read_hugging_face_tokenizer(read_json(path))
@@ -215,7 +264,7 @@ def read_folder_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _read_older_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
-  """The tokenizer of GPT-2's two files."""
+  """Reads the tokenizer of GPT-2's vocab.json and merges.txt."""
   try:
     return make_gpt2_tokenizer(read_small(vocab), read_small(merges))
   except UserError as error:
@@ -224,7 +273,7 @@ def _read_older_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-  """Where a tensor stands: its file, its name there, its shape."""
+  """A tensor in a file: the file, the tensor's name there, and its shape."""
 
   path: Path
   name: str
@@ -232,22 +281,26 @@ class _Tensor:
 
 
 def _list_parts(folder: Path) -> list[Path]:
-  """The files of a folder's weights: model.safetensors, or those that its index names."""
+  """Lists the files of a folder's weights: model.safetensors, or those that its index names."""
   if (folder / "model.safetensors").is_file():
     return [folder / "model.safetensors"]
   index = folder / "model.safetensors.index.json"
   if not index.is_file():
-    there = _shown(*sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    there = _show_all(*sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise UserError(f"{folder} has no model.safetensors; it has {there}. {_NO_PICKLE}")
   value = read_json(index)
   names = value.get("weight_map") if isinstance(value, dict) else None
-  if not isinstance(names, dict) or not all(isinstance(n, str) and _PART.fullmatch(n) for n in names.values()):
-    raise UserError(f'{index} must have a "weight_map" from tensors to the names of files beside it.')
+  if not isinstance(names, dict) or not all(
+    isinstance(n, str) and _PART_NAME.fullmatch(n) for n in names.values()
+  ):
+    raise UserError(
+      f'{index} must have a "weight_map" from tensors to the names of files beside it.'
+    )
   return [folder / name for name in sorted(set(names.values()))]
 
 
 def _read_headers(path: Path, files: list[Path]) -> dict[str, _Tensor]:
-  """The tensors of all files by their names without prefix, causal masks left out."""
+  """Reads the headers of all files: their tensors by name without prefix, without causal masks."""
   tensors: dict[str, _Tensor] = {}
   for file in files:
     for name, (dtype, shape) in _read_header(file).items():
@@ -255,22 +308,28 @@ def _read_headers(path: Path, files: list[Path]) -> dict[str, _Tensor]:
       if _MASKS.fullmatch(plain):
         continue
       if dtype not in READABLE:
-        raise UserError(f"{file}: the tensor {_shown(name)} is {dtype}; weights are {', '.join(sorted(READABLE))}.")
+        raise UserError(
+          f"{file}: the tensor {_show_all(name)} is {dtype}; weights are "
+          f"{', '.join(sorted(READABLE))}."
+        )
       if plain in tensors:
-        raise UserError(f"{path} has the tensor {_shown(plain)} twice.")
+        raise UserError(f"{path} has the tensor {_show_all(plain)} twice.")
       tensors[plain] = _Tensor(file, name, shape)
   return tensors
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """The dtype and shape of each tensor. What the header says is checked by `safetensors` against the file's size."""
+  """Reads the dtype and shape of each tensor of a file.
+
+  `safetensors` opens the file first, which checks the header against the size of the file.
+  """
   safetensors = _import_safetensors()
 
-  def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  def check_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
       twice = next(name for name in names if names.count(name) > 1)
-      raise UserError(f"{path}: its header has {_shown(twice)} twice.")
+      raise UserError(f"{path}: its header has {_show_all(twice)} twice.")
     return dict(pairs)
 
   try:
@@ -278,42 +337,59 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
       pass
     with open(path, "rb") as file:
       (size,) = struct.unpack("<Q", file.read(8))
-      header = json.loads(file.read(size), object_pairs_hook=refuse_twice)
+      header = json.loads(file.read(size), object_pairs_hook=check_unique)
   except (safetensors.SafetensorError, OSError, RecursionError, MemoryError) as error:
-    raise UserError(_explain(path, error)) from None
-  return {name: (v["dtype"], tuple(v["shape"])) for name, v in header.items() if name != "__metadata__"}
+    raise UserError(_describe_failure(path, error)) from None
+  return {
+    name: (v["dtype"], tuple(v["shape"])) for name, v in header.items() if name != "__metadata__"
+  }
 
 
-def _explain(path: Path, error: Exception) -> str:
-  """Why a file is no safetensors file: what it is instead, or what the library says."""
+def _describe_failure(path: Path, error: Exception) -> str:
+  """Returns an error text for a file that `safetensors` cannot read.
+
+  Raises `UserError` if the file is a pickle or the like.
+  """
   if not path.is_file():
     return f"{path} does not exist."
   check_no_pickle(path)
-  said = "".join(c if c.isprintable() else "?" for c in str(error)[:200])  # it quotes the file
-  return f"{path} is no safetensors file: {said}."
+  said = "".join(c if c.isprintable() else "?" for c in str(error)[:200])  # it may quote the file
+  return f"{path} is not a safetensors file: {said}."
 
 
 def check_no_pickle(path: Path) -> None:
-  """Raises `UserError` where a file begins like a pickle, or like what holds one."""
+  """Checks that a file does not begin like a pickle or an archive of pickles.
+
+  Raises `UserError` with the way to convert it otherwise.
+  """
   with open(path, "rb") as file:
     begin = file.read(8)
-  kinds = {b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"\x93NUMPY": "a NumPy array"}
+  kinds = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes",
+    b"\x80": "a pickle",
+    b"\x93NUMPY": "a NumPy array",
+  }
   for magic, what in kinds.items():
     if begin.startswith(magic):
       raise UserError(f"{path} is {what}. {_NO_PICKLE}")
 
 
 def _read_sizes(path: Path, tensors: dict[str, _Tensor]) -> dict[str, int]:
-  """The model's sizes by the shapes of its tensors."""
+  """Derives the model's sizes from the shapes of its tensors."""
   layers = {int(match[1]) for name in tensors if (match := re.match(r"h\.([0-9]{1,6})\.", name))}
   if layers != set(range(len(layers))) or not layers:
-    there = _shown(*sorted(tensors)[:5]) or "none"
-    raise UserError(f"{path} is no GPT-2: its tensors are not those of layers h.0, h.1, ... but {there}.")
+    there = _show_all(*sorted(tensors)[:5]) or "none"
+    raise UserError(
+      f"{path} is not a GPT-2: its tensors are not those of layers h.0, h.1, ... but {there}."
+    )
   matrices = {}
   for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
     shape = tensors[name].shape if name in tensors else ()
     if len(shape) != 2 or 0 in shape:
-      raise UserError(f"{path} is no GPT-2: the tensor {name} must be a matrix, and is {list(shape) or 'missing'}.")
+      raise UserError(
+        f"{path} is not a GPT-2: the tensor {name} must be a matrix, and is "
+        f"{list(shape) or 'missing'}."
+      )
     matrices[name] = shape
   return {
     "vocab_size": matrices["wte.weight"][0],
@@ -324,63 +400,88 @@ def _read_sizes(path: Path, tensors: dict[str, _Tensor]) -> dict[str, int]:
   }
 
 
-def _is_tied(path: Path, tensors: dict[str, _Tensor], told: dict[str, Any]) -> bool:
-  """Whether the head is the token embedding: config.json says so, or the tensors do."""
+def _is_tied(path: Path, tensors: dict[str, _Tensor], stated: dict[str, Any]) -> bool:
+  """Returns whether the head is the token embedding, by config.json or by the tensors' values."""
   head = tensors.get("lm_head.weight")
   if head is None:
-    if not told.get("tied_head", True):
-      raise UserError(f"{path} has no tensor lm_head.weight, and its config.json says tie_word_embeddings=false.")
+    if not stated.get("tied_head", True):
+      raise UserError(
+        f"{path} has no tensor lm_head.weight, and its config.json says tie_word_embeddings=false."
+      )
     return True
-  if not told.get("tied_head", True):
+  if not stated.get("tied_head", True):
     return False
   wte = tensors["wte.weight"]
   same = head.shape == wte.shape and np.array_equal(_read_tensor(head), _read_tensor(wte))
-  if told and not same:
-    raise UserError(f"{path}: lm_head.weight is not wte.weight, and config.json does not say tie_word_embeddings=false.")
+  if stated and not same:
+    raise UserError(
+      f"{path}: lm_head.weight is not wte.weight, and config.json does not say "
+      "tie_word_embeddings=false."
+    )
   return same
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-  """What config.json says about the model, as settings of `ModelConfig`."""
+  """Reads the settings of `ModelConfig` from config.json."""
   value = read_json(path)
   if not isinstance(value, dict) or value.get("model_type") != "gpt2":
     got = value.get("model_type") if isinstance(value, dict) else None
-    raise UserError(f"{path} must have model_type gpt2, and has {_shown(got)}: jgpt reads GPT-2's weights.")
+    raise UserError(
+      f"{path} must have model_type gpt2, and has {_show_all(got)}: jgpt reads GPT-2's weights."
+    )
   for name, need in _FIXED.items():
     if value.get(name, need) != need:
-      raise UserError(f"{path} has {name}={_shown(value[name])}; jgpt's GPT-2 has {need!r}.")
-  sizes = {"vocab_size": "vocab_size", "max_seq_len": "n_positions", "num_layers": "n_layer", "num_heads": "n_head"}
-  sizes |= {"d_model": "n_embd"}
+      raise UserError(f"{path} has {name}={_show_all(value[name])}; jgpt's GPT-2 has {need!r}.")
+  sizes = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "d_model": "n_embd",
+  }
   model = {}
   for ours, name in sizes.items():
     if type(value.get(name)) is not int or value[name] < 1:
-      raise UserError(f"{path} must have {name}, a whole number, and has {_shown(value.get(name))}.")
+      raise UserError(
+        f"{path} must have {name}, a whole number, and has {_show_all(value.get(name))}."
+      )
     model[ours] = value[name]
   if model["d_model"] % model["num_heads"]:
-    raise UserError(f"{path}: n_head={show(model['num_heads'])} does not divide n_embd={show(model['d_model'])}.")
+    raise UserError(
+      f"{path}: n_head={show(model['num_heads'])} does not divide n_embd={show(model['d_model'])}."
+    )
   activation = value.get("activation_function", "gelu_new")
   if not isinstance(activation, str) or activation not in _READ_ACTIVATIONS:
-    raise UserError(f"{path} has activation_function={_shown(activation)}; jgpt has {', '.join(_READ_ACTIVATIONS)}.")
+    raise UserError(
+      f"{path} has activation_function={_show_all(activation)}; jgpt has "
+      f"{', '.join(_READ_ACTIVATIONS)}."
+    )
   model["activation"] = _READ_ACTIVATIONS[activation]
   tied = value.get("tie_word_embeddings", True)
   if type(tied) is not bool:
-    raise UserError(f"{path}: tie_word_embeddings={_shown(tied)} must be true or false.")
+    raise UserError(f"{path}: tie_word_embeddings={_show_all(tied)} must be true or false.")
   return model | {"tied_head": tied}
 
 
 def _read_tensor(tensor: _Tensor) -> np.ndarray:
-  """A tensor as float32 in memory of its own. The file is closed again: the pages that were read do not stay."""
+  """Reads a tensor as a new float32 array.
+
+  Opens and closes the file, so that no pages stay in memory.
+  """
   safetensors = _import_safetensors()
   try:
-    # What float32 does not have becomes infinity or NaN, which are refused with their place.
-    with safetensors.safe_open(tensor.path, framework="np") as file, np.errstate(over="ignore", invalid="ignore"):
+    # A float64 beyond float32 becomes infinite; `build_params` reports it with its position.
+    with (
+      safetensors.safe_open(tensor.path, framework="np") as file,
+      np.errstate(over="ignore", invalid="ignore"),
+    ):
       return np.array(file.get_tensor(tensor.name), np.float32)
   except (safetensors.SafetensorError, OSError) as error:
-    raise UserError(_explain(tensor.path, error)) from None
+    raise UserError(_describe_failure(tensor.path, error)) from None
 
 
-def _shown(*values: Any) -> str:
-  """Values out of somebody's file for an error: each printable, on one line, and cut."""
+def _show_all(*values: Any) -> str:
+  """Formats values from an untrusted file for an error: printable, on one line, each shortened."""
   return ", ".join(map(show, values))
 
 
@@ -389,7 +490,7 @@ def _import_safetensors() -> types.ModuleType:
     import safetensors
   except ImportError:
     raise UserError(
-      "Hugging Face's weights need the package `safetensors`. Try pip install safetensors, or install jgpt with its extra: "
-      "pip install 'jgpt[hf]'"
+      "Hugging Face's weights need the package `safetensors`. Try pip install safetensors, or "
+      "install jgpt with its extra: pip install 'jgpt[hf]'"
     ) from None
   return safetensors

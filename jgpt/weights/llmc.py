@@ -1,9 +1,9 @@
-"""llm.c's files: weights, debug state, and the tokenizer beside them.
+"""Reads and writes llm.c's weights, and writes the debug state that llm.c checks its step against.
 
-Responsible for writing and reading weights in float32 (version 3) and bfloat16 (version 5), and for writing the debug state
-against which llm.c checks its own step. Each file is a header of 256 int32, then arrays, all little-endian; matrices are
-(out, in), the vocabulary is padded with zeros to a multiple of 128. Not responsible for which parameter is which
-(`interop.py`), the tokenizer's file (`tokenizer_files.py`) or token files (`shards.py`).
+Each file is a header of 256 int32, then arrays, all little-endian. Weights are float32 (version 3)
+or bfloat16 (version 5), with matrices as (out, in) and the vocabulary padded with zeros to a
+multiple of 128. The order of the tensors is in `gpt2.py`, llm.c's tokenizer in
+`text/tokenizer_files.py`, and its token files in `data/token_files.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from jgpt.config import ModelConfig
 from jgpt.errors import UserError
-from jgpt.weights.gpt2 import GPT2, Weights, check_is_gpt2, find_shapes, to_gpt2
+from jgpt.weights.gpt2 import GPT2_SETTINGS, Weights, check_is_gpt2, find_shapes, to_gpt2
 
 WEIGHTS_MAGIC, STATE_MAGIC = 20240326, 20240327
 STATE_VERSION = 2
@@ -25,21 +25,16 @@ HEADER_INTS = 256
 VERSIONS = {"float32": 3, "bfloat16": 5}
 _DTYPES = {3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}
 _VOCAB_MULTIPLE = 128
-_SIZES = (
-  "max_seq_len",
-  "vocab_size",
-  "num_layers",
-  "num_heads",
-  "d_model",
-)  # in the header's order, then the padded vocabulary
+# In the order of the header, where the padded vocabulary follows.
+_SIZES = ("max_seq_len", "vocab_size", "num_layers", "num_heads", "d_model")
 
 
 # --- Writing ---
 
 
 def check_llmc_model(config: ModelConfig) -> None:
-  """Raises `UserError` naming the settings that llm.c's GPT-2 has not."""
-  needs = GPT2 | {"activation": "gelu_tanh", "tied_head": True, "d_ff": 4 * config.d_model}
+  """Checks that llm.c can hold a model, and raises `UserError` with the settings otherwise."""
+  needs = GPT2_SETTINGS | {"activation": "gelu_tanh", "tied_head": True, "d_ff": 4 * config.d_model}
   check_is_gpt2(config, "llm.c", needs)
 
 
@@ -47,18 +42,20 @@ def write_weights(path: Path, params: dict, config: ModelConfig, dtype: str) -> 
   """Writes a weights file.
 
   Args:
-    path: is replaced.
+    path: replaced if it exists.
     params: as `init_params` returns them (blocks stacked).
-    config: sizes and switches.
-    dtype: "float32", or "bfloat16", rounded to nearest, ties to even.
+    config: the model of the parameters.
+    dtype: "float32", or "bfloat16", which rounds to nearest, ties to even.
 
   Raises:
-    UserError: naming the settings that llm.c's GPT-2 has not.
+    UserError: with the settings that llm.c's GPT-2 does not have.
   """
   check_llmc_model(config)
-  padded = _pad(config.vocab_size)
+  padded = _padded_size(config.vocab_size)
   with open(path, "wb") as file:
-    file.write(_header(WEIGHTS_MAGIC, VERSIONS[dtype], *(getattr(config, name) for name in _SIZES), padded))
+    file.write(
+      _header(WEIGHTS_MAGIC, VERSIONS[dtype], *(getattr(config, name) for name in _SIZES), padded)
+    )
     _write_tensors(file, params, config, _DTYPES[VERSIONS[dtype]])
 
 
@@ -71,19 +68,19 @@ def write_state(
   grads: dict,
   config: ModelConfig,
 ) -> None:
-  """Writes a debug state: a batch, what the model makes of it, and every gradient.
+  """Writes a debug state: a batch, its logits and loss, and the gradient of every parameter.
 
   Args:
-    path: is replaced.
+    path: replaced if it exists.
     inputs_BT: int32 token ids [B, T].
     targets_BT: int32 token ids [B, T].
     logits_BTV: float32 [B, T, V], without padding.
     loss: mean over all targets, nats per token.
-    grads: shaped like parameters, blocks stacked.
-    config: sizes and switches.
+    grads: shaped like the parameters, blocks stacked.
+    config: the model of the parameters.
 
   Raises:
-    UserError: naming the settings that llm.c's GPT-2 has not.
+    UserError: with the settings that llm.c's GPT-2 does not have.
   """
   check_llmc_model(config)
   with open(path, "wb") as file:
@@ -101,19 +98,20 @@ def _header(*numbers: int) -> bytes:
   return header.tobytes()
 
 
-def _pad(vocab_size: int) -> int:
+def _padded_size(vocab_size: int) -> int:
   return math.ceil(vocab_size / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
 
 def _write_tensors(file: BinaryIO, params: dict, config: ModelConfig, dtype: np.dtype) -> None:
-  """All tensors in llm.c's order, which is that of `interop.NAMES`."""
+  """Writes all tensors in llm.c's order, which is that of `GPT2_NAMES`."""
   for name, array in to_gpt2(params, config).items():
-    missing = _pad(config.vocab_size) - config.vocab_size if name == "tok_embed" else 0
+    missing = _padded_size(config.vocab_size) - config.vocab_size if name == "tok_embed" else 0
     if missing:
       array = np.pad(array, [(0, missing), (0, 0)])
-    if array.ndim == 3:  # a stack of matrices; those outside of blocks are embeddings, rows in both
+    # Matrices in blocks are transposed. Embeddings are [V, D] in both formats.
+    if array.ndim == 3:
       array = array.transpose(0, 2, 1)
-    for part in array if array.ndim == 3 else [array]:  # one layer's copy at a time
+    for part in array if array.ndim == 3 else [array]:  # copies one layer at a time
       file.write(np.ascontiguousarray(part, dtype).view(np.uint8))
 
 
@@ -121,20 +119,27 @@ def _write_tensors(file: BinaryIO, params: dict, config: ModelConfig, dtype: np.
 
 
 def open_llmc(path: Path) -> Weights:
-  """Opens a weights file; reads its header.
+  """Opens a weights file and reads its header; the values are read later.
 
   Raises:
-    UserError: naming the field that is wrong.
+    UserError: if the file cannot be read, or its header or size is wrong.
   """
   header, num_bytes = _read_header(path)
   magic, version, *numbers = (int(i) for i in header[:8])
   if magic != WEIGHTS_MAGIC:
-    raise UserError(f"{path} is not llm.c's weights: its magic number is {magic}, not {WEIGHTS_MAGIC}.")
+    raise UserError(
+      f"{path} is not llm.c's weights: its magic number is {magic}, not {WEIGHTS_MAGIC}."
+    )
   if version not in _DTYPES:
     raise UserError(f"{path} has version {version}; jgpt reads 3 (float32) and 5 (bfloat16).")
   sizes, padded = dict(zip(_SIZES, numbers, strict=False)), numbers[-1]
   d_ff = 4 * sizes["d_model"]
-  if min(numbers) < 1 or sizes["d_model"] % sizes["num_heads"] or padded < sizes["vocab_size"] or d_ff >= 2**31:
+  if (
+    min(numbers) < 1
+    or sizes["d_model"] % sizes["num_heads"]
+    or padded < sizes["vocab_size"]
+    or d_ff >= 2**31
+  ):
     raise UserError(f"{path} has sizes that no model has: {sizes}, padded_vocab_size={padded}.")
   sizes["d_ff"] = d_ff
   shapes = find_shapes(path, sizes)
@@ -142,31 +147,34 @@ def open_llmc(path: Path) -> Weights:
   dtype = _DTYPES[version]
   need = 4 * HEADER_INTS + dtype.itemsize * sum(map(math.prod, stored.values()))
   if num_bytes != need:
-    raise UserError(f"{path} has {num_bytes:,} bytes, and its header's sizes need {need:,}: it was cut or is damaged.")
+    raise UserError(
+      f"{path} has {num_bytes:,} bytes, and its header's sizes need {need:,}: it was cut or is "
+      "damaged."
+    )
   offsets, offset = {}, 4 * HEADER_INTS
   for name, shape in stored.items():
     offsets[name] = offset
     offset += dtype.itemsize * math.prod(shape)
 
   def read(name: str) -> np.ndarray:
-    """Maps the file for one parameter only: pages that were read do not stay."""
+    """Reads one parameter. Maps the file anew, so that no pages stay in memory."""
     array = np.memmap(path, dtype, "r", offsets[name], stored[name])
     if array.ndim == 3:
       array = array.transpose(0, 2, 1)
     return np.array(array[: shapes[name][0]], np.float32, order="C")
 
-  model = sizes | GPT2 | {"activation": "gelu_tanh", "tied_head": True}
+  model = sizes | GPT2_SETTINGS | {"activation": "gelu_tanh", "tied_head": True}
   return Weights(str(path), model, shapes, read)
 
 
 def _stored_shape(name: str, shape: tuple[int, ...], padded: int) -> tuple[int, ...]:
-  """The shape in the file: embeddings with padding, matrices (out, in)."""
+  """Returns the shape of a tensor in the file: embeddings with padding, matrices as (out, in)."""
   rows = padded if name == "tok_embed" else shape[0]
   return (rows, shape[2], shape[1]) if len(shape) == 3 else (rows, *shape[1:])
 
 
 def _read_header(path: Path) -> tuple[np.ndarray, int]:
-  """The header and the size of the file."""
+  """Returns the header and the size of the file in bytes."""
   try:
     with open(path, "rb") as file:
       content = file.read(4 * HEADER_INTS)
@@ -174,5 +182,7 @@ def _read_header(path: Path) -> tuple[np.ndarray, int]:
   except OSError as error:
     raise UserError(f"cannot read {path}: {error.strerror or error}.") from None
   if len(content) < 4 * HEADER_INTS:
-    raise UserError(f"{path} has {len(content)} bytes, fewer than the {4 * HEADER_INTS} of llm.c's header.")
+    raise UserError(
+      f"{path} has {len(content)} bytes, fewer than the {4 * HEADER_INTS} of llm.c's header."
+    )
   return np.frombuffer(content, "<i4"), num_bytes

@@ -1,22 +1,29 @@
 """An independent reader and writer of llm.c's binary files: the oracle of the tests of jgpt's own.
 
-Written from the description of the formats alone, with numpy and struct. It shares no code with jgpt, imports
-nothing of it, and takes bfloat16 apart by its bits instead of asking ml_dtypes. Each function here is therefore a
-second opinion: a file that jgpt writes must be read by this module, a file that this module writes must be read by
-jgpt, and `forward` computes the network from a file's tensors as they lie there, so that a test can show that
-nothing was transposed, reordered or dropped on the way.
+Written from the description of the formats alone, with numpy and struct. It shares no code with
+jgpt, imports nothing of it, and takes bfloat16 apart by its bits instead of asking ml_dtypes. Each
+function here is therefore a second opinion: a file that jgpt writes must be read by this module, a
+file that this module writes must be read by jgpt, and `forward` computes the network from a file's
+tensors as they lie there, so that a test can show that nothing was transposed, reordered or dropped
+on the way.
 
-All four kinds of file are little-endian and begin with 256 int32 (1024 bytes); entries not named below are zero.
+All four kinds of file are little-endian and begin with 256 int32 (1024 bytes); entries not named
+below are zero.
 
-- Weights: 20240326, version (3: float32, 5: bfloat16), max_seq_len, vocab_size, num_layers, num_heads, d_model,
+- Weights: 20240326, version (3: float32, 5: bfloat16), max_seq_len, vocab_size, num_layers,
+num_heads, d_model,
   padded_vocab_size; then the tensors of `tensor_shapes`, in its order, all in the version's dtype.
-- Debug state: 20240327, 2, B, T; then inputs and targets (int32), logits (float32, over the unpadded vocabulary),
-  the loss (one float32), and the gradients of all tensors (float32, in the order and with the padding of the weights).
-- Tokenizer: 20240328, 2, number of tokens, id of the end-of-text token; then per token a length (one unsigned
+- Debug state: 20240327, 2, B, T; then inputs and targets (int32), logits (float32, over the
+unpadded vocabulary),
+  the loss (one float32), and the gradients of all tensors (float32, in the order and with the
+  padding of the weights).
+- Tokenizer: 20240328, 2, number of tokens, id of the end-of-text token; then per token a length
+(one unsigned
   byte, not 0) and as many bytes.
 - Tokens: 20240520, 1, count, then uint16; or 20240801, 7, count, then uint32.
 
-Every reader is strict: whatever the format does not allow, a byte too many included, raises ValueError.
+Every reader is strict: whatever the format does not allow, a byte too many included, raises
+ValueError.
 """
 
 import math
@@ -75,10 +82,13 @@ def tensor_shapes(header):
 def round_to_bfloat16(values):
   """Rounds float32 to the nearest bfloat16, ties to the even one, and returns its bits as uint16.
 
-  A float32 lies between two neighbouring bfloat16: its upper 16 bits, and those plus one (the next larger magnitude,
-  across exponents too, and infinity after the largest finite one). The lower 16 bits say how far it is from the
-  first: below 0x8000 the first is nearer, above it the second; at 0x8000 it is in the middle, and the even one, with
-  last bit 0, is taken. Infinities have zeros there and stay; a NaN stays a NaN of its sign (quiet, upper bits kept).
+  A float32 lies between two neighbouring bfloat16: its upper 16 bits, and those plus one (the next
+  larger magnitude, across exponents too, and infinity after the largest finite one). The lower 16
+  bits say how far it is from the
+  first: below 0x8000 the first is nearer, above it the second; at 0x8000 it is in the middle, and
+    the even one, with
+  last bit 0, is taken. Infinities have zeros there and stay; a NaN stays a NaN of its sign (quiet,
+  upper bits kept).
   """
   values = np.asarray(values)
   if values.dtype != np.float32:
@@ -108,7 +118,9 @@ def bfloat16_to_float32(bits):
 def _read_file(path, kind):
   data = Path(path).read_bytes()
   if len(data) < HEADER_BYTES:
-    raise ValueError(f"{path}: {kind}: {len(data)} bytes are fewer than the header's {HEADER_BYTES}")
+    raise ValueError(
+      f"{path}: {kind}: {len(data)} bytes are fewer than the header's {HEADER_BYTES}"
+    )
   return data, struct.unpack(f"<{HEADER_INTS}i", data[:HEADER_BYTES])
 
 
@@ -116,7 +128,9 @@ def _check_header(path, kind, ints, magic, versions, used):
   if ints[0] != magic:
     raise ValueError(f"{path}: {kind}: magic number {ints[0]}, expected {magic}")
   if ints[1] not in versions:
-    raise ValueError(f"{path}: {kind}: version {ints[1]}, expected {' or '.join(map(str, versions))}")
+    raise ValueError(
+      f"{path}: {kind}: version {ints[1]}, expected {' or '.join(map(str, versions))}"
+    )
   for i in range(used, HEADER_INTS):
     if ints[i] != 0:
       raise ValueError(f"{path}: {kind}: header entry {i} is {ints[i]}, expected 0")
@@ -135,7 +149,9 @@ def _check_sizes(where, header):
     if not 0 < header[name] < 2**31:
       raise ValueError(f"{where}: {name} is {header[name]}, expected a positive int32")
   if header["d_model"] % header["num_heads"]:
-    raise ValueError(f"{where}: d_model {header['d_model']} is not a multiple of num_heads {header['num_heads']}")
+    raise ValueError(
+      f"{where}: d_model {header['d_model']} is not a multiple of num_heads {header['num_heads']}"
+    )
   if header["padded_vocab_size"] < header["vocab_size"]:
     padded, vocab = header["padded_vocab_size"], header["vocab_size"]
     raise ValueError(f"{where}: padded_vocab_size {padded} is less than vocab_size {vocab}")
@@ -151,10 +167,14 @@ def _take(data, offset, dtype, shape):
 
 
 def read_weights(path):
-  """Returns the header, a dict of `version` and SIZES, and the tensors as float32: {name: array}."""
+  """Returns the header, a dict of `version` and SIZES, and the tensors as float32: {name:
+  array}.
+  """
   kind = "weights"
   data, ints = _read_file(path, kind)
-  _check_header(path, kind, ints, WEIGHTS_MAGIC, (FLOAT32_VERSION, BFLOAT16_VERSION), used=2 + len(SIZES))
+  _check_header(
+    path, kind, ints, WEIGHTS_MAGIC, (FLOAT32_VERSION, BFLOAT16_VERSION), used=2 + len(SIZES)
+  )
   header = {"version": ints[1], **dict(zip(SIZES, ints[2:], strict=False))}
   _check_sizes(f"{path}: {kind}", header)
   shapes = tensor_shapes(header)
@@ -178,10 +198,15 @@ def _check_tensors(where, tensors, shapes):
 
 
 def write_weights(path, header, tensors, version):
-  """Writes float32 tensors as version 3 (float32) or 5 (bfloat16); a version in the header is not looked at."""
+  """Writes float32 tensors as version 3 (float32) or 5 (bfloat16).
+
+  A version in the header is not looked at.
+  """
   where = f"{path}: weights"
   if version not in (FLOAT32_VERSION, BFLOAT16_VERSION):
-    raise ValueError(f"{where}: version {version}, expected {FLOAT32_VERSION} or {BFLOAT16_VERSION}")
+    raise ValueError(
+      f"{where}: version {version}, expected {FLOAT32_VERSION} or {BFLOAT16_VERSION}"
+    )
   _check_sizes(where, header)
   shapes = tensor_shapes(header)
   _check_tensors(where, tensors, shapes)
@@ -194,7 +219,11 @@ def write_weights(path, header, tensors, version):
     file.write(struct.pack(f"<{HEADER_INTS}i", *ints))
     for name in shapes:
       array = np.asarray(tensors[name])
-      encoded = round_to_bfloat16(array).astype("<u2") if version == BFLOAT16_VERSION else array.astype("<f4")
+      encoded = (
+        round_to_bfloat16(array).astype("<u2")
+        if version == BFLOAT16_VERSION
+        else array.astype("<f4")
+      )
       file.write(encoded.tobytes())
 
 
@@ -202,7 +231,8 @@ def write_weights(path, header, tensors, version):
 
 
 def read_state(path, header_of_weights):
-  """Returns a dict: inputs and targets (B, T), logits (B, T, vocab_size), loss (a float), grads ({name: array}).
+  """Returns a dict: inputs and targets (B, T), logits (B, T, vocab_size), loss (a float), grads
+  ({name: array}).
 
   The sizes of the network are in the weights' file alone, so that file's header has to be given.
   """
@@ -215,7 +245,10 @@ def read_state(path, header_of_weights):
   if B <= 0 or T <= 0:
     raise ValueError(f"{path}: {kind}: B is {B} and T is {T}, expected positive ones")
   if header_of_weights["max_seq_len"] < T:
-    raise ValueError(f"{path}: {kind}: T is {T}, more than the weights' max_seq_len {header_of_weights['max_seq_len']}")
+    raise ValueError(
+      f"{path}: {kind}: T is {T}, more than the weights' max_seq_len "
+      f"{header_of_weights['max_seq_len']}"
+    )
   shapes = tensor_shapes(header_of_weights)
   num_values = 2 * B * T + B * T * V + 1 + sum(map(math.prod, shapes.values()))
   _check_size(path, kind, data, HEADER_BYTES + 4 * num_values)
@@ -269,7 +302,9 @@ def read_tokens(path):
   data, ints = _read_file(path, kind)
   formats = {TOKENS_UINT16_MAGIC: (1, "<u2"), TOKENS_UINT32_MAGIC: (7, "<u4")}
   if ints[0] not in formats:
-    raise ValueError(f"{path}: {kind}: magic number {ints[0]}, expected {' or '.join(map(str, formats))}")
+    raise ValueError(
+      f"{path}: {kind}: magic number {ints[0]}, expected {' or '.join(map(str, formats))}"
+    )
   version, dtype = formats[ints[0]]
   _check_header(path, kind, ints, ints[0], (version,), used=3)
   count = ints[2]
@@ -294,10 +329,14 @@ def _gelu(x):
 
 
 def _attention(qkv_BTC3, num_heads):
-  """Causal attention of q, k, v, which lie one after the other in the last axis, each split into heads."""
+  """Causal attention of q, k, v, which lie one after the other in the last axis, each split into
+  heads.
+  """
   B, T, C3 = qkv_BTC3.shape
   C, H = C3 // 3, num_heads
-  q_BHTD, k_BHTD, v_BHTD = (part.reshape(B, T, H, C // H).swapaxes(1, 2) for part in np.split(qkv_BTC3, 3, axis=-1))
+  q_BHTD, k_BHTD, v_BHTD = (
+    part.reshape(B, T, H, C // H).swapaxes(1, 2) for part in np.split(qkv_BTC3, 3, axis=-1)
+  )
   scores_BHTT = q_BHTD @ k_BHTD.swapaxes(-1, -2) / math.sqrt(C // H)
   is_past_TT = np.arange(T)[None, :] <= np.arange(T)[:, None]
   scores_BHTT = np.where(is_past_TT, scores_BHTT, -np.inf)
@@ -307,7 +346,8 @@ def _attention(qkv_BTC3, num_heads):
 
 
 def forward(tensors, header, tokens):
-  """Returns GPT-2's logits in float64 for tokens (B, T) or (T,), over the unpadded vocabulary: (..., T, vocab_size).
+  """Returns GPT-2's logits in float64 for tokens (B, T) or (T,), over the unpadded vocabulary:
+  (..., T, vocab_size).
 
   Pre-norm blocks, the head tied to wte; the rows of wte beyond vocab_size take no part.
   """
@@ -316,7 +356,10 @@ def forward(tensors, header, tokens):
   tokens = np.asarray(tokens)
   V = header["vocab_size"]
   if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu" or not tokens.size:
-    raise ValueError(f"forward: tokens are {tokens.dtype} of shape {tokens.shape}, expected integers, (B, T) or (T,)")
+    raise ValueError(
+      f"forward: tokens are {tokens.dtype} of shape {tokens.shape}, expected integers, (B, T) or "
+      "(T,)"
+    )
   if tokens.min() < 0 or tokens.max() >= V:
     raise ValueError(f"forward: tokens outside the vocabulary of {V}")
   T = tokens.shape[-1]

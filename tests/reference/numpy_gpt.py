@@ -1,20 +1,26 @@
 """A test oracle: a GPT with all its switches in NumPy, with backward passes derived by hand.
 
-Written from the mathematics in float64, so that agreement with the project means something. It holds:
+Written from the mathematics in float64, so that agreement with the project means something. It
+holds:
 
-* for every kind of layer, a forward that returns its output and what the backward needs, and a backward that takes the
+* for every kind of layer, a forward that returns its output and what the backward needs, and a
+backward that takes the
   gradient of the output to the gradients of the inputs and parameters;
 * the network built of them: `forward` and `loss_and_gradients`, with dropout by given masks;
-* clipping by the global norm, AdamW, learning-rate schedules, and `train`, which puts them together.
+* clipping by the global norm, AdamW, learning-rate schedules, and `train`, which puts them
+together.
 
-What it is not: there is no automatic differentiation, nothing random, no sampling, no cache of keys and values, and no
-default for anything that changes a result. It shares no code with the project and imports nothing but NumPy.
+What it is not: there is no automatic differentiation, nothing random, no sampling, no cache of keys
+and values, and no default for anything that changes a result. It shares no code with the project
+and imports nothing but NumPy.
 
-Parameters are a flat dict from GPT-2's names to arrays; `parameter_shapes` lists them. The matrices of linear layers
-are (in, out) and applied as `y = x W + b`; wte, wpe and lm_head are [V or S, D].
+Parameters are a flat dict from GPT-2's names to arrays; `parameter_shapes` lists them. The matrices
+of linear layers are (in, out) and applied as `y = x W + b`; wte, wpe and lm_head are [V or S, D].
 
-Letters: B sequences, T positions, V vocabulary, S longest sequence, D model, F feed-forward, N heads, H = D / N. Two
-letters of time in a row are queries, then keys: p_BNTT. A name `dx` is the gradient of the loss with respect to `x`.
+Letters: B sequences, T positions, V vocabulary, S longest sequence, D model, F feed-forward, N
+  heads, H = D / N. Two
+letters of time in a row are queries, then keys: p_BNTT. A name `dx` is the gradient of the loss
+with respect to `x`.
 """
 
 from __future__ import annotations
@@ -59,7 +65,8 @@ class Config(Protocol):
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every parameter the configuration calls for, by name, in the network's order.
+  """Returns the shape of every parameter the configuration calls for, by name, in the network's
+  order.
 
   Raises:
       ValueError: A switch has no such value, or two of them do not go together.
@@ -97,7 +104,12 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _check_config(config: Config) -> None:
-  for switch, values in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("biases", BIASES)):
+  for switch, values in (
+    ("norm", NORMS),
+    ("activation", ACTIVATIONS),
+    ("positions", POSITIONS),
+    ("biases", BIASES),
+  ):
     if getattr(config, switch) not in values:
       raise ValueError(f"{switch} must be one of {values}, not {getattr(config, switch)!r}")
   if config.norm_embed and config.norm != "rms":
@@ -108,8 +120,9 @@ def _check_config(config: Config) -> None:
 
 # --- Layers -----------------------------------------------------------------------------------
 #
-# x_forward(...) -> (output, saved), x_backward(d_output, saved) -> gradients of the inputs and parameters, in the order
-# of the forward's arguments. A bias or gain that is None has the gradient None.
+# x_forward(...) -> (output, saved), x_backward(d_output, saved) -> gradients of the inputs and
+# parameters, in the order of the forward's arguments. A bias or gain that is None has the gradient
+# None.
 
 
 def embedding_forward(table_VD: Array, indices: Array, scale: float = 1.0) -> tuple[Array, Any]:
@@ -139,7 +152,9 @@ def linear_backward(dy: Array, saved: Any) -> tuple[Array, Array, Array | None]:
 
 
 def layer_norm_forward(x: Array, gain: Array, bias: Array | None) -> tuple[Array, Any]:
-  """Shifts and scales the last axis to mean 0 and variance 1 (less epsilon), then applies a gain and maybe a bias."""
+  """Shifts and scales the last axis to mean 0 and variance 1 (less epsilon), then applies a gain
+  and maybe a bias.
+  """
   centred = x - x.mean(-1, keepdims=True)
   inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + NORM_EPSILON)
   unit = centred * inverse
@@ -150,13 +165,16 @@ def layer_norm_forward(x: Array, gain: Array, bias: Array | None) -> tuple[Array
 def layer_norm_backward(dy: Array, saved: Any) -> tuple[Array, Array, Array | None]:
   """Returns the gradients of the input, the gain and the bias.
 
-  With u = c r, c = x - mean(x) and r = (mean(c^2) + eps)^(-1/2): dr = -r^3 mean(c dc), so du = r (dc - u mean(u dc)), and
-  the transpose of centring is centring. mean(u) = 0, so the two projections do not interact.
+  With u = c r, c = x - mean(x) and r = (mean(c^2) + eps)^(-1/2): dr = -r^3 mean(c dc), so du = r
+  (dc - u mean(u dc)), and the transpose of centring is centring. mean(u) = 0, so the two
+  projections do not interact.
   """
   unit, inverse, gain, has_bias = saved
   axes = tuple(range(dy.ndim - 1))
   dunit = dy * gain
-  dx = inverse * (dunit - dunit.mean(-1, keepdims=True) - unit * (dunit * unit).mean(-1, keepdims=True))
+  dx = inverse * (
+    dunit - dunit.mean(-1, keepdims=True) - unit * (dunit * unit).mean(-1, keepdims=True)
+  )
   return dx, (dy * unit).sum(axes), dy.sum(axes) if has_bias else None
 
 
@@ -207,7 +225,14 @@ def attention_forward(qkv_BTC: Array, num_heads: int, mask_BNTT: Array | None) -
   p_BNTT = softmax(np.where(seen_TT, scores_BNTT, -np.inf))
   kept_BNTT, saved_mask = dropout_forward(p_BNTT, mask_BNTT)
   y_BNTH = kept_BNTT @ v_BNTH
-  return y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), (q_BNTH, k_BNTH, v_BNTH, p_BNTT, kept_BNTT, saved_mask)
+  return y_BNTH.swapaxes(1, 2).reshape(B, T, N * H), (
+    q_BNTH,
+    k_BNTH,
+    v_BNTH,
+    p_BNTT,
+    kept_BNTT,
+    saved_mask,
+  )
 
 
 def attention_backward(dy_BTD: Array, saved: Any) -> Array:
@@ -217,7 +242,8 @@ def attention_backward(dy_BTD: Array, saved: Any) -> Array:
   dy_BNTH = dy_BTD.reshape(B, T, N, H).swapaxes(1, 2)
   dv_BNTH = kept_BNTT.swapaxes(-1, -2) @ dy_BNTH
   dp_BNTT = dropout_backward(dy_BNTH @ v_BNTH.swapaxes(-1, -2), saved_mask)
-  # Softmax: dp_i/ds_j = p_i ([i = j] - p_j). Where a key is not seen p = 0, and so is the gradient of its score.
+  # Softmax: dp_i/ds_j = p_i ([i = j] - p_j). Where a key is not seen p = 0, and so is the gradient
+  # of its score.
   dscores_BNTT = p_BNTT * (dp_BNTT - (dp_BNTT * p_BNTT).sum(-1, keepdims=True)) / math.sqrt(H)
   dq_BNTH = dscores_BNTT @ k_BNTH
   dk_BNTH = dscores_BNTT.swapaxes(-1, -2) @ q_BNTH
@@ -263,18 +289,28 @@ def gelu_erf_backward(dy: Array, saved: Any) -> Array:
 
 
 def head_forward(x_BTD: Array, table_VD: Array) -> tuple[Array, Any]:
-  """Computes logits as inner products with the rows of a table: wte where the head is tied, else lm_head.weight."""
+  """Computes logits as inner products with the rows of a table: wte where the head is tied, else
+  lm_head.weight.
+  """
   return x_BTD @ table_VD.T, (x_BTD, table_VD)
 
 
 def head_backward(dlogits_BTV: Array, saved: Any) -> tuple[Array, Array]:
-  """Returns the gradients of the input and the table. A tied table has this one and the embedding's: their sum."""
+  """Returns the gradients of the input and the table.
+
+  A tied table has this one and the embedding's: their sum.
+  """
   x_BTD, table_VD = saved
-  flat_dlogits, flat_x = dlogits_BTV.reshape(-1, table_VD.shape[0]), x_BTD.reshape(-1, table_VD.shape[1])
+  flat_dlogits, flat_x = (
+    dlogits_BTV.reshape(-1, table_VD.shape[0]),
+    x_BTD.reshape(-1, table_VD.shape[1]),
+  )
   return dlogits_BTV @ table_VD, flat_dlogits.T @ flat_x
 
 
-def cross_entropy_forward(logits_BTV: Array, targets_BT: Array, weights_BT: Array) -> tuple[float, Any]:
+def cross_entropy_forward(
+  logits_BTV: Array, targets_BT: Array, weights_BT: Array
+) -> tuple[float, Any]:
   """Computes the weighted mean of -log softmax(logits)[target]."""
   shifted = logits_BTV - logits_BTV.max(-1, keepdims=True)
   log_total_BT = np.log(np.exp(shifted).sum(-1))
@@ -290,12 +326,22 @@ def cross_entropy_backward(saved: Any) -> Array:
   return (softmax(logits_BTV) - one_hot_BTV) * weights_BT[..., None] / weights_BT.sum()
 
 
-ACTIVATION_FORWARD = {"relu": relu_forward, "gelu_tanh": gelu_tanh_forward, "gelu_erf": gelu_erf_forward}
-ACTIVATION_BACKWARD = {"relu": relu_backward, "gelu_tanh": gelu_tanh_backward, "gelu_erf": gelu_erf_backward}
+ACTIVATION_FORWARD = {
+  "relu": relu_forward,
+  "gelu_tanh": gelu_tanh_forward,
+  "gelu_erf": gelu_erf_forward,
+}
+ACTIVATION_BACKWARD = {
+  "relu": relu_backward,
+  "gelu_tanh": gelu_tanh_backward,
+  "gelu_erf": gelu_erf_backward,
+}
 
 
 def sinusoidal_positions(num_positions: int, d_model: int) -> Array:
-  """Returns the fixed position vectors: PE[p, 2i] = sin(p / 10000^(2i/D)), PE[p, 2i+1] = cos of the same."""
+  """Returns the fixed position vectors: PE[p, 2i] = sin(p / 10000^(2i/D)), PE[p, 2i+1] = cos of the
+  same.
+  """
   column_D = np.arange(d_model)
   pair_D = column_D // 2
   angle_TD = np.arange(num_positions)[:, None] / 10000.0 ** (2 * pair_D / d_model)
@@ -308,20 +354,27 @@ def sinusoidal_positions(num_positions: int, d_model: int) -> Array:
 class _Network:
   """One forward pass, and the backward pass that goes through it in reverse.
 
-  Each layer of the forward leaves what it saved under a name of its own; the backward takes it from there and adds to
-  the gradients.
+  Each layer of the forward leaves what it saved under a name of its own; the backward takes it from
+  there and adds to the gradients.
   """
 
-  def __init__(self, params: Mapping[str, Array], config: Config, masks: Mapping[str, Array] | None):
+  def __init__(
+    self, params: Mapping[str, Array], config: Config, masks: Mapping[str, Array] | None
+  ):
     shapes = parameter_shapes(config)
     if set(params) != set(shapes):
-      raise ValueError(f"missing parameters {sorted(set(shapes) - set(params))}, extra {sorted(set(params) - set(shapes))}")
+      raise ValueError(
+        f"missing parameters {sorted(set(shapes) - set(params))}, extra "
+        f"{sorted(set(params) - set(shapes))}"
+      )
     self.params = _float64(params)
     for name, shape in shapes.items():
       if self.params[name].shape != shape:
         raise ValueError(f"{name} must have shape {shape}, not {self.params[name].shape}")
     places = {
-      f"h.{i}.{at}" for i in range(config.num_layers) for at in ("attention", "attention_out", "activation", "mlp_out")
+      f"h.{i}.{at}"
+      for i in range(config.num_layers)
+      for at in ("attention", "attention_out", "activation", "mlp_out")
     }
     if unknown := sorted(set(masks or {}) - places - {"embed"}):
       raise ValueError(f"no dropout is named {unknown}")
@@ -336,11 +389,15 @@ class _Network:
     if self.config.norm == "rms":
       y, self.saved[name] = rms_norm_forward(x)
     else:
-      y, self.saved[name] = layer_norm_forward(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
+      y, self.saved[name] = layer_norm_forward(
+        x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias")
+      )
     return y
 
   def linear(self, name: str, x: Array) -> Array:
-    y, self.saved[name] = linear_forward(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
+    y, self.saved[name] = linear_forward(
+      x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias")
+    )
     return y
 
   def dropout(self, name: str, x: Array) -> Array:
@@ -362,7 +419,9 @@ class _Network:
 
     for i in range(config.num_layers):
       a = self.linear(f"h.{i}.attn.c_attn", self.norm(f"h.{i}.ln_1", x))
-      a, self.saved[f"h.{i}.attn"] = attention_forward(a, config.num_heads, self.masks.get(f"h.{i}.attention"))
+      a, self.saved[f"h.{i}.attn"] = attention_forward(
+        a, config.num_heads, self.masks.get(f"h.{i}.attention")
+      )
       x = x + self.dropout(f"h.{i}.attention_out", self.linear(f"h.{i}.attn.c_proj", a))
       m = self.linear(f"h.{i}.mlp.c_fc", self.norm(f"h.{i}.ln_2", x))
       m, self.saved[f"h.{i}.mlp"] = ACTIVATION_FORWARD[config.activation](m)
@@ -371,7 +430,9 @@ class _Network:
 
     if config.norm_final:
       x = self.norm("ln_f", x)
-    logits_BTV, self.saved["head"] = head_forward(x, self.params["wte" if config.tied_head else "lm_head.weight"])
+    logits_BTV, self.saved["head"] = head_forward(
+      x, self.params["wte" if config.tied_head else "lm_head.weight"]
+    )
     return logits_BTV
 
   # Backward.
@@ -408,7 +469,9 @@ class _Network:
       dm = self.dropout_backward(f"h.{i}.activation", dm)
       dm = ACTIVATION_BACKWARD[config.activation](dm, self.saved[f"h.{i}.mlp"])
       dx = dx + self.norm_backward(f"h.{i}.ln_2", self.linear_backward(f"h.{i}.mlp.c_fc", dm))
-      da = self.linear_backward(f"h.{i}.attn.c_proj", self.dropout_backward(f"h.{i}.attention_out", dx))
+      da = self.linear_backward(
+        f"h.{i}.attn.c_proj", self.dropout_backward(f"h.{i}.attention_out", dx)
+      )
       da = attention_backward(da, self.saved[f"h.{i}.attn"])
       dx = dx + self.norm_backward(f"h.{i}.ln_1", self.linear_backward(f"h.{i}.attn.c_attn", da))
 
@@ -422,7 +485,10 @@ class _Network:
 
 
 def forward(
-  params: Mapping[str, Array], tokens_BT: Array, config: Config, masks: Mapping[str, Array] | None = None
+  params: Mapping[str, Array],
+  tokens_BT: Array,
+  config: Config,
+  masks: Mapping[str, Array] | None = None,
 ) -> Array:
   """Computes the logits.
 
@@ -430,8 +496,9 @@ def forward(
       params: Every parameter of `parameter_shapes(config)`.
       tokens_BT: Token ids, at most max_seq_len of them in a row.
       config: The sizes and switches.
-      masks: Dropout masks, already holding 0 or 1 / (1 - p), by name: "embed", "h.{i}.attention", "h.{i}.attention_out",
-        "h.{i}.activation", "h.{i}.mlp_out". An absent name means no dropout there.
+      masks: Dropout masks, already holding 0 or 1 / (1 - p), by name: "embed", "h.{i}.attention",
+        "h.{i}.attention_out", "h.{i}.activation", "h.{i}.mlp_out". An absent name means no dropout
+        there.
 
   Returns:
       Logits [B, T, V], float64.
@@ -448,7 +515,8 @@ def loss_and_gradients(
   config: Config,
   masks: Mapping[str, Array] | None = None,
 ) -> tuple[float, Arrays]:
-  """Computes the loss sum(w * -log softmax(logits)[target]) / sum(w), and its gradient for every parameter.
+  """Computes the loss sum(w * -log softmax(logits)[target]) / sum(w), and its gradient for every
+  parameter.
 
   Args:
       params: As in `forward`.
@@ -480,9 +548,13 @@ def _checked_ids(ids_BT: Array, config: Config) -> Array:
   """Returns the ids as an array; NumPy would take a negative one from the end."""
   ids_BT = np.asarray(ids_BT)
   if ids_BT.ndim != 2 or ids_BT.shape[1] > config.max_seq_len:
-    raise ValueError(f"tokens must be [B, T] with T at most {config.max_seq_len}, not {ids_BT.shape}")
+    raise ValueError(
+      f"tokens must be [B, T] with T at most {config.max_seq_len}, not {ids_BT.shape}"
+    )
   if ids_BT.min() < 0 or ids_BT.max() >= config.vocab_size:
-    raise ValueError(f"tokens must lie in [0, {config.vocab_size}), not {ids_BT.min()} to {ids_BT.max()}")
+    raise ValueError(
+      f"tokens must lie in [0, {config.vocab_size}), not {ids_BT.min()} to {ids_BT.max()}"
+    )
   return ids_BT
 
 
@@ -495,7 +567,9 @@ def global_norm(gradients: Mapping[str, Array]) -> float:
 
 
 def clip_by_global_norm(gradients: Mapping[str, Array], max_norm: float) -> Arrays:
-  """Scales all gradients by max_norm / norm where their global norm is greater than max_norm, else leaves them."""
+  """Scales all gradients by max_norm / norm where their global norm is greater than max_norm, else
+  leaves them.
+  """
   norm = global_norm(gradients)
   scale = max_norm / norm if norm > max_norm else 1.0
   return {name: scale * g for name, g in _float64(gradients).items()}
@@ -515,7 +589,9 @@ def adamw_update(
   weight_decay: float,
   decayed: Collection[str],
 ) -> tuple[Arrays, Arrays, Arrays]:
-  """Takes one step of AdamW (Loshchilov and Hutter; the decay is multiplied by the rate, as in PyTorch).
+  """Takes one step of AdamW (Loshchilov and Hutter.
+
+  The decay is multiplied by the rate, as in PyTorch).
 
   Args:
       params: The parameters, left as they are.
@@ -564,8 +640,12 @@ def linear_rate(step: int, peak: float, total: int) -> float:
   return peak * (1 - step / total)
 
 
-def cosine_rate(step: int, *, peak: float, end: float, warmup: int, total: int, warmup_from_zero: bool) -> float:
-  """Warms up to `peak` at step `warmup`, falls along half a cosine to `end` at step `total`, and stays there."""
+def cosine_rate(
+  step: int, *, peak: float, end: float, warmup: int, total: int, warmup_from_zero: bool
+) -> float:
+  """Warms up to `peak` at step `warmup`, falls along half a cosine to `end` at step `total`, and
+  stays there.
+  """
   if warmup > total:
     raise ValueError(f"warmup {warmup} does not fit into {total} steps")
   if step < warmup:
@@ -576,9 +656,18 @@ def cosine_rate(step: int, *, peak: float, end: float, warmup: int, total: int, 
 
 
 def wsd_rate(
-  step: int, *, peak: float, end: float, warmup: int, total: int, cooldown: int, warmup_from_zero: bool
+  step: int,
+  *,
+  peak: float,
+  end: float,
+  warmup: int,
+  total: int,
+  cooldown: int,
+  warmup_from_zero: bool,
 ) -> float:
-  """Warms up to `peak` at step `warmup`, stays, falls linearly from step `total - cooldown` to `end` at `total`."""
+  """Warms up to `peak` at step `warmup`, stays, falls linearly from step `total - cooldown` to
+  `end` at `total`.
+  """
   if warmup + cooldown > total:
     raise ValueError(f"warmup {warmup} and cooldown {cooldown} do not fit into {total} steps")
   if step < warmup:
@@ -636,6 +725,13 @@ def train(
     losses.append(loss)
     if clip_norm is not None:
       gradients = clip_by_global_norm(gradients, clip_norm)
-    settings = {"lr": rate(step), "b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "decayed": decayed}
+    settings = {
+      "lr": rate(step),
+      "b1": b1,
+      "b2": b2,
+      "eps": eps,
+      "weight_decay": weight_decay,
+      "decayed": decayed,
+    }
     params, m, v = adamw_update(params, gradients, m, v, step + 1, **settings)
   return losses, params, m, v

@@ -289,7 +289,9 @@ def attend(query: Vector, keys: Matrix, values: Matrix, num_heads: int) -> list[
   return outputs
 
 
-def forward(params: Parameters, token: int, position: int, cache: KeyValueCache, config: ScalarGPTConfig) -> list[Scalar]:
+def forward(
+  params: Parameters, token: int, position: int, cache: KeyValueCache, config: ScalarGPTConfig
+) -> list[Scalar]:
   """Computes the next-token logits at one position.
 
   Args:
@@ -348,7 +350,9 @@ def document_loss(params: Parameters, tokens: Sequence[int], config: ScalarGPTCo
 # --- Floats in, floats out --------------------------------------------------------------------
 
 
-def map_entries(function: Callable[..., Any], *trees: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, list[list[Any]]]:
+def map_entries(
+  function: Callable[..., Any], *trees: Mapping[str, Sequence[Sequence[Any]]]
+) -> dict[str, list[list[Any]]]:
   """Applies `function` to matching entries of one or more parameter dicts.
 
   Returns:
@@ -363,7 +367,9 @@ def map_entries(function: Callable[..., Any], *trees: Mapping[str, Sequence[Sequ
   }
 
 
-def scalar_parameters(values: FloatParameters, config: ScalarGPTConfig) -> dict[str, list[list[Scalar]]]:
+def scalar_parameters(
+  values: FloatParameters, config: ScalarGPTConfig
+) -> dict[str, list[list[Scalar]]]:
   """Wraps every float in a fresh `Scalar`, after checking names and shapes.
 
   Raises:
@@ -378,7 +384,9 @@ def scalar_parameters(values: FloatParameters, config: ScalarGPTConfig) -> dict[
   return map_entries(Scalar, values)
 
 
-def logits_at_each_position(values: FloatParameters, tokens: Sequence[int], config: ScalarGPTConfig) -> list[list[float]]:
+def logits_at_each_position(
+  values: FloatParameters, tokens: Sequence[int], config: ScalarGPTConfig
+) -> list[list[float]]:
   """Returns the next-token logits after each input token.
 
   Args:
@@ -499,5 +507,7 @@ def adam_steps(
     loss, gradients = loss_and_gradients(values, documents[step % len(documents)], config)
     losses.append(loss)
     step_lr = lr * (1 - step / total_steps)
-    values, m, v = adam_update(values, gradients, m, v, step=step, lr=step_lr, b1=b1, b2=b2, eps=eps)
+    values, m, v = adam_update(
+      values, gradients, m, v, step=step, lr=step_lr, b1=b1, b2=b2, eps=eps
+    )
   return AdamResult(values, losses, m, v)

@@ -1,14 +1,17 @@
-"""An oracle in PyTorch: the same network, gradients and training loop, written from the mathematics and torch's own parts.
+"""An oracle in PyTorch: the same network, gradients and training loop, written from the mathematics
+and torch's own parts.
 
-The network is an ordinary torch module; its derivatives are autograd's, its optimizer torch.optim.AdamW. A second, foreign
-implementation is at hand where the switches are GPT-2's: Hugging Face's GPT2LMHeadModel. Nothing of jgpt is used.
+The network is an ordinary torch module; its derivatives are autograd's, its optimizer
+torch.optim.AdamW. A second, foreign implementation is at hand where the switches are GPT-2's:
+Hugging Face's GPT2LMHeadModel. Nothing of jgpt is used.
 
-Parameters go in and out as a flat dict of NumPy arrays under GPT-2's names, the matrices of the linear layers (in, out).
-nn.Linear holds them (out, in): they are transposed on the way. wte, wpe and lm_head.weight, [rows, D], go as they are.
+Parameters go in and out as a flat dict of NumPy arrays under GPT-2's names, the matrices of the
+linear layers (in, out). nn.Linear holds them (out, in): they are transposed on the way. wte, wpe
+and lm_head.weight, [rows, D], go as they are.
 
-`config` is any object with the attributes vocab_size, max_seq_len, num_layers, num_heads, d_model, d_ff, norm, norm_embed,
-norm_final, activation, positions, biases, tied_head, scale_embed. Tokens, targets, weights and masks may be NumPy arrays or
-tensors.
+`config` is any object with the attributes vocab_size, max_seq_len, num_layers, num_heads, d_model,
+d_ff, norm, norm_embed, norm_final, activation, positions, biases, tied_head, scale_embed. Tokens,
+targets, weights and masks may be NumPy arrays or tensors.
 """
 
 import math
@@ -26,7 +29,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
   "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
   "gelu_erf": lambda x: F.gelu(x, approximate="none"),
 }
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in NumPy, (out, in) in nn.Linear
+TRANSPOSED = (
+  "c_attn.weight",
+  "c_proj.weight",
+  "c_fc.weight",
+)  # (in, out) in NumPy, (out, in) in nn.Linear
 
 Masks = Mapping[str, Any]
 
@@ -39,7 +46,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Causal self-attention of several heads, the softmax written out so that its probabilities can be dropped out."""
+  """Causal self-attention of several heads, the softmax written out so that its probabilities can
+  be dropped out.
+  """
 
   def __init__(self, config):
     super().__init__()
@@ -51,7 +60,9 @@ class Attention(nn.Module):
   def forward(self, x: torch.Tensor, masks: Masks | None, name: str) -> torch.Tensor:
     B, T, D = x.shape
     N, H = self.num_heads, D // self.num_heads
-    q, k, v = (part.reshape(B, T, N, H).transpose(1, 2) for part in self.c_attn(x).split(D, dim=-1))  # each B, N, T, H
+    q, k, v = (
+      part.reshape(B, T, N, H).transpose(1, 2) for part in self.c_attn(x).split(D, dim=-1)
+    )  # each B, N, T, H
     scores = q @ k.transpose(-1, -2) / math.sqrt(H)  # B, N, T (queries), T (keys)
     past = torch.ones(T, T, dtype=torch.bool).tril()  # row t: the keys s <= t
     probs = torch.softmax(scores.masked_fill(~past, -math.inf), dim=-1)
@@ -94,10 +105,12 @@ class Block(nn.Module):
 class TorchGPT(nn.Module):
   """The whole network, from tokens to logits.
 
-  `named_parameters()` has GPT-2's names, but for nn.Embedding's `wte.weight` and `wpe.weight`: see `named`.
+  `named_parameters()` has GPT-2's names, but for nn.Embedding's `wte.weight` and `wpe.weight`: see
+  `named`.
 
   Raises:
-    ValueError: for a switch that has no such value, heads that do not divide d_model, or norm_embed without norm "rms".
+    ValueError: for a switch that has no such value, heads that do not divide d_model, or norm_embed
+      without norm "rms".
   """
 
   def __init__(self, config):
@@ -120,8 +133,9 @@ class TorchGPT(nn.Module):
 
     Args:
       tokens: Integers, [B, T], T at most max_seq_len.
-      masks: Dropout, by name ("embed", "h.{i}.attention", "h.{i}.attention_out", "h.{i}.activation", "h.{i}.mlp_out"): what
-        the values there are multiplied by. No dropout where a name is absent.
+      masks: Dropout, by name ("embed", "h.{i}.attention", "h.{i}.attention_out",
+        "h.{i}.activation", "h.{i}.mlp_out"): what the values there are multiplied by. No dropout
+        where a name is absent.
 
     Raises:
       ValueError: for more positions than max_seq_len, or a mask whose name is none of these.
@@ -136,7 +150,11 @@ class TorchGPT(nn.Module):
     x = self.wte(tokens)
     if config.scale_embed:
       x = x * math.sqrt(config.d_model)
-    x = x + (self.wpe(torch.arange(T)) if config.positions == "learned" else sinusoids(T, config.d_model).to(x.dtype))
+    x = x + (
+      self.wpe(torch.arange(T))
+      if config.positions == "learned"
+      else sinusoids(T, config.d_model).to(x.dtype)
+    )
     x = _dropout(x, masks, "embed")
     if config.norm_embed:
       x = self.norm_embed(x)
@@ -148,7 +166,9 @@ class TorchGPT(nn.Module):
 
 
 def sinusoids(length: int, d_model: int) -> torch.Tensor:
-  """The fixed positions [length, d_model], float64: sin(p / 10000^(2i/D)) in column 2i, its cosine in column 2i + 1."""
+  """The fixed positions [length, d_model], float64: sin(p / 10000^(2i/D)) in column 2i, its cosine
+  in column 2i + 1.
+  """
   column = torch.arange(d_model)
   exponent = (column - column % 2).double() / d_model  # 2i / D, for both columns of a pair
   angle = torch.arange(length).double()[:, None] / 10000.0**exponent
@@ -156,7 +176,9 @@ def sinusoids(length: int, d_model: int) -> torch.Tensor:
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-  """A model's parameters (TorchGPT's or Hugging Face's) under the names wte, wpe, h.{i}.ln_1.weight and so on."""
+  """A model's parameters (TorchGPT's or Hugging Face's) under the names wte, wpe, h.{i}.ln_1.weight
+  and so on.
+  """
   names = {"wte.weight": "wte", "wpe.weight": "wpe"}
   flat = {name.removeprefix("transformer."): param for name, param in model.named_parameters()}
   return {names.get(name, name): param for name, param in flat.items()}
@@ -179,12 +201,17 @@ def parameters(model: TorchGPT) -> dict[str, np.ndarray]:
 
 
 def gradients(model: TorchGPT) -> dict[str, np.ndarray]:
-  """A copy of what backward() left in every parameter's grad, float64, named and laid out as `parameters`."""
+  """A copy of what backward() left in every parameter's grad, float64, named and laid out as
+  `parameters`.
+  """
   return {name: _flip(name, grad) for name, grad in _grads(model).items()}
 
 
 def loss_fn(model: nn.Module, tokens, targets, weights, masks: Masks | None = None) -> torch.Tensor:
-  """The weighted mean of the cross-entropy over all B, T positions; `model` may be Hugging Face's, without masks."""
+  """The weighted mean of the cross-entropy over all B, T positions.
+
+  `model` may be Hugging Face's, without masks.
+  """
   tokens, targets = _long(tokens), _long(targets)
   out = model(tokens) if masks is None else model(tokens, masks)
   logits = out if isinstance(out, torch.Tensor) else out.logits
@@ -193,8 +220,11 @@ def loss_fn(model: nn.Module, tokens, targets, weights, masks: Masks | None = No
   return (weights * losses).sum() / weights.sum()
 
 
-def param_groups(model: nn.Module, weight_decay: float, decayed: Collection[str]) -> list[dict[str, Any]]:
-  """AdamW's two groups: the parameters named in `decayed`, with `weight_decay`, and all the others, without.
+def param_groups(
+  model: nn.Module, weight_decay: float, decayed: Collection[str]
+) -> list[dict[str, Any]]:
+  """AdamW's two groups: the parameters named in `decayed`, with `weight_decay`, and all the others,
+  without.
 
   Raises:
     ValueError: for a name in `decayed` that the model does not have.
@@ -203,8 +233,14 @@ def param_groups(model: nn.Module, weight_decay: float, decayed: Collection[str]
   if unknown := decayed - params.keys():
     raise ValueError(f"no parameter is called {sorted(unknown)}")
   return [
-    {"params": [param for name, param in params.items() if name in decayed], "weight_decay": weight_decay},
-    {"params": [param for name, param in params.items() if name not in decayed], "weight_decay": 0.0},
+    {
+      "params": [param for name, param in params.items() if name in decayed],
+      "weight_decay": weight_decay,
+    },
+    {
+      "params": [param for name, param in params.items() if name not in decayed],
+      "weight_decay": 0.0,
+    },
   ]
 
 
@@ -225,20 +261,23 @@ def train(
   Args:
     model: The model to train.
     batches: Tuples (tokens, targets, weights) or (tokens, targets, weights, masks).
-    rate: The learning rate of a step, counted from 0. LambdaLR asks for one step more than there are batches.
+    rate: The learning rate of a step, counted from 0. LambdaLR asks for one step more than there
+      are batches.
     b1: The decay of the mean of the gradients.
     b2: The decay of the mean of their squares.
     eps: Added to the root of the second mean.
     weight_decay: Decoupled: a step takes rate * weight_decay of a decayed parameter away.
     decayed: The names of the parameters that decay.
-    clip_norm: The most that the norm of all gradients together may be; longer ones are scaled down to it (torch's way, with
-      1e-6 added to the norm that it divides by).
+    clip_norm: The most that the norm of all gradients together may be; longer ones are scaled down
+      to it (torch's way, with 1e-6 added to the norm that it divides by).
 
   Returns:
     The loss of every batch, before its step.
   """
   groups = param_groups(model, weight_decay, decayed)
-  optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(b1, b2), eps=eps)  # 1.0: LambdaLR multiplies it by the rate
+  optimizer = torch.optim.AdamW(
+    groups, lr=1.0, betas=(b1, b2), eps=eps
+  )  # 1.0: LambdaLR multiplies it by the rate
   schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=rate)
   losses = []
   for batch in batches:
@@ -254,10 +293,13 @@ def train(
 
 
 def make_hf_model(config, params: Mapping[str, np.ndarray], dtype: torch.dtype) -> nn.Module:
-  """Hugging Face's GPT2LMHeadModel with these parameters (its Conv1D is (in, out), as they are). No network is used.
+  """Hugging Face's GPT2LMHeadModel with these parameters (its Conv1D is (in, out), as they are).
+
+  No network is used.
 
   Raises:
-    ValueError: if the switches are not GPT-2's, or for parameters whose names or shapes are not those of the model.
+    ValueError: if the switches are not GPT-2's, or for parameters whose names or shapes are not
+      those of the model.
   """
   switches = {
     "norm": "layer",
@@ -270,7 +312,11 @@ def make_hf_model(config, params: Mapping[str, np.ndarray], dtype: torch.dtype) 
     "scale_embed": False,
   }
   _check(config)
-  if wrong := {name: getattr(config, name) for name, value in switches.items() if getattr(config, name) != value}:
+  if wrong := {
+    name: getattr(config, name)
+    for name, value in switches.items()
+    if getattr(config, name) != value
+  }:
     raise ValueError(f"not GPT-2's: {wrong}")
   import transformers
 
@@ -298,7 +344,9 @@ def make_hf_model(config, params: Mapping[str, np.ndarray], dtype: torch.dtype) 
 
 
 def hf_gradients(model: nn.Module) -> dict[str, np.ndarray]:
-  """What backward() left in the parameters of Hugging Face's model, float64, named and laid out as `parameters`."""
+  """What backward() left in the parameters of Hugging Face's model, float64, named and laid out as
+  `parameters`.
+  """
   return _grads(model)
 
 
@@ -369,7 +417,10 @@ def _mask_names(config) -> set[str]:
 
 
 def _dropout(x: torch.Tensor, masks: Masks | None, name: str) -> torch.Tensor:
-  """`x` times the mask of that name; `x` where there is none. A mask may not make `x` larger by broadcasting."""
+  """`x` times the mask of that name; `x` where there is none.
+
+  A mask may not make `x` larger by broadcasting.
+  """
   if masks is None or name not in masks:
     return x
   return x * _float(masks[name], x.dtype).expand_as(x)
@@ -380,19 +431,29 @@ def _flip(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _long(array) -> torch.Tensor:
-  return array.long() if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array, np.int64))
+  return (
+    array.long() if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array, np.int64))
+  )
 
 
 def _float(array, dtype: torch.dtype) -> torch.Tensor:
-  return array.to(dtype) if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array, np.float64)).to(dtype)
+  return (
+    array.to(dtype)
+    if isinstance(array, torch.Tensor)
+    else torch.from_numpy(np.array(array, np.float64)).to(dtype)
+  )
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-  return np.array(tensor.detach().double().numpy())  # a copy: later steps change the tensor in place
+  return np.array(
+    tensor.detach().double().numpy()
+  )  # a copy: later steps change the tensor in place
 
 
 def _load(targets: dict[str, nn.Parameter], params: Mapping[str, np.ndarray]) -> None:
-  """Copies `params` into the parameters of the same names, which must be the same names and shapes."""
+  """Copies `params` into the parameters of the same names, which must be the same names and
+  shapes.
+  """
   if targets.keys() != params.keys():
     missing, extra = sorted(targets.keys() - params.keys()), sorted(params.keys() - targets.keys())
     raise ValueError(f"parameters missing: {missing}; not in the model: {extra}")
@@ -400,7 +461,9 @@ def _load(targets: dict[str, nn.Parameter], params: Mapping[str, np.ndarray]) ->
     for name, target in targets.items():
       value = _float(params[name], target.dtype)
       if value.shape != target.shape:
-        raise ValueError(f"{name} is {tuple(target.shape)} in the model, given {tuple(value.shape)}")
+        raise ValueError(
+          f"{name} is {tuple(target.shape)} in the model, given {tuple(value.shape)}"
+        )
       target.copy_(value)
 
 

@@ -1,8 +1,10 @@
-"""Commands given bad input: many in one process, as a command line would give them, and what came of each.
+"""Commands given bad input: many in one process, as a command line would give them, and what came
+of each.
 
-`give` starts a process that runs this file: it calls the commands one after the other through `command.guard`, as
-`python -m jgpt.<verb>` does, and says of each its status, what it printed, how long it took and what it left on disk. With
-`JAX_PLATFORMS` naming what does not exist, whatever looks at a device ends with `NO_DEVICE` and with no other error.
+`give` starts a process that runs this file: it calls the commands one after the other through
+`command.guard`, as `python -m jgpt.<verb>` does, and says of each its status, what it printed, how
+long it took and what it left on disk. With `JAX_PLATFORMS` naming what does not exist, whatever
+looks at a device ends with `NO_DEVICE` and with no other error.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ class Case:
     argv: the verb and its arguments.
     env: set while it runs.
     slow_names: whether looking up a host's name takes ten seconds.
-    plan_only: whether training is replaced by the error `TRAINS`, once devices have been divided among.
-    follow: how often the advice of an error is taken: each way that it names is tried, as a case of its own.
+    plan_only: whether training is replaced by the error `TRAINS`, once devices have been divided
+      among.
+    follow: how often the advice of an error is taken: each way that it names is tried, as a case of
+      its own.
   """
 
   argv: list[str]
@@ -81,7 +85,8 @@ def settings(experiment: str, *words: str) -> list[str]:
 def advice(err: str) -> list[list[str]]:
   """The ways of mending an error that it names: of each the words to add to the command.
 
-  "Try --set a.b=1 --set a.c=2 or --set d.e=3" names two. A place-holder (FILE) or an empty value is none.
+  "Try --set a.b=1 --set a.c=2 or --set d.e=3" names two. A place-holder (FILE) or an empty value is
+  none.
   """
   ways = []
   for sentence in err.split("Try ")[1:]:
@@ -97,7 +102,11 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
   """One line that says what is wrong, status 2, and nothing else happened."""
   assert outcome.status == 2, outcome
   assert outcome.out == "" and outcome.left == [] and outcome.num_compiled == 0, outcome
-  assert outcome.err.startswith("error: ") and outcome.err.endswith("\n") and outcome.err.count("\n") == 1, outcome
+  assert (
+    outcome.err.startswith("error: ")
+    and outcome.err.endswith("\n")
+    and outcome.err.count("\n") == 1
+  ), outcome
   assert len(outcome.err) < 2000 and outcome.err[:-1].isprintable(), outcome
   assert NO_DEVICE not in outcome.err, outcome
   for word in words:
@@ -105,7 +114,9 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 
 def assert_wrong_usage(outcome: Outcome, *words: str) -> None:
-  """As `assert_refused`, for what the parser of arguments refuses: it may show the usage before its line."""
+  """As `assert_refused`, for what the parser of arguments refuses: it may show the usage before its
+  line.
+  """
   assert outcome.status == 2 and outcome.out == "" and outcome.left == [], outcome
   assert "error: " in outcome.err.splitlines()[-1] and "Traceback" not in outcome.err, outcome
   for word in words:
@@ -117,7 +128,11 @@ def give(cases: Sequence[Case], *, cwd: Path, timeout: float = 250, **env: str) 
   import jgpt  # only here: the child, which gets its own path, need not find it before
 
   root = Path(jgpt.__file__).parent.parent
-  env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "nowhere", "PYTHONIOENCODING": "utf-8"} | env
+  env = (
+    os.environ
+    | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "nowhere", "PYTHONIOENCODING": "utf-8"}
+    | env
+  )
   env.pop("JGPT_DATA_DIR", None)
   done = subprocess.run(
     [sys.executable, __file__],
@@ -168,7 +183,9 @@ def _changed(case: Case) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     stack.enter_context(mock.patch.dict(os.environ, case.env))
     if case.slow_names:
-      stack.enter_context(mock.patch.object(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(10)))
+      stack.enter_context(
+        mock.patch.object(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(10))
+      )
     if case.plan_only:
       from jgpt import sharding, train
       from jgpt.devices import runtime
@@ -188,7 +205,9 @@ def _call(case: Case, compiled: _Compiled) -> dict:
 
   before, began = _files(), time.monotonic()
   num_compiled, num_cached = compiled.count, compiled.cached
-  out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+  out, err = (
+    io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)
+  )
   with _changed(case), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     try:
       verb, *argv = case.argv

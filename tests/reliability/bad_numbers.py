@@ -1,6 +1,8 @@
-"""Losses and gradients that are not finite at chosen steps: `python -m bad_numbers nan@7,8 jgpt.run --experiment ...`.
+"""Losses and gradients that are not finite at chosen steps: `python -m bad_numbers nan@7,8 jgpt.run
+--experiment ...`.
 
-`plant` does the same inside a test. Nothing else of the step is touched: what becomes of such numbers is jgpt's own doing.
+`plant` does the same inside a test. Nothing else of the step is touched: what becomes of such
+numbers is jgpt's own doing.
 """
 
 import runpy
@@ -15,11 +17,23 @@ import jgpt.step
 
 # What is multiplied by NaN, infinity, or a number so large that only the norm overflows.
 WAYS = {
-  "nan": lambda loss, grads, bad: (loss * bad(jnp.nan), jax.tree.map(lambda g: g * bad(jnp.nan), grads)),
+  "nan": lambda loss, grads, bad: (
+    loss * bad(jnp.nan),
+    jax.tree.map(lambda g: g * bad(jnp.nan), grads),
+  ),
   "infinite loss": lambda loss, grads, bad: (loss * bad(jnp.inf), grads),
-  "nan in one gradient": lambda loss, grads, bad: (loss, change_one(grads, lambda g: g.at[1, 2].multiply(bad(jnp.nan)))),
-  "infinite gradient": lambda loss, grads, bad: (loss, change_one(grads, lambda g: (g + 1e-6) * bad(jnp.inf))),
-  "large gradient": lambda loss, grads, bad: (loss, change_one(grads, lambda g: g + (bad(2.0) - 1) * 1e30)),
+  "nan in one gradient": lambda loss, grads, bad: (
+    loss,
+    change_one(grads, lambda g: g.at[1, 2].multiply(bad(jnp.nan))),
+  ),
+  "infinite gradient": lambda loss, grads, bad: (
+    loss,
+    change_one(grads, lambda g: (g + 1e-6) * bad(jnp.inf)),
+  ),
+  "large gradient": lambda loss, grads, bad: (
+    loss,
+    change_one(grads, lambda g: g + (bad(2.0) - 1) * 1e30),
+  ),
   "loss of 50": lambda loss, grads, bad: (loss + (bad(2.0) - 1) * 50, grads),
 }
 
@@ -30,24 +44,21 @@ def change_one(grads: dict, change: Callable[[jax.Array], jax.Array]) -> dict:
 
 
 def plant(put: Callable[[Any, str, Any], None], way: str, steps: Sequence[int]) -> None:
-  """Replaces `train_step` by one that is given bad numbers.
+  """Replaces `loss_and_grads`, as a step calls it, by one that returns bad numbers.
 
   Args:
     put: `monkeypatch.setattr`, or `setattr`.
     way: of `WAYS`.
     steps: as the log counts them: the first update is 1.
   """
-  right = jgpt.step.train_step
+  right = jgpt.step.loss_and_grads
 
-  def train_step(state, batch, *, grads_fn, **rest):
-    is_bad = jnp.isin(state.step + 1, jnp.array(steps, jnp.int32))
+  def bad_grads(params, batch, step, experiment, hyper=None):
+    is_bad = jnp.isin(step + 1, jnp.array(steps, jnp.int32))
+    loss, grads = right(params, batch, step, experiment, hyper)
+    return WAYS[way](loss, grads, lambda value: jnp.where(is_bad, value, 1.0))
 
-    def bad_grads(*args):
-      return WAYS[way](*grads_fn(*args), lambda value: jnp.where(is_bad, value, 1.0))
-
-    return right(state, batch, grads_fn=bad_grads, **rest)
-
-  put(jgpt.step, "train_step", train_step)
+  put(jgpt.step, "loss_and_grads", bad_grads)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 PATHS = (Path(jgpt.__file__).parent.parent, HERE, HERE.parent)
 VERSE = "To be, or not to be – that is the question:\n\tWhether ’tis nobler in the mind\n" * 15
 
-# As in `experiments/`, but small enough that a run takes two seconds. `text` stands for a file of the test.
+# As in `experiments/`, but small enough that a run takes two seconds. `text` stands for a file of
+# the test.
 STREAM = {
   "data.path": "verse.txt",
   "data.seq_len": 16,
@@ -53,11 +54,20 @@ EXPERIMENTS = {
 
 
 def arguments(name: str, workdir: Path | str, **changes: object) -> list[str]:
-  """The arguments of `run` for one of `EXPERIMENTS`, in `workdir`; "__" in a name of `changes` stands for a dot."""
+  """The arguments of `run` for one of `EXPERIMENTS`, in `workdir`.
+
+  "__" in a name of `changes` stands for a dot.
+  """
   experiment, settings = EXPERIMENTS[name]
   settings = settings | {key.replace("__", "."): value for key, value in changes.items()}
   words = [f"{key}={'none' if value is None else value}" for key, value in settings.items()]
-  return ["--experiment", experiment, "--workdir", str(workdir), *(w for word in words for w in ("--set", word))]
+  return [
+    "--experiment",
+    experiment,
+    "--workdir",
+    str(workdir),
+    *(w for word in words for w in ("--set", word)),
+  ]
 
 
 def write_texts(folder: Path) -> None:
@@ -101,17 +111,30 @@ class Child:
     self.logs = cwd / ".logs"
     self.logs.mkdir(exist_ok=True)
     number = len(list(self.logs.glob("*.out")))
-    self._out, self._err, self.mark = (self.logs / f"{number}.{kind}" for kind in ("out", "err", "mark"))
+    self._out, self._err, self.mark = (
+      self.logs / f"{number}.{kind}" for kind in ("out", "err", "mark")
+    )
     paths = {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "PYTHONUNBUFFERED": "1"}
     env = os.environ | paths | (env or {})
     command = [sys.executable, "-m", module, *map(str, args)]
     if fault is not None:
       command[2:2] = ["faults"]
-      env |= {"JGPT_FAULT": fault, "JGPT_FAULT_MARK": str(self.mark), "JGPT_FAULT_FOLDER": str(cwd / folder)}
+      env |= {
+        "JGPT_FAULT": fault,
+        "JGPT_FAULT_MARK": str(self.mark),
+        "JGPT_FAULT_FOLDER": str(cwd / folder),
+      }
     self.began = time.monotonic()
     with open(self._out, "wb") as out, open(self._err, "wb") as err:
       self.process = subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL, preexec_fn=prepare, **options
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=out,
+        stderr=err,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=prepare,
+        **options,
       )
 
   def __enter__(self) -> Child:
@@ -136,7 +159,10 @@ class Child:
     return self.mark.read_text(encoding="utf-8").splitlines() if self.mark.exists() else []
 
   def wait(self, timeout: float = 200) -> int:
-    """Waits for the end; returns the exit status, 128 + n for a process that was ended by signal n."""
+    """Waits for the end.
+
+    Returns the exit status, 128 + n for a process that was ended by signal n.
+    """
     status = self.process.wait(timeout)
     self.seconds = time.monotonic() - self.began
     return status if status >= 0 else 128 - status
@@ -156,7 +182,10 @@ class Child:
     return time.monotonic()
 
   def at_each_stop(self, visit: Callable[[str], None]) -> int:
-    """Calls `visit` with the mark each time the process has stopped itself, until it ends; returns its status."""
+    """Calls `visit` with the mark each time the process has stopped itself, until it ends.
+
+    Returns its status.
+    """
     while True:
       _, status = os.waitpid(self.process.pid, os.WUNTRACED)
       if not os.WIFSTOPPED(status):
@@ -185,10 +214,16 @@ def train(*args: object, cwd: Path, **options: object) -> Child:
 
 def steps_there(workdir: Path) -> list[int]:
   """The steps that have a manifest, ascending: by this file's own rule, not jgpt's."""
-  return sorted(int(p.parent.name) for p in workdir.glob("checkpoints/*/manifest.json") if p.parent.name.isdigit())
+  return sorted(
+    int(p.parent.name)
+    for p in workdir.glob("checkpoints/*/manifest.json")
+    if p.parent.name.isdigit()
+  )
 
 
-def read_leaves(folder: Path, items: tuple[str, ...] = ("params", "train_state")) -> dict[str, np.ndarray]:
+def read_leaves(
+  folder: Path, items: tuple[str, ...] = ("params", "train_state")
+) -> dict[str, np.ndarray]:
   """Reads every array of a step's folder, by name; with tensorstore alone."""
   leaves = {}
   for item in items:
@@ -197,7 +232,9 @@ def read_leaves(folder: Path, items: tuple[str, ...] = ("params", "train_state")
     for key in keys:
       name = key.decode().removesuffix("/.zarray")
       if name != key.decode():
-        array = tensorstore.open({"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}).result()
+        array = tensorstore.open(
+          {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
+        ).result()
         leaves[f"{item}/{name}"] = array.read().result()
   assert len(leaves) >= len(items), folder
   return leaves
@@ -253,11 +290,14 @@ def describe(workdir: Path) -> str:
   whole = steps_there(workdir)
   part = [name for name in names if name not in map(str, whole)]
   log = workdir / "metrics.jsonl"
-  tail = (log.read_bytes()[-300:].splitlines() or [b""])[-1].decode(errors="replace") if log.exists() else "no log"
-  row = re.match(r'{"step": (\d+)', tail)
-  return (
-    f"steps {whole}, partial {part}, log to row {row.group(1) if row else tail!r}{'' if tail.endswith('}') else ' (torn)'}"
+  tail = (
+    (log.read_bytes()[-300:].splitlines() or [b""])[-1].decode(errors="replace")
+    if log.exists()
+    else "no log"
   )
+  row = re.match(r'{"step": (\d+)', tail)
+  end, torn = row.group(1) if row else repr(tail), "" if tail.endswith("}") else " (torn)"
+  return f"steps {whole}, partial {part}, log to row {end}{torn}"
 
 
 def nothing_half_done(workdir: Path) -> list[str]:
@@ -272,7 +312,12 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[None]:
   """Mounts a disk of that size on a folder; raises `PermissionError` where this process may not."""
   size = f"size={int(megabytes * 2**20)}"
   mount = shutil.which("mount")
-  if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True).returncode:
+  if (
+    mount is None
+    or subprocess.run(
+      [mount, "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True
+    ).returncode
+  ):
     raise PermissionError("this process may not mount a disk")
   try:
     yield

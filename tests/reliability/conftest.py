@@ -1,4 +1,7 @@
-"""Which of these tests run where; and children are started with limits set between fork and exec, which jax warns of."""
+"""Which of these tests run where.
+
+And children are started with limits set between fork and exec, which jax warns of.
+"""
 
 from pathlib import Path
 
@@ -24,7 +27,12 @@ IN_CI = (
   "test_row_26_names_that_are_no_words",
 )
 # Whole files that the default run, which is to take less than five minutes, leaves to CI.
-SLOW_FILES = ("test_row_12_identity.py", "test_row_16_equalities.py", "test_row_20_sizes.py", "test_row_22_prompts.py")
+SLOW_FILES = (
+  "test_row_12_identity.py",
+  "test_row_16_equalities.py",
+  "test_row_20_sizes.py",
+  "test_row_22_prompts.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

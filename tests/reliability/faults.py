@@ -1,15 +1,17 @@
-"""Faults at named moments of a command, in a process of its own: `python -m faults jgpt.run --experiment names ...`.
+"""Faults at named moments of a command, in a process of its own: `python -m faults jgpt.run
+--experiment names ...`.
 
-    JGPT_FAULT=kill@commit:2       SIGKILL right before the second rename that gives a step's folder its number
-    JGPT_FAULT=kill@manifest+      ... right after the first step's manifest is there, before anything else is done
-    JGPT_FAULT=full@json           the operation fails as on a full disk
-    JGPT_FAULT=term@call=evaluation.begin_evaluation    SIGTERM to itself where that function is called
-    JGPT_FAULT=freeze@any          stopped before every operation in the run folder, until the parent lets it go on
-    JGPT_FAULT=mark@call=...       nothing but the mark
+    JGPT_FAULT=kill@commit:2       SIGKILL right before the second rename that gives a step's folder
+    its number JGPT_FAULT=kill@manifest+      ... right after the first step's manifest is there,
+    before anything else is done JGPT_FAULT=full@json           the operation fails as on a full
+    disk JGPT_FAULT=term@call=evaluation.begin_evaluation    SIGTERM to itself where that function
+    is called JGPT_FAULT=freeze@any          stopped before every operation in the run folder, until
+    the parent lets it go on JGPT_FAULT=mark@call=...       nothing but the mark
 
-What happens is written to the file JGPT_FAULT_MARK, one line for each time, before it happens. Several faults are separated
-by ";". Nothing of jgpt is replaced: Python reports each operation on a file to audit hooks before it is done, and each call
-of a Python function to profilers. What libraries in C++ write (the arrays) is seen by neither.
+What happens is written to the file JGPT_FAULT_MARK, one line for each time, before it happens.
+Several faults are separated by ";". Nothing of jgpt is replaced: Python reports each operation on a
+file to audit hooks before it is done, and each call of a Python function to profilers. What
+libraries in C++ write (the arrays) is seen by neither.
 """
 
 import errno
@@ -26,9 +28,15 @@ CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmt
 STEP = r"/checkpoints/[0-9]+"
 # Point -> the operation, and what its path (for a rename the new one) ends with.
 POINTS = {
-  "save": ("os.mkdir", r"/checkpoints/[0-9]+\.orbax-checkpoint-tmp[^/]*"),  # before anything of a save
+  "save": (
+    "os.mkdir",
+    r"/checkpoints/[0-9]+\.orbax-checkpoint-tmp[^/]*",
+  ),  # before anything of a save
   "leaf": ("os.mkdir", r"/(params|train_state)\.orbax-checkpoint-tmp[^/]*"),  # before the arrays
-  "metadata": ("open", r"/(params|train_state)[^/]*/_METADATA"),  # between the arrays and the commit
+  "metadata": (
+    "open",
+    r"/(params|train_state)[^/]*/_METADATA",
+  ),  # between the arrays and the commit
   "item": ("os.rename", r"/(params|train_state)"),  # one of the two is complete
   "commit": ("os.rename", STEP),
   "json": ("os.rename", STEP + r"/experiment\.json"),
@@ -114,7 +122,9 @@ def install(faults: list[Fault]) -> None:
   def on_audit(event: str, args: tuple[Any, ...]) -> None:
     if event not in CHANGES or getattr(inside, "here", False):
       return
-    if event == "open" and not (isinstance(args[0], str | bytes | os.PathLike) and is_writing(args[1], args[2])):
+    if event == "open" and not (
+      isinstance(args[0], str | bytes | os.PathLike) and is_writing(args[1], args[2])
+    ):
       return
     path = os.fsdecode(args[1] if event == "os.rename" else args[0])
     dir_fd = args[-1] if event in ("os.remove", "os.rmdir") else -1
@@ -130,7 +140,9 @@ def install(faults: list[Fault]) -> None:
       inside.here = False
 
   def on_profile(frame: Any, event: str, arg: Any) -> None:
-    if event == "call" and "/jgpt/" in (file := frame.f_code.co_filename):  # a command's module is called __main__
+    if event == "call" and "/jgpt/" in (
+      file := frame.f_code.co_filename
+    ):  # a command's module is called __main__
       for fault in faults:
         fault.on_call(f"{file.rpartition('/')[2].removesuffix('.py')}.{frame.f_code.co_name}")
 
@@ -142,7 +154,9 @@ def install(faults: list[Fault]) -> None:
 
 
 def is_writing(mode: str | None, flags: int) -> bool:
-  return bool(flags & (os.O_WRONLY | os.O_RDWR)) or (mode is not None and set(mode) & set("wax+") != set())
+  return bool(flags & (os.O_WRONLY | os.O_RDWR)) or (
+    mode is not None and set(mode) & set("wax+") != set()
+  )
 
 
 def is_ours(path: str) -> bool:

@@ -1,7 +1,9 @@
-"""Inputs that nobody meant to write, and what a parser may do with them: for `test_fuzz_parsers.py`.
+"""Inputs that nobody meant to write, and what a parser may do with them: for
+`test_fuzz_parsers.py`.
 
-An input is a function of the parser's name and a number, so that a number is all that a failure needs to be seen again.
-Valid files are edited as bytes and, where they are JSON, as values; a few inputs are random from end to end.
+An input is a function of the parser's name and a number, so that a number is all that a failure
+needs to be seen again. Valid files are edited as bytes and, where they are JSON, as values; a few
+inputs are random from end to end.
 """
 
 import base64
@@ -15,7 +17,9 @@ import encodings.utf_16_be
 import encodings.utf_16_le
 import encodings.utf_32
 import encodings.utf_32_be
-import encodings.utf_32_le  # noqa: F401  (json.loads imports these by what a file begins with, which is no attack)
+
+# json.loads imports these by what a file begins with, which is no attack.
+import encodings.utf_32_le  # noqa: F401
 import hashlib
 import json
 import os
@@ -33,13 +37,59 @@ from jgpt.errors import UserError
 
 MAX_SECONDS = 1.0  # of CPU for one input
 MAX_MESSAGE = 500  # characters of a refusal
-MAX_GROWTH = 1 << 29  # bytes of address space that a whole campaign may add, threads' stacks included
+MAX_GROWTH = (
+  1 << 29
+)  # bytes of address space that a whole campaign may add, threads' stacks included
 MEASURED = 25  # the memory of one input in so many is measured
-INTS = (0, 1, -1, 2, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**62)
+INTS = (
+  0,
+  1,
+  -1,
+  2,
+  255,
+  256,
+  2**15,
+  2**16 - 1,
+  2**16,
+  2**24,
+  2**31 - 1,
+  2**31,
+  2**32 - 1,
+  2**32,
+  2**53 + 1,
+  2**62,
+)
 INTS += (2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**31), -(2**31) - 1, -(2**63), -(2**63) - 1, 10**30)
 FLOATS = (0.5, -0.0, 1e-308, 5e-324, 1e308, -1e308, 1.0, 2.5, 1e16)
-TEXTS = ("", " ", "\0", "a\nb", "\r", "\x1b[31m", "\ud800", "\udc00\ud800", "é", "😀", "\ufeff", "\u2028", "a\0b")
-TEXTS += ("..", "../x", "/etc/passwd", "a/b", "~", "~nobody", "*", "__import__('os').abort()", "{0}", "%s", "none", "true")
+TEXTS = (
+  "",
+  " ",
+  "\0",
+  "a\nb",
+  "\r",
+  "\x1b[31m",
+  "\ud800",
+  "\udc00\ud800",
+  "é",
+  "😀",
+  "\ufeff",
+  "\u2028",
+  "a\0b",
+)
+TEXTS += (
+  "..",
+  "../x",
+  "/etc/passwd",
+  "a/b",
+  "~",
+  "~nobody",
+  "*",
+  "__import__('os').abort()",
+  "{0}",
+  "%s",
+  "none",
+  "true",
+)
 TEXTS += (
   "1",
   "-1",
@@ -61,17 +111,23 @@ TEXTS += (
 
 
 def edit_bytes(rng: random.Random, content: bytes, others: Sequence[bytes] = ()) -> bytes:
-  """Edits a file in a few places: flips, inserts, removes, repeats, cuts, splices, or writes numbers over what is there."""
+  """Edits a file in a few places: flips, inserts, removes, repeats, cuts, splices, or writes
+  numbers over what is there.
+  """
   edited = bytearray(content)
   for _ in range(_few(rng)):
     size = len(edited)
-    at = rng.choice((rng.randint(0, size), min(size, rng.randint(0, 40)), max(0, size - rng.randint(0, 8))))
+    at = rng.choice(
+      (rng.randint(0, size), min(size, rng.randint(0, 40)), max(0, size - rng.randint(0, 8)))
+    )
     end = min(size, at + rng.choice((1, 2, 4, 8, rng.randint(0, 1 + size // 2))))
     match rng.randrange(10):
       case 0 if at < size:
         edited[at] ^= 1 << rng.randrange(8)
       case 1 if at < size:
-        edited[at] = rng.choice((0, 1, 9, 10, 13, 32, 34, 47, 92, 127, 128, 255, rng.randrange(256)))
+        edited[at] = rng.choice(
+          (0, 1, 9, 10, 13, 32, 34, 47, 92, 127, 128, 255, rng.randrange(256))
+        )
       case 2:
         edited[at:at] = rng.randbytes(rng.choice((1, 2, 3, 16)))
       case 3:
@@ -82,7 +138,14 @@ def edit_bytes(rng: random.Random, content: bytes, others: Sequence[bytes] = ())
         del edited[at:]
       case 6:
         edited += rng.choice(
-          (b"\0", b"\n", b"\r\n", bytes(rng.randint(1, 5000)), rng.randbytes(rng.randint(1, 64)), bytes(edited))
+          (
+            b"\0",
+            b"\n",
+            b"\r\n",
+            bytes(rng.randint(1, 5000)),
+            rng.randbytes(rng.randint(1, 64)),
+            bytes(edited),
+          )
         )
       case 7 if others:
         other = rng.choice(others)
@@ -139,7 +202,9 @@ def edit_json(rng: random.Random, text: bytes, others: Sequence[bytes] = ()) -> 
     case 1:
       return written.replace(b",", b",\r\n")
     case 2:
-      return written.decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-32", "utf-16-le", "latin-1")), "replace")
+      return written.decode("utf-8", "replace").encode(
+        rng.choice(("utf-16", "utf-32", "utf-16-le", "latin-1")), "replace"
+      )
     case 3 | 4:
       return edit_bytes(rng, written, others)
     case 5:
@@ -172,10 +237,26 @@ def edge_value(rng: random.Random):
     case 8:
       return [] if rng.random() < 0.5 else Pairs()
     case 9:
-      return Raw(rng.choice(("1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1E5", "-0", "1.0e0", '"\\ud83d\\ude00"')))
+      return Raw(
+        rng.choice(
+          (
+            "1e400",
+            "-1e400",
+            "NaN",
+            "Infinity",
+            "-Infinity",
+            "1E5",
+            "-0",
+            "1.0e0",
+            '"\\ud83d\\ude00"',
+          )
+        )
+      )
     case 10:
       count = rng.choice((20, 309, 400, 4300, 4301, 50_000))
-      return Raw(rng.choice(("9" * count, f'"{"a" * count}"', f'"{"9" * count}"', f"-1{'0' * count}")))
+      return Raw(
+        rng.choice(("9" * count, f'"{"a" * count}"', f'"{"9" * count}"', f"-1{'0' * count}"))
+      )
     case _:  # Python's limit is 1,000 levels, of which a test takes some
       count = rng.choice((2, 60, rng.randint(700, 1000), rng.randint(700, 1000), 5_000))
       return Raw(rng.choice(("[" * count + "]" * count, '{"a":' * count + "1" + "}" * count)))
@@ -197,10 +278,15 @@ def _edit_value(rng: random.Random, root: list, others: Sequence[bytes]) -> None
       holder.insert(rng.randint(0, len(holder)), holder[at])
     case 5 if isinstance(holder, Pairs):
       name = holder[at][0]
-      holder[at] = (rng.choice((*TEXTS, name + "s", name[1:], name.upper(), _some_name(rng, root))), value)
+      holder[at] = (
+        rng.choice((*TEXTS, name + "s", name[1:], name.upper(), _some_name(rng, root))),
+        value,
+      )
     case 6:
       other, there = _choose_place(rng, root)
-      put(copy.deepcopy(other[there][1] if isinstance(other, Pairs) else other[there]))  # else it might hold itself
+      put(
+        copy.deepcopy(other[there][1] if isinstance(other, Pairs) else other[there])
+      )  # else it might hold itself
     case 7 if others:
       other = [json.loads(rng.choice(others), object_pairs_hook=Pairs)]
       part, there = _choose_place(rng, other)
@@ -212,7 +298,9 @@ def _edit_value(rng: random.Random, root: list, others: Sequence[bytes]) -> None
 
 
 def _choose_place(rng: random.Random, root: list) -> tuple[list, int]:
-  """A place in a value, rather near its root: what has many entries is not chosen more often for it."""
+  """A place in a value, rather near its root: what has many entries is not chosen more often for
+  it.
+  """
   holder, at = root, 0
   while True:
     value = holder[at][1] if isinstance(holder, Pairs) else holder[at]
@@ -232,13 +320,19 @@ def _tweak(rng: random.Random, value):
     case bool() | None:
       return rng.choice((0, 1, "true", not value))
     case int() | float():
-      return rng.choice((value + 1, value - 1, -value, value * 2, float(value), str(value), bool(value)))
+      return rng.choice(
+        (value + 1, value - 1, -value, value * 2, float(value), str(value), bool(value))
+      )
     case Raw():
       return value
     case str():
-      return "".join(edit_bytes(rng, value.encode("utf-16-le", "surrogatepass")).decode("utf-16-le", "replace"))[:300]
+      return "".join(
+        edit_bytes(rng, value.encode("utf-16-le", "surrogatepass")).decode("utf-16-le", "replace")
+      )[:300]
     case list():
-      return type(value)(rng.choice((value[::-1], value[:-1], value * 2, value[1:], rng.sample(value, len(value)))))
+      return type(value)(
+        rng.choice((value[::-1], value[:-1], value * 2, value[1:], rng.sample(value, len(value))))
+      )
   return value
 
 
@@ -247,14 +341,22 @@ def _write(value, ascii_only: bool) -> str:
     case Raw():
       return value
     case Pairs():
-      return "{" + ", ".join(f"{json.dumps(n, ensure_ascii=ascii_only)}: {_write(v, ascii_only)}" for n, v in value) + "}"
+      return (
+        "{"
+        + ", ".join(
+          f"{json.dumps(n, ensure_ascii=ascii_only)}: {_write(v, ascii_only)}" for n, v in value
+        )
+        + "}"
+      )
     case list():
       return "[" + ", ".join(_write(v, ascii_only) for v in value) + "]"
   return json.dumps(value, ensure_ascii=ascii_only)
 
 
 def seal_manifest(value: dict) -> dict:
-  """A checkpoint's manifest with the digest of its other fields, as whoever wants it believed would write it."""
+  """A checkpoint's manifest with the digest of its other fields, as whoever wants it believed would
+  write it.
+  """
   fields = {name: field for name, field in value.items() if name != "sha256"}
   text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
   return fields | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -262,11 +364,45 @@ def seal_manifest(value: dict) -> dict:
 
 # --- What a parser must not do ---
 
-FORBIDDEN = {"exec", "compile", "pickle.find_class", "marshal.loads", "os.system", "os.exec", "os.fork", "os.posix_spawn"}
-FORBIDDEN |= {"subprocess.Popen", "socket.connect", "socket.getaddrinfo", "ctypes.dlopen", "os.kill", "os.putenv"}
-WRITES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
+FORBIDDEN = {
+  "exec",
+  "compile",
+  "pickle.find_class",
+  "marshal.loads",
+  "os.system",
+  "os.exec",
+  "os.fork",
+  "os.posix_spawn",
+}
+FORBIDDEN |= {
+  "subprocess.Popen",
+  "socket.connect",
+  "socket.getaddrinfo",
+  "ctypes.dlopen",
+  "os.kill",
+  "os.putenv",
+}
+WRITES = {
+  "os.remove",
+  "os.rename",
+  "os.mkdir",
+  "os.rmdir",
+  "os.link",
+  "os.symlink",
+  "os.truncate",
+  "os.chmod",
+  "os.chown",
+}
 WRITES |= {"os.utime", "os.setxattr", "shutil.rmtree", "shutil.move", "shutil.copyfile"}
-IMPORTS = {"exec", "compile", "marshal.loads", "ctypes.dlopen", "socket.connect", "socket.getaddrinfo", "os.putenv"}
+IMPORTS = {
+  "exec",
+  "compile",
+  "marshal.loads",
+  "ctypes.dlopen",
+  "socket.connect",
+  "socket.getaddrinfo",
+  "os.putenv",
+}
 _watch = {"on": False, "may_write": None, "code": False, "seen": []}
 
 
@@ -282,13 +418,17 @@ def _hook(event: str, args: tuple) -> None:
     if isinstance(path, int):
       return  # it was opened by name before
     writes = (
-      any(c in mode for c in "wax+") if isinstance(mode, str) else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+      any(c in mode for c in "wax+")
+      if isinstance(mode, str)
+      else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     )
     if not writes:
       return
   elif event in WRITES:
     path = args[0]
-  elif event in FORBIDDEN and not (_watch["code"] and event in IMPORTS):  # which orbax does on its own
+  elif event in FORBIDDEN and not (
+    _watch["code"] and event in IMPORTS
+  ):  # which orbax does on its own
     if event in ("exec", "compile") and sys._getframe(1).f_code.co_filename == _TYPING:
       return  # annotations of our own classes, which are text
     path = None
@@ -305,7 +445,9 @@ _TYPING = sys.modules["typing"].__file__
 
 
 def _is_inside(path, folder: str) -> bool:
-  return isinstance(path, str | os.PathLike) and f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
+  return isinstance(path, str | os.PathLike) and f"{os.path.realpath(path)}/".startswith(
+    f"{os.path.realpath(folder)}/"
+  )
 
 
 @contextlib.contextmanager
@@ -323,7 +465,9 @@ def watched(may_write: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched_for_code() -> Iterator[None]:
-  """As `watched`, but files may be written: no pickle finds a function in the body, and no other program is called."""
+  """As `watched`, but files may be written: no pickle finds a function in the body, and no other
+  program is called.
+  """
   with watched("/"):
     _watch["code"] = True
     try:
@@ -350,7 +494,10 @@ def write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def limited_memory(growth: int) -> Iterator[None]:
-  """This process's address space may grow by so many bytes; where a system does not say how large it is, by any."""
+  """This process's address space may grow by so many bytes.
+
+  Where a system does not say how large it is, by any.
+  """
   try:
     import resource
 
@@ -391,7 +538,9 @@ class Parser:
 
 @dataclasses.dataclass
 class Count:
-  """What a campaign saw: inputs, those taken, and refusals by their words (names, numbers and values left out)."""
+  """What a campaign saw: inputs, those taken, and refusals by their words (names, numbers and
+  values left out).
+  """
 
   name: str
   inputs: int = 0
@@ -402,19 +551,25 @@ class Count:
 
   def __str__(self) -> str:
     return (
-      f"{self.name}: {self.inputs:,} inputs, {self.valid:,} valid, {len(self.refusals)} kinds of refusals, slowest "
+      f"{self.name}: {self.inputs:,} inputs, {self.valid:,} valid, {len(self.refusals)} kinds of "
+      "refusals, slowest "
       f"{1000 * self.slowest:.0f} ms, most memory {self.largest / 1e6:.1f} MB"
     )
 
 
 def numbers(default: int = 10_000) -> range:
-  """The numbers of inputs that a long campaign tries: `JGPT_FUZZ=200000`, or `JGPT_FUZZ=1000-2000`."""
+  """The numbers of inputs that a long campaign tries: `JGPT_FUZZ=200000`, or
+  `JGPT_FUZZ=1000-2000`.
+  """
   first, _, end = os.environ.get("JGPT_FUZZ", str(default)).rpartition("-")
   return range(int(first or 0), int(end))
 
 
 def run_campaign(name: str, parser: Parser, numbers: range) -> Count:
-  """Gives a parser the inputs of these numbers; raises `AssertionError` with the first number that shows a fault."""
+  """Gives a parser the inputs of these numbers.
+
+  Raises `AssertionError` with the first number that shows a fault.
+  """
   count = Count(name)
   for number in range(5):  # what is imported late is imported now
     with contextlib.suppress(Exception):
@@ -428,7 +583,9 @@ def run_campaign(name: str, parser: Parser, numbers: range) -> Count:
         if isinstance(error, KeyboardInterrupt):
           raise
         shown = base64.b64encode(
-          zlib.compress(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+          zlib.compress(
+            content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+          )
         )
         text = f"{name!r} number {number}: {type(error).__name__}: {str(error)[:1000]}\n"
         text += f"input (base64 of zlib): {shown.decode()[:5000]}\n{content[:300]!r}"
@@ -457,7 +614,9 @@ def _try_one(parser: Parser, content, count: Count, *, measured: bool) -> None:
     count.slowest = max(count.slowest, seconds)
     assert seconds < MAX_SECONDS, f"{seconds:.1f} s for {len(content):,} bytes"
   count.largest = max(count.largest, peak)
-  assert peak < parser.block + 400 * len(content), f"{peak:,} bytes for an input of {len(content):,}"
+  assert peak < parser.block + 400 * len(content), (
+    f"{peak:,} bytes for an input of {len(content):,}"
+  )
 
 
 def _check_refusal(message: str, named: str | None, count: Count) -> None:

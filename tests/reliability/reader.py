@@ -1,8 +1,10 @@
-"""Reads a run: `python -m reader RUN DIGESTS` loads the newest checkpoint until there is a file `over` beside DIGESTS.
+"""Reads a run: `python -m reader RUN DIGESTS` loads the newest checkpoint until there is a file
+`over` beside DIGESTS.
 
 It begins when there is one.
 
-Prints, as JSON, the steps that it got and what went wrong. DIGESTS is JSON: step -> SHA-256 of the token embedding.
+Prints, as JSON, the steps that it got and what went wrong. DIGESTS is JSON: step -> SHA-256 of the
+token embedding.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jgpt.runs.open import load_run
+from jgpt.runs.open import open_run
 
 
 def main(workdir: str, digests: str) -> None:
@@ -27,11 +29,14 @@ def main(workdir: str, digests: str) -> None:
   def read() -> None:
     while not over.exists():
       try:
-        run = load_run(workdir)
+        run = open_run(workdir)
       except Exception as error:
         errors.append(repr(error)[:300])
         continue
-      if hashlib.sha256(np.asarray(run.params["tok_embed"]).tobytes()).hexdigest() != expected[str(run.step)]:
+      if (
+        hashlib.sha256(np.asarray(run.params["tok_embed"]).tobytes()).hexdigest()
+        != expected[str(run.step)]
+      ):
         errors.append(f"step {run.step} has other values")
       seen.append(run.step)
 

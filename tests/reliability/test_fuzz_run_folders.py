@@ -1,4 +1,6 @@
-"""A stranger's run folder: every file in it against inputs that nobody meant to write, as in `test_fuzz_parsers.py`."""
+"""A stranger's run folder: every file in it against inputs that nobody meant to write, as in
+`test_fuzz_parsers.py`.
+"""
 
 import contextlib
 import json
@@ -53,7 +55,9 @@ def run_file(folder, name):
 def environment(folder):
   """env.json, to which each start adds an entry, whatever is there."""
   path = folder / "env.json"
-  base = json.dumps([{"time": "2026-01-01", "devices": 8, "settings": {"train.steps": 5}}] * 2).encode()
+  base = json.dumps(
+    [{"time": "2026-01-01", "devices": 8, "settings": {"train.steps": 5}}] * 2
+  ).encode()
 
   def read(content):
     fuzzing.write(path, content)
@@ -67,10 +71,18 @@ def environment(folder):
 
 
 def manifest_file(folder):
-  """What a step says of itself: nothing in it makes a reader raise, and what is called sound is as it says."""
+  """What a step says of itself: nothing in it makes a reader raise, and what is called sound is as
+  it says.
+  """
   write_run(folder)
   step = folder / "checkpoints" / "30"
-  for name in ("params/_METADATA", "params/d/0123", "train_state/_METADATA", "experiment.json", "tokenizer.json"):
+  for name in (
+    "params/_METADATA",
+    "params/d/0123",
+    "train_state/_METADATA",
+    "experiment.json",
+    "tokenizer.json",
+  ):
     (step / name).parent.mkdir(parents=True, exist_ok=True)
     (step / name).write_bytes(name.encode())
   leaf = {"dtype": "float32", "shape": [27, 16], "digest": "0123456789abcdef"}
@@ -83,7 +95,7 @@ def manifest_file(folder):
   def read(content):
     fuzzing.write(step / "manifest.json", content)
     assert manifest.list_steps(folder) == [30]
-    manifest.retain(folder, 1, 1)
+    manifest.delete_old_steps(folder, 1, 1)
     damage = manifest.find_damage(step)
     if damage is not None:
       raise UserError(damage)
@@ -103,7 +115,8 @@ def metrics_file(folder):
   """The log: what is a row is read by everybody, whatever stands around it."""
   path = folder / "metrics.jsonl"
   rows = [
-    {"step": n, "train/loss": 3.0 / n, "train/grad_norm": 1.0, "train/lr": 0.01, "train/skipped": 0} for n in range(1, 6)
+    {"step": n, "train/loss": 3.0 / n, "train/grad_norm": 1.0, "train/lr": 0.01, "train/skipped": 0}
+    for n in range(1, 6)
   ]
   rows.insert(3, {"step": 3, "heldout/loss": 2.5})
   lines = [json.dumps(row).encode() for row in rows]
@@ -131,27 +144,36 @@ def metrics_file(folder):
       raise UserError("shorter")
 
   def go_on(content, found):
-    """As a run that was restored at step 4 does: what stands before its first row stood there, and half of it is right."""
+    """As a run that was restored at step 4 does: what stands before its first row stood there, and
+    half of it is right.
+    """
     writer = JsonlWriter(path, 4)
     assert path.read_bytes() == content
     watch = Health(writer.kept, 3)
-    new = {name: np.float32([2.5]) for name in ("train/loss", "train/grad_norm")} | {"train/skipped": np.int32([0])}
+    new = {name: np.float32([2.5]) for name in ("train/loss", "train/grad_norm")} | {
+      "train/skipped": np.int32([0])
+    }
     watch.observe(5, new)
     writer.write(Chunk(5, new, 1.0))
     writer.close()
     *old, last = read_jsonl(path)
     assert last["step"] == 5 and last["train/loss"] == 2.5
-    assert repr(old) == repr(found[: len(old)]) and repr([row for row in old if row["step"] <= 4]) == repr(writer.kept)
+    assert repr(old) == repr(found[: len(old)]) and repr(
+      [row for row in old if row["step"] <= 4]
+    ) == repr(writer.kept)
     written = path.read_bytes()
     assert 2 * len(writer.kept) >= len(old)
     assert content.startswith(written[: written.rindex(b'{"step": 5')].removesuffix(b"\n"))
-    assert continuation.check_metrics(path, 5)
+    assert continuation.examine_metrics(path, 5)
 
   return Parser(make, read, may_write=str(folder))
 
 
 def lock_file(folder):
-  """What names the process that writes; nothing in it keeps anybody from saying that there is one."""
+  """What names the process that writes.
+
+  Nothing in it keeps anybody from saying that there is one.
+  """
 
   def read(content):
     fuzzing.write(folder / locks.LOCK_FILE, content)
@@ -185,4 +207,6 @@ def test_fuzz_10000_inputs(name, tmp_path, record_property):
   count = fuzzing.run_campaign(name, PARSERS[name](tmp_path), fuzzing.numbers())
   record_property("fuzzed", str(count))
   print(count)
-  assert count.inputs == len(fuzzing.numbers()) and count.valid > 0.005 * count.inputs and count.refusals
+  assert (
+    count.inputs == len(fuzzing.numbers()) and count.valid > 0.005 * count.inputs and count.refusals
+  )

@@ -1,7 +1,10 @@
-"""Rows 1 and 2: where a run was stopped, and how often, leaves no trace in its bits; nor does running it again.
+"""Rows 1 and 2: where a run was stopped, and how often, leaves no trace in its bits.
 
-`tests/test_train.py` has the same for a few stops; here every kind of place is stopped at, twice in a row, and what is
-compared is the run folder: every leaf on disk, the digests recorded for them, the log and the samples byte by byte.
+Nor does running it again.
+
+`tests/test_train.py` has the same for a few stops; here every kind of place is stopped at, twice in
+a row, and what is compared is the run folder: every leaf on disk, the digests recorded for them,
+the log and the samples byte by byte.
 """
 
 import json
@@ -14,8 +17,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from jgpt import train
-from jgpt.batches import make_batch_fn
+from jgpt import batches, train
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.plan import plan_run
@@ -36,7 +38,9 @@ def experiment(name, **changes):
   """One of `children.EXPERIMENTS`, whose schedule's length is fixed."""
   base, settings = children.EXPERIMENTS[name]
   settings = settings | {"train.steps": STEPS, "train.log_every": 4, "optimizer.decay_steps": STEPS}
-  return change(load_experiment(base), settings | {k.replace("__", "."): v for k, v in changes.items()})
+  return change(
+    load_experiment(base), settings | {k.replace("__", "."): v for k, v in changes.items()}
+  )
 
 
 def run(chosen, workdir, **changes):
@@ -49,14 +53,22 @@ def run(chosen, workdir, **changes):
 
 CASES = {
   "names": experiment("names", train__eval_every=5, train__eval_batches=2),
-  "epochs": experiment("epochs", train__eval_every=EPOCH, train__eval_batches=None, data__batch_size=10),
+  "epochs": experiment(
+    "epochs", train__eval_every=EPOCH, train__eval_batches=None, data__batch_size=10
+  ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stops"), [("names", (0, 1, 10, 11, 20, 21)), ("epochs", (1, 6, 7, 8, 14, 20))])
-def test_row_01_stopped_at_k_and_again_at_k_the_folder_is_that_of_an_uninterrupted_run(texts, name, stops):
-  """K: 0, 1, the middle, the last but one, the last, and around the ends of epochs (7, 14) and evaluations (10)."""
+@pytest.mark.parametrize(
+  ("name", "stops"), [("names", (0, 1, 10, 11, 20, 21)), ("epochs", (1, 6, 7, 8, 14, 20))]
+)
+def test_row_01_stopped_at_k_and_again_at_k_the_folder_is_that_of_an_uninterrupted_run(
+  texts, name, stops
+):
+  """K: 0, 1, the middle, the last but one, the last, and around the ends of epochs (7, 14) and
+  evaluations (10).
+  """
   straight = run(CASES[name], texts / "straight")
   expected = children.bits(texts / "straight")
   rows = [json.loads(row) for row in expected.metrics.splitlines()]
@@ -68,10 +80,15 @@ def test_row_01_stopped_at_k_and_again_at_k_the_folder_is_that_of_an_uninterrupt
     again = run(CASES[name], workdir, train__steps=k)  # restores, and has nothing to do
     assert int(first.state.step) == int(again.state.step) == k
     stopped = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert stopped == [row for row in rows if row["step"] <= k and k]  # without updates nothing is evaluated
+    assert stopped == [
+      row for row in rows if row["step"] <= k and k
+    ]  # without updates nothing is evaluated
     result = run(CASES[name], workdir)
     children.assert_same(children.bits(workdir), expected)
-    assert result.losses.tobytes() == straight.losses.tobytes() and result.heldout_losses == straight.heldout_losses
+    assert (
+      result.losses.tobytes() == straight.losses.tobytes()
+      and result.heldout_losses == straight.heldout_losses
+    )
     assert children.nothing_half_done(workdir) == []
 
 
@@ -86,26 +103,36 @@ def test_row_01_stopped_after_every_single_update(texts):
 
 @pytest.mark.slow
 def test_row_01_the_next_batches_are_those_of_the_step(texts):
-  """What batch n holds is asked of a corpus that was loaded anew, in any order: it depends on n alone."""
+  """What batch n holds is asked of a corpus that was loaded anew, in any order: it depends on n
+  alone.
+  """
   for name in ("names", "bytes", "epochs"):
     chosen = experiment(name)
     plans = [plan_run(chosen, workdir=None) for _ in range(2)]
-    first, second = (make_batch_fn(plan.experiment.data, plan.experiment.train.seed) for plan in plans)
-    forward = [read_batch(first, plans[0], n) for n in range(STEPS)]
+    forward = [read_batch(plans[0], n) for n in range(STEPS)]
     for n in np.random.default_rng(0).permutation(STEPS):
-      assert read_batch(second, plans[1], n) == forward[n], (name, n)
+      assert read_batch(plans[1], n) == forward[n], (name, n)
     assert len({b"".join(batch) for batch in forward}) > 1
 
 
-def read_batch(batch_fn, plan, step):
-  return [np.asarray(x).tobytes() for x in batch_fn(jax.device_put(plan.data.train), np.int32(step))]
+def read_batch(plan, step):
+  batch = batches.batch(jax.device_put(plan.data.train), np.int32(step), plan.experiment)
+  return [np.asarray(x).tobytes() for x in batch]
 
 
 def rows_to(step):
   """A log as `JsonlWriter` writes it, with an evaluation every 5 updates."""
   rows = []
   for k in range(1, step + 1):
-    rows.append({"step": k, "train/loss": 3.0 - k / 64, "train/grad_norm": 1.0, "train/lr": 0.01, "train/skipped": 0})
+    rows.append(
+      {
+        "step": k,
+        "train/loss": 3.0 - k / 64,
+        "train/grad_norm": 1.0,
+        "train/lr": 0.01,
+        "train/skipped": 0,
+      }
+    )
     rows += [{"step": k, "heldout/loss": 2.5}] if k % 5 == 0 else []
   return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -120,13 +147,24 @@ def go_on(path, step):
 
 @pytest.mark.parametrize("step", [0, 1, 9, 10])
 def test_row_01_rows_past_the_restored_step_are_dropped_wherever_the_log_was_torn(tmp_path, step):
-  """Cut at every byte of the last two rows, also of those that belong to the restored step, and followed by garbage."""
+  """Cut at every byte of the last two rows, also of those that belong to the restored step, and
+  followed by garbage.
+  """
   path, whole, kept = tmp_path / "metrics.jsonl", rows_to(12).encode(), rows_to(step).encode()
   expected = kept + f'{{"step": {step + 1}, "train/loss": 0.5}}\n'.encode()
   for length in range(len(rows_to(10).encode()), len(whole) + 1):
     path.write_bytes(whole[:length])
     assert go_on(path, step) == expected
-  for tail in (b"\0" * 100, b"\xff\xfe{", b"[" * 10_000, b'{"step": "11"}\n', b'"', b'{"step": 1e400}\n', b"\n\n", b"\r"):
+  for tail in (
+    b"\0" * 100,
+    b"\xff\xfe{",
+    b"[" * 10_000,
+    b'{"step": "11"}\n',
+    b'"',
+    b'{"step": 1e400}\n',
+    b"\n\n",
+    b"\r",
+  ):
     path.write_bytes(whole + tail)
     assert go_on(path, step) == expected, tail
   assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -144,7 +182,10 @@ DAMAGED_LINES = {
 
 @pytest.mark.slow
 def test_row_01_a_damaged_line_of_the_log_stays_and_changes_nothing_else(texts):
-  """As commands: a finished run leaves the log as it is; one that goes on adds the rows of an uninterrupted run."""
+  """As commands: a finished run leaves the log as it is.
+
+  One that goes on adds the rows of an uninterrupted run.
+  """
   args = {"train__eval_every": 10, "optimizer__decay_steps": 20, "optimizer__end_lr": 1e-4}
   children.train(*children.arguments("names", "straight", train__steps=20, **args), cwd=texts)
   expected = (texts / "straight" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -155,7 +196,9 @@ def test_row_01_a_damaged_line_of_the_log_stays_and_changes_nothing_else(texts):
     at = next(n for n, line in enumerate(lines) if line.startswith(b'{"step": 3,'))
     lines[at] = damage(lines[at])
     (workdir / "metrics.jsonl").write_bytes(b"".join(lines))
-    again = children.train(*children.arguments("names", workdir, train__steps=15, **args), cwd=texts)
+    again = children.train(
+      *children.arguments("names", workdir, train__steps=15, **args), cwd=texts
+    )
     assert again.err == "" and "finished" in again.out, how
     assert (workdir / "metrics.jsonl").read_bytes() == b"".join(lines), how
     more = children.train(*children.arguments("names", workdir, train__steps=20, **args), cwd=texts)
@@ -169,7 +212,12 @@ def test_row_01_a_damaged_line_of_the_log_stays_and_changes_nothing_else(texts):
 @pytest.mark.parametrize("name", ["names"])
 def test_row_02_the_same_command_twice_gives_the_same_bits(texts, name):
   """Two processes, one after the other and two at once; the log and the samples too."""
-  args = {"train__steps": 40, "train__eval_every": 20, "train__save_every": 15, "train__log_every": 10}
+  args = {
+    "train__steps": 40,
+    "train__eval_every": 20,
+    "train__save_every": 15,
+    "train__log_every": 10,
+  }
   children.train(*children.arguments(name, "a", **args), cwd=texts)
   with (
     children.Child("jgpt.run", *children.arguments(name, "b", **args), cwd=texts) as b,

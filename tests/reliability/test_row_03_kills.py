@@ -1,8 +1,9 @@
-"""Row 3: killed at a chosen moment, a run goes on from its newest complete step to the bits of an uninterrupted one.
+"""Row 3: killed at a chosen moment, a run goes on from its newest complete step to the bits of an
+uninterrupted one.
 
-Two ways: the process is killed at named moments; and it is stopped before each operation on a file of its folder, one after
-the other, and the folder as it is then is copied: what a SIGKILL at that moment would leave. Killing at random moments is
-`test_row_03_random_kills.py`.
+Two ways: the process is killed at named moments; and it is stopped before each operation on a file
+of its folder, one after the other, and the folder as it is then is copied: what a SIGKILL at that
+moment would leave. Killing at random moments is `test_row_03_random_kills.py`.
 """
 
 import contextlib
@@ -19,11 +20,16 @@ from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
-from jgpt.runs.open import load_run
+from jgpt.runs.open import open_run
 
 STEPS, EVERY = 30, 6
 KILLED = 128 + signal.SIGKILL
-RUN = {"train__steps": STEPS, "train__save_every": EVERY, "train__eval_every": 10, "train__keep_latest": 2}
+RUN = {
+  "train__steps": STEPS,
+  "train__save_every": EVERY,
+  "train__eval_every": 10,
+  "train__keep_latest": 2,
+}
 
 
 def read_as_others_do(workdir):
@@ -34,7 +40,7 @@ def read_as_others_do(workdir):
   for step in steps:
     assert manifest.find_damage(workdir / "checkpoints" / str(step)) is None
   if steps:
-    assert load_run(workdir).step == steps[-1]
+    assert open_run(workdir).step == steps[-1]
   assert sorted((str(p), p.lstat().st_mtime_ns) for p in workdir.rglob("*")) == before
   return steps
 
@@ -56,7 +62,9 @@ MOMENTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("point", "count", "newest"), MOMENTS, ids=[f"{p}:{n}" for p, n, _ in MOMENTS])
+@pytest.mark.parametrize(
+  ("point", "count", "newest"), MOMENTS, ids=[f"{p}:{n}" for p, n, _ in MOMENTS]
+)
 def test_row_03_killed_at(texts, expected, point, count, newest):
   """The command is killed there, its folder is read, and the same command is given again."""
   workdir = texts / f"{point}{count}"
@@ -67,7 +75,9 @@ def test_row_03_killed_at(texts, expected, point, count, newest):
   steps = read_as_others_do(workdir)
   if point not in ("delete", "deleting", "log"):
     assert (steps[-1] if steps else None) == newest, killed.fired
-  elif point == "deleting":  # while an old step is deleted it is none any more, and the newer ones are there
+  elif (
+    point == "deleting"
+  ):  # while an old step is deleted it is none any more, and the newer ones are there
     assert len(steps) >= 2 and len(list((workdir / "checkpoints").iterdir())) > len(steps)
   again = children.train(*args, cwd=texts)
   assert ("going on from step" in again.out) == bool(steps)
@@ -79,23 +89,38 @@ def test_row_03_killed_at(texts, expected, point, count, newest):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_row_03_killed_before_any_operation_on_a_file(tmp_path, monkeypatch):
-  """Every folder that a SIGKILL between two operations could leave, of a whole run with three saves and one deletion."""
+  """Every folder that a SIGKILL between two operations could leave, of a whole run with three saves
+  and one deletion.
+  """
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
   base, settings = children.EXPERIMENTS["names"]
-  changes = settings | {"train.steps": 12, "train.save_every": 4, "train.eval_every": 6, "train.keep_latest": 2}
-  args = children.arguments("names", "run", train__steps=12, train__save_every=4, train__eval_every=6, train__keep_latest=2)
+  changes = settings | {
+    "train.steps": 12,
+    "train.save_every": 4,
+    "train.eval_every": 6,
+    "train.keep_latest": 2,
+  }
+  args = children.arguments(
+    "names", "run", train__steps=12, train__save_every=4, train__eval_every=6, train__keep_latest=2
+  )
   images = {}
 
   def copy(mark):
-    there = tuple(sorted((str(p.relative_to(workdir)), p.lstat().st_size) for p in workdir.rglob("*")))
+    there = tuple(
+      sorted((str(p.relative_to(workdir)), p.lstat().st_size) for p in workdir.rglob("*"))
+    )
     if there not in images:
       images[there] = tmp_path / "images" / str(len(images))
-      shutil.copytree(workdir, images[there], symlinks=True) if there else images[there].mkdir(parents=True)
+      shutil.copytree(workdir, images[there], symlinks=True) if there else images[there].mkdir(
+        parents=True
+      )
       marks.append(mark)
 
   workdir, marks = tmp_path / "run", []
-  with children.Child("jgpt.run", *args, cwd=tmp_path, fault="freeze@any", env={"JGPT_COMPILE_QUICKLY": "1"}) as child:
+  with children.Child(
+    "jgpt.run", *args, cwd=tmp_path, fault="freeze@any", env={"JGPT_COMPILE_QUICKLY": "1"}
+  ) as child:
     status = child.at_each_stop(copy)
   assert status == 0, child.out + child.err
   expected = children.bits(workdir)
@@ -113,8 +138,12 @@ def test_row_03_killed_before_any_operation_on_a_file(tmp_path, monkeypatch):
       assert (got.step, got.leaves, got.digests) == (12, expected.leaves, expected.digests), mark
       assert got.metrics == expected.metrics, mark
       left = [path for path in children.nothing_half_done(image) if not path.startswith("samples")]
-      # A first save that was killed before its manifest may be all there is of a run: it is kept under another name.
-      assert all(not steps and path.startswith("checkpoints/4.damaged") for path in left), (mark, left)
+      # A first save that was killed before its manifest may be all there is of a run: it is kept
+      # under another name.
+      assert all(not steps and path.startswith("checkpoints/4.damaged") for path in left), (
+        mark,
+        left,
+      )
     shutil.rmtree(image)
   assert seen >= {(), (4,), (4, 8), (4, 8, 12)}
   print(f"\n{len(marks)} moments; complete steps then: {sorted(seen)}")
@@ -143,7 +172,10 @@ def size_of(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_row_03_killed_half_way_through_a_leaf(texts):
-  """231 MB of parameters and moments; killed when a tenth, a half and nine tenths of the second save are on the disk."""
+  """231 MB of parameters and moments.
+
+  Killed when a tenth, a half and nine tenths of the second save are on the disk.
+  """
   children.train(*children.arguments("names", "big straight", **BIG), cwd=texts, timeout=300)
   expected = children.bits(texts / "big straight")
   whole = sum(len(content) for _, _, content in expected.leaves.values())
@@ -161,7 +193,10 @@ def test_row_03_killed_half_way_through_a_leaf(texts):
       child.send(signal.SIGKILL)
       assert child.wait() == KILLED
     half = written()
-    print(f"\nkilled at {half / on_disk:.0%} of {on_disk / 1e6:.0f} MB: {children.describe(texts / 'big')}")
+    print(
+      f"\nkilled at {half / on_disk:.0%} of {on_disk / 1e6:.0f} MB: "
+      f"{children.describe(texts / 'big')}"
+    )
     assert 0 < half < on_disk and read_as_others_do(texts / "big") == [1]
   again = children.train(*args, cwd=texts, timeout=300)
   assert "going on from step 1" in again.out

@@ -1,7 +1,9 @@
-"""Row 4: SIGTERM and Ctrl-C at any time. What was computed is saved, one line says so, and the same command goes on.
+"""Row 4: SIGTERM and Ctrl-C at any time.
 
-The child sends itself the signal where a function is called, or is sent it by its parent while something takes long. Times
-from signal to exit are printed (`pytest -s`).
+What was computed is saved, one line says so, and the same command goes on.
+
+The child sends itself the signal where a function is called, or is sent it by its parent while
+something takes long. Times from signal to exit are printed (`pytest -s`).
 """
 
 import re
@@ -34,7 +36,7 @@ EARLY = [
   "env",
   "log",
   "call=program.compile_program",
-  "call=program._lower_steps",
+  "call=program.lower_steps",
 ]
 # Where, and which steps may be the newest that is saved then.
 LATE = [
@@ -44,7 +46,7 @@ LATE = [
   ("commit", (10, 20, 30)),
   ("manifest:2", (20, 30)),
   ("call=evaluation.evaluate_heldout", (30,)),
-  ("call=train.sample_texts", (30,)),
+  ("call=generate.sample_texts", (30,)),
   ("samples", (30,)),
   ("call=summary.print_result", (30,)),
   ("call=summary.print_next", (30,)),
@@ -64,14 +66,21 @@ def stop_at(texts, workdir, place, kind):
 
 @pytest.mark.slow
 def test_row_04_a_signal_before_it_trains(texts, expected):
-  """Ten places from the first import until everything is compiled; three of the folders then get the whole run."""
+  """Ten places from the first import until everything is compiled.
+
+  Three of the folders then get the whole run.
+  """
   for number, place in enumerate(EARLY):
     workdir = texts / f"early {number}"
     child = stop_at(texts, workdir, place, ("term", "int")[number % 2])
     assert children.steps_there(workdir) == []
-    lines = [line for line in (child.out + child.err).splitlines() if line.startswith(("stopped", "interrupted"))]
+    lines = [
+      line
+      for line in (child.out + child.err).splitlines()
+      if line.startswith(("stopped", "interrupted"))
+    ]
     assert len(lines) == 1, (place, child.out, child.err)
-    if place in ("settings", "env", "call=program._lower_steps"):
+    if place in ("settings", "env", "call=program.lower_steps"):
       children.train(*children.arguments("names", workdir, **RUN), cwd=texts)
       children.assert_same(children.bits(workdir), expected)
       assert children.nothing_half_done(workdir) == []
@@ -80,7 +89,10 @@ def test_row_04_a_signal_before_it_trains(texts, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize(("place", "steps"), LATE, ids=[place for place, _ in LATE])
 def test_row_04_a_signal_at(texts, expected, place, steps):
-  """Which of the two signals alternates; both are tried where it matters most, in the tests below."""
+  """Which of the two signals alternates.
+
+  Both are tried where it matters most, in the tests below.
+  """
   workdir = texts / place.replace("=", " ").replace(":", " ")
   child = stop_at(texts, workdir, place, ("term", "int")[LATE.index((place, steps)) % 2])
   there = manifest.list_steps(workdir)
@@ -100,17 +112,33 @@ def said(child, step):
 
 # --- While something takes long ---
 
-# One call of a thousand updates, an evaluation, a compilation and a text: each would take a minute or more.
-BIG = {"model__d_model": 256, "model__d_ff": 1024, "model__num_layers": 4, "data__seq_len": 20, "data__batch_size": 32}
+# One call of a thousand updates, an evaluation, a compilation and a text: each would take a minute
+# or more.
+BIG = {
+  "model__d_model": 256,
+  "model__d_ff": 1024,
+  "model__num_layers": 4,
+  "data__seq_len": 20,
+  "data__batch_size": 32,
+}
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 LONG = {
-  "compile": (BIG | {"train__steps": 5, "model__num_layers": 12, "mesh__scan_layers": "false"}, "program._lower_steps"),
+  "compile": (
+    BIG | {"train__steps": 5, "model__num_layers": 12, "compute__layers": "unroll"},
+    "program.lower_steps",
+  ),
   "final evaluation": (
     {"train__steps": 2, "train__eval_every": None, "data__path": "long.txt"},
     "evaluation.evaluate_heldout",
   ),
-  "sampling": ({"train__steps": 2, "train__eval_every": None, "sample__max_tokens": 20000}, "train.sample_texts"),
-  "compiler's check": (BIG | {"train__steps": 2, "train__eval_every": None}, "canary.compare_compiled"),
+  "sampling": (
+    {"train__steps": 2, "train__eval_every": None, "sample__max_tokens": 20000},
+    "generate.sample_texts",
+  ),
+  "compiler's check": (
+    BIG | {"train__steps": 2, "train__eval_every": None},
+    "canary.compare_compiled",
+  ),
 }
 
 
@@ -123,7 +151,10 @@ def test_row_04_a_signal_while_something_takes_long_is_heard_at_once(texts, what
     (texts / "long.txt").write_text(children.VERSE * 4000, encoding="utf-8")
   workdir = texts / f"{what} {kind}"
   args = children.arguments("bytes", workdir, **changes)
-  env = {"compile": NO_CACHE, "compiler's check": NO_CACHE | {"JGPT_CACHE_DIR": str(workdir) + " cache"}}.get(what, {})
+  env = {
+    "compile": NO_CACHE,
+    "compiler's check": NO_CACHE | {"JGPT_CACHE_DIR": str(workdir) + " cache"},
+  }.get(what, {})
   with children.Child(
     "jgpt.run", *args, cwd=texts, fault=f"mark@call={function}", folder=workdir.name, env=env,
   ) as child:  # fmt: skip
@@ -143,7 +174,12 @@ def test_row_04_a_signal_while_something_takes_long_is_heard_at_once(texts, what
 @pytest.mark.slow
 def test_row_04_a_second_signal_ends_at_once_and_the_checkpoint_before_is_whole(texts):
   """A call of a thousand updates takes a minute. The second signal does not wait for it."""
-  changes = BIG | {"train__steps": 1000, "train__save_every": 1000, "train__log_every": 1000, "train__eval_every": None}
+  changes = BIG | {
+    "train__steps": 1000,
+    "train__save_every": 1000,
+    "train__log_every": 1000,
+    "train__eval_every": None,
+  }
   workdir = texts / "twice"
   args = children.arguments("bytes", workdir, **changes, optimizer__decay_steps=1000)
   first = children.train(*children.arguments("bytes", workdir, **(changes | {"train__steps": 1}),
@@ -186,9 +222,13 @@ def test_row_04_a_second_signal_during_the_save_leaves_the_one_before(texts, exp
       time.sleep(0.7)
       child.send(signal.SIGINT)
 
-    assert 128 - child.at_each_stop(insist) == 130 or child.process.returncode == 130, child.out + child.err
+    assert 128 - child.at_each_stop(insist) == 130 or child.process.returncode == 130, (
+      child.out + child.err
+    )
   there = manifest.list_steps(workdir)
-  assert there and all(manifest.find_damage(workdir / "checkpoints" / str(step)) is None for step in there)
+  assert there and all(
+    manifest.find_damage(workdir / "checkpoints" / str(step)) is None for step in there
+  )
   children.train(*args, cwd=texts)
   children.assert_same(children.bits(workdir), expected)
 
@@ -196,8 +236,16 @@ def test_row_04_a_second_signal_during_the_save_leaves_the_one_before(texts, exp
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_row_04_stopped_again_and_again_while_it_trains(texts, number):
-  """Every start is stopped in its steps, wherever it is then; in the end the bits are those of one start."""
-  changes = {"train__steps": 40_000, "train__log_every": 200, "train__eval_every": 5000, "train__eval_batches": 2}
+  """Every start is stopped in its steps, wherever it is then.
+
+  In the end the bits are those of one start.
+  """
+  changes = {
+    "train__steps": 40_000,
+    "train__log_every": 200,
+    "train__eval_every": 5000,
+    "train__eval_batches": 2,
+  }
   children.train(*children.arguments("names", "undisturbed", **changes), cwd=texts)
   workdir = texts / f"again and again {number.name}"
   args = children.arguments("names", workdir, **changes)
@@ -222,7 +270,9 @@ def test_row_04_stopped_again_and_again_while_it_trains(texts, number):
 def test_row_04_ignored_signals_stay_ignored(texts):
   """`nohup` and shells' background jobs: a signal that was ignored at the start ends nothing."""
   args = children.arguments("names", "ignoring", train__steps=2000, train__log_every=20)
-  with children.Child("jgpt.run", *args, cwd=texts, prepare=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as child:
+  with children.Child(
+    "jgpt.run", *args, cwd=texts, prepare=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+  ) as child:
     child.wait_until(lambda: "\nstep" in child.out)
     child.send(signal.SIGINT)
     assert child.wait() == 0, child.err
@@ -230,7 +280,9 @@ def test_row_04_ignored_signals_stay_ignored(texts):
 
 @pytest.mark.slow
 def test_row_04_a_last_save_that_failed_is_no_stop(texts):
-  """The signal comes in the final evaluation, while the last save has failed: status 1, whoever waits is told."""
+  """The signal comes in the final evaluation, while the last save has failed: status 1, whoever
+  waits is told.
+  """
   args = children.arguments("names", "failed", **(RUN | {"train__steps": 35}))
   fault = "full@commit:4;term@call=evaluation.evaluate_heldout"
   child = children.run("jgpt.run", *args, cwd=texts, fault=fault, folder="failed")

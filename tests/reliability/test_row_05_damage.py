@@ -1,4 +1,7 @@
-"""Rows 5 and 6: damaged checkpoints are named and passed over; where none is left, nothing begins anew by itself."""
+"""Rows 5 and 6: damaged checkpoints are named and passed over.
+
+Where none is left, nothing begins anew by itself.
+"""
 
 import errno
 import functools
@@ -20,10 +23,15 @@ from jgpt.config.settings import change
 from jgpt.errors import UserError
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
-from jgpt.runs.open import load_run
+from jgpt.runs.open import open_run
 
 STEPS = 18
-CHANGES = {"train.save_every": 4, "train.keep_latest": 2, "optimizer.decay_steps": STEPS, "train.log_every": 5}
+CHANGES = {
+  "train.save_every": 4,
+  "train.keep_latest": 2,
+  "optimizer.decay_steps": STEPS,
+  "train.log_every": 5,
+}
 
 
 def experiment(steps):
@@ -38,7 +46,9 @@ def go_on(workdir, steps=STEPS):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """The texts, a run that stopped at step 12 with checkpoints of 8 and 12, and one that went on to the end."""
+  """The texts, a run that stopped at step 12 with checkpoints of 8 and 12, and one that went on to
+  the end.
+  """
   folder = tmp_path_factory.mktemp("damage")
   children.write_texts(folder)
   with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +99,10 @@ def files_of(folder):
 
 
 def test_row_05_every_damage_to_every_file_is_found_and_named(copy):
-  """Nine damages to each of some thirty files, one at a time; the checkpoint before is not blamed."""
+  """Nine damages to each of some thirty files, one at a time.
+
+  The checkpoint before is not blamed.
+  """
   folder = copy / "checkpoints" / "12"
   assert manifest.find_damage(folder) is None
   names, unnoticed = files_of(folder), []
@@ -106,7 +119,9 @@ def test_row_05_every_damage_to_every_file_is_found_and_named(copy):
       else:
         assert name in found and "\n" not in found, (name, how, found)
       (folder / name).write_bytes(content)
-  assert unnoticed == [("manifest.json", "truncated")]  # its last byte ends its last line: it says the same
+  assert unnoticed == [
+    ("manifest.json", "truncated")
+  ]  # its last byte ends its last line: it says the same
   assert manifest.find_damage(folder) is None
 
 
@@ -117,7 +132,10 @@ def test_row_05_a_file_that_nobody_wrote_is_found(copy):
 
 @pytest.mark.slow
 def test_row_05_no_flipped_bit_of_a_manifest_changes_what_a_run_becomes(copy):
-  """Every fifth byte in turn: found; or, where it says nothing that a run is made of, without consequence."""
+  """Every fifth byte in turn: found.
+
+  Or, where it says nothing that a run is made of, without consequence.
+  """
   folder = copy / "checkpoints" / "12"
   path = folder / "manifest.json"
   content, sound = path.read_bytes(), manifest.read_manifest(folder)
@@ -127,10 +145,14 @@ def test_row_05_no_flipped_bit_of_a_manifest_changes_what_a_run_becomes(copy):
     if manifest.find_damage(folder) is None:
       got = manifest.read_manifest(folder)
       unnoticed |= {
-        name for name in ("step", "data", "heldout_loss", "files") if getattr(got, name) != getattr(sound, name)
+        name
+        for name in ("step", "data", "heldout_loss", "files")
+        if getattr(got, name) != getattr(sound, name)
       }
   path.write_bytes(content)
-  assert unnoticed == set(), f"a flipped bit in these fields of the manifest goes unnoticed: {sorted(unnoticed)}"
+  assert unnoticed == set(), (
+    f"a flipped bit in these fields of the manifest goes unnoticed: {sorted(unnoticed)}"
+  )
 
 
 def write_sealed(path, value):
@@ -151,10 +173,10 @@ def test_row_05_a_leaf_that_reads_otherwise_than_recorded_is_named(copy, capfd):
     value["leaves"][name]["digest"] = ("0" if digest[0] != "0" else "1") + digest[1:]
     write_sealed(path, value)
     if item == "params":  # all that a reader needs
-      assert load_run(copy).step == 8
+      assert open_run(copy).step == 8
       assert name in capfd.readouterr().err
       with pytest.raises(UserError, match=re.escape(name.removeprefix("params/"))):
-        load_run(copy, 12)
+        open_run(copy, 12)
     value["leaves"][name]["digest"] = digest
   try:
     go_on(copy)
@@ -166,8 +188,13 @@ def test_row_05_a_leaf_that_reads_otherwise_than_recorded_is_named(copy, capfd):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_row_05_a_run_goes_on_from_the_one_before_to_the_same_bits(made, tmp_path, monkeypatch, capfd):
-  """Each file in turn, the kind of damage taking turns; the damaged folder is kept beside under another name."""
+def test_row_05_a_run_goes_on_from_the_one_before_to_the_same_bits(
+  made, tmp_path, monkeypatch, capfd
+):
+  """Each file in turn, the kind of damage taking turns.
+
+  The damaged folder is kept beside under another name.
+  """
   monkeypatch.chdir(made)
   expected = children.bits(made / "ended")
   names = files_of(made / "good" / "checkpoints" / "12")
@@ -177,16 +204,24 @@ def test_row_05_a_run_goes_on_from_the_one_before_to_the_same_bits(made, tmp_pat
       how = "garbage"
     workdir = shutil.copytree(made / "good", tmp_path / str(number))
     damage(workdir / "checkpoints" / "12" / name, how)
-    damaged = {n: (workdir / "checkpoints" / "12" / n).read_bytes() for n in files_of(workdir / "checkpoints" / "12")}
+    damaged = {
+      n: (workdir / "checkpoints" / "12" / n).read_bytes()
+      for n in files_of(workdir / "checkpoints" / "12")
+    }
     capfd.readouterr()
-    # A reader: falls back where it reads that file, and changes nothing. An explicit step is an error.
+    # A reader: falls back where it reads that file, and changes nothing. An explicit step is an
+    # error.
     if not name.startswith("train_state"):
       before = {n: (workdir / n).read_bytes() for n in files_of(workdir)}
-      assert load_run(workdir).step == 8, (name, how)
+      assert open_run(workdir).step == 8, (name, how)
       warning = capfd.readouterr().err
-      assert warning.count("\n") == 1 and name in warning and "step 12 is damaged" in warning, (name, how, warning)
+      assert warning.count("\n") == 1 and name in warning and "step 12 is damaged" in warning, (
+        name,
+        how,
+        warning,
+      )
       with pytest.raises(UserError, match=re.escape(name)):
-        load_run(workdir, 12)
+        open_run(workdir, 12)
       assert {n: (workdir / n).read_bytes() for n in files_of(workdir)} == before
     result = go_on(workdir)
     warning = capfd.readouterr().err
@@ -214,21 +249,32 @@ def test_row_05_damaged_twice_is_set_aside_twice(copy, capfd):
 
 @pytest.mark.slow
 def test_row_05_as_commands(made, copy):
-  """`run` says one line, sets aside and goes on; `sample` says one line and reads the one before."""
+  """`run` says one line, sets aside and goes on.
+
+  `sample` says one line and reads the one before.
+  """
   damage(copy / "checkpoints" / "12" / "params" / "manifest.ocdbt", "flipped")
   before = files_of(copy)
   read = children.run("jgpt.sample", "--run", copy, "--num", 2, cwd=made)
   assert read.status == 0 and len(read.out.splitlines()) == 2
   assert read.err.count("\n") == 1 and "params/manifest.ocdbt" in read.err
   refused = children.run("jgpt.sample", "--run", copy, "--num", 2, "--step", 12, cwd=made)
-  assert refused.status == 2 and refused.err.startswith("error: ") and "params/manifest.ocdbt" in refused.err
+  assert (
+    refused.status == 2
+    and refused.err.startswith("error: ")
+    and "params/manifest.ocdbt" in refused.err
+  )
   assert files_of(copy) == before
   args = ["--experiment", "names", "--workdir", copy]
   settings = children.EXPERIMENTS["names"][1] | CHANGES | {"train.steps": STEPS}
   for key, value in settings.items():
     args += ["--set", f"{key}={value}"]
   again = children.train(*args, cwd=made)
-  assert "going on from step 8" in again.out and "params/manifest.ocdbt" in again.err and "12.damaged" in again.err
+  assert (
+    "going on from step 8" in again.out
+    and "params/manifest.ocdbt" in again.err
+    and "12.damaged" in again.err
+  )
   assert children.steps_there(copy)[-1] == STEPS
 
 
@@ -240,7 +286,9 @@ def snapshot(workdir):
 
 
 @pytest.mark.parametrize("how", ["flipped", "emptied", "garbage"])
-@pytest.mark.parametrize("name", ["manifest.json", "params/_METADATA", "train_state/manifest.ocdbt", "experiment.json"])
+@pytest.mark.parametrize(
+  "name", ["manifest.json", "params/_METADATA", "train_state/manifest.ocdbt", "experiment.json"]
+)
 def test_row_06_where_every_checkpoint_is_bad_nothing_begins_anew(copy, name, how):
   for step in (8, 12):
     damage(copy / "checkpoints" / str(step) / name, how)
@@ -257,11 +305,14 @@ def test_row_06_where_every_checkpoint_is_bad_nothing_begins_anew(copy, name, ho
     go_on(copy)
   if not name.startswith("train_state"):
     with pytest.raises(UserError):
-      load_run(copy)
+      open_run(copy)
 
 
 def test_row_06_where_every_manifest_is_gone_nothing_begins_anew_without_a_word(copy, capfd):
-  """What a person, or a copy that was cut off, may do; a killed process leaves one such folder at most."""
+  """What a person, or a copy that was cut off, may do.
+
+  A killed process leaves one such folder at most.
+  """
   for step in (8, 12):
     damage(copy / "checkpoints" / str(step) / "manifest.json", "deleted")
   before = snapshot(copy)
@@ -281,7 +332,10 @@ RUN_FILES = ["experiment.json", "tokenizer.json"]
 @pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "garbage", "deleted"])
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_row_06_a_damaged_file_of_the_run_folder_is_never_a_fresh_start(made, copy, name, how):
-  """Refused by name, or mended from the checkpoint's copy; never overwritten by a run that begins anew."""
+  """Refused by name, or mended from the checkpoint's copy.
+
+  Never overwritten by a run that begins anew.
+  """
   if (name, how) == ("experiment.json", "truncated"):
     how = "halved"  # its last byte is a newline
   damage(copy / name, how)
@@ -320,11 +374,15 @@ def test_row_06_no_checkpoint_where_one_was_asked_for(made, copy):
 
 
 def test_row_05_a_manifest_that_is_gone_is_said(copy, capfd):
-  """Without it there is no such step: a save leaves that when it is cut short. It is cleared away, with a line."""
+  """Without it there is no such step: a save leaves that when it is cut short.
+
+  It is cleared away, with a line.
+  """
   (copy / "checkpoints" / "12" / "manifest.json").unlink()
   go_on(copy)
   assert capfd.readouterr().err == (
-    f"{copy / 'checkpoints' / '12'} had no manifest.json, as a save leaves it that is cut short: it was removed\n"
+    f"{copy / 'checkpoints' / '12'} had no manifest.json, as a save leaves it that is cut short: "
+    "it was removed\n"
   )
   assert children.steps_there(copy)[-1] == STEPS
 
@@ -332,7 +390,9 @@ def test_row_05_a_manifest_that_is_gone_is_said(copy, capfd):
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
 @pytest.mark.parametrize("name", ["manifest.json", "params/_METADATA"])
 def test_row_05_what_the_system_does_not_read_now_is_no_damage(copy, monkeypatch, name, number):
-  """No permission, too many open files, a server that is away: the checkpoint may be sound, and is left alone."""
+  """No permission, too many open files, a server that is away: the checkpoint may be sound, and is
+  left alone.
+  """
   path = copy / "checkpoints" / "12" / name
   real = os.open, open
 
@@ -347,7 +407,10 @@ def test_row_05_what_the_system_does_not_read_now_is_no_damage(copy, monkeypatch
     plan_run(experiment(STEPS), workdir=copy, name="names")
   assert raised.value.filename == str(path)
   monkeypatch.undo()
-  assert children.steps_there(copy) == [8, 12] and manifest.find_damage(path.parents[name.count("/")]) is None
+  assert (
+    children.steps_there(copy) == [8, 12]
+    and manifest.find_damage(path.parents[name.count("/")]) is None
+  )
 
 
 def test_row_05_a_checkpoint_of_another_step_is_named(copy):
@@ -358,13 +421,17 @@ def test_row_05_a_checkpoint_of_another_step_is_named(copy):
   value, other = (json.loads((folder / "manifest.json").read_text()) for folder in (twelve, eight))
   for table in ("leaves", "files"):
     kept = {name: row for name, row in value[table].items() if not name.startswith("train_state/")}
-    value[table] = kept | {name: row for name, row in other[table].items() if name.startswith("train_state/")}
+    value[table] = kept | {
+      name: row for name, row in other[table].items() if name.startswith("train_state/")
+    }
   write_sealed(twelve / "manifest.json", value)
   with pytest.raises(UserError, match=r"checkpoints/12 holds the state of step 8$"):
     go_on(copy)
 
 
-def test_row_05_a_checkpoint_that_may_not_be_entered_is_no_step_without_a_manifest(copy, monkeypatch):
+def test_row_05_a_checkpoint_that_may_not_be_entered_is_no_step_without_a_manifest(
+  copy, monkeypatch
+):
   """Whoever cannot look must not clear it away."""
   real = Path.lstat
 
@@ -393,7 +460,9 @@ def test_row_05_a_size_that_no_file_has_is_said_in_one_line(copy, size):
 
 
 def test_row_05_settings_that_cannot_be_read_just_now_are_no_damage(copy, monkeypatch, capfd):
-  """Too many open files when a checkpoint's copies are read: neither passed over by a reader nor set aside by a run."""
+  """Too many open files when a checkpoint's copies are read: neither passed over by a reader nor
+  set aside by a run.
+  """
   path, real = copy / "checkpoints" / "12" / "experiment.json", os.open
 
   def refuse(given, *args, **kwargs):
@@ -402,7 +471,10 @@ def test_row_05_settings_that_cannot_be_read_just_now_are_no_damage(copy, monkey
     return real(given, *args, **kwargs)
 
   monkeypatch.setattr(os, "open", refuse)
-  for read in (load_run, lambda workdir: plan_run(experiment(STEPS), workdir=workdir, name="names")):
+  for read in (
+    open_run,
+    lambda workdir: plan_run(experiment(STEPS), workdir=workdir, name="names"),
+  ):
     with pytest.raises(UserError, match=re.escape(f"cannot read {path}: Too many open files")):
       read(copy)
   assert capfd.readouterr().err == "" and children.steps_there(copy) == [8, 12]

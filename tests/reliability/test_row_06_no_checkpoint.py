@@ -11,7 +11,9 @@ import pytest
 
 
 def resume(workdir, cwd, **changes):
-  return children.run("jgpt.run", *children.arguments("names", workdir, **changes), "--resume", cwd=cwd)
+  return children.run(
+    "jgpt.run", *children.arguments("names", workdir, **changes), "--resume", cwd=cwd
+  )
 
 
 def look(folder):
@@ -31,7 +33,10 @@ def test_row_06_resume_where_there_is_no_folder(tmp_path):
 
 @pytest.mark.slow
 def test_row_06_resume_where_there_is_no_checkpoint_and_where_there_is_one(tmp_path):
-  """An empty folder; a run folder without `checkpoints`, with an empty one, with what a killed save left; a whole one."""
+  """An empty folder.
+
+  A run folder without `checkpoints`, with an empty one, with what a killed save left; a whole one.
+  """
   children.write_texts(tmp_path)
   run, changes = tmp_path / "run", {"train__save_every": 4, "optimizer__decay_steps": 10}
   children.train(*children.arguments("names", "run", train__steps=4, **changes), cwd=tmp_path)
@@ -47,7 +52,9 @@ def test_row_06_resume_where_there_is_no_checkpoint_and_where_there_is_one(tmp_p
       shutil.copytree(run / "checkpoints" / "4", tmp_path / name / "checkpoints" / "4")
       (tmp_path / name / "checkpoints" / "4" / "manifest.json").unlink()
     before = look(tmp_path / name)
-    assert_refused(resume(name, tmp_path, train__steps=10, **changes), f"{name} has no checkpoint yet")
+    assert_refused(
+      resume(name, tmp_path, train__steps=10, **changes), f"{name} has no checkpoint yet"
+    )
     assert look(tmp_path / name) == before, name
   child = resume("run", tmp_path, train__steps=10, **changes)
   assert child.status == 0 and "going on from step 4" in child.out and child.err == "", child.err

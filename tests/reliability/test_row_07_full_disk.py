@@ -1,7 +1,9 @@
-"""Rows 7 and 8: what cannot be written is said; what was written before stays; a save ends before its process does.
+"""Rows 7 and 8: what cannot be written is said; what was written before stays.
 
-The disk is full in three ways: a small one that is really mounted (where that is allowed), a limit on the size of
-files that the kernel keeps, and failing operations. None of them is known to jgpt.
+A save ends before its process does.
+
+The disk is full in three ways: a small one that is really mounted (where that is allowed), a limit
+on the size of files that the kernel keeps, and failing operations. None of them is known to jgpt.
 """
 
 import errno
@@ -34,8 +36,12 @@ def check_failed(child, workdir, steps):
   errors = [line for line in child.err.splitlines() if line.startswith("error: ")]
   assert errors, child.err
   there = manifest.list_steps(workdir)
-  assert set(there) >= set(steps) and 20 not in set(there) - set(steps), there  # a later one may have been tried, and fit
-  assert [manifest.find_damage(workdir / "checkpoints" / str(step)) for step in there] == [None] * len(there)
+  assert set(there) >= set(steps) and 20 not in set(there) - set(steps), (
+    there
+  )  # a later one may have been tried, and fit
+  assert [manifest.find_damage(workdir / "checkpoints" / str(step)) for step in there] == [
+    None
+  ] * len(there)
   assert f"The last checkpoint is of step {there[-1]}" in errors[0]
   assert not NOISE.search(child.err), child.err  # not among stack traces
   return errors[0]
@@ -43,7 +49,10 @@ def check_failed(child, workdir, steps):
 
 @pytest.mark.slow
 def test_row_07_a_disk_that_is_full_while_saving(texts):
-  """A disk of 2 MB: some saves fit, one does not. With room again, the run goes on to the same bits."""
+  """A disk of 2 MB: some saves fit, one does not.
+
+  With room again, the run goes on to the same bits.
+  """
   disk = texts / "disk"
   disk.mkdir()
   changes = RUN | {"train__keep_latest": 100, "train__steps": 400}
@@ -82,18 +91,22 @@ def test_row_07_files_that_may_not_grow_while_saving(texts, name):
   check_failed(child, texts / "run", [100])
   again = children.train(*args, cwd=texts)
   assert "going on from step 100" in again.out
-  straight = children.arguments(name, "straight", **(RUN | {"train__steps": 400, "train__save_every": 100}))
+  straight = children.arguments(
+    name, "straight", **(RUN | {"train__steps": 400, "train__save_every": 100})
+  )
   children.train(*straight, cwd=texts)
   children.assert_same(children.bits(texts / "run"), children.bits(texts / "straight"))
 
 
 def test_row_07_what_cannot_be_written_is_named(tmp_path, capsys):
-  """By the command, whatever the reason: a limit on the size of files, a quota, a disk that is full."""
+  """By the command, whatever the reason: a limit on the size of files, a quota, a disk that is
+  full.
+  """
   path = tmp_path / "experiment.json"
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
   try:
-    status = cli._call(lambda: files.write_file(path, bytes(10_000)) or 0)
+    status = cli.run_command(lambda: files.write_file(path, bytes(10_000)) or 0)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert (status, capsys.readouterr().err) == (1, f"error: {path}: File too large\n")
@@ -105,13 +118,13 @@ def test_row_07_what_cannot_be_written_is_named(tmp_path, capsys):
         raise OSError(number, os.strerror(number))
 
       patch.setattr(os, "fsync", fail)
-      assert cli._call(lambda: files.write_file(path, b"{}") or 0) == 1
+      assert cli.run_command(lambda: files.write_file(path, b"{}") or 0) == 1
       assert capsys.readouterr().err == f"error: {path}: {os.strerror(number)}\n"
 
   def unnamed():
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-  assert cli._call(unnamed) == 1
+  assert cli.run_command(unnamed) == 1
   assert capsys.readouterr().err == f"error: [Errno {errno.EDQUOT}] {os.strerror(errno.EDQUOT)}\n"
 
 
@@ -126,17 +139,31 @@ def test_row_07_a_disk_that_is_full_from_the_start(texts):
   except PermissionError as error:
     pytest.skip(str(error))
   assert child.status == 1, child.out + child.err
-  assert re.fullmatch(rf"error: {disk}/run/[a-z./-]+: No space left on device\n", child.err), child.err
+  assert re.fullmatch(rf"error: {disk}/run/[a-z./-]+: No space left on device\n", child.err), (
+    child.err
+  )
 
 
-POINTS = ["save", "leaf", "metadata", "item", "commit", "json", "tokenizer", "manifest-open", "manifest"]
+POINTS = [
+  "save",
+  "leaf",
+  "metadata",
+  "item",
+  "commit",
+  "json",
+  "tokenizer",
+  "manifest-open",
+  "manifest",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_row_08_an_error_in_the_second_save_surfaces_at_the_third(texts, point):
   """It happens in the background while the run trains on, and ends the run at its next save."""
-  count = 3 if point in ("leaf", "metadata", "item") else 2  # those come once for each of the two folders of arrays
+  count = (
+    3 if point in ("leaf", "metadata", "item") else 2
+  )  # those come once for each of the two folders of arrays
   args = children.arguments("names", "run", **RUN)
   child = children.run("jgpt.run", *args, cwd=texts, fault=f"full@{point}:{count}")
   assert len(child.fired) == 1
@@ -169,7 +196,9 @@ def test_row_08_an_old_step_that_cannot_be_deleted(texts, point):
   assert len(child.fired) == 1 and not NOISE.search(child.err), child.err
   assert child.status in (0, 1) and (child.status == 0 or child.err.count("error: ") == 1)
   there = manifest.list_steps(texts / "run")
-  assert there and all(manifest.find_damage(texts / "run" / "checkpoints" / str(step)) is None for step in there)
+  assert there and all(
+    manifest.find_damage(texts / "run" / "checkpoints" / str(step)) is None for step in there
+  )
   children.train(*args, cwd=texts)
   assert manifest.list_steps(texts / "run") == [40]
 
@@ -177,7 +206,13 @@ def test_row_08_an_old_step_that_cannot_be_deleted(texts, point):
 @pytest.mark.slow
 def test_row_08_a_process_that_ends_right_after_a_save_completes_it(texts):
   """The last save of 60 MB is under way when everything else is done."""
-  changes = {"model__d_model": 448, "model__d_ff": 1792, "model__num_layers": 2, "train__steps": 2, "sample__max_tokens": 1}
+  changes = {
+    "model__d_model": 448,
+    "model__d_ff": 1792,
+    "model__num_layers": 2,
+    "train__steps": 2,
+    "sample__max_tokens": 1,
+  }
   children.train(*children.arguments("names", "run", **changes), cwd=texts)
   folder = texts / "run" / "checkpoints" / "2"
   assert manifest.find_damage(folder) is None
@@ -200,8 +235,12 @@ def test_row_07_a_log_that_is_full_is_said_once_and_training_goes_on(texts):
   args = children.arguments("names", "run", **changes)
   child = children.run("jgpt.run", *args, cwd=texts, prepare=few_bytes)
   assert child.status == 0, child.err
-  warnings = [line for line in child.err.splitlines() if "metrics.jsonl" in line or "JsonlWriter" in line]
-  assert len(warnings) == 1 and "training goes on" in warnings[0] and child.err.count("\n") == 1, child.err
+  warnings = [
+    line for line in child.err.splitlines() if "metrics.jsonl" in line or "JsonlWriter" in line
+  ]
+  assert len(warnings) == 1 and "training goes on" in warnings[0] and child.err.count("\n") == 1, (
+    child.err
+  )
   got, expected = children.bits(texts / "run"), children.bits(texts / "straight")
   assert got.leaves == expected.leaves and got.samples == expected.samples
   assert expected.metrics.startswith(got.metrics.rpartition(b"\n")[0])
@@ -217,7 +256,9 @@ def test_row_07_a_log_that_is_full_is_said_once_and_training_goes_on(texts):
 def test_row_07_the_log_on_a_full_device(texts):
   """The operation that opens the log fails: said once, and the run is what it would have been."""
   children.train(*children.arguments("names", "straight", **RUN), cwd=texts)
-  child = children.run("jgpt.run", *children.arguments("names", "run", **RUN), cwd=texts, fault="full@log")
+  child = children.run(
+    "jgpt.run", *children.arguments("names", "run", **RUN), cwd=texts, fault="full@log"
+  )
   assert len(child.fired) == 1 and not NOISE.search(child.err), child.err
   if child.status == 0:
     assert child.err.count("\n") == 1
@@ -245,11 +286,16 @@ def test_row_07_standard_output_that_is_full(texts):
 
 
 def without_power():
-  """Takes root's right to write where permissions forbid it; keeps the process otherwise as it is."""
+  """Takes root's right to write where permissions forbid it.
+
+  Keeps the process otherwise as it is.
+  """
   if os.geteuid() == 0:
     import ctypes
 
-    if ctypes.CDLL(None).prctl(24, 1, 0, 0, 0):  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: not in what exec gives
+    if ctypes.CDLL(None).prctl(
+      24, 1, 0, 0, 0
+    ):  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: not in what exec gives
       raise OSError("prctl")
 
 
@@ -257,7 +303,9 @@ def without_power():
 def test_row_07_a_folder_that_becomes_read_only_while_training(texts):
   args = children.arguments("names", "run", **RUN)
   checkpoints = texts / "run" / "checkpoints"
-  with children.Child("jgpt.run", *args, cwd=texts, fault="freeze@save:2", prepare=without_power) as child:
+  with children.Child(
+    "jgpt.run", *args, cwd=texts, fault="freeze@save:2", prepare=without_power
+  ) as child:
     child.status = child.at_each_stop(lambda mark: checkpoints.chmod(0o500))
   checkpoints.chmod(0o755)
   error = check_failed(child, texts / "run", [10])
@@ -278,11 +326,19 @@ def test_row_07_a_folder_that_is_read_only_from_the_start(texts, place):
   mode = stat.S_IMODE(target.stat().st_mode)
   target.chmod(0o500)
   try:
-    more = children.arguments("names", "run", **(RUN | {"train__steps": 60, "optimizer__schedule": "linear"}))
-    child = children.run("jgpt.run", *(args if place == "." else more), cwd=texts, prepare=without_power)
+    more = children.arguments(
+      "names", "run", **(RUN | {"train__steps": 60, "optimizer__schedule": "linear"})
+    )
+    child = children.run(
+      "jgpt.run", *(args if place == "." else more), cwd=texts, prepare=without_power
+    )
     if place != ".":
-      read = children.run("jgpt.sample", "--run", texts / "run", "--num", 2, cwd=texts, prepare=without_power)
+      read = children.run(
+        "jgpt.sample", "--run", texts / "run", "--num", 2, cwd=texts, prepare=without_power
+      )
       assert read.status == 0 and read.err == "" and len(read.out.splitlines()) == 2
   finally:
     target.chmod(mode)
-  assert child.status in (1, 2) and child.err.count("error: ") == 1 and not NOISE.search(child.err), child.err
+  assert (
+    child.status in (1, 2) and child.err.count("error: ") == 1 and not NOISE.search(child.err)
+  ), child.err

@@ -1,4 +1,6 @@
-"""Row 9: a checkpoint holds the values of its step, though the state's memory is given to the next update at once."""
+"""Row 9: a checkpoint holds the values of its step, though the state's memory is given to the next
+update at once.
+"""
 
 import time
 
@@ -17,14 +19,19 @@ from jgpt.sharding import stack_blocks
 
 
 def reference(experiment, steps):
-  """Leaves after each update, copied to the host before the next one is begun: name -> array, as on disk."""
+  """Leaves after each update, copied to the host before the next one is begun: name -> array, as on
+  disk.
+  """
   plan = plan_run(experiment)
   made = program.compile_program(plan.experiment, plan.data, num_steps=steps)
   state, found = made.state, []
   for step in range(steps):
     state, _ = made.run_steps(made.feed.corpus_at(step), state, np.int32(1))
     stacked = stack_blocks(state) if isinstance(state.params["blocks"], list) else state
-    items = {"params": stacked.params, "train_state": {"step": stacked.step, "opt_state": stacked.opt_state}}
+    items = {
+      "params": stacked.params,
+      "train_state": {"step": stacked.step, "opt_state": stacked.opt_state},
+    }
     leaves = jax.tree_util.tree_leaves_with_path(items)
     found.append({flat_name(path): np.array(x) for path, x in leaves})
   return found
@@ -51,7 +58,12 @@ def test_row_09_saving_every_step_of_a_small_state(tmp_path, monkeypatch, name):
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
   base, settings = children.EXPERIMENTS[name]
-  changes = {"train.steps": 25, "train.save_every": 1, "train.keep_latest": 100, "train.eval_every": None}
+  changes = {
+    "train.steps": 25,
+    "train.save_every": 1,
+    "train.keep_latest": 100,
+    "train.eval_every": None,
+  }
   experiment = change(load_experiment(base), settings | changes)
   with small_runs.compiled_quickly():
     expected = reference(experiment, 25)
@@ -61,14 +73,27 @@ def test_row_09_saving_every_step_of_a_small_state(tmp_path, monkeypatch, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_row_09_saving_every_step_of_a_state_of_231_megabytes(tmp_path, monkeypatch, scan_layers):
-  """Writing takes longer than an update does. With layers in a list what is saved is a copy; stacked, the state itself."""
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_row_09_saving_every_step_of_a_state_of_231_megabytes(tmp_path, monkeypatch, layers):
+  """Writing takes longer than an update does. With layers in a list what is saved is a copy.
+
+  Stacked, the state itself.
+  """
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
   base, settings = children.EXPERIMENTS["names"]
-  sizes = {"model.d_model": 896, "model.d_ff": 3584, "model.num_layers": 2, "mesh.scan_layers": scan_layers}
-  changes = {"train.steps": 4, "train.save_every": 1, "train.keep_latest": 100, "data.heldout_fraction": 0}
+  sizes = {
+    "model.d_model": 896,
+    "model.d_ff": 3584,
+    "model.num_layers": 2,
+    "compute.layers": layers,
+  }
+  changes = {
+    "train.steps": 4,
+    "train.save_every": 1,
+    "train.keep_latest": 100,
+    "data.heldout_fraction": 0,
+  }
   experiment = change(load_experiment(base), settings | sizes | changes)
   with small_runs.compiled_quickly():
     expected = reference(experiment, 4)

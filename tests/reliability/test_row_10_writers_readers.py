@@ -24,14 +24,18 @@ def texts(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_row_10_a_second_writer_is_refused_and_the_first_goes_on(texts):
-  """Also by another name of the folder, and with --fresh, which would move it away from under the first."""
+  """Also by another name of the folder, and with --fresh, which would move it away from under the
+  first.
+  """
   args = children.arguments("names", "run", **LONG)
   with children.Child("jgpt.run", *args, cwd=texts) as first:
     first.wait_until(lambda: "\nstep" in first.out)
     os.symlink(texts / "run", texts / "link")
     others = [args, children.arguments("names", texts / "link", **LONG), [*args, "--fresh"]]
     others.append(
-      children.arguments("names", "run", **(LONG | {"train__steps": 300_000, "optimizer__decay_steps": 200_000}))
+      children.arguments(
+        "names", "run", **(LONG | {"train__steps": 300_000, "optimizer__decay_steps": 200_000})
+      )
     )
     before = sorted(p.name for p in texts.iterdir())
     for number, other in enumerate(others):
@@ -40,7 +44,9 @@ def test_row_10_a_second_writer_is_refused_and_the_first_goes_on(texts):
       assert second.status == 2, (number, second.out, second.err)
       assert second.err.startswith("error: ") and second.err.count("\n") == 1, (number, second.err)
       if number != 1:  # through a link it may be refused for that
-        assert str(first.process.pid) in second.err and socket.gethostname() in second.err, second.err
+        assert str(first.process.pid) in second.err and socket.gethostname() in second.err, (
+          second.err
+        )
       assert time.monotonic() - began < 20
     assert sorted(p.name for p in texts.iterdir()) == before
     assert first.process.poll() is None
@@ -48,7 +54,9 @@ def test_row_10_a_second_writer_is_refused_and_the_first_goes_on(texts):
     assert first.wait() == 143 and "error" not in first.err
   starts = json.loads((texts / "run" / "env.json").read_text())
   assert len(starts) == 1  # those who were refused wrote nothing
-  rows = [json.loads(row)["step"] for row in (texts / "run" / "metrics.jsonl").read_text().splitlines()]
+  rows = [
+    json.loads(row)["step"] for row in (texts / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert rows == list(range(1, manifest.list_steps(texts / "run")[-1] + 1))
 
 
@@ -65,7 +73,9 @@ def test_row_10_of_many_that_begin_at_once_one_writes(texts):
   errors = a.err + b.err + c.err
   assert set(statuses) <= {0, 2} and 0 in statuses, errors  # one that comes late finds it finished
   assert errors.count("error: ") == statuses.count(2) == errors.count("\n")
-  children.train(*children.arguments("names", "straight", train__steps=3000, train__save_every=500), cwd=texts)
+  children.train(
+    *children.arguments("names", "straight", train__steps=3000, train__save_every=500), cwd=texts
+  )
   children.assert_same(children.bits(texts / "run"), children.bits(texts / "straight"))
   assert children.nothing_half_done(texts / "run") == []
 
@@ -78,7 +88,9 @@ def test_row_10_the_lock_of_a_killed_process_is_free_at_once(texts):
     with children.Child("jgpt.run", *args, cwd=texts) as child:
       child.wait_until(lambda child=child: "\nstep" in child.out)
       child.send(signal.SIGSTOP)
-      refused = children.run("jgpt.run", *args, cwd=texts)  # it holds the lock though it does nothing
+      refused = children.run(
+        "jgpt.run", *args, cwd=texts
+      )  # it holds the lock though it does nothing
       assert refused.status == 2 and str(child.process.pid) in refused.err
       child.send(signal.SIGKILL)
       child.wait()
@@ -90,19 +102,25 @@ def test_row_10_the_lock_of_a_killed_process_is_free_at_once(texts):
 
 @pytest.mark.slow
 def test_row_10_readers_of_a_run_being_written_never_see_half_a_step(texts):
-  """Two processes of two threads load the newest checkpoint over and over; each update is saved, all but one are deleted.
+  """Two processes of two threads load the newest checkpoint over and over.
+
+  Each update is saved, all but one are deleted.
 
   What they get is compared with the same run when it kept everything.
   """
   changes = {"train__steps": 100, "train__save_every": 1, "train__keep_best": 0}
   children.train(*children.arguments("names", "all", **changes, train__keep_latest=1000), cwd=texts)
   expected = {
-    step: children.read_leaves(texts / "all" / "checkpoints" / str(step), ("params",))["params/tok_embed"].tobytes()
+    step: children.read_leaves(texts / "all" / "checkpoints" / str(step), ("params",))[
+      "params/tok_embed"
+    ].tobytes()
     for step in children.steps_there(texts / "all")
   }
   assert len(expected) == 100 and len(set(expected.values())) == 100
   digests = texts / "digests.json"
-  digests.write_text(json.dumps({step: hashlib.sha256(content).hexdigest() for step, content in expected.items()}))
+  digests.write_text(
+    json.dumps({step: hashlib.sha256(content).hexdigest() for step, content in expected.items()})
+  )
   args = children.arguments("names", "run", **changes, train__keep_latest=1)
   with (
     children.Child("jgpt.run", *args, cwd=texts, fault="freeze@commit+:2") as child,
@@ -120,7 +138,9 @@ def test_row_10_readers_of_a_run_being_written_never_see_half_a_step(texts):
   found = [json.loads(reader.out) for reader in (one, other)]
   seen = [step for reader in found for step in reader["seen"]]
   errors = [error for reader in found for error in reader["errors"]]
-  print(f"\n{len(seen)} reads of {len(set(seen))} different steps, {len(errors)} errors {errors[:3]}")
+  print(
+    f"\n{len(seen)} reads of {len(set(seen))} different steps, {len(errors)} errors {errors[:3]}"
+  )
   assert errors == []
   assert len(seen) > 20 and len(set(seen)) > 5 and manifest.list_steps(texts / "run") == [100]
 
@@ -128,8 +148,15 @@ def test_row_10_readers_of_a_run_being_written_never_see_half_a_step(texts):
 @pytest.mark.slow
 def test_row_10_sample_while_it_trains(texts):
   """The command as a person gives it, three times during a run that keeps one checkpoint."""
-  changes = {"train__steps": 4000, "train__save_every": 2, "train__keep_latest": 1, "train__keep_best": 0}
-  with children.Child("jgpt.run", *children.arguments("names", "run", **changes), cwd=texts) as child:
+  changes = {
+    "train__steps": 4000,
+    "train__save_every": 2,
+    "train__keep_latest": 1,
+    "train__keep_best": 0,
+  }
+  with children.Child(
+    "jgpt.run", *children.arguments("names", "run", **changes), cwd=texts
+  ) as child:
     child.wait_until(lambda: children.steps_there(texts / "run"))
     for _ in range(3):
       read = children.run("jgpt.sample", "--run", "run", "--num", 2, cwd=texts)

@@ -1,4 +1,6 @@
-"""Row 12: what a run is may not change when it goes on; where and how it runs may; it may become longer.
+"""Row 12: what a run is may not change when it goes on; where and how it runs may.
+
+It may become longer.
 
 `tests/test_train.py` and `tests/test_commands.py` have single cases; here is every setting.
 """
@@ -12,7 +14,13 @@ import small_runs
 
 from jgpt import train
 from jgpt.config.catalog import load_experiment
-from jgpt.config.settings import change, experiment_from_json, experiment_to_json, is_circumstance, list_settings
+from jgpt.config.settings import (
+  change,
+  experiment_from_json,
+  experiment_to_json,
+  is_circumstance,
+  list_settings,
+)
 from jgpt.errors import UserError
 from jgpt.plan import plan_run
 
@@ -22,7 +30,9 @@ STEPS = 6
 def experiment(name, **changes):
   base, chosen = children.EXPERIMENTS[name]
   chosen = chosen | {"train.steps": STEPS, "train.log_every": 3}
-  return change(load_experiment(base), chosen | {k.replace("__", "."): v for k, v in changes.items()})
+  return change(
+    load_experiment(base), chosen | {k.replace("__", "."): v for k, v in changes.items()}
+  )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,8 @@ OTHERS = {
   "train.seed": 1,
   "train.init": "microgpt",
 }
-# Another value does not go with the other settings of this run -> what the run must have, and the other value.
+# Another value does not go with the other settings of this run -> what the run must have, and the
+# other value.
 NOT_ALONE = {
   "model.norm_embed": ({"model.norm": "rms", "model.norm_embed": False}, True),
   "data.tokenizer": ({}, "characters"),
@@ -95,7 +106,9 @@ NOT_ALONE = {
 
 
 def test_row_12_every_setting_is_tried_here():
-  """A new setting must be decided about: identity or circumstance, and a value for the test below."""
+  """A new setting must be decided about: identity or circumstance, and a value for the test
+  below.
+  """
   identity = {name for name in list_settings(experiment("bytes")) if not is_circumstance(name)}
   assert identity - OTHERS.keys() - NOT_ALONE.keys() == set()
 
@@ -109,37 +122,59 @@ def test_row_12_a_changed_setting_of_the_identity_is_refused_by_name(runs, monke
   before = {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()}
   with pytest.raises(UserError) as error:
     plan_run(other, workdir=runs / "bytes")
-  assert f"{name} is " in str(error.value) and "--fresh" in str(error.value) and "\n" not in str(error.value)
+  assert (
+    f"{name} is " in str(error.value)
+    and "--fresh" in str(error.value)
+    and "\n" not in str(error.value)
+  )
   assert {p: p.read_bytes() for p in (runs / "bytes").rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize("name", NOT_ALONE)
-def test_row_12_a_changed_setting_that_goes_with_others_is_refused_by_name(runs, monkeypatch, tmp_path, name):
-  """The folder's experiment.json is that of a run with these others; nothing else differs, and nothing else is named."""
+def test_row_12_a_changed_setting_that_goes_with_others_is_refused_by_name(
+  runs, monkeypatch, tmp_path, name
+):
+  """The folder's experiment.json is that of a run with these others.
+
+  Nothing else differs, and nothing else is named.
+  """
   monkeypatch.chdir(runs)
   base, other = NOT_ALONE[name]
   run = shutil.copytree(runs / ("names" if name == "train.init" else "bytes"), tmp_path / "run")
   path = run / "experiment.json"
   recorded = experiment_from_json(json.loads(path.read_text())["experiment"])
   ours = change(recorded, base)
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"experiment": experiment_to_json(ours)}))
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {"experiment": experiment_to_json(ours)})
+  )
   before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
   with pytest.raises(UserError) as error:
     plan_run(change(ours, {name: other}), workdir=run)
   was = list_settings(ours)[name]
-  assert f"holds a run with other settings: {name} is {was} there and {other} here. Choose" in str(error.value)
+  assert f"holds a run with other settings: {name} is {was} there and {other} here. Choose" in str(
+    error.value
+  )
   assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_row_12_a_checkpoint_of_another_run_is_not_gone_on_from(tmp_path, monkeypatch, capfd):
-  """Its files are whole, its manifest says so; it was put there by mistake. The one before is taken, with a warning."""
+  """Its files are whole, its manifest says so; it was put there by mistake.
+
+  The one before is taken, with a warning.
+  """
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
   changes = {"train__save_every": 2, "train__keep_latest": 3, "optimizer__decay_steps": STEPS}
   with small_runs.compiled_quickly():
     train.train_run(plan_run(experiment("names", **changes), workdir=tmp_path / "straight"))
-    train.train_run(plan_run(experiment("names", train__steps=4, **changes), workdir=tmp_path / "run"))
-    train.train_run(plan_run(experiment("names", train__steps=4, train__seed=7, **changes), workdir=tmp_path / "other"))
+    train.train_run(
+      plan_run(experiment("names", train__steps=4, **changes), workdir=tmp_path / "run")
+    )
+    train.train_run(
+      plan_run(
+        experiment("names", train__steps=4, train__seed=7, **changes), workdir=tmp_path / "other"
+      )
+    )
     foreign = tmp_path / "run" / "checkpoints" / "4"
     shutil.rmtree(foreign)
     shutil.copytree(tmp_path / "other" / "checkpoints" / "4", foreign)
@@ -147,7 +182,9 @@ def test_row_12_a_checkpoint_of_another_run_is_not_gone_on_from(tmp_path, monkey
     capfd.readouterr()
     result = train.train_run(plan_run(experiment("names", **changes), workdir=tmp_path / "run"))
   warning = capfd.readouterr().err
-  assert warning.count("\n") == 1 and warning.startswith("WARNING: ") and "train.seed is 7" in warning, warning
+  assert (
+    warning.count("\n") == 1 and warning.startswith("WARNING: ") and "train.seed is 7" in warning
+  ), warning
   assert "going on from step 2" in warning and "4.damaged" in warning
   assert (foreign.with_name("4.damaged") / "manifest.json").read_bytes() == manifest
   assert int(result.state.step) == STEPS
@@ -156,7 +193,10 @@ def test_row_12_a_checkpoint_of_another_run_is_not_gone_on_from(tmp_path, monkey
 
 def test_row_12_several_changed_settings_are_all_named(runs, monkeypatch):
   monkeypatch.chdir(runs)
-  changed = {name: OTHERS[name] for name in ("model.dropout", "optimizer.b1", "train.seed", "data.heldout_fraction")}
+  changed = {
+    name: OTHERS[name]
+    for name in ("model.dropout", "optimizer.b1", "train.seed", "data.heldout_fraction")
+  }
   with pytest.raises(UserError) as error:
     plan_run(experiment("bytes", **changed), workdir=runs / "bytes")
   assert all(f"{name} is " in str(error.value) for name in changed)
@@ -181,8 +221,12 @@ CIRCUMSTANCES = {
   "sample__max_tokens": 4,
   "sample__prompt": "No",
   "mesh__data": 2,
-  "mesh__scan_layers": True,
-  "mesh__tricks": False,
+  "compute__tricks": False,
+  "compute__attention": "blocks",
+  "compute__matmul": "einsum",
+  "compute__layers": "scan",
+  "compute__group_documents": False,
+  "compute__compiler_options": "none",
   "train__micro_batch_size": 2,
   "train__steps": 8,
 }
@@ -193,19 +237,31 @@ def test_row_12_circumstances_are_free_and_recorded(tmp_path, monkeypatch):
   """Each start lists its own in env.json; those that only watch leave the bits alone."""
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
-  free = {name for name in list_settings(experiment("bytes")) if is_circumstance(name)} - {"train.epochs"}
+  free = {name for name in list_settings(experiment("bytes")) if is_circumstance(name)} - {
+    "train.epochs"
+  }
   assert {name.replace("__", ".") for name in CIRCUMSTANCES} == free
-  watching = {k: v for k, v in CIRCUMSTANCES.items() if not k.startswith("mesh") and k not in
-              ("train__micro_batch_size", "train__steps")}  # fmt: skip
+  left_out = ("mesh", "compute", "train__micro_batch_size", "train__steps")
+  watching = {k: v for k, v in CIRCUMSTANCES.items() if not k.startswith(left_out)}
   held = {"optimizer__decay_steps": 12}
   with small_runs.compiled_quickly():
-    train.train_run(plan_run(experiment("bytes", train__steps=12, **held), workdir=tmp_path / "straight"))
+    train.train_run(
+      plan_run(experiment("bytes", train__steps=12, **held), workdir=tmp_path / "straight")
+    )
     train.train_run(plan_run(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "run"))
-    train.train_run(plan_run(experiment("bytes", **(watching | held | {"train__steps": 12})), workdir=tmp_path / "run"))
+    train.train_run(
+      plan_run(
+        experiment("bytes", **(watching | held | {"train__steps": 12})), workdir=tmp_path / "run"
+      )
+    )
     children_bits = [children.bits(tmp_path / name) for name in ("straight", "run")]
     assert children_bits[0].leaves == children_bits[1].leaves
-    train.train_run(plan_run(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "other"))
-    train.train_run(plan_run(experiment("bytes", **(CIRCUMSTANCES | held)), workdir=tmp_path / "other"))
+    train.train_run(
+      plan_run(experiment("bytes", train__steps=5, **held), workdir=tmp_path / "other")
+    )
+    train.train_run(
+      plan_run(experiment("bytes", **(CIRCUMSTANCES | held)), workdir=tmp_path / "other")
+    )
   starts = json.loads((tmp_path / "other" / "env.json").read_text())
   assert [start["start_step"] for start in starts] == [0, 5]
   for name, value in CIRCUMSTANCES.items():
@@ -250,7 +306,11 @@ def test_row_12_a_changed_byte_of_a_shard_is_refused(tmp_path, monkeypatch, plac
   children.write_texts(tmp_path)
   path = tmp_path / "shards" / "train.bin"
   with small_runs.compiled_quickly():
-    train.train_run(plan_run(experiment("shards", train__steps=2, optimizer__decay_steps=6), workdir=tmp_path / "run"))
+    train.train_run(
+      plan_run(
+        experiment("shards", train__steps=2, optimizer__decay_steps=6), workdir=tmp_path / "run"
+      )
+    )
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -263,7 +323,10 @@ def test_row_12_a_changed_byte_of_a_shard_is_refused(tmp_path, monkeypatch, plac
 
 @pytest.mark.slow
 def test_row_12_a_thousand_steps_grown_to_fifteen_hundred(tmp_path):
-  """As commands: the bits of 1,500 steps whose schedule's length was 1,000 from the start. Rates after it are `end_lr`."""
+  """As commands: the bits of 1,500 steps whose schedule's length was 1,000 from the start.
+
+  Rates after it are `end_lr`.
+  """
   children.write_texts(tmp_path)
   common = {"optimizer__end_lr": 0.001, "train__log_every": 500}
   children.train(*children.arguments("names", "grown", **common, train__steps=1000), cwd=tmp_path)
@@ -272,7 +335,10 @@ def test_row_12_a_thousand_steps_grown_to_fifteen_hundred(tmp_path):
   children.train(*children.arguments("names", "whole", **whole), cwd=tmp_path)
   (tmp_path / "grown" / "samples" / "step_1000.txt").unlink()
   children.assert_same(children.bits(tmp_path / "grown"), children.bits(tmp_path / "whole"))
-  rates = [row["train/lr"] for row in map(json.loads, (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines())]
+  rates = [
+    row["train/lr"]
+    for row in map(json.loads, (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines())
+  ]
   assert rates[1000:] == [rates[1000]] * 500 and rates[1000] == pytest.approx(0.001)
 
 
@@ -282,8 +348,14 @@ def test_row_12_growing_at_a_rate_of_zero_says_what_to_set(tmp_path):
   children.write_texts(tmp_path)
   children.train(*children.arguments("names", "run", train__steps=20), cwd=tmp_path)
   before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-  refused = children.run("jgpt.run", *children.arguments("names", "run", train__steps=30), cwd=tmp_path)
-  assert refused.status == 2 and refused.err.count("\n") == 1 and "--set optimizer.decay_steps=30" in refused.err
+  refused = children.run(
+    "jgpt.run", *children.arguments("names", "run", train__steps=30), cwd=tmp_path
+  )
+  assert (
+    refused.status == 2
+    and refused.err.count("\n") == 1
+    and "--set optimizer.decay_steps=30" in refused.err
+  )
   assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
   advised = children.arguments("names", "another", train__steps=30, optimizer__decay_steps=30)
   assert children.train(*advised, cwd=tmp_path).status == 0

@@ -14,7 +14,6 @@ from jgpt import train
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
 from jgpt.keys import INIT, derive_key
-from jgpt.optim import make_optimizer
 from jgpt.plan import plan_run
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import RunFiles, write_run_files
@@ -22,11 +21,19 @@ from jgpt.step import init_state
 from jgpt.text.tokenizer import CharTokenizer
 
 EXPERIMENT = resolve(load_experiment("names"), 27)
-FILES = RunFiles("names", EXPERIMENT, CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True), {"kind": "path", "sha256": "0" * 64})  # fmt: skip  # noqa: E501
+# Fmt: skip
+FILES = RunFiles(
+  "names",
+  EXPERIMENT,
+  CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True),
+  {"kind": "path", "sha256": "0" * 64},
+)
 
 
 def expected_steps(losses, keep_latest, keep_best):
-  """The rule, in other words than the code's: of (step, loss or None) saved one after the other, which are left."""
+  """The rule, in other words than the code's: of (step, loss or None) saved one after the other,
+  which are left.
+  """
   left = []
   for saved in losses:
     left.append(saved)
@@ -50,48 +57,79 @@ def test_row_13_any_sequence_of_losses(tmp_path, seed):
   """Random lengths, numbers kept, gaps without an evaluation, equal losses, NaN and infinity."""
   chance = random.Random(seed)
   keep_latest, keep_best = chance.randint(1, 4), chance.randint(0, 3)
-  values = [None, math.nan, math.inf, -math.inf, *(chance.choice([1.0, 1.5, 2.0, chance.random()]) for _ in range(8))]
+  values = [
+    None,
+    math.nan,
+    math.inf,
+    -math.inf,
+    *(chance.choice([1.0, 1.5, 2.0, chance.random()]) for _ in range(8)),
+  ]
   losses = [(step, chance.choice(values)) for step in sorted(chance.sample(range(500), 25))]
   for number, (step, loss) in enumerate(losses, start=1):
     fake_step(tmp_path, step, loss)
-    manifest.retain(tmp_path, keep_latest, keep_best)
-    assert manifest.list_steps(tmp_path) == expected_steps(losses[:number], keep_latest, keep_best), losses[:number]
-    rated = [(loss, -step) for step, loss in losses[:number] if loss is not None and math.isfinite(loss)]
+    manifest.delete_old_steps(tmp_path, keep_latest, keep_best)
+    assert manifest.list_steps(tmp_path) == expected_steps(
+      losses[:number], keep_latest, keep_best
+    ), losses[:number]
+    rated = [
+      (loss, -step) for step, loss in losses[:number] if loss is not None and math.isfinite(loss)
+    ]
     if keep_best and rated:  # the best of all that ever was
       assert -min(rated)[1] in manifest.list_steps(tmp_path)
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {str(s) for s in manifest.list_steps(tmp_path)}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+      str(s) for s in manifest.list_steps(tmp_path)
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("keep_latest", "keep_best"), [(1, 0), (1, 1), (2, 1), (1, 3), (3, 2)])
 def test_row_13_through_saving(tmp_path, keep_latest, keep_best):
   """Real saves; opened anew in the middle, as a run that goes on does."""
-  tx = make_optimizer(EXPERIMENT.optimizer, EXPERIMENT.model)
-  state = jax.jit(lambda key: init_state(key, EXPERIMENT.model, tx))(derive_key(0, INIT))
+  state = jax.jit(lambda key: init_state(key, EXPERIMENT))(derive_key(0, INIT))
   write_run_files(tmp_path, FILES)
   losses = list(enumerate([3.0, 2.0, None, 2.5, 1.75, 2.0, None, 1.75, 4.0, 3.5], start=1))
   for part in (losses[:4], losses[4:]):
-    with checkpoint.open_checkpoints(tmp_path, keep_latest=keep_latest, keep_best=keep_best) as manager:
+    with checkpoint.open_checkpoints(
+      tmp_path, keep_latest=keep_latest, keep_best=keep_best
+    ) as manager:
       for step, loss in part:
         checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), loss)
   steps = manifest.list_steps(tmp_path)
   assert steps == expected_steps(losses, keep_latest, keep_best)
   for step in steps:
     assert manifest.find_damage(tmp_path / "checkpoints" / str(step)) is None
-    assert manifest.read_manifest(tmp_path / "checkpoints" / str(step)).heldout_loss == dict(losses)[step]
+    assert (
+      manifest.read_manifest(tmp_path / "checkpoints" / str(step)).heldout_loss
+      == dict(losses)[step]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("save_every", "keep_latest", "keep_best"), [(5, 1, 1), (5, 2, 2), (10, 1, 2), (None, 1, 1), (3, 2, 1)]
+  ("save_every", "keep_latest", "keep_best"),
+  [(5, 1, 1), (5, 2, 2), (10, 1, 2), (None, 1, 1), (3, 2, 1)],
 )
-def test_row_13_a_run_that_gets_worse_keeps_its_best(tmp_path, monkeypatch, save_every, keep_latest, keep_best):
-  """A rate so high that the held-out loss goes up and down; interrupted in the middle. What counts stands in the log."""
+def test_row_13_a_run_that_gets_worse_keeps_its_best(
+  tmp_path, monkeypatch, save_every, keep_latest, keep_best
+):
+  """A rate so high that the held-out loss goes up and down; interrupted in the middle.
+
+  What counts stands in the log.
+  """
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
   base, settings = children.EXPERIMENTS["names"]
-  changes = {"train.steps": 50, "train.save_every": save_every, "train.eval_every": 5, "optimizer.peak_lr": 0.1}
-  changes |= {"train.keep_latest": keep_latest, "train.keep_best": keep_best, "optimizer.decay_steps": 50}
+  changes = {
+    "train.steps": 50,
+    "train.save_every": save_every,
+    "train.eval_every": 5,
+    "optimizer.peak_lr": 0.1,
+  }
+  changes |= {
+    "train.keep_latest": keep_latest,
+    "train.keep_best": keep_best,
+    "optimizer.decay_steps": 50,
+  }
   changes |= {"train.eval_batches": None}
   with small_runs.compiled_quickly():
     for steps in (25, 50):
@@ -99,10 +137,14 @@ def test_row_13_a_run_that_gets_worse_keeps_its_best(tmp_path, monkeypatch, save
       train.train_run(plan_run(experiment, workdir=tmp_path / "run", name="names"))
   rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   evaluated = {row["step"]: row["heldout/loss"] for row in rows if "heldout/loss" in row}
-  assert list(evaluated) == list(range(0, 51, 5)) and list(evaluated.values()) != sorted(evaluated.values())
+  assert list(evaluated) == list(range(0, 51, 5)) and list(evaluated.values()) != sorted(
+    evaluated.values()
+  )
   saved = sorted({*range(save_every or 50, 51, save_every or 50), 25, 50})
   losses = [(step, evaluated.get(step)) for step in saved]
-  assert manifest.list_steps(tmp_path / "run") == expected_steps(losses, keep_latest, keep_best), losses
+  assert manifest.list_steps(tmp_path / "run") == expected_steps(losses, keep_latest, keep_best), (
+    losses
+  )
   for step in manifest.list_steps(tmp_path / "run"):
     folder = tmp_path / "run" / "checkpoints" / str(step)
     assert manifest.read_manifest(folder).heldout_loss == evaluated.get(step)
@@ -112,10 +154,20 @@ def test_row_13_a_run_that_gets_worse_keeps_its_best(tmp_path, monkeypatch, save
 def test_row_13_as_a_command(tmp_path):
   """The best of a run is still there at its end, and `sample --step` reads it."""
   children.write_texts(tmp_path)
-  changes = {"train__steps": 60, "train__save_every": 5, "train__eval_every": 5, "optimizer__peak_lr": 0.1}
-  children.train(*children.arguments("names", "run", **changes, train__keep_latest=1, train__keep_best=1), cwd=tmp_path)
+  changes = {
+    "train__steps": 60,
+    "train__save_every": 5,
+    "train__eval_every": 5,
+    "optimizer__peak_lr": 0.1,
+  }
+  children.train(
+    *children.arguments("names", "run", **changes, train__keep_latest=1, train__keep_best=1),
+    cwd=tmp_path,
+  )
   rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-  evaluated = {row["step"]: row["heldout/loss"] for row in rows if row.get("heldout/loss") and row["step"]}
+  evaluated = {
+    row["step"]: row["heldout/loss"] for row in rows if row.get("heldout/loss") and row["step"]
+  }
   best = min(evaluated, key=lambda step: (evaluated[step], -step))
   assert set(children.steps_there(tmp_path / "run")) == {best, 60}
   read = children.run("jgpt.sample", "--run", "run", "--step", best, "--num", 2, cwd=tmp_path)

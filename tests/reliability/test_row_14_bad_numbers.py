@@ -1,10 +1,14 @@
-"""Row 14: NaN and infinity, in the loss or in a gradient, skip the update; nothing of the run is spoilt by them.
+"""Row 14: NaN and infinity, in the loss or in a gradient, skip the update.
 
-What the log says of them is tested in tests/test_health.py, the statistics of spikes in tests/test_spikes.py.
+Nothing of the run is spoilt by them.
+
+What the log says of them is tested in tests/test_health.py, the statistics of spikes in
+tests/test_spikes.py.
 """
 
 import json
 import math
+from functools import partial
 
 import bad_numbers
 import children
@@ -13,24 +17,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
-from equivalence import NAMES, QUICK, compare, corpus_of, initial_state, leaves_by_name, names_experiment
+from equivalence import (
+  NAMES,
+  QUICK,
+  compare,
+  corpus_of,
+  initial_state,
+  leaves_by_name,
+  names_experiment,
+)
 
 from jgpt import train
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
-from jgpt.devices.compute import keep_one_by_one
+from jgpt.devices.compute import choose_step_options, resolve_compute
+from jgpt.optim import make_optimizer
 from jgpt.plan import plan_run
 from jgpt.runs.log import read_jsonl
-from jgpt.runs.open import load_run
-from jgpt.step import keep_unless, make_train_steps
+from jgpt.runs.open import open_run
+from jgpt.sharding import arrange_blocks, stack_blocks
+from jgpt.step import train_steps
 
 SETTINGS = {"optimizer__clip_norm": 1.0, "optimizer__weight_decay": 0.1}
 STEPS = 12
 
 
-def compile_steps(experiment, keep=keep_unless):
+def compile_steps(experiment, options=QUICK):
   """(state, number of updates) -> (state, metrics) on `NAMES`, compiled."""
-  compiled = jax.jit(make_train_steps(experiment, STEPS, keep=keep), compiler_options=QUICK)
+  steps = partial(train_steps, experiment=experiment, capacity=STEPS)
+  compiled = jax.jit(steps, compiler_options=options)
   corpus = corpus_of(NAMES, experiment)
   return lambda state, num: compiled(state, corpus, jnp.int32(num))
 
@@ -41,9 +56,14 @@ def assert_equal_bits(a, b):
   assert [name for name in a if a[name].tobytes() != b[name].tobytes()] == []
 
 
-@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] * (w != "nan")) for w in bad_numbers.WAYS])
+@pytest.mark.parametrize(
+  "way", [pytest.param(w, marks=[pytest.mark.slow] * (w != "nan")) for w in bad_numbers.WAYS]
+)
 def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, way):
-  """Parameters, moments and their count keep every bit; step and rate go on; then all is as if it had been left out."""
+  """Parameters, moments and their count keep every bit; step and rate go on.
+
+  Then all is as if it had been left out.
+  """
   limit = {"optimizer__skip_spikes": 5.0} if way == "loss of 50" else {}
   experiment = names_experiment(**SETTINGS, **limit)
   if limit:
@@ -53,9 +73,17 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
   before, first = run(initial_state(experiment), 6)
   after, _ = run(before, 1)
   assert first["train/skipped"].dtype == jnp.int32 and not first["train/skipped"].any()
-  assert_equal_bits((after.params, after.opt_state["adam"]), (before.params, before.opt_state["adam"]))
-  assert int(after.step) == 7 and int(after.opt_state["lr"].count) == 7 and int(after.opt_state["adam"].count) == 6
-  left_out = before.replace(step=before.step + 1, opt_state=after.opt_state | {"adam": before.opt_state["adam"]})
+  assert_equal_bits(
+    (after.params, after.opt_state["adam"]), (before.params, before.opt_state["adam"])
+  )
+  assert (
+    int(after.step) == 7
+    and int(after.opt_state["lr"].count) == 7
+    and int(after.opt_state["adam"].count) == 6
+  )
+  left_out = before.replace(
+    step=before.step + 1, opt_state=after.opt_state | {"adam": before.opt_state["adam"]}
+  )
   assert_equal_bits(run(after, 5), run(left_out, 5))
   whole, metrics = run(initial_state(experiment), STEPS)
   assert_equal_bits(whole, run(after, 5)[0])
@@ -64,24 +92,49 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
 
 
 @pytest.mark.slow
-def test_row_14_every_way_to_keep_is_the_same(monkeypatch):
-  """Leaves kept one after the other, as for small models on a CPU, are those kept at once but for rounding."""
-  experiment = names_experiment(**SETTINGS, model__num_layers=2)
+def test_row_14_every_way_to_compute_skips_the_same(monkeypatch):
+  """As on a CPU, documents grouped and layers written out, and by the definition: the same but for
+  rounding.
+  """
+  experiment = names_experiment(**SETTINGS, model__num_layers=2, data__batch_size=16)
   bad_numbers.plant(monkeypatch.setattr, "nan in one gradient", [3, 4, 9])
-  found = [compile_steps(experiment, keep)(initial_state(experiment), STEPS) for keep in (keep_unless, keep_one_by_one)]
-  compare("kept at once, float32: one by one", found[0][0].params, found[1][0].params, 1e-4)
-  for _, metrics in found:
+  found = []
+  for tricks in (True, False):
+    chosen = resolve_compute(change(experiment, {"compute.tricks": tricks}), "cpu")
+    assert chosen.compute.group_documents is tricks
+    state = arrange_blocks(initial_state(chosen), chosen.compute.layers)
+    state, metrics = compile_steps(chosen, choose_step_options(chosen) or QUICK)(state, STEPS)
     assert np.flatnonzero(metrics["train/skipped"]).tolist() == [2, 3, 8]
+    found.append(stack_blocks(state.params))
+  compare("tricks, float32, updates skipped", found[1], found[0], 1e-4)
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_row_14_kept_one_after_the_other(ok):
-  """Whatever the values: nothing that a leaf holds decides about the next one."""
+def test_row_14_what_the_optimizer_keeps_depends_on_nothing_but_ok(ok):
+  """Whatever the gradients: nothing that a leaf holds decides about the next one."""
   values = [0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]
-  new = {f"{i}": jnp.array([v, 1.0]) for i, v in enumerate(values)} | {"count": jnp.int32(3)}
-  old = {f"{i}": jnp.array([v, 2.0]) for i, v in enumerate(reversed(values))} | {"count": jnp.int32(0)}
-  assert_equal_bits(keep_one_by_one(jnp.bool_(ok), new, old), new if ok else old)
-  assert_equal_bits(keep_unless(jnp.bool_(ok), new, old), new if ok else old)
+  experiment = names_experiment(optimizer__weight_decay=0.0, optimizer__clip_norm=None)
+  optimizer = make_optimizer(experiment)
+  params = initial_state(experiment).params
+  names = leaves_by_name(params)
+  loss = jnp.float32(2.0)
+  sound = jax.tree.map(lambda p: jnp.linspace(-1, 1, p.size).reshape(p.shape), params)
+  _, before = optimizer.update(
+    sound, optimizer.init(params), params, value=loss, ok=jnp.bool_(True)
+  )
+  numbers = iter(range(len(names)))
+  bad = jax.tree.map(lambda p: jnp.full(p.shape, values[next(numbers) % len(values)]), params)
+  _, after = optimizer.update(bad, before, params, value=loss, ok=jnp.bool_(ok))
+  assert len(names) >= len(values) and int(after["lr"].count) == 2
+  if not ok:
+    assert_equal_bits(after["adam"], before["adam"])
+    return
+  assert int(after["adam"].count) == 2
+  for moment in (after["adam"].mu, after["adam"].nu):
+    wrong = [name for name, leaf in leaves_by_name(moment).items() if not np.isfinite(leaf).all()]
+    assert wrong == [
+      name for i, name in enumerate(names) if not math.isfinite(values[i % len(values)])
+    ]
 
 
 # --- Spikes ---
@@ -93,7 +146,9 @@ def test_row_14_without_a_limit_nothing_is_kept_about_losses():
 
 @pytest.mark.slow
 def test_row_14_losses_that_are_not_finite_are_not_observed(monkeypatch):
-  """Neither NaN nor what overflows when squared: the next spike is found as if they had not been."""
+  """Neither NaN nor what overflows when squared: the next spike is found as if they had not
+  been.
+  """
   experiment = names_experiment(optimizer__skip_spikes=4.0)
   bad_numbers.plant(monkeypatch.setattr, "infinite loss", [5, 6])
   state, metrics = compile_steps(experiment)(initial_state(experiment), STEPS)
@@ -110,8 +165,15 @@ def test_row_14_losses_that_are_not_finite_are_not_observed(monkeypatch):
 def run_words(workdir, folder, **changes):
   path = folder / "words.txt"
   path.write_text("".join(f"{word}\n" for word in small_runs.WORDS), encoding="utf-8")
-  base = {"data.path": str(path), "train.steps": 60, "optimizer.decay_steps": 60, "data.heldout_fraction": 0.2}
-  experiment = change(load_experiment("names"), base | {k.replace("__", "."): v for k, v in changes.items()})
+  base = {
+    "data.path": str(path),
+    "train.steps": 60,
+    "optimizer.decay_steps": 60,
+    "data.heldout_fraction": 0.2,
+  }
+  experiment = change(
+    load_experiment("names"), base | {k.replace("__", "."): v for k, v in changes.items()}
+  )
   with small_runs.compiled_quickly():
     return train.train_run(plan_run(experiment, workdir=workdir, name="words"))
 
@@ -121,12 +183,19 @@ def without(rows, name):
 
 
 @pytest.mark.slow
-def test_row_14_a_run_with_skipped_updates_stops_and_goes_on_bit_by_bit(monkeypatch, tmp_path, capfd):
-  """Stopped in a series, before and after it: state, losses and the count are those of the run that was not stopped."""
+def test_row_14_a_run_with_skipped_updates_stops_and_goes_on_bit_by_bit(
+  monkeypatch, tmp_path, capfd
+):
+  """Stopped in a series, before and after it: state, losses and the count are those of the run that
+  was not stopped.
+  """
   bad_numbers.plant(monkeypatch.setattr, "nan", [10, *range(20, 26)])
   straight = run_words(tmp_path / "straight", tmp_path)
   err = capfd.readouterr().err
-  assert err.count("the update is skipped") <= 2 and "step 10: the loss is nan: the update is skipped" in err
+  assert (
+    err.count("the update is skipped") <= 2
+    and "step 10: the loss is nan: the update is skipped" in err
+  )
   for steps in (9, 10, 22, 26, 60):
     resumed = run_words(tmp_path / "resumed", tmp_path, train__steps=steps)
   assert_equal_bits(straight.state, resumed.state)
@@ -154,15 +223,20 @@ def test_row_14_skipped_spikes_stop_and_go_on_bit_by_bit(monkeypatch, tmp_path, 
 
 @pytest.mark.slow
 def test_row_14_so_many_in_a_row_stop_the_run(monkeypatch, tmp_path):
-  """The error names the step and says that it is finite now; what is saved is the state of before the series."""
+  """The error names the step and says that it is finite now.
+
+  What is saved is the state of before the series.
+  """
   bad_numbers.plant(monkeypatch.setattr, "nan", range(20, 61))
   from jgpt.errors import TrainingError
 
-  with pytest.raises(TrainingError, match=r"the update of step 20 was skipped.*finite now.*checkpoint \d+ in ") as error:
+  with pytest.raises(
+    TrainingError, match=r"the update of step 20 was skipped.*finite now.*checkpoint \d+ in "
+  ) as error:
     run_words(tmp_path / "run", tmp_path, train__max_consecutive_skips=5)
   assert error.value.status == 1
   good = run_words(None, tmp_path, train__steps=19)
-  assert_equal_bits(load_run(tmp_path / "run").params, good.params)
+  assert_equal_bits(open_run(tmp_path / "run").params, good.params)
 
 
 # --- Processes ---
@@ -177,17 +251,26 @@ def folder(tmp_path):
 @pytest.mark.slow
 def test_row_14_a_rate_that_destroys_the_model_ends_with_one_line(folder):
   """Nothing is planted: the parameters of step 2 are so large that its gradient is not a number."""
-  words = children.arguments("names", "run", optimizer__peak_lr=1e20, optimizer__schedule="constant", train__steps=500)
+  words = children.arguments(
+    "names", "run", optimizer__peak_lr=1e20, optimizer__schedule="constant", train__steps=500
+  )
   child = children.run("jgpt.run", *words, cwd=folder)
   assert child.status == 1, child.err
   (error,) = [line for line in child.err.splitlines() if line.startswith("error: ")]
-  assert "step 2 " in error and "blocks/w_qkv" in error and "Try " in error and "Traceback" not in child.err
+  assert (
+    "step 2 " in error
+    and "blocks/w_qkv" in error
+    and "Try " in error
+    and "Traceback" not in child.err
+  )
   assert "step 2: the norm of the gradient is nan: the update is skipped" in child.err
   saved = children.steps_there(folder / "run")[-1]
   assert f"checkpoint {saved}" in error and not children.nothing_half_done(folder / "run")
   bits = children.read_leaves(folder / "run" / "checkpoints" / str(saved))
   assert all(np.isfinite(x).all() for x in bits.values())
-  assert int(bits["train_state/step"]) == saved and int(bits["train_state/opt_state.adam.count"]) == 1
+  assert (
+    int(bits["train_state/step"]) == saved and int(bits["train_state/opt_state.adam.count"]) == 1
+  )
   rows = read_jsonl(folder / "run" / "metrics.jsonl")
   assert [row["train/skipped"] for row in rows if "train/loss" in row] == [0] + [1] * (saved - 1)
   # The same command tries once more, and says the same.
@@ -204,4 +287,7 @@ def test_row_14_one_bad_step_in_a_process_is_a_line_and_a_row(folder):
   rows = read_jsonl(folder / "run" / "metrics.jsonl")
   assert [row["step"] for row in rows if row.get("train/skipped")] == [8]
   leaves = children.read_leaves(folder / "run" / "checkpoints" / "20")
-  assert all(np.isfinite(x).all() for x in leaves.values()) and int(leaves["train_state/opt_state.adam.count"]) == 19
+  assert (
+    all(np.isfinite(x).all() for x in leaves.values())
+    and int(leaves["train_state/opt_state.adam.count"]) == 19
+  )

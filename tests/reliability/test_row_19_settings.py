@@ -1,6 +1,8 @@
-"""Unknown settings, wrong types, code as a value: refused by the command itself, and nothing is executed.
+"""Unknown settings, wrong types, code as a value: refused by the command itself, and nothing is
+executed.
 
-`tests/test_settings.py` tries every setting at the level of functions, `tests/test_commands.py` the files of a run folder.
+`tests/test_settings.py` tries every setting at the level of functions, `tests/test_commands.py` the
+files of a run folder.
 """
 
 import json
@@ -78,12 +80,24 @@ USAGE = {
 def test_row_19_bad_settings_are_refused_in_one_line(tmp_path):
   (tmp_path / "folder.py").mkdir()
   (tmp_path / "os.py").write_text("open('executed', 'w')")  # what a dotted path could mean
-  fields = ("train.steps", "optimizer.peak_lr", "model.norm", "model.tied_head", "optimizer.decay_kinds", "data.path")
+  fields = (
+    "train.steps",
+    "optimizer.peak_lr",
+    "model.norm",
+    "model.tied_head",
+    "optimizer.decay_kinds",
+    "data.path",
+  )
   table = [(settings("names", text), words) for text, words in (UNKNOWN | WRONG).items()]
-  table += [(settings("names", f"{name}={CODE}"), "__import__") for name in (*fields, "data.source", "train.init_from")]
+  table += [
+    (settings("names", f"{name}={CODE}"), "__import__")
+    for name in (*fields, "data.source", "train.init_from")
+  ]
   table += [(["run", "--experiment", name], words) for name, words in EXPERIMENTS.items()]
   usage = [[*NAMES, *words] for words in USAGE]
-  outcomes = give([Case(argv=argv) for argv in [*(argv for argv, _ in table), *usage]], cwd=tmp_path)
+  outcomes = give(
+    [Case(argv=argv) for argv in [*(argv for argv, _ in table), *usage]], cwd=tmp_path
+  )
   for outcome, (_, words) in zip(outcomes, table, strict=False):
     assert_refused(outcome, words)
   for outcome, words in zip(outcomes[len(table) :], USAGE.values(), strict=True):
@@ -92,10 +106,15 @@ def test_row_19_bad_settings_are_refused_in_one_line(tmp_path):
 
 
 def test_row_19_a_real_process_refuses_before_jax_is_imported(tmp_path):
-  """A misspelt setting costs no second: where importing jax would fail, the error is still that of the setting."""
+  """A misspelt setting costs no second: where importing jax would fail, the error is still that of
+  the setting.
+  """
   (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
   paths = f"{tmp_path}:{Path(jgpt.__file__).parent.parent}"
-  for text, words in (("train.step=5", "Did you mean train.steps"), (f"train.steps={CODE}", "must be a whole number")):
+  for text, words in (
+    ("train.step=5", "Did you mean train.steps"),
+    (f"train.steps={CODE}", "must be a whole number"),
+  ):
     done = subprocess.run(
       [sys.executable, "-m", "jgpt.run", "--experiment", "names", "--set", text],
       cwd=tmp_path, env={"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
@@ -107,12 +126,23 @@ def test_row_19_a_real_process_refuses_before_jax_is_imported(tmp_path):
 
 @pytest.mark.slow
 def test_row_19_nothing_that_lies_in_a_run_folder_is_executed(tmp_path):
-  """A run folder from a stranger, with modules under the names of those that are imported, and pickles."""
+  """A run folder from a stranger, with modules under the names of those that are imported, and
+  pickles.
+  """
   given = [Case(argv=["run", "--experiment", "names", "--steps", "2", "--workdir", "run"])]
   assert [outcome.status for outcome in give(given, cwd=tmp_path, JAX_PLATFORMS="cpu")] == [0]
   code = f"open({str(tmp_path / 'executed')!r}, 'w')\n"
   pickled = b"cos\nsystem\n(S'touch executed'\ntR."
-  for name in ("experiment", "names", "jax", "numpy", "sitecustomize", "conftest", "__init__", "tokenizer"):
+  for name in (
+    "experiment",
+    "names",
+    "jax",
+    "numpy",
+    "sitecustomize",
+    "conftest",
+    "__init__",
+    "tokenizer",
+  ):
     (tmp_path / "run" / f"{name}.py").write_text(code)
   for name in ("experiment.pkl", "tokenizer.pkl", "checkpoints/meta.pkl", "model.pt"):
     (tmp_path / "run" / name).write_bytes(pickled)

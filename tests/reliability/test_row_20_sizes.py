@@ -1,6 +1,7 @@
 """Sizes that do not go together: an error before any device work, whose advice leads to a run.
 
-`tests/test_settings.py` follows the advice of settings by themselves; here it is followed through data and devices too.
+`tests/test_settings.py` follows the advice of settings by themselves; here it is followed through
+data and devices too.
 """
 
 import pytest
@@ -15,7 +16,12 @@ BEFORE_DEVICES = {
   ("names", "model.max_seq_len=8"): "data.seq_len=16 is longer than",
   ("names", "data.batch_size=6", "train.micro_batch_size=4"): "Try --set train.micro_batch_size=3",
   ("names", "data.batch_size=6", "mesh.data=4"): "must be a multiple of mesh.data=4",
-  ("names", "data.batch_size=8", "train.micro_batch_size=2", "mesh.data=4"): "train.micro_batch_size=2 must be a multiple",
+  (
+    "names",
+    "data.batch_size=8",
+    "train.micro_batch_size=2",
+    "mesh.data=4",
+  ): "train.micro_batch_size=2 must be a multiple",
   ("names", "model.norm=layer"): "Try --set model.norm_embed=false",
   ("names", "model.dropout=0.1"): "Try --set model.dropout_places=mlp_out",
   ("names", "data.tokenizer=bytes"): "Try --set data.batching=random",
@@ -26,26 +32,68 @@ BEFORE_DEVICES = {
   ("names", "train.steps=none"): "how long should it train? Try --set train.steps=1000",
   ("names", "train.steps=none", "train.epochs=2"): "train.epochs goes with data.batching=epochs",
   ("names", "data.batching=random", "data.batch_size=2147483647"): "must be at most 1,073,741,824",
-  ("shakespeare_bytes", "data.seq_len=5000", "model.max_seq_len=5000"): "the held-out part of six lines of Hamlet",
-  ("shakespeare_bytes", "data.seq_len=20000", "model.max_seq_len=20000"): "has 11,070 tokens, and a batch needs 20,001",
-  ("shakespeare_bytes", "data.batching=sequential", "data.batch_size=4096"): "a batch needs 262,145",
+  (
+    "shakespeare_bytes",
+    "data.seq_len=5000",
+    "model.max_seq_len=5000",
+  ): "the held-out part of six lines of Hamlet",
+  (
+    "shakespeare_bytes",
+    "data.seq_len=20000",
+    "model.max_seq_len=20000",
+  ): "has 11,070 tokens, and a batch needs 20,001",
+  (
+    "shakespeare_bytes",
+    "data.batching=sequential",
+    "data.batch_size=4096",
+  ): "a batch needs 262,145",
   ("shakespeare_bytes", "data.mark_paragraphs=true"): "goes with data.tokenizer=gpt2 only",
-  ("shakespeare_bytes", "data.heldout_tokens=10", "data.heldout_fraction=0"): "has 10 tokens, and a batch needs 65",
-  ("shakespeare_bytes", "data.heldout_tokens=5000000", "data.heldout_fraction=0"): "takes 12,300 of 12,300 tokens",
+  (
+    "shakespeare_bytes",
+    "data.heldout_tokens=10",
+    "data.heldout_fraction=0",
+  ): "has 10 tokens, and a batch needs 65",
+  (
+    "shakespeare_bytes",
+    "data.heldout_tokens=5000000",
+    "data.heldout_fraction=0",
+  ): "takes 12,300 of 12,300 tokens",
   ("shakespeare_bytes", "sample.max_tokens=2147483647"): "must be at most 100000000",
   ("microgpt", "train.init_from=weights"): "exclude each other. Try --set train.init=normal",
 }
 # On eight devices, which training would be divided over.
 DIVIDED = {
-  ("names", "data.batch_size=6", "mesh.data=none"): "nearest: 8. Try --set data.batch_size=8 or --set mesh.data=6",
+  (
+    "names",
+    "data.batch_size=6",
+    "mesh.data=none",
+  ): "nearest: 8. Try --set data.batch_size=8 or --set mesh.data=6",
   ("names", "mesh.data=none"): "data.batch_size=1 must be a multiple of the 8 devices",
-  ("names", "data.batch_size=9", "mesh.data=9"): "more than the 8 devices there are. Try --set mesh.data=3",
-  ("names", "data.batch_size=12", "train.micro_batch_size=6", "mesh.data=none"): "train.micro_batch_size=6 must be",
+  (
+    "names",
+    "data.batch_size=9",
+    "mesh.data=9",
+  ): "more than the 8 devices there are. Try --set mesh.data=3",
+  (
+    "names",
+    "data.batch_size=12",
+    "train.micro_batch_size=6",
+    "mesh.data=none",
+  ): "train.micro_batch_size=6 must be",
   ("names", "data.batch_size=20", "train.micro_batch_size=5", "mesh.data=none"): (
     "Try --set train.micro_batch_size=8 --set data.batch_size=24 or --set mesh.data=5"
   ),
-  ("names", "data.batch_size=16", "train.micro_batch_size=4", "mesh.data=8"): "train.micro_batch_size=4 must be a multiple",
-  ("shakespeare_bytes", "data.batch_size=12", "mesh.data=none"): "nearest: 8 or 16. Try --set data.batch_size=16",
+  (
+    "names",
+    "data.batch_size=16",
+    "train.micro_batch_size=4",
+    "mesh.data=8",
+  ): "train.micro_batch_size=4 must be a multiple",
+  (
+    "shakespeare_bytes",
+    "data.batch_size=12",
+    "mesh.data=none",
+  ): "nearest: 8 or 16. Try --set data.batch_size=16",
   ("shakespeare_bytes", "data.batch_size=2147", *SMALL, "mesh.data=none"): "nearest: 2144 or 2152",
 }
 
@@ -61,17 +109,24 @@ def assert_leads_on(outcome, goal):
 
 
 def test_row_20_advice_before_devices_leads_to_them(tmp_path):
-  """Where looking at a device is an error of its own: none of these looks, and with the advice taken each would."""
+  """Where looking at a device is an error of its own: none of these looks, and with the advice
+  taken each would.
+  """
   outcomes = give([Case(argv=settings(*case), follow=3) for case in BEFORE_DEVICES], cwd=tmp_path)
   for outcome, words in zip(outcomes, BEFORE_DEVICES.values(), strict=True):
     assert_refused(outcome, words)
-    if "weights" not in outcome.err and "weights" not in " ".join(outcome.argv):  # those are not there
+    if "weights" not in outcome.err and "weights" not in " ".join(
+      outcome.argv
+    ):  # those are not there
       assert_leads_on(outcome, NO_DEVICE)
   assert list(tmp_path.iterdir()) == []
 
 
 def test_row_20_what_devices_do_not_divide_is_refused_before_compiling(tmp_path):
-  """Eight devices are there; nothing is compiled, printed or written, and what is advised can be divided."""
+  """Eight devices are there.
+
+  Nothing is compiled, printed or written, and what is advised can be divided.
+  """
   env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
   cases = [Case(argv=settings(*case), follow=3, plan_only=True) for case in DIVIDED]
   for outcome, words in zip(give(cases, cwd=tmp_path, **env), DIVIDED.values(), strict=True):

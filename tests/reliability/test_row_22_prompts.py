@@ -1,4 +1,5 @@
-"""Prompts: what a tokenizer does not know is named, an empty one has a beginning, a long one keeps its tail and says so.
+"""Prompts: what a tokenizer does not know is named, an empty one has a beginning, a long one keeps
+its tail and says so.
 
 `tests/test_generate.py` and `tests/test_tokenizer.py` hold the functions to it.
 """
@@ -14,7 +15,13 @@ from bad_input import NO_DEVICE, Case, assert_refused, give, settings
 import jgpt
 
 TINY = (
-  *("data.seq_len=16", "data.batch_size=2", "model.max_seq_len=16", "model.num_layers=1", "model.num_heads=2"),
+  *(
+    "data.seq_len=16",
+    "data.batch_size=2",
+    "model.max_seq_len=16",
+    "model.num_layers=1",
+    "model.num_heads=2",
+  ),
   *("model.d_model=8", "model.d_ff=8", "mesh.data=1", "sample.max_tokens=3", "sample.num=1"),
 )
 PATH = "data.path=line.txt"
@@ -29,16 +36,28 @@ def text(tmp_path):
 
 
 def test_row_22_a_prompt_that_cannot_be_read_is_refused_before_training(text):
-  """A run draws samples at its end: what is wrong with their prompt is said before a device is looked at."""
+  """A run draws samples at its end: what is wrong with their prompt is said before a device is
+  looked at.
+  """
   table = {
     ("names", "sample.prompt=Zoë"): "not in the vocabulary: 'Z' 'ë'. The vocabulary is: a-z",
     ("names", "sample.prompt=a\nb"): r"not in the vocabulary: '\n'",
-    ("names", "sample.prompt=\udcff"): r"not in the vocabulary: '\udcff'",  # a byte of the command that is no UTF-8
-    ("shakespeare_bytes", "sample.prompt=\udcff"): r"'\udcff', half of a pair",
+    (
+      "names",
+      "sample.prompt=\udcff",
+    ): r"not in the vocabulary: '\udcff'",  # a byte of the command that is no UTF-8
+    ("shakespeare_bytes", "sample.prompt=\udcff"): r"'\udcff', half of a surrogate pair",
     ("shakespeare_char_cpu", *TINY, PATH, "sample.prompt=be!"): "not in the vocabulary: '!'",
-    ("shakespeare_char_cpu", *TINY, PATH, "sample.prompt="): "an empty prompt begins with BOS or a newline",
+    (
+      "shakespeare_char_cpu",
+      *TINY,
+      PATH,
+      "sample.prompt=",
+    ): "an empty prompt begins with BOS or a newline",
   }
-  for outcome, words in zip(give([Case(argv=settings(*case)) for case in table], cwd=text), table.values(), strict=True):
+  for outcome, words in zip(
+    give([Case(argv=settings(*case)) for case in table], cwd=text), table.values(), strict=True
+  ):
     assert_refused(outcome, words)
 
 
@@ -60,26 +79,45 @@ def test_row_22_prompts_to_sample_and_inspect(text):
   runs = [
     [*settings("names", *TINY[2:]), "--steps", "2", "--workdir", "names"],
     [*settings("shakespeare_bytes", *TINY), "--steps", "2", "--workdir", "bytes"],
-    [*settings("shakespeare_char_cpu", *TINY, PATH, "sample.prompt=to"), "--steps", "2", "--workdir", "line"],
+    [
+      *settings("shakespeare_char_cpu", *TINY, PATH, "sample.prompt=to"),
+      "--steps",
+      "2",
+      "--workdir",
+      "line",
+    ],
   ]
-  assert [o.status for o in give([Case(argv=argv) for argv in runs], cwd=text, JAX_PLATFORMS="cpu")] == [0, 0, 0]
+  assert [
+    o.status for o in give([Case(argv=argv) for argv in runs], cwd=text, JAX_PLATFORMS="cpu")
+  ] == [0, 0, 0]
   refused = {
-    ("sample", "names", "--prompt", "Zoë"): "not in the vocabulary: 'Z' 'ë'. The vocabulary is: a-z",
+    (
+      "sample",
+      "names",
+      "--prompt",
+      "Zoë",
+    ): "not in the vocabulary: 'Z' 'ë'. The vocabulary is: a-z",
     ("sample", "names", "--prompt", "a\x00"): r"not in the vocabulary: '\x00'",
     ("sample", "names", "--prompt", "\udcff"): r"not in the vocabulary: '\udcff'",
-    ("sample", "bytes", "--prompt", "\udcff"): "half of a pair",
+    ("sample", "bytes", "--prompt", "\udcff"): "half of a surrogate pair",
     ("sample", "line", "--prompt", ""): "an empty prompt begins with BOS or a newline",
     ("sample", "line", "--prompt", "ж"): "not in the vocabulary: 'ж'",
     ("inspect", "names", "--text", "Zoë"): "not in the vocabulary: 'Z' 'ë'",
-    ("inspect", "bytes", "--text", "\udcff"): "half of a pair",
+    ("inspect", "bytes", "--text", "\udcff"): "half of a surrogate pair",
     ("inspect", "bytes", "--text", "a"): "each token predicts the next: it needs 2",
     ("inspect", "line", "--text", "to be!"): "not in the vocabulary: '!'",
   }
   drawn = {
     ("sample", "names", "--prompt", ""): ("", ""),
-    ("sample", "names", "--prompt", "a" * 100): ("a" * 100, "101 tokens; only its last 16 fit the context"),
+    ("sample", "names", "--prompt", "a" * 100): (
+      "a" * 100,
+      "101 tokens; only its last 16 fit the context",
+    ),
     ("sample", "bytes", "--prompt", ""): ("", ""),
-    ("sample", "bytes", "--prompt", "é" * 20): ("é" * 20, "40 tokens; only its last 16 fit the context"),
+    ("sample", "bytes", "--prompt", "é" * 20): (
+      "é" * 20,
+      "40 tokens; only its last 16 fit the context",
+    ),
     ("sample", "line", "--prompt", LINE): (LINE, "1140 tokens; only its last 16 fit the context"),
     ("inspect", "names", "--text", ""): ("run", ""),
     ("inspect", "line", "--text", LINE): ("run", ""),  # it says on standard output what it reads
@@ -87,8 +125,15 @@ def test_row_22_prompts_to_sample_and_inspect(text):
   cases = [Case(argv=[verb, "--run", run, *words]) for verb, run, *words in [*refused, *drawn]]
   outcomes = give(cases, cwd=text, JAX_PLATFORMS="cpu")
   for outcome, words in zip(outcomes, refused.values(), strict=False):
-    if words == "each token predicts the next: it needs 2":  # which the run's own length of batches decides
-      assert outcome.status == 2 and outcome.out == "" and outcome.err.count("\n") == 1 and words in outcome.err, outcome
+    if (
+      words == "each token predicts the next: it needs 2"
+    ):  # which the run's own length of batches decides
+      assert (
+        outcome.status == 2
+        and outcome.out == ""
+        and outcome.err.count("\n") == 1
+        and words in outcome.err
+      ), outcome
     else:
       assert_refused(outcome, words)
   for outcome, (begin, said) in zip(outcomes[len(refused) :], drawn.values(), strict=True):
@@ -100,8 +145,20 @@ def test_row_22_prompts_to_sample_and_inspect(text):
 @pytest.mark.skipif(os.name == "nt", reason="arguments are bytes on POSIX only")
 def test_row_22_an_argument_that_is_no_utf8_is_shown_and_refused(tmp_path):
   """The byte reaches a real process, and its error is text that any terminal shows."""
-  env = {"PYTHONPATH": str(Path(jgpt.__file__).parent.parent), "JAX_PLATFORMS": "nowhere", "LC_ALL": "C.UTF-8"}
-  command = [sys.executable.encode(), b"-m", b"jgpt.run", b"--experiment", b"names", b"--set", b"model.norm=\xff"]
+  env = {
+    "PYTHONPATH": str(Path(jgpt.__file__).parent.parent),
+    "JAX_PLATFORMS": "nowhere",
+    "LC_ALL": "C.UTF-8",
+  }
+  command = [
+    sys.executable.encode(),
+    b"-m",
+    b"jgpt.run",
+    b"--experiment",
+    b"names",
+    b"--set",
+    b"model.norm=\xff",
+  ]
   done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False)
   assert done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
   assert rb"error: model.norm='\udcff' must be rms, layer or layer_no_bias" in done.stderr

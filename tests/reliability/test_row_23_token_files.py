@@ -1,7 +1,8 @@
-"""Row 23: a token file that is damaged, of another kind or of another tokenizer is refused before anything is trained.
+"""Row 23: a token file that is damaged, of another kind or of another tokenizer is refused before
+anything is trained.
 
-By the command, whole: one line that names the file and what is wrong in it, exit status 2, no run folder. What each check
-says is in `tests/test_shards.py`; any bytes are in `test_fuzz_parsers.py`.
+By the command, whole: one line that names the file and what is wrong in it, exit status 2, no run
+folder. What each check says is in `tests/test_shards.py`; any bytes are in `test_fuzz_parsers.py`.
 """
 
 import json
@@ -49,21 +50,34 @@ BAD = {
   "big-endian": (struct.pack(">3i", 20240520, 1, 4) + bytes(1012) + bytes(8), "big-endian"),
   "the first id too large": (pack([LARGE, *IDS]), "has id 300 at position 0"),
   "the last id too large": (pack([*IDS, LARGE]), f"has id 300 at position {len(IDS)}"),
-  "an id of 2**32 - 1": (pack32([*IDS, 2**32 - 1, *IDS]), f"has id 4,294,967,295 at position {len(IDS)}"),
-  "an id too large without header": (np.array([*IDS, 256], "<u2").tobytes(), f"has id 256 at position {len(IDS)}"),
+  "an id of 2**32 - 1": (
+    pack32([*IDS, 2**32 - 1, *IDS]),
+    f"has id 4,294,967,295 at position {len(IDS)}",
+  ),
+  "an id too large without header": (
+    np.array([*IDS, 256], "<u2").tobytes(),
+    f"has id 256 at position {len(IDS)}",
+  ),
   "text": (b"To be, or not to be: that is the question.\n" * 9, "is text"),
   "a pickle": (b"\x80\x04\x95\x20\0\0\0\0\0\0\0" + b"K\x01" * 40, "a pickle"),
 }
 
 
 def arguments(**changes):
-  settings = children.STREAM | SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+  settings = (
+    children.STREAM | SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+  )
   words = (word for name, value in settings.items() for word in ("--set", f"{name}={value}"))
   return ["--experiment", "shakespeare_bytes", "--workdir", "run", *words]
 
 
 def assert_refused(status, out, err, name, words):
-  assert (status, out) == (2, "") and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, out + err
+  assert (
+    (status, out) == (2, "")
+    and err.startswith("error: ")
+    and err.endswith("\n")
+    and err.count("\n") == 1
+  ), out + err
   assert name in err and words in err and "Traceback" not in err, err
 
 
@@ -79,7 +93,9 @@ def tokens(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_row_23_every_kind_of_damage_names_file_and_field(tokens, part, capsys):
-  """In whichever file, one that is held out too: none of it is trained on, but its ids would be clamped all the same."""
+  """In whichever file, one that is held out too: none of it is trained on, but its ids would be
+  clamped all the same.
+  """
   for name, (content, words) in BAD.items():
     path = tokens / f"c_{part}_2.bin"
     path.write_bytes(content)
@@ -108,7 +124,9 @@ def test_row_23_sound_files_of_each_kind_are_trained_on(tokens, tmp_path, kind):
 
 
 def test_row_23_a_tokenizer_beside_the_files_decides_which_ids_there_are(tokens, capsys):
-  """llm.c's and nanoGPT's files say nothing of it: a tokenizer of 3 ids makes id 3 an error, not id 2."""
+  """llm.c's and nanoGPT's files say nothing of it: a tokenizer of 3 ids makes id 3 an error, not id
+  2.
+  """
   (tokens / "tokenizer.json").write_text(json.dumps(CharTokenizer("abc", bos=False).to_json()))
   for path in tokens.glob("*.bin"):
     path.write_bytes(pack([0, 1, 2] * 30))
@@ -119,7 +137,9 @@ def test_row_23_a_tokenizer_beside_the_files_decides_which_ids_there_are(tokens,
 
 def test_row_23_a_pipe_in_the_place_of_a_file_does_not_hang(tokens, capsys):
   os.mkfifo(tokens / "c_train_2.bin")
-  (tokens / "prepare.json").write_text(json.dumps({"finished": True, "files": [{"name": "c_train_2.bin"}]}))
+  (tokens / "prepare.json").write_text(
+    json.dumps({"finished": True, "files": [{"name": "c_train_2.bin"}]})
+  )
   for path in ("tokens", "tokens/c_train_2.bin"):
     status = cli.guard(lambda path=path: run.main(arguments(data__path=path)))
     assert_refused(status, *capsys.readouterr(), "c_train_2.bin", "no plain file")
@@ -131,21 +151,38 @@ def test_row_23_a_pipe_in_the_place_of_a_file_does_not_hang(tokens, capsys):
 
 
 @pytest.mark.slow
-def test_row_23_a_folder_that_lost_a_byte_of_its_manifest_is_not_trained_on_as_if_whole(tokens, tmp_path):
+def test_row_23_a_folder_that_lost_a_byte_of_its_manifest_is_not_trained_on_as_if_whole(
+  tokens, tmp_path
+):
   """Which of its files are complete, only that says."""
   (tokens / "a.txt").write_text("To be, or not to be: that is the question.\n" * 40)
   for name in ("a_train_0.bin", "b_train_1.bin"):
     (tokens / name).unlink()
   made = children.run(
-    "jgpt.prepare", "--data", "tokens/a.txt", "--tokenizer", "bytes", "--out", "made", "--heldout-tokens", 0, cwd=tmp_path
+    "jgpt.prepare",
+    "--data",
+    "tokens/a.txt",
+    "--tokenizer",
+    "bytes",
+    "--out",
+    "made",
+    "--heldout-tokens",
+    0,
+    cwd=tmp_path,
   )
   assert made.status == 0, made.err
   path = tmp_path / "made" / "prepare.json"
   content = path.read_text()
   children.train(*arguments(data__path="made"), cwd=tmp_path)
-  for damaged in (content.replace('"finished": true', '"finished": tru'), content.replace('"files"', '"filez"'), ""):
+  for damaged in (
+    content.replace('"finished": true', '"finished": tru'),
+    content.replace('"files"', '"filez"'),
+    "",
+  ):
     assert damaged != content
     path.write_text(damaged)
-    child = children.run("jgpt.run", *arguments(data__path="made"), "--workdir", "other", cwd=tmp_path)
+    child = children.run(
+      "jgpt.run", *arguments(data__path="made"), "--workdir", "other", cwd=tmp_path
+    )
     assert_refused(child.status, child.out, child.err, "made/prepare.json", "jgpt.prepare")
     assert not (tmp_path / "other").exists()

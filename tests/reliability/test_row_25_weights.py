@@ -1,6 +1,8 @@
-"""Row 25: weights made to do harm are refused by the command itself: nothing runs, and little memory is asked for.
+"""Row 25: weights made to do harm are refused by the command itself: nothing runs, and little
+memory is asked for.
 
-The same files one by one, with what is said of each: `tests/test_hostile_weights.py`. Any bytes: `test_fuzz_parsers.py`.
+The same files one by one, with what is said of each: `tests/test_hostile_weights.py`. Any bytes:
+`test_fuzz_parsers.py`.
 """
 
 import json
@@ -19,7 +21,9 @@ from jgpt.config.settings import format_value
 from jgpt.errors import UserError
 from jgpt.weights.initial import open_weights
 
-LIMIT = 8 << 30  # bytes of address space of a command; jax reserves 2 GB or more of it, by the cores there are
+LIMIT = (
+  8 << 30
+)  # bytes of address space of a command; jax reserves 2 GB or more of it, by the cores there are
 BOMB = 10 << 30  # more than that
 
 
@@ -28,7 +32,14 @@ def write_evil(folder):
   marker = folder / "executed"
   paths = []
   for n, (make, _) in enumerate(made.EVIL.values()):
-    for name in (f"{n}.pt", f"{n}.bin", f"{n}.npy", f"{n}.safetensors", f"{n}/model.safetensors", f"{n}/pytorch_model.bin"):
+    for name in (
+      f"{n}.pt",
+      f"{n}.bin",
+      f"{n}.npy",
+      f"{n}.safetensors",
+      f"{n}/model.safetensors",
+      f"{n}/pytorch_model.bin",
+    ):
       paths.append(folder / name)
       paths[-1].parent.mkdir(exist_ok=True)
       paths[-1].write_bytes(make(marker))
@@ -37,12 +48,16 @@ def write_evil(folder):
 
 
 def write_lies(folder):
-  """Safetensors whose headers lie, tensors that do not belong together, and llm.c's files as large as they say."""
+  """Safetensors whose headers lie, tensors that do not belong together, and llm.c's files as large
+  as they say.
+  """
   tensors = made.make_tensors()
   files = {
     **made.HEADERS,
     "a wrong shape": made.pack_tensors(tensors | {made.WPE: np.zeros((made.S, made.D + 1), "<f4")}),
-    "an extra tensor": made.pack_tensors(tensors | {"transformer.h.0.attn.rotary": np.zeros(4, "<f4")}),
+    "an extra tensor": made.pack_tensors(
+      tensors | {"transformer.h.0.attn.rotary": np.zeros(4, "<f4")}
+    ),
     "a tensor missing": made.pack_tensors(made.without("transformer.ln_f.bias")),
     "NaN": made.pack_tensors(tensors | {made.WPE: np.full((made.S, made.D), np.nan, "<f4")}),
     "infinity": made.pack_tensors(tensors | {made.WTE: np.full((made.V, made.D), -np.inf, "<f4")}),
@@ -54,10 +69,16 @@ def write_lies(folder):
   paths.append(folder / "bomb.safetensors")  # its last tensor is a hole as large as the header says
   header = made.make_header(made.without(made.WTE))
   end = len(made.join(made.without(made.WTE)))
-  header[made.WTE] = {"dtype": "F32", "shape": [BOMB // 4 // made.D, made.D], "data_offsets": [end, end + BOMB]}
+  header[made.WTE] = {
+    "dtype": "F32",
+    "shape": [BOMB // 4 // made.D, made.D],
+    "data_offsets": [end, end + BOMB],
+  }
   paths[-1].write_bytes(made.pack(header, made.join(made.without(made.WTE))))
   os.truncate(paths[-1], paths[-1].stat().st_size + BOMB)
-  for n, sizes in enumerate(((2**31 - 1,) * 6, (4, 5, 2**20, 1, 2**10, 128), (1, 1, 1, 1, 1, 2**31 - 1))):
+  for n, sizes in enumerate(
+    ((2**31 - 1,) * 6, (4, 5, 2**20, 1, 2**10, 128), (1, 1, 1, 1, 1, 2**31 - 1))
+  ):
     paths.append(folder / f"lie-{n}.bin")
     paths[-1].write_bytes(struct.pack("<256i", 20240326, 3, *sizes, *[0] * 248) + bytes(64))
   return paths
@@ -71,12 +92,14 @@ task = json.load(sys.stdin)
 resource.setrlimit(resource.RLIMIT_AS, (task["limit"], task["limit"]))
 rows = []
 for path in task["paths"]:
-  with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     status = cli.guard(lambda: run.main([*task["args"], "--init-from", path]))
   rows.append((status, path, out.getvalue(), err.getvalue()))
   if len(rows) == 1:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-json.dump([rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024], sys.__stdout__)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+json.dump([rows, grown / 1024], sys.__stdout__)
 """
 
 
@@ -85,31 +108,41 @@ def arguments(tmp_path):
   text = tmp_path / "text.txt"
   text.write_text("To be, or not to be.\n" * 5)
   changes = made.FITTING | {"data.path": text}
-  words = (word for name, value in changes.items() for word in ("--set", f"{name}={format_value(value)}"))
+  words = (
+    word for name, value in changes.items() for word in ("--set", f"{name}={format_value(value)}")
+  )
   return ["--experiment", "gpt2_shakespeare", "--workdir", str(tmp_path / "run"), *words]
 
 
 def run_limited(*args, cwd):
   with children.Child("jgpt.run", *args, cwd=cwd) as child:
-    resource.prlimit(child.process.pid, resource.RLIMIT_AS, (LIMIT, LIMIT))  # long before it has imported anything
+    resource.prlimit(
+      child.process.pid, resource.RLIMIT_AS, (LIMIT, LIMIT)
+    )  # long before it has imported anything
     child.status = child.wait()
   return child
 
 
 def assert_refused(status, path, out, err):
   assert (status, out) == (2, ""), (status, path, out, err)
-  assert err.startswith("error: ") and err[:-1].isprintable() and err.count("\n") == 1 and len(err) < 800, (path, err)
+  assert (
+    err.startswith("error: ") and err[:-1].isprintable() and err.count("\n") == 1 and len(err) < 800
+  ), (path, err)
   assert str(path) in err, (path, err)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+@pytest.mark.skipif(
+  not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does"
+)
 def test_row_25_no_file_runs_code_or_takes_memory(tmp_path, arguments):
   evil, marker = write_evil(tmp_path)
   paths = [*evil, *write_lies(tmp_path)]
   task = json.dumps({"paths": list(map(str, paths)), "args": arguments, "limit": LIMIT})
   env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, children.PATHS))}
-  done = subprocess.run([sys.executable, "-c", SCRIPT], input=task, capture_output=True, text=True, env=env)
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT], input=task, capture_output=True, text=True, env=env
+  )
   assert done.returncode == 0, done.stderr
   rows, megabytes = json.loads(done.stdout)
   assert len(rows) == len(paths) > 70
@@ -124,13 +157,16 @@ def test_row_25_no_file_runs_code_or_takes_memory(tmp_path, arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["0.pt", "3.pt", "2/model.safetensors", "3/pytorch_model.bin", "bomb.safetensors", "lie-0.bin"]
+  "name",
+  ["0.pt", "3.pt", "2/model.safetensors", "3/pytorch_model.bin", "bomb.safetensors", "lie-0.bin"],
 )
 def test_row_25_the_command_refuses_in_one_line(tmp_path, arguments, name):
   _, marker = write_evil(tmp_path)
   write_lies(tmp_path)
   child = run_limited(*arguments, "--init-from", tmp_path / name, cwd=tmp_path)
-  assert_refused(child.status, tmp_path / name.removesuffix("/model.safetensors"), child.out, child.err)
+  assert_refused(
+    child.status, tmp_path / name.removesuffix("/model.safetensors"), child.out, child.err
+  )
   assert not marker.exists() and not (tmp_path / "run").exists()
 
 
@@ -142,12 +178,18 @@ def test_row_25_sound_weights_are_taken(tmp_path, arguments):
   assert child.status == 0 and children.steps_there(tmp_path / "run") == [0], child.out + child.err
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+  "name", ["config.json", "tokenizer.json", "vocab.json", "model.safetensors.index.json"]
+)
 def test_row_25_a_pipe_or_a_hole_beside_the_weights_neither_hangs_nor_fills_memory(tmp_path, name):
   """A pipe that nobody writes to, and a file of a terabyte that takes no place on the disk."""
   folder = tmp_path / "there"
   folder.mkdir()
-  files = {"config.json": json.dumps(made.CONFIG).encode(), "model.safetensors": made.VALID, "merges.txt": b"#\n"}
+  files = {
+    "config.json": json.dumps(made.CONFIG).encode(),
+    "model.safetensors": made.VALID,
+    "merges.txt": b"#\n",
+  }
   if name == "model.safetensors.index.json":
     files.pop("model.safetensors")
   for other, content in files.items():

@@ -1,6 +1,7 @@
 """Sampling at the ends of its settings, through the command: defined there, a clear error beyond.
 
-`tests/test_generate.py` holds frequencies, filters and seeds of the functions to what they should be.
+`tests/test_generate.py` holds frequencies, filters and seeds of the functions to what they should
+be.
 """
 
 import pytest
@@ -58,18 +59,31 @@ def test_row_27_sampling_at_and_beyond_the_ends_of_its_settings(tmp_path):
   for outcome, words in zip(outcomes[len(REFUSED) :], USAGE.values(), strict=False):
     assert_wrong_usage(outcome, words)
   drawn = outcomes[len(REFUSED) + len(USAGE) :]
-  assert [(outcome.status, outcome.err, outcome.left) for outcome in drawn] == [(0, "", [])] * len(drawn)
+  assert [(outcome.status, outcome.err, outcome.left) for outcome in drawn] == [(0, "", [])] * len(
+    drawn
+  )
   *texts, one, long = [outcome.out for outcome in drawn]
   out = dict(zip(DRAWN, texts, strict=True))
   plain, greedy = out["plain"], out["greedy"]
   assert plain == out["again"] == out["all by 0"] == out["all by many"] == out["all by 1"]
   assert len({plain, greedy, out["another seed"], out["hot"]}) == 4
-  assert greedy == out["greedy, another seed"] == out["almost greedy"] == out["the best one"] == out["the least share"]
+  assert (
+    greedy
+    == out["greedy, another seed"]
+    == out["almost greedy"]
+    == out["the best one"]
+    == out["the least share"]
+  )
   assert len(set(greedy.splitlines())) == 1 and len(greedy.splitlines()) == 2
-  assert plain.startswith(one) and long.startswith(one[:-1])  # fewer are the first of more; a longer one goes on
+  assert plain.startswith(one) and long.startswith(
+    one[:-1]
+  )  # fewer are the first of more; a longer one goes on
 
 
 def test_row_27_a_terminal_is_shown_no_control_characters():
   """A stranger's tokenizer may have any: what moves the cursor or names the window is escaped."""
-  assert sample.visible("two\tlines\nand é") == "two\tlines\nand é"
-  assert sample.visible("\x1b]0;owned\x07\rgone\x9b2K\x7f") == r"\x1b]0;owned\x07\rgone\x9b2K\x7f"
+  assert sample.escape_controls("two\tlines\nand é") == "two\tlines\nand é"
+  assert (
+    sample.escape_controls("\x1b]0;owned\x07\rgone\x9b2K\x7f")
+    == r"\x1b]0;owned\x07\rgone\x9b2K\x7f"
+  )
