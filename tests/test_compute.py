@@ -386,7 +386,7 @@ def test_each_value_makes_the_same_updates(x64, field, value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "field", [field for field in VALUES if field not in ("group_documents", "compiler_options")]
+  "field", [field for field in VALUES if field in ("attention", "matmul", "layers")]
 )
 def test_each_value_decodes_the_same(x64, field):
   """Logits and cache of a prompt and a token after it, in float64."""

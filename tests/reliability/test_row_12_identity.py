@@ -226,6 +226,7 @@ CIRCUMSTANCES = {
   "compute__matmul": "einsum",
   "compute__layers": "scan",
   "compute__group_documents": False,
+  "compute__select": "ordered",
   "compute__compiler_options": "none",
   "train__micro_batch_size": 2,
   "train__steps": 8,

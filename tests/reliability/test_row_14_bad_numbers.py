@@ -27,7 +27,7 @@ from equivalence import (
   names_experiment,
 )
 
-from jgpt import train
+from jgpt import optim, train
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.devices.compute import choose_step_options, resolve_compute
@@ -93,15 +93,14 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
 
 @pytest.mark.slow
 def test_row_14_every_way_to_compute_skips_the_same(monkeypatch):
-  """As on a CPU, documents grouped and layers written out, and by the definition: the same but for
-  rounding.
-  """
+  """As on a CPU, and by the definition: the same but for rounding."""
   experiment = names_experiment(**SETTINGS, model__num_layers=2, data__batch_size=16)
   bad_numbers.plant(monkeypatch.setattr, "nan in one gradient", [3, 4, 9])
   found = []
   for tricks in (True, False):
     chosen = resolve_compute(change(experiment, {"compute.tricks": tricks}), "cpu")
     assert chosen.compute.group_documents is tricks
+    assert chosen.compute.select == ("ordered" if tricks else "plain")
     state = arrange_blocks(initial_state(chosen), chosen.compute.layers)
     state, metrics = compile_steps(chosen, choose_step_options(chosen) or QUICK)(state, STEPS)
     assert np.flatnonzero(metrics["train/skipped"]).tolist() == [2, 3, 8]
@@ -110,10 +109,29 @@ def test_row_14_every_way_to_compute_skips_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_row_14_what_the_optimizer_keeps_depends_on_nothing_but_ok(ok):
-  """Whatever the gradients: nothing that a leaf holds decides about the next one."""
+def test_row_14_selected_one_after_the_other(ok):
+  """Whatever the values: nothing that a leaf holds decides about the next one."""
   values = [0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]
-  experiment = names_experiment(optimizer__weight_decay=0.0, optimizer__clip_norm=None)
+
+  def state(values, second, count):
+    mu = {f"{i}": jnp.array([v, second]) for i, v in enumerate(values)}
+    nu = {f"{i}": jnp.array([abs(v), second]) for i, v in enumerate(values)}
+    return optim.AdamState(jnp.int32(count), mu, nu)
+
+  new, old = state(values, 1.0, 3), state(values[::-1], 2.0, 0)
+  for select in (optim.select_in_order, optim.select_tree):
+    for way in (select, jax.jit(select)):
+      assert_equal_bits(way(jnp.bool_(ok), new, old), new if ok else old)
+
+
+@pytest.mark.parametrize("select", ["plain", "ordered"])
+@pytest.mark.parametrize("ok", [True, False])
+def test_row_14_what_the_optimizer_keeps_depends_on_nothing_but_ok(ok, select):
+  """Whatever the gradients are."""
+  values = [0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]
+  experiment = names_experiment(
+    optimizer__weight_decay=0.0, optimizer__clip_norm=None, compute__select=select
+  )
   optimizer = make_optimizer(experiment)
   params = initial_state(experiment).params
   names = leaves_by_name(params)
