@@ -8,7 +8,7 @@
     run.sample("an")
 
 Importing this package imports nothing else; the names below are imported when they are first used.
-What a command does, `python -m jgpt.run` for example, a function here does as well.
+They train, sample and evaluate as the commands do; modules hold the rest.
 """
 
 from __future__ import annotations

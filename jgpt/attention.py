@@ -117,6 +117,7 @@ def attend_to_cache(
   v_BTNH: jax.Array,
   cache: KVCache,
   position: int | jax.Array,
+  implementation: str = "plain",
 ) -> tuple[jax.Array, KVCache]:
   """Adds T positions to the cache and attends from them to themselves and the positions before.
 
@@ -125,7 +126,9 @@ def attend_to_cache(
     k_BTNH: their keys.
     v_BTNH: their values.
     cache: of S positions; entries at `position` + T and later are not read.
-    position: int32 scalar, of the first new position; `position` + T <= S.
+    position: int32 scalar, of the first new position; `position` + T <= S. The Python number 0
+      means a prompt, which has nothing before it: its T positions attend to each other alone.
+    implementation: of a prompt's attention, as in `attention`.
 
   Returns:
     [B, T, N, H], and the cache with the new positions.
@@ -134,6 +137,8 @@ def attend_to_cache(
   cache = jax.tree.map(
     lambda c, x: jax.lax.dynamic_update_slice_in_dim(c, x, position, axis=2), cache, new
   )
+  if isinstance(position, int) and position == 0:
+    return attention(q_BTNH, k_BTNH, v_BTNH, implementation=implementation), cache
   T, S = q_BTNH.shape[1], cache.k.shape[2]
   visible_TS = jnp.arange(S)[None] <= position + jnp.arange(T)[:, None]
   k_BSNH, v_BSNH = (jnp.swapaxes(c, 1, 2) for c in cache)

@@ -81,7 +81,8 @@ def batch(
     corpus: on the device.
     step: int32 scalar, updates applied before this one.
     experiment: `data` and `train.seed` are read; with `data.num_batches` the batches repeat.
-    hyper: `seed` replaces `train.seed`; None takes the experiment's.
+    hyper: `seed` replaces `train.seed`; None takes the experiment's. Batches that were cut from
+      files before (`CutBatches`) are those of `train.seed` always.
   """
   config = experiment.data
   seed = experiment.train.seed if hyper is None else hyper.seed

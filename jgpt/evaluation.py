@@ -93,10 +93,10 @@ def compile_evaluation(
 
 def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | None) -> dict:
   """Returns the static arguments of `evaluate`."""
-  there = count_eval_batches(corpus, experiment.data)
+  num_available = count_eval_batches(corpus, experiment.data)
   is_random = experiment.data.batching == "random"
-  whole = num_batches is None or (num_batches >= there and not is_random)
-  return {"num_batches": there if whole else num_batches, "whole": whole}
+  whole = num_batches is None or (num_batches >= num_available and not is_random)
+  return {"num_batches": num_available if whole else num_batches, "whole": whole}
 
 
 def evaluate_heldout(

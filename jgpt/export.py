@@ -158,13 +158,14 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
   import jax
   import numpy as np
 
+  from jgpt.config.experiment import PLAIN
   from jgpt.config.settings import change
   from jgpt.model import apply
   from jgpt.step import loss_and_grads
   from jgpt.weights import llmc
 
-  plain = {"compute.tricks": False, "model.dropout": 0.0, "train.micro_batch_size": None}
-  experiment = change(run.experiment, plain)
+  changes = {"model.dropout": 0.0, "train.micro_batch_size": None}
+  experiment = dataclasses.replace(change(run.experiment, changes), compute=PLAIN)
   config, batch = experiment.model, make_next_batch(run.experiment, data, run.step)
   loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, run.step, experiment)
   logits_BTV = jax.jit(

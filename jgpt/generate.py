@@ -252,7 +252,8 @@ def generate_texts(
     params: as `init_params` returns them; blocks stacked or a list.
     tokenizer: of the run.
     key: consumed.
-    experiment: `model` and `compute` are read.
+    experiment: `model` and `compute` are read. That of a `Run` or a `Result` computes as is fastest
+      on the device; one with "auto" left computes plainly.
     sample: the prompt, of which the last `model.max_seq_len` tokens are read, and how many texts
       are drawn, how long and how; None takes `experiment.sample`.
 

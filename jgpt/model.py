@@ -188,7 +188,7 @@ def block(
       q_BTNH, k_BTNH, v_BTNH, rate=rate, key=drop_key, implementation=compute.attention
     )
   else:
-    y_BTNH, cache = attend_to_cache(q_BTNH, k_BTNH, v_BTNH, cache, position)
+    y_BTNH, cache = attend_to_cache(q_BTNH, k_BTNH, v_BTNH, cache, position, compute.attention)
   y_BTD = add_bias(project("BTNH,NHD->BTD", y_BTNH, p["w_out"], compute.matmul), p.get("b_out"))
   x_BTD = x_BTD + dropout(y_BTD, *dropout_at("attention_out", config, key))
 

@@ -92,9 +92,9 @@ def make_optimizer(experiment: Experiment, hyper: Hyper | None = None) -> Transf
   config, numbers = experiment.optimizer, hyper or Hyper.of(experiment)
   clip_norm, weight_decay = config.clip_norm, numbers.weight_decay
   clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-  decay = optax.identity()
-  if not isinstance(weight_decay, float) or weight_decay:
-    decay = optax.add_decayed_weights(weight_decay, partial(jax.tree.map_with_path, is_decayed))
+  decay = optax.add_decayed_weights(weight_decay, partial(jax.tree.map_with_path, is_decayed))
+  if not config.weight_decay:  # the state has the same tree with and without `hyper`
+    decay = optax.identity() if hyper is None else make_stateless(decay)
   return optax.named_chain(
     *([] if config.skip_spikes is None else [("spikes", observe_losses())]),
     ("clip", clip),
@@ -102,6 +102,11 @@ def make_optimizer(experiment: Experiment, hyper: Hyper | None = None) -> Transf
     ("decay", decay),
     ("lr", optax.scale_by_learning_rate(make_schedule(config, hyper))),
   )
+
+
+def make_stateless(tx: Transformation) -> Transformation:
+  """Makes a transformation without a state of one whose state holds no array."""
+  return optax.stateless(lambda updates, params: tx.update(updates, tx.init(params), params)[0])
 
 
 def scale_by_adam(b1: Any, b2: Any, eps: float, select: str = "plain") -> Transformation:
@@ -142,8 +147,8 @@ def select_in_order(ok: Any, new: AdamState, old: AdamState) -> AdamState:
 
   Once `ok` is known all leaves are ready, and XLA:CPU hands more than eight ready operations to
   other threads: a step of `names` took 50 us of processor time instead of 31. Each selection
-  therefore depends on the second moment before it, which is never negative. No compiler can know
-  that, so none may drop the dependency; XLA:CPU drops `optimization_barrier` before it schedules.
+  therefore depends on the second moment before it, which is never negative: a fact that a compiler
+  cannot derive from the program. (XLA:CPU drops `optimization_barrier` before it schedules.)
   """
   (mus, structure), nus = jax.tree.flatten(new.mu), jax.tree.leaves(new.nu)
   kept = []
@@ -195,9 +200,8 @@ def z_score(stats: LossStats, loss: Any) -> Any:
   """Computes (loss - mean) / sqrt(variance + MIN_DEVIATION^2); 0 for the first `MIN_COUNT` losses.
 
   Source: Team OLMo 2025, "2 OLMo 2 Furious", counts as spikes what is seven standard deviations
-    from
-  the mean of the last 1,000 losses; Kumar et al. 2025, "ZClip", uses exponentially decayed mean and
-  variance of the gradient's norm.
+  from the mean of the last 1,000 losses; Kumar et al. 2025, "ZClip", uses exponentially decayed
+  mean and variance of the gradient's norm.
   """
   is_known = stats.count >= MIN_COUNT
   return is_known * (loss - stats.mean) / (stats.variance + MIN_DEVIATION**2) ** 0.5

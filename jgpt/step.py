@@ -99,34 +99,27 @@ def loss_and_grads(
   """
   seed = experiment.train.seed if hyper is None else hyper.seed
   key = derive_key(seed, DROPOUT, step) if experiment.model.dropout else None
-  micro_batch_size, is_grouped = (
-    experiment.train.micro_batch_size,
-    experiment.compute.group_documents,
-  )
+  micro_batch_size = experiment.train.micro_batch_size
+  is_grouped = experiment.compute.group_documents is True
   value_and_grad = jax.value_and_grad(loss_fn)
-  if is_grouped is True:
-    parts = batches.group_by_length(batch)
-  elif micro_batch_size:
-    parts = batches.split(batch, micro_batch_size)
-  else:
+  if not is_grouped and not micro_batch_size:
     return value_and_grad(params, batch, experiment, key)
+  parts = batches.group_by_length(batch) if is_grouped else batches.split(batch, micro_batch_size)
   total_weight = jnp.sum(batch.weights_BT)
 
   def compute_part(part: Batch, number: jax.Array) -> tuple[jax.Array, dict]:
     part_key = None if key is None else jax.random.fold_in(key, number)
-    return value_and_grad(params, part, experiment, part_key, total_weight)
+
+    def compute(part: Batch) -> tuple[jax.Array, dict]:
+      return value_and_grad(params, part, experiment, part_key, total_weight)
+
+    if not is_grouped:
+      return compute(part)
+    half = jax.tree.map(lambda x: x[:, : x.shape[1] // 2], part)
+    return jax.lax.cond(batches.needs_all_positions(part), compute, lambda _: compute(half), part)
 
   def add(total: tuple, part_and_number: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
-    part, number = part_and_number
-    if is_grouped is True:
-      half = jax.tree.map(lambda x: x[:, : x.shape[1] // 2], part)
-      needs_all = batches.needs_all_positions(part)
-      found = jax.lax.cond(
-        needs_all, compute_part, lambda _, n: compute_part(half, n), part, number
-      )
-    else:
-      found = compute_part(part, number)
-    return jax.tree.map(jnp.add, total, found), None
+    return jax.tree.map(jnp.add, total, compute_part(*part_and_number)), None
 
   numbers = jnp.arange(parts.inputs_BT.shape[0])
   shapes = jax.eval_shape(compute_part, jax.tree.map(lambda x: x[0], parts), numbers[0])

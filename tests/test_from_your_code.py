@@ -83,7 +83,7 @@ OURS = [line for line in PROSE.splitlines() if not line.startswith("|")] + [
   cell for row in ROWS for cell in row[1:]
 ]
 SPANS = [span for text in OURS for span in re.findall(r"`([^`]+)`", text)]
-PROOF = re.compile(r"<code>(tests/test_\w+\.py)::(test_\w+)</code>")
+PROOF = re.compile(r"<code>(tests/[\w/]+\.py)::(test_\w+)</code>")
 
 
 @functools.cache

@@ -299,7 +299,7 @@ def test_the_members_of_a_sweep_are_single_runs(x64, batching):
   members = [Hyper(*numbers, seed) for numbers in rates for seed in (3, 4)]
 
   def train(params, corpus, hyper, experiment):
-    state = cast(step.begin_state(params, experiment, hyper), "float64")
+    state = cast(step.begin_state(params, experiment), "float64")  # whatever the decay
     num = jnp.int32(num_steps)
     return step.train_steps(state, corpus, num, experiment, hyper, capacity=num_steps)
 

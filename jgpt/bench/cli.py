@@ -1,4 +1,4 @@
-"""python -m jgpt.bench: measures how fast this machine trains, samples and starts.
+"""Runs `python -m jgpt.bench`: how fast this machine trains, samples and starts.
 
 The command line, and the description of the machine. The cases are in `cases.py`. No test asserts
 speed. Every figure is measured in this call, without the compilation cache, and each program is

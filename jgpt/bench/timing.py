@@ -27,7 +27,7 @@ from jgpt.devices.compute import choose_quick_options, choose_step_options, reso
 from jgpt.devices.limits import FLOAT_BYTES, Product
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.model import init_params
-from jgpt.optim import make_optimizer
+from jgpt.optim import make_optimizer, select_tree
 from jgpt.plan import Plan
 from jgpt.runs import checkpoint
 from jgpt.sharding import arrange_blocks
@@ -194,8 +194,9 @@ class PartsTimer:
       def body(i: jax.Array, carry: tuple) -> tuple:
         params, opt_state = carry
         here, _ = jax.lax.optimization_barrier((grads, i))
-        updates, opt_state = tx.update(here, opt_state, params, value=jnp.zeros(()))
-        return optax.apply_updates(params, updates), opt_state
+        ok, loss = i >= 0, jnp.zeros(())  # not known when compiled, as in a step
+        updates, opt_state = tx.update(here, opt_state, params, value=loss, ok=ok)
+        return select_tree(ok, optax.apply_updates(params, updates), params), opt_state
 
       return jax.lax.fori_loop(0, num, body, (params, opt_state))
 

@@ -91,8 +91,10 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   for name, value in (sizes | {n: v for n, v in changes.items() if n != SIZE}).items():
     if name in RENAMED:
       new, values = RENAMED[name]
-      shown = format_value(_translate(_read_word(value), values))
-      raise UserError(f"{name} is now called {new}. Try --set {new}={shown}")
+      word, advice = _read_word(value), "All settings: --print-config"
+      if isinstance(word, bool) or (word is None and None in values):
+        advice = f"Try --set {new}={format_value(_translate(word, values))}"
+      raise UserError(f"{name} is now called {new}. {advice}")
     if name not in setting_names():
       last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
       meant = (

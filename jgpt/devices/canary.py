@@ -104,7 +104,7 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
     loss, grads = compiled(arrange_blocks(params, experiment.compute.layers), batch)
     return find_worst(expected, {"loss": loss, **stack_blocks(grads)})
 
-  options = choose_step_options(as_run)
+  options = choose_step_options(resolve_compute(experiment, platform))  # of all layers
   leaf, difference = compare_with(as_run, options)
   others = {"plain": (plain, {}), "without fusions": (as_run, options | {FUSIONS: ""})}
   if difference <= TOLERANCE:
@@ -189,7 +189,10 @@ def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
   if platform != "cpu" or count_params(experiment.model) <= SMALL_MODEL_PARAMS:
     return None
   path = cache_dir() / "canary.json"
-  key = f"{describe_compiler()}, tricks {experiment.compute.tricks}"
+  compute = experiment.compute
+  key = f"{describe_compiler()}, tricks {compute.tricks}"
+  chosen = {name: value for name, value in dataclasses.asdict(compute).items() if value != "auto"}
+  key += "".join(f", {name} {chosen[name]}" for name in chosen.keys() - {"tricks"})
   sound = _read_sound(path)
   if key in sound:
     return None

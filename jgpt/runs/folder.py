@@ -4,7 +4,7 @@
                          weights that the run began from
     tokenizer.json       the whole tokenizer
     env.json             one entry per start: time, command, versions, devices, settings that may
-                         change
+                         change, and how `compute` was resolved
     metrics.jsonl        one line per update, one per evaluation (`log.py`)
     checkpoints/<step>/  arrays, with copies of experiment.json and tokenizer.json, and a manifest
                          (`manifest.py`)

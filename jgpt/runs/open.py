@@ -20,7 +20,7 @@ from jgpt.data.corpus import Data, find_data, make_documents
 from jgpt.data.sources import split_documents
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
-from jgpt.errors import UserError, printable
+from jgpt.errors import UserError, near_matches, printable
 from jgpt.evaluation import evaluate_loss
 from jgpt.generate import generate_texts
 from jgpt.keys import SAMPLE, derive_key
@@ -52,7 +52,8 @@ class Run:
   Attributes:
     params: as `init_params` returns them.
     tokenizer: of the run.
-    experiment: resolved, `compute` for this machine's device.
+    experiment: resolved, `compute` for this machine's device; replace it by `PLAIN` to compute by
+      the definition.
     step: updates that made these parameters.
     workdir: the run folder.
 
@@ -156,7 +157,9 @@ def choose_sample(
   """
   unknown = settings.keys() - {field.name for field in dataclasses.fields(experiment.sample)}
   if unknown:
-    raise UserError(f"there is no setting sample.{min(unknown)}.")
+    name = min(unknown)
+    known = [field.name for field in dataclasses.fields(experiment.sample)]
+    raise UserError(f"there is no setting sample.{name}.{near_matches(name, known)}")
   config, train = dataclasses.replace(experiment.sample, **settings), experiment.train
   if seed is not None:
     train = dataclasses.replace(train, seed=seed)

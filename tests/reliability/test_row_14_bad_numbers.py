@@ -2,8 +2,8 @@
 
 Nothing of the run is spoilt by them.
 
-What the log says of them is tested in tests/test_health.py, the statistics of spikes in
-tests/test_spikes.py.
+What the log says of them is tested in tests/runs/test_health.py, the statistics of spikes in
+tests/test_optim.py.
 """
 
 import json

@@ -2,8 +2,8 @@
 gradient are float64's.
 
 As runs compile them, with fusions for all but the smallest,
-`test_this_compiler_is_sound_at_every_experiments_shapes` in tests/test_canary.py compares them.
-Here are the other ways, for one experiment of each kind, two layers of it.
+`test_this_compiler_is_sound_at_every_experiments_shapes` in tests/devices/test_canary.py compares
+them. Here are the other ways, for one experiment of each kind, two layers of it.
 """
 
 import dataclasses

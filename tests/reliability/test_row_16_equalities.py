@@ -2,8 +2,9 @@
 by leaf.
 
 In float32, and over whole runs: micro-batches and the cache in tests/test_properties.py, attention
-and padding in tests/test_compute.py, layers and devices in tests/test_train.py and test_row_11. The
-loss over the vocabulary is computed in one piece: there is no chunked one to compare.
+and padding in tests/devices/test_compute.py, layers and devices in tests/test_train.py and
+test_row_11. The loss over the vocabulary is computed in one piece: there is no chunked one to
+compare.
 """
 
 from functools import partial

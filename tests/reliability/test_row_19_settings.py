@@ -1,8 +1,8 @@
 """Unknown settings, wrong types, code as a value: refused by the command itself, and nothing is
 executed.
 
-`tests/test_settings.py` tries every setting at the level of functions, `tests/test_commands.py` the
-files of a run folder.
+`tests/config/test_settings.py` tries every setting at the level of functions,
+`tests/test_commands.py` the files of a run folder.
 """
 
 import json

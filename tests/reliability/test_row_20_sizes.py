@@ -1,7 +1,7 @@
 """Sizes that do not go together: an error before any device work, whose advice leads to a run.
 
-`tests/test_settings.py` follows the advice of settings by themselves; here it is followed through
-data and devices too.
+`tests/config/test_settings.py` follows the advice of settings by themselves; here it is followed
+through data and devices too.
 """
 
 import pytest

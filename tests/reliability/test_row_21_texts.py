@@ -1,7 +1,8 @@
 """Texts of every kind of trouble, given to each kind of experiment: a defined result, or an error
 that names the file.
 
-`tests/test_data.py` and `tests/test_sources.py` try single functions, any bytes among them.
+`tests/data/test_corpus.py` and `tests/data/test_sources.py` try single functions, any bytes among
+them.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Prompts: what a tokenizer does not know is named, an empty one has a beginning, a long one keeps
 its tail and says so.
 
-`tests/test_generate.py` and `tests/test_tokenizer.py` hold the functions to it.
+`tests/test_generate.py` and `tests/text/test_tokenizer.py` hold the functions to it.
 """
 
 import os

@@ -2,7 +2,8 @@
 anything is trained.
 
 By the command, whole: one line that names the file and what is wrong in it, exit status 2, no run
-folder. What each check says is in `tests/test_shards.py`; any bytes are in `test_fuzz_parsers.py`.
+folder. What each check says is in `tests/data/test_token_files.py`; any bytes are in
+`test_fuzz_parsers.py`.
 """
 
 import json

@@ -2,8 +2,9 @@
 bundled list stands in.
 
 The commands ask for the real addresses, through a proxy on this machine that answers in the
-server's place, with a certificate of its own that they are told to trust. `tests/test_download.py`
-holds the functions to every clause: sizes and digests, redirects, what is kept of gigabytes.
+server's place, with a certificate of its own that they are told to trust.
+`tests/data/test_download.py` holds the functions to every clause: sizes and digests, redirects,
+what is kept of gigabytes.
 """
 
 import contextlib

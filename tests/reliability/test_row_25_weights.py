@@ -1,8 +1,8 @@
 """Row 25: weights made to do harm are refused by the command itself: nothing runs, and little
 memory is asked for.
 
-The same files one by one, with what is said of each: `tests/test_hostile_weights.py`. Any bytes:
-`test_fuzz_parsers.py`.
+The same files one by one, with what is said of each: `tests/weights/test_hostile_weights.py`. Any
+bytes: `test_fuzz_parsers.py`.
 """
 
 import json

@@ -3,8 +3,8 @@
 And nothing in it is executed.
 
 What is read in it is read without following a link or waiting for a pipe, what is written or
-deleted is inside of it. Names in a manifest of token files: `tests/test_shards.py`. Any content of
-the files: `test_fuzz_run_folders.py`.
+deleted is inside of it. Names in a manifest of token files: `tests/data/test_token_files.py`. Any
+content of the files: `test_fuzz_run_folders.py`.
 """
 
 import contextlib

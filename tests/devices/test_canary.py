@@ -77,6 +77,17 @@ def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
   )
 
 
+def test_it_is_compiled_as_a_run_of_all_layers_is(monkeypatch):
+  """Two layers of a large model are a small one, whose steps have no fusions."""
+  experiment, seen = resolved("names", **{"model.num_layers": 40}), []
+  right = canary.choose_step_options
+  monkeypatch.setattr(
+    canary, "choose_step_options", lambda chosen: seen.append(chosen) or right(chosen)
+  )
+  canary.compare_compiled(experiment, "cpu")
+  assert [right(chosen) for chosen in seen] == [{}] and seen[0].model.num_layers == 40
+
+
 def test_where_nothing_helps_it_says_so():
   words = canary.describe_comparison(canary.Comparison(0.5, "unembed", (), 1.0))
   assert "No way of compiling agrees" in words

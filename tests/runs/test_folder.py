@@ -30,7 +30,7 @@ from jgpt.runs.folder import MAX_SETTINGS, MAX_STARTS, append_env, read_run_file
 from jgpt.runs.log import read_jsonl
 from jgpt.runs.open import open_run
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 FORMAT_1 = FIXTURES / "run_format_1"
 STEP = FORMAT_1 / "checkpoints" / "3"
 

@@ -39,7 +39,7 @@ from jgpt.text.documents import (
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 from jgpt.text.tokenizer_files import hugging_face_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLAY = (
   "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 30
 )

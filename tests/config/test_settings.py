@@ -250,11 +250,12 @@ def test_a_setting_that_has_another_name_today_is_answered_with_it(text, today):
   assert format_value(getattr(getattr(set_(today), section), field)) == today.partition("=")[2]
 
 
-@pytest.mark.parametrize("value", [[], {}, 10**400, "x" * 1000])
+@pytest.mark.parametrize("value", [[], {}, 10**400, "x" * 1000, "yes"])
 def test_any_value_of_a_setting_that_has_another_name_today_is_refused(value):
   for name in ("mesh.tricks", "mesh.scan_layers"):
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=name) as refused:
       change(NAMES, {name: value})
+    assert "Try" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
