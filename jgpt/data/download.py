@@ -8,7 +8,6 @@ server must answer within two seconds. What is used instead of a failed download
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import http.client
 import os
@@ -22,28 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jgpt.system.cache import cache_dir, digest_bytes, make_private
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PinnedFile:
-  """A public file with a known size and digest.
-
-  Attributes:
-    filename: path of the file below `$JGPT_DATA_DIR`, below the cache and, if `bundled`, in the
-      package.
-    url: https address of the original.
-    sha256: of the original, in hexadecimal.
-    num_bytes: size of the original.
-    bundled: whether the package holds a substitute, which is used without a network.
-  """
-
-  filename: str
-  url: str
-  sha256: str
-  num_bytes: int
-  bundled: bool = False
-
+from jgpt.system.cache import PinnedFile, cache_dir, digest_bytes, make_private
 
 ANSWER_SECONDS = 2.0  # until the server answers, name resolution included
 BODY_SECONDS = 60.0  # after the answer, for the body of a small file that is not bundled

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jgpt.config import DataConfig
-from jgpt.data.download import PinnedFile
 from jgpt.data.paths import find_token_files, find_tokenizer, list_files
 from jgpt.errors import UserError, near_matches
-from jgpt.system.cache import cache_dir, digest_bytes
+from jgpt.system.cache import PinnedFile, cache_dir, digest_bytes
 
 BUNDLED_DIR = Path(__file__).resolve().parent.parent / "bundled"
 

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jgpt.data import sources
-from jgpt.data.download import FAILURE_SECONDS, PinnedFile
+from jgpt.data.download import FAILURE_SECONDS
 from jgpt.data.sources import GPT2_FILES, SOURCES, PinnedText
 from jgpt.doctor.findings import Finding, format_bytes, note, ok, problem
-from jgpt.system.cache import cache_dir
+from jgpt.system.cache import PinnedFile, cache_dir
 
 # Three checkpoints of gpt2_shakespeare take 4.5 GB, those of names 0.1 MB each.
 FULL_BYTES, NEARLY_FULL_BYTES = 1e8, 3e9

@@ -1,4 +1,4 @@
-"""The user's cache folder, and digests of bytes.
+"""The user's cache folder, files with a known digest, and digests of bytes.
 
 What is kept in the folder is decided by those who write to it: `data/download.py`,
 `devices/runtime.py` and `devices/canary.py`. Imports no jax.
@@ -6,9 +6,30 @@ What is kept in the folder is decided by those who write to it: `data/download.p
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PinnedFile:
+  """A public file with a known size and digest.
+
+  Attributes:
+    filename: path of the file below `$JGPT_DATA_DIR`, below the cache and, if `bundled`, in the
+      package.
+    url: https address of the original.
+    sha256: of the original, in hexadecimal.
+    num_bytes: size of the original.
+    bundled: whether the package holds a substitute, which is used without a network.
+  """
+
+  filename: str
+  url: str
+  sha256: str
+  num_bytes: int
+  bundled: bool = False
 
 
 def digest_bytes(content: bytes) -> str:

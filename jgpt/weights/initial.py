@@ -20,7 +20,6 @@ import numpy as np
 from jgpt.config import DataConfig, Experiment, ModelConfig
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.data import sources
-from jgpt.data.download import PinnedFile
 from jgpt.data.paths import check_tokenizer_kind
 from jgpt.data.sources import describe_manual_download, find_user_file
 from jgpt.errors import UserError, near_matches
@@ -28,7 +27,7 @@ from jgpt.params import param_table
 from jgpt.runs import manifest
 from jgpt.runs.folder import read_run_files
 from jgpt.runs.open import open_run
-from jgpt.system.cache import cache_dir
+from jgpt.system.cache import PinnedFile, cache_dir
 from jgpt.system.files import digest_file
 from jgpt.text.bpe import make_gpt2_tokenizer
 from jgpt.text.tokenizer import Tokenizer

@@ -20,10 +20,10 @@ import pytest
 
 from jgpt.config import DataConfig
 from jgpt.data import download
-from jgpt.data.download import DownloadError, PinnedFile
+from jgpt.data.download import DownloadError
 from jgpt.data.sources import GPT2_FILES, SOURCES, PinnedText, find_text
 from jgpt.errors import UserError
-from jgpt.system.cache import cache_dir
+from jgpt.system.cache import PinnedFile, cache_dir
 from jgpt.weights.initial import RELEASED, find_released
 
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names
@@ -781,7 +781,7 @@ def test_large_file_is_never_held_in_memory(serve_weights, tmp_path):
   code = f"""
 from pathlib import Path
 from jgpt.data import download
-from jgpt.data.download import PinnedFile
+from jgpt.system.cache import PinnedFile
 from jgpt.weights import initial
 def peak():
   return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

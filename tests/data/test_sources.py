@@ -15,7 +15,7 @@ import pytest
 
 from jgpt.config import DataConfig
 from jgpt.data import download, sources
-from jgpt.data.download import DownloadError, PinnedFile
+from jgpt.data.download import DownloadError
 from jgpt.data.sources import (
   GPT2_FILES,
   SOURCES,
@@ -25,6 +25,7 @@ from jgpt.data.sources import (
   find_text,
 )
 from jgpt.errors import UserError
+from jgpt.system.cache import PinnedFile
 
 BUNDLED = sources.BUNDLED_DIR / "names.txt"
 ORIGINAL = b"emma\nolivia\nava\n"  # stands for the 32,033 names
