@@ -275,9 +275,8 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize(
-  "batching", [pytest.param(b, marks=[pytest.mark.slow] * (b != "documents")) for b in SWEEPS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", SWEEPS)
 def test_the_members_of_a_sweep_are_single_runs(x64, batching):
   """Rates, decays, betas and seeds that are arrays train as the runs that have them as settings.
 

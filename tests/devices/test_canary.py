@@ -77,6 +77,7 @@ def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
   )
 
 
+@pytest.mark.slow
 def test_it_is_compiled_as_a_run_of_all_layers_is(monkeypatch):
   """Two layers of a large model are a small one, whose steps have no fusions."""
   experiment, seen = resolved("names", **{"model.num_layers": 40}), []

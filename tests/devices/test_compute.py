@@ -339,7 +339,8 @@ def test_dropout_and_micro_batches_matter(x64):
   assert len(set(losses)) == len(losses)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_all_values_at_once_are_the_definition(dtype):
   """What "auto" may come to: no value is the definition's, with the options of the step."""
   with jax.enable_x64(dtype == "float64"):

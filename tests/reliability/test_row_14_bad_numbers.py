@@ -124,7 +124,7 @@ def test_row_14_selected_one_after_the_other(ok):
       assert_equal_bits(way(jnp.bool_(ok), new, old), new if ok else old)
 
 
-@pytest.mark.parametrize("select", ["plain", "ordered"])
+@pytest.mark.parametrize("select", [pytest.param("plain", marks=pytest.mark.slow), "ordered"])
 @pytest.mark.parametrize("ok", [True, False])
 def test_row_14_what_the_optimizer_keeps_depends_on_nothing_but_ok(ok, select):
   """Whatever the gradients are."""
