@@ -30,10 +30,10 @@ from jgpt.doctor.findings import (
 from jgpt.errors import UserError
 from jgpt.keys import INIT, derive_key
 from jgpt.params import count_params
-from jgpt.plan import find_contradiction
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import RunFiles, read_run_files
 from jgpt.runs.health import find_nonfinite
+from jgpt.runs.resume import find_contradiction
 from jgpt.step import TrainState, init_state
 from jgpt.system import locks
 from jgpt.system.memory import measure_memory

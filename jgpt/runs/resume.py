@@ -1,0 +1,88 @@
+"""Which checkpoint a run resumes from: the newest that is undamaged and of this run.
+
+What damage is, and which checkpoints exist, is in `manifest.py`. Imports no jax.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jgpt.config.settings import differences
+from jgpt.errors import UserError
+from jgpt.runs import manifest
+from jgpt.runs.folder import RunFiles, read_run_files
+from jgpt.runs.manifest import Manifest
+from jgpt.system.files import is_temporary
+
+
+def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | None, dict[int, str]]:
+  """Finds the newest checkpoint that a run can resume from: undamaged, and of this run.
+
+  Args:
+    workdir: a run folder.
+    trusted: a step that was checked before.
+
+  Returns:
+    The step, None where the folder has no checkpoint; and what is wrong with each newer one.
+
+  Raises:
+    UserError: if there are checkpoints and all are damaged.
+  """
+  damaged: dict[int, str] = {}
+  for step in reversed(manifest.list_steps(workdir)):
+    folder = manifest.checkpoints_dir(workdir) / str(step)
+    damage = None if step == trusted else _find_fault(workdir, folder)
+    if damage is None:
+      return step, damaged
+    damaged[step] = damage
+  if damaged:
+    first = next(iter(damaged.values()))
+    raise UserError(
+      f"every checkpoint of {workdir} is damaged ({', '.join(map(str, damaged))}): {first}. "
+      "Nothing was changed; put a backup in its place, or start over with --fresh"
+    )
+  return None, {}
+
+
+def _find_fault(workdir: Path, folder: Path) -> str | None:
+  """Returns why a run cannot resume from a checkpoint; None where it can."""
+  if damage := manifest.find_damage(folder):
+    return damage
+  recorded = read_run_files(workdir)
+  try:
+    contradiction = find_contradiction(
+      recorded, read_run_files(folder), manifest.read_manifest(folder)
+    )
+  except UserError as error:
+    if is_temporary(error):
+      raise
+    return str(error)
+  return contradiction and f"{folder} is of another run: {contradiction}"
+
+
+def find_contradiction(recorded: RunFiles, copies: RunFiles, described: Manifest) -> str | None:
+  """Finds a difference that shows that a checkpoint belongs to another run than its folder.
+
+  Args:
+    recorded: the run folder's files.
+    copies: the checkpoint's.
+    described: the checkpoint's manifest.
+
+  Returns:
+    The first difference, for a person; None where there is none.
+  """
+  if differing := differences(recorded.experiment, copies.experiment):
+    setting, (here, there) = next(iter(differing.items()))
+    return f"{setting} is {there} in its experiment.json, and {here} in the run folder's"
+  if copies.tokenizer.digest != recorded.tokenizer.digest:
+    return "its tokenizer.json is not the run folder's"
+  if (
+    copies.data["sha256"] != recorded.data["sha256"]
+    or described.data.get("sha256") != recorded.data["sha256"]
+  ):
+    return "it was trained on data with another SHA-256"
+  sequences = described.step * recorded.experiment.data.batch_size
+  if described.data.get("sequences") != sequences:
+    counted = str(described.data.get("sequences"))[:20]
+    return f"its manifest counts {counted} sequences, and its steps take {sequences}"
+  return None
