@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,34 @@ from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
 
-def eval_step(params: dict, batch: Batch, experiment: Experiment) -> tuple[jax.Array, jax.Array]:
-  """Computes the sum of -log p(target) over a batch's weighted tokens, and the sum of weights.
+class EvalSums(NamedTuple):
+  """Sums over the parts of an evaluation, each over a batch at most; `finish_evaluation` adds them.
 
-  Returns:
-    Scalars: nats, and the number of tokens.
+  A sum in float32 over all of them would lose its last digits from 2^24 tokens on.
+
+  Attributes:
+    nats: float32 [parts], sums of -log p(target).
+    tokens: int32 [parts], the numbers of targets.
+  """
+
+  nats: jax.Array
+  tokens: jax.Array
+
+
+def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
+  """Computes the sum of -log p(target) over a batch's targets, and their number, as scalars.
+
+  Weights are 0 or 1.
   """
   nats = loss_fn(params, batch, experiment, total_weight=jnp.ones(()))
-  return nats, jnp.sum(batch.weights_BT)
+  return EvalSums(nats, jnp.sum(batch.weights_BT > 0, dtype=jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("experiment", "num_batches", "whole"))
 def evaluate(
   params: dict, corpus: Corpus, experiment: Experiment, *, num_batches: int, whole: bool
-) -> tuple[jax.Array, jax.Array]:
-  """Computes the mean loss over the tokens of batches 0 to `num_batches` - 1.
+) -> EvalSums:
+  """Computes the sums of batches 0 to `num_batches` - 1.
 
   Args:
     params: as `init_params` returns them; blocks stacked or a list.
@@ -42,40 +56,45 @@ def evaluate(
     experiment: resolved.
     num_batches: at least 1.
     whole: see `eval_batch`.
-
-  Returns:
-    Nats per token, and the number of tokens.
   """
 
-  def add(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
-    batch = eval_batch(corpus, number, experiment, whole=whole)
-    return jax.tree.map(jnp.add, carry, eval_step(params, batch, experiment)), None
+  def compute(number: jax.Array) -> EvalSums:
+    return eval_step(params, eval_batch(corpus, number, experiment, whole=whole), experiment)
 
-  zeros = jnp.zeros(()), jnp.zeros(())
-  (nats, weight), _ = jax.lax.scan(add, zeros, jnp.arange(num_batches))
-  return nats / weight, weight
+  return jax.lax.map(compute, jnp.arange(num_batches, dtype=jnp.int32))
 
 
 def begin_evaluation(
   params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Starts to compute the loss over a corpus; reading what is returned waits for it.
+) -> EvalSums:
+  """Starts to compute the loss over a corpus; `finish_evaluation` of what is returned waits for it.
 
   Args:
     params: as `init_params` returns them; blocks stacked or a list.
     corpus: at least one prediction.
     experiment: resolved.
     num_batches: batches to take; None, or more than there are, takes every prediction once.
-
-  Returns:
-    Nats per token, and the number of tokens.
   """
   return evaluate(params, corpus, experiment, **_choose_batches(corpus, experiment, num_batches))
 
 
+def finish_evaluation(sums: EvalSums) -> tuple[float, int]:
+  """Waits for an evaluation, and computes the mean of -log p over its targets in float64.
+
+  Args:
+    sums: from `begin_evaluation`, of at least one target.
+
+  Returns:
+    Nats per token, and the number of tokens.
+  """
+  nats, tokens = (np.asarray(x) for x in jax.device_get(sums))
+  num_tokens = int(tokens.sum(dtype=np.int64))
+  return float(nats.sum(dtype=np.float64) / num_tokens), num_tokens
+
+
 def begin_due_evaluation(
   params: dict, heldout: Corpus, step: int, experiment: Experiment
-) -> tuple[jax.Array, jax.Array] | None:
+) -> EvalSums | None:
   """Starts the evaluation that `train.eval_every` asks for after a step; None where none is due."""
   train = experiment.train
   if not train.eval_every or step % train.eval_every or not len(heldout.tokens):
@@ -109,8 +128,7 @@ def evaluate_heldout(
   """
   if not len(heldout.tokens):
     return None, 0
-  loss, tokens = begin_evaluation(params, heldout, experiment)
-  return float(loss), int(tokens)
+  return finish_evaluation(begin_evaluation(params, heldout, experiment))
 
 
 # --- Figures for a person ---
@@ -159,11 +177,11 @@ def evaluate_loss(
     >>> run = jgpt.open_run("runs/names")
     >>> jgpt.evaluate_loss(run.params, run.data().heldout, run.tokenizer, run.experiment)
   """
-  loss, _ = begin_evaluation(params, corpus, experiment)
+  loss, num_tokens = finish_evaluation(begin_evaluation(params, corpus, experiment))
   is_stream = experiment.data.batching != "documents"
   return Evaluation(
-    loss_nats_per_token=float(loss),
-    num_tokens=len(corpus.tokens) - 1 if is_stream else int(corpus.lengths.sum()),
+    loss_nats_per_token=loss,
+    num_tokens=num_tokens,
     num_bytes=count_bytes(corpus, tokenizer),
     num_documents=None if is_stream else len(corpus.tokens),
   )

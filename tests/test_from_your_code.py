@@ -439,7 +439,8 @@ def test_estimate_loss_on_given_windows(x64, batching):
   num_batches, model = 3, make_torch_model().eval()
   evaluate = partial(jgpt.evaluation.evaluate, num_batches=num_batches, whole=False)
   run = jax.jit(lambda params: evaluate(params, corpus, experiment), compiler_options=QUICK)
-  (loss, num_tokens), again = (run(cast(draw_params(CONFIG), "float64")) for _ in range(2))
+  sums = (run(cast(draw_params(CONFIG), "float64")) for _ in range(2))
+  (loss, num_tokens), again = map(jgpt.evaluation.finish_evaluation, sums)
   assert again == (loss, num_tokens) and num_tokens == num_batches * BATCH_SIZE * CONFIG.max_seq_len
   batches = [eval_batch(corpus, i, experiment, whole=False) for i in range(num_batches)]
   read = np.concatenate([np.ravel(batch.inputs_BT) for batch in batches])

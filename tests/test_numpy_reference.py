@@ -379,10 +379,10 @@ def test_evaluation_of_a_model_with_dropout_drops_nothing():
   params, batch = draw_params(DROPPING), draw_batch(DROPPING)
   experiment = make_experiment(DROPPING, make_rate("constant"))
   eval_step = jax.jit(jgpt.evaluation.eval_step, static_argnums=2, compiler_options=QUICK)
-  nats, weight = eval_step(cast(params, "float32"), batch, experiment)
-  assert weight == np.sum(batch.weights_BT)
+  nats, num_tokens = eval_step(cast(params, "float32"), batch, experiment)
+  assert num_tokens == np.sum(batch.weights_BT)
   assert float(nats) == pytest.approx(
-    float(weight * numpy_oracle(params, batch, DROPPING)["loss"]), rel=1e-5
+    float(num_tokens * numpy_oracle(params, batch, DROPPING)["loss"]), rel=1e-5
   )
 
 

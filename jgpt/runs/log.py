@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from jgpt.config import TrainConfig
+from jgpt.evaluation import EvalSums, finish_evaluation
 from jgpt.runs.folder import open_file
 from jgpt.runs.health import Health
 from jgpt.system.signals import Stop, print_stderr
@@ -237,15 +238,14 @@ class Call(NamedTuple):
     step: updates done after the call.
     num_steps: updates that the call made.
     metrics: name -> array [capacity] on the device, whose first `num_steps` entries are set.
-    evaluation: held-out loss in nats per token and number of tokens, on the device; None where no
-      evaluation was due.
+    evaluation: of the held-out part, on the device; None where none was due.
     texts: waits for the samples and returns them; None where none were due.
   """
 
   step: int
   num_steps: int
   metrics: dict[str, jax.Array]
-  evaluation: tuple[jax.Array, jax.Array] | None
+  evaluation: EvalSums | None
   texts: Callable[[], list[str]] | None
 
 
@@ -307,11 +307,11 @@ class Log:
     losses = np.asarray(metrics.get("train/loss", ()), np.float32)
     self.losses.frombytes(losses.tobytes())
     heldout_loss, evaluation = None, call.evaluation
-    while evaluation is not None and not evaluation[0].is_ready() and not stop:
+    while evaluation is not None and not evaluation.nats.is_ready() and not stop:
       time.sleep(0.002)
-    if evaluation is not None and evaluation[0].is_ready():
-      heldout_loss = float(evaluation[0])
-      self.evaluations.append((call.step, heldout_loss, int(evaluation[1])))
+    if evaluation is not None and evaluation.nats.is_ready():
+      heldout_loss, num_tokens = finish_evaluation(evaluation)
+      self.evaluations.append((call.step, heldout_loss, num_tokens))
     seconds = self._clock.lap()
     if call.num_steps:
       self._seconds_per_step = seconds / call.num_steps
