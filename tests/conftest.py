@@ -41,6 +41,7 @@ import pytest
 import small_runs
 
 from jgpt.devices import canary
+from jgpt.system.precision import enable_x64
 
 # Runs under test do not check the compiler; `test_canary.py` does.
 canary.write_sound(
@@ -57,7 +58,7 @@ rows = []  # measured by all tests
 @pytest.fixture
 def x64():
   """Turns on float64 for one test."""
-  with jax.enable_x64(True):
+  with enable_x64(True):
     yield
 
 

@@ -23,9 +23,10 @@ import jgpt.step
 from jgpt.config import Experiment, ModelConfig, OptimizerConfig
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
-from jgpt.devices.compute import choose_step_options, resolve_compute
+from jgpt.devices.compute import choose_step_options
 from jgpt.model import init_params
 from jgpt.params import param_table
+from jgpt.system.precision import enable_x64
 from jgpt.text.tokenizer import CharTokenizer
 
 # Short, ordinary, and around the context of 16: 15 letters is the longest name whose closing BOS is
@@ -36,10 +37,6 @@ TOKENIZER = CharTokenizer(string.ascii_lowercase, bos=True)
 GRADIENT_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 NUM_STEPS = 20
-# Compiler options of the program that users run: with a library user's own `jax.jit`, and with the
-# commands' for `names`.
-SHIPPED = choose_step_options(resolve_compute(resolve(load_experiment("names"), 27), "cpu"))
-OPTIONS = {"default": None, "shipped": SHIPPED}
 # Where the options are not the point: what runs for milliseconds need not be compiled for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):  # later versions do not know it
@@ -193,11 +190,19 @@ def names_experiment(**changes: Any) -> Experiment:
 
 
 @functools.cache
+def options_of(way: str) -> Mapping[str, Any] | None:
+  """XLA's options of the program that users run: "default" under a library user's own `jax.jit`,
+  "shipped" as the commands compile `names`.
+  """
+  return {"default": None, "shipped": choose_step_options(names_experiment())}[way]
+
+
+@functools.cache
 def initial_params(config: ModelConfig) -> dict:
   """The float32 parameters of seed 0, as NumPy arrays, so that tests with and without float64 begin
   from the same.
   """
-  with jax.enable_x64(False):
+  with enable_x64(False):
     return jax.tree.map(
       np.asarray, jax.jit(lambda: init_params(jax.random.key(0), config), compiler_options=QUICK)()
     )

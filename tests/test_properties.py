@@ -13,7 +13,6 @@ from equivalence import (
   GRADIENT_TOLERANCE,
   LOSS_TOLERANCE,
   NAMES,
-  OPTIONS,
   QUICK,
   batch_of,
   cast,
@@ -23,6 +22,7 @@ from equivalence import (
   initial_state,
   leaves_by_name,
   names_experiment,
+  options_of,
 )
 from switches import in_brief
 
@@ -239,7 +239,7 @@ def test_any_split_into_calls_gives_the_same_bits(batch_size, options):
     experiment = resolve_compute(experiment, "cpu")
     assert experiment.compute.group_documents == (batch_size == 16)
   corpus, start = corpus_of(DOCUMENTS, experiment), initial_state(experiment)
-  jit = partial(jax.jit, compiler_options=OPTIONS[options])
+  jit = partial(jax.jit, compiler_options=options_of(options))
   many = jit(partial(step.train_steps, experiment=experiment, capacity=num_steps))
   one = jit(partial(step.train_step, experiment=experiment))
   batch = quick_jit(partial(batches.next_documents, config=experiment.data))

@@ -443,17 +443,17 @@ def test_the_new_switch_is_the_references(tmp_path):
   for path, text in apply_changes("notebooks/guide/add_a_switch.md").items():
     (tmp_path / path).write_text(text, encoding="utf-8")
   code = """
-import jax
+from jgpt.system.precision import enable_x64
 from switches import SWITCHES, SYSTEMS, check_network, make_model
 assert "silu" in SWITCHES["activation"]
-with jax.enable_x64(True):
+with enable_x64(True):
   check_network(make_model(SYSTEMS["GPT-2"], activation="silu"), what="SiLU", how="eager")
 try:
   import torch
 except ModuleNotFoundError:
   raise SystemExit
 from test_torch_reference import check_against_torch
-with jax.enable_x64(True):
+with enable_x64(True):
   check_against_torch(make_model(SYSTEMS["GPT-2"], activation="silu"), "float64", "SiLU")
 """
   paths = os.pathsep.join([str(tmp_path), str(tmp_path / "tests")])

@@ -3,7 +3,7 @@ at a time.
 """
 
 import pytest
-from equivalence import NAMES, OPTIONS, check_gradients, check_training, names_experiment
+from equivalence import NAMES, check_gradients, check_training, names_experiment, options_of
 
 from jgpt.devices.compute import resolve_compute
 
@@ -37,7 +37,7 @@ def test_loss_and_every_gradient_entry_in_float32(options):
   experiment = names_experiment()
   if options == "shipped":
     experiment = resolve_compute(experiment, "cpu")
-  check_gradients(experiment, "float32", compiler_options=OPTIONS[options])
+  check_gradients(experiment, "float32", compiler_options=options_of(options))
 
 
 @pytest.mark.parametrize("decay_steps", SCHEDULES.values(), ids=SCHEDULES)
@@ -61,7 +61,7 @@ def test_twenty_losses_in_float32(schedule, options):
   experiment = names_experiment(optimizer__decay_steps=SCHEDULES[schedule])
   if options == "shipped":
     experiment = resolve_compute(experiment, "cpu")
-  check_training(experiment, "float32", OPTIONS[options])
+  check_training(experiment, "float32", options_of(options))
 
 
 def test_two_layers(x64):

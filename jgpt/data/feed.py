@@ -22,6 +22,7 @@ from jgpt import sharding
 from jgpt.batches import Corpus, CutBatches, Stream, count_windows, epoch_order, window_starts
 from jgpt.config import DataConfig
 from jgpt.data.token_files import TokenFiles
+from jgpt.system.precision import enable_x64
 
 # Windows of a block on the devices, which hold two blocks once the next one has been read.
 FEED_BLOCK_BYTES = 16 << 20
@@ -98,7 +99,7 @@ def find_starts(
   instead of once for each of its steps.
   """
   is_large = num_tokens >= 2**31
-  with _on_host(), jax.enable_x64(True) if is_large else contextlib.nullcontext():
+  with _on_host(), enable_x64(True) if is_large else contextlib.nullcontext():
     if config.batching != "epochs":
       starts, counts = _compile_starts(num_tokens, config, seed)(
         steps.astype(np.int64 if is_large else np.int32)

@@ -31,6 +31,7 @@ from jgpt.devices.compute import (
   SMALL_MODEL_PARAMS,
   choose_quick_options,
   choose_step_options,
+  keep_known_options,
   resolve_compute,
 )
 from jgpt.keys import INIT, derive_key
@@ -40,6 +41,7 @@ from jgpt.sharding import arrange_blocks, stack_blocks, unstack_blocks
 from jgpt.step import loss_and_grads
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, make_private
+from jgpt.system.precision import enable_x64
 
 # In the batch that is compared: several copies of its float64 logits are in memory at once.
 MAX_TOKENS = 1024
@@ -106,7 +108,9 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
 
   options = choose_step_options(resolve_compute(experiment, platform))  # of all layers
   leaf, difference = compare_with(as_run, options)
-  others = {"plain": (plain, {}), "without fusions": (as_run, options | {FUSIONS: ""})}
+  others = {"plain": (plain, {})}
+  if without_fusions := keep_known_options({FUSIONS: ""}):
+    others["without fusions"] = as_run, options | without_fusions
   if difference <= TOLERANCE:
     others = {}
   sound = tuple(way for way, made in others.items() if compare_with(*made)[1] <= TOLERANCE)
@@ -143,7 +147,7 @@ def compute_in_float64(params: dict, batch: Batch, experiment: Experiment) -> di
   Returns:
     The gradients as NumPy arrays with stacked blocks, and the loss under "loss".
   """
-  with jax.enable_x64(True):
+  with enable_x64(True):
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), unstack_blocks(params))
     loss, grads = loss_and_grads(exact, batch, 0, experiment)
     return jax.tree.map(np.asarray, {"loss": loss, **stack_blocks(grads)})

@@ -7,6 +7,10 @@ in `config/experiment.py`; what is computed is in `model.py` and `step.py`.
 """
 
 import dataclasses
+import functools
+from typing import Any
+
+import jax
 
 from jgpt.attention import NUM_BLOCKS
 from jgpt.config import ComputeConfig, Experiment
@@ -82,9 +86,34 @@ def choose_step_options(experiment: Experiment) -> dict:
   is_small = count_params(experiment.model) <= SMALL_MODEL_PARAMS
   if experiment.compute.compiler_options != "auto" or not is_small:
     return {}
-  return QUICK_OPTIONS | {"xla_cpu_multi_thread_eigen": False, FUSIONS: ""}
+  return keep_known_options(QUICK_OPTIONS | {"xla_cpu_multi_thread_eigen": False, FUSIONS: ""})
 
 
 def choose_quick_options(experiment: Experiment) -> dict:
   """Chooses XLA's options for a program that runs once, of an experiment from `resolve_compute`."""
-  return QUICK_OPTIONS if experiment.compute.compiler_options == "auto" else {}
+  if experiment.compute.compiler_options != "auto":
+    return {}
+  return keep_known_options(QUICK_OPTIONS)
+
+
+def keep_known_options(options: dict[str, Any]) -> dict[str, Any]:
+  """Keeps those of XLA's options that the compiler of the default device knows.
+
+  Options come and go with its versions (that of jaxlib 0.7.2 has no `FUSIONS`), and an unknown one
+  is an error where it is used. An empty program is compiled with them, once in a process: 10 ms.
+
+  Args:
+    options: name -> value, as `jax.jit` takes them.
+  """
+  if _are_known(tuple(options.items())):
+    return options
+  return {name: value for name, value in options.items() if _are_known(((name, value),))}
+
+
+@functools.cache
+def _are_known(options: tuple[tuple[str, Any], ...]) -> bool:
+  try:
+    jax.jit(lambda: None).lower().compile(compiler_options=dict(options))
+  except jax.errors.JaxRuntimeError:  # INVALID_ARGUMENT: No such compile option
+    return False
+  return True

@@ -8,6 +8,7 @@ Pure; the table is printed by `cli.py`.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def predict(
   return rows
 
 
-@jax.jit(static_argnames="config")
+@partial(jax.jit, static_argnames="config")
 def _compute_log_probs(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
   return jax.nn.log_softmax(apply(params, tokens_BT, config))
 

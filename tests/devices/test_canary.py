@@ -15,7 +15,7 @@ from jgpt.config.experiment import NUM_GROUPS, PLAIN
 from jgpt.config.settings import change, resolve
 from jgpt.data.sources import expected_vocab_size
 from jgpt.devices import canary
-from jgpt.devices.compute import FUSIONS, resolve_compute
+from jgpt.devices.compute import FUSIONS, keep_known_options, resolve_compute
 from jgpt.step import loss_and_grads
 
 CHANGES = {"model.num_layers": 1, "data.batch_size": 2, "mesh.data": 1, "data.seq_len": 8}
@@ -97,8 +97,8 @@ def test_where_nothing_helps_it_says_so():
 
 
 def test_the_flag_that_it_advises_is_one_that_the_compiler_knows():
-  compiled = jax.jit(lambda x: x + 1, compiler_options={FUSIONS: ""})
-  assert compiled(1.0) == 2.0
+  without_fusions = {FUSIONS: ""} if jax.__version_info__ >= (0, 8, 3) else {}
+  assert keep_known_options({FUSIONS: ""}) == without_fusions
 
 
 def test_it_is_made_once_and_again_for_another_version(cache, monkeypatch):

@@ -43,6 +43,7 @@ from jgpt.devices.compute import (
   choose_quick_options,
   choose_step_options,
   is_grouping_worthwhile,
+  keep_known_options,
   resolve_compute,
 )
 from jgpt.generate import decode_step, prefill
@@ -50,6 +51,7 @@ from jgpt.plan import plan_run
 from jgpt.report.summary import describe_plan
 from jgpt.sharding import arrange_blocks, stack_blocks
 from jgpt.step import begin_state, loss_and_grads, train_steps
+from jgpt.system.precision import enable_x64
 from jgpt.train import train_run
 
 # Four groups of documents: cut at the context, shorter than half of it, and one that fits half of
@@ -177,12 +179,23 @@ def test_each_is_chosen_where_it_helps():
   assert groups == {"names": False, "batch": True, "gpt2": False}
   assert {experiment.compute.matmul for experiment in chosen.values()} == {"flat"}
   options = {name: choose_step_options(experiment) for name, experiment in chosen.items()}
-  assert options["names"]["xla_cpu_multi_thread_eigen"] is False and options["names"][FUSIONS] == ""
+  wanted = {"xla_backend_optimization_level": 1, "xla_cpu_multi_thread_eigen": False, FUSIONS: ""}
+  assert options["names"] == keep_known_options(wanted)
   assert options["gpt2"] == {} and options["batch"] == options["names"]
   assert all(choose_quick_options(experiment) for experiment in chosen.values())
   for seq_len, way in ((64, "plain"), (254, "plain"), (256, "blocks")):
     experiment = resolved("shakespeare_char", data__seq_len=seq_len)
     assert resolve_compute(experiment, "cpu").compute.attention == way
+
+
+@pytest.mark.parametrize(
+  "unknown", [{}, {"xla_no_such": True}, {"xla_backend_optimization_level": "high"}, {"": 1}]
+)
+def test_options_that_the_compiler_does_not_know_are_left_out(unknown):
+  known = {"xla_cpu_multi_thread_eigen": False, "xla_llvm_disable_expensive_passes": True}
+  kept = keep_known_options(unknown | known)
+  assert kept == known
+  assert jax.jit(lambda x: x + 1, compiler_options=kept)(1.0) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -343,7 +356,7 @@ def test_dropout_and_micro_batches_matter(x64):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_all_values_at_once_are_the_definition(dtype):
   """What "auto" may come to: no value is the definition's, with the options of the step."""
-  with jax.enable_x64(dtype == "float64"):
+  with enable_x64(dtype == "float64"):
     experiment = small_experiment()
     batch = batch_of((*DOCUMENTS, *NAMES[:3]), experiment)
     params = cast(initial_params(experiment.model), dtype)
@@ -454,7 +467,7 @@ def both():
 @settings(max_examples=25, deadline=None)
 def test_grouping_documents_changes_nothing_for_any_lengths(lengths, seed):
   """Also for empty rows, for groups that all need the second half, and for none that does."""
-  with jax.enable_x64(True):
+  with enable_x64(True):
     (grouped, plain), config = both()
     params = cast(initial_params(config), "float64")
     rng = np.random.default_rng(seed)

@@ -18,7 +18,12 @@ from jgpt.config.experiment import PLAIN
 from jgpt.config.settings import change, resolve
 from jgpt.data.sources import expected_vocab_size
 from jgpt.devices import canary
-from jgpt.devices.compute import FUSIONS, choose_quick_options, resolve_compute
+from jgpt.devices.compute import (
+  FUSIONS,
+  choose_quick_options,
+  keep_known_options,
+  resolve_compute,
+)
 from jgpt.model import init_params
 from jgpt.sharding import stack_blocks, unstack_blocks
 from jgpt.step import loss_and_grads
@@ -59,7 +64,7 @@ def test_row_15_eager_and_compiled_without_fusions_are_float64(name):
   run = partial(loss_and_grads, step=0, experiment=experiment)
   ways = {
     "operation by operation": lambda: run(unstack_blocks(params), batch),
-    "without fusions": lambda: jax.jit(run, compiler_options={FUSIONS: ""})(
+    "without fusions": lambda: jax.jit(run, compiler_options=keep_known_options({FUSIONS: ""}))(
       unstack_blocks(params), batch
     ),
   }
