@@ -3,12 +3,13 @@ one text.
 """
 
 import dataclasses
-from functools import partial
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equivalence import QUICK
 
 from jgpt.config import SampleConfig
 from jgpt.config.catalog import load_experiment
@@ -26,21 +27,42 @@ TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz", bos=True)
 BOS = TOKENIZER.bos_id
 
 
+jitted_init = jax.jit(init_params, static_argnums=1, compiler_options=QUICK)
+
+
 @pytest.fixture(scope="module")
 def params():
-  return init_params(jax.random.key(0), CONFIG)
+  return jitted_init(jax.random.key(0), CONFIG)
+
+
+jitted_draw = jax.jit(draw, static_argnums=(3, 4))
 
 
 def draw_many(logits, num, *, temperature=1.0, top_k=None, top_p=1.0, seed=0):
   """Counts of each token in `num` draws."""
   rows = jnp.broadcast_to(logits, (num, len(logits)))
-  tokens = jax.jit(partial(draw, top_k=top_k, top_p=top_p))(rows, jax.random.key(seed), temperature)
+  tokens = jitted_draw(rows, jax.random.key(seed), jnp.float32(temperature), top_k, top_p)
   return np.bincount(np.asarray(tokens), minlength=len(logits))
 
 
 def softmax(logits):
   weights = np.exp(np.asarray(logits, np.float64) - np.max(logits))
   return weights / weights.sum()
+
+
+def chi_square_p(counts, expected):
+  """The probability of counts that are less likely; counts that are rarely expected are added up.
+
+  The last axis is one multinomial draw.
+  """
+  counts, expected = np.atleast_2d(counts, expected)
+  x, freedom = 0.0, 0
+  for drawn, wanted in zip(counts, expected, strict=True):
+    rare = wanted < 5
+    drawn, wanted = (np.append(a[~rare], a[rare].sum()) for a in (drawn, wanted))
+    drawn, wanted = drawn[wanted > 0], wanted[wanted > 0]
+    x, freedom = x + np.sum((drawn - wanted) ** 2 / wanted), freedom + len(wanted) - 1
+  return float(jax.scipy.special.gammaincc(freedom / 2, x / 2)) if freedom else 1.0
 
 
 LOGITS = jnp.array([2.1, -0.5, 3.4, 0.2, -1.2, 1.8, 0.9, -3.0, 0.0, 1.1])
@@ -63,32 +85,58 @@ def test_the_chi_square_test_would_notice_a_wrong_temperature():
   assert np.sum((counts - expected) ** 2 / expected) > 27.88
 
 
-@pytest.mark.slow
-def test_temperature_zero_is_argmax_whatever_the_filters():
-  for top_k, top_p in [(None, 1.0), (3, 1.0), (None, 0.5), (3, 0.0)]:
-    assert draw_many(LOGITS, 100, temperature=0.0, top_k=top_k, top_p=top_p)[2] == 100
+# Rows of logits with equal values, at the ends of what filters keep too, and some that are masked.
+ROWS = np.random.default_rng(1).integers(-3, 4, (12, 8)) / 2
+ROWS[0] = 0.5
+ROWS[1, 2:] = ROWS[2, ::2] = -np.inf
 
 
-@pytest.mark.parametrize(
-  ("top_k", "kept"), [(1, {2}), (3, {0, 2, 5}), (0, set(range(10))), (99, set(range(10)))]
-)
-def test_top_k_keeps_the_most_probable(top_k, kept):
-  """Top-k 0 and top-k over V keep all; what is kept keeps its proportions."""
-  counts = draw_many(LOGITS, 20_000, temperature=2.0, top_k=top_k)
-  assert set(np.flatnonzero(counts)) == kept
-  p = softmax(LOGITS / 2)
-  expected = np.where([i in kept for i in range(10)], p, 0) / sum(p[list(kept)])
-  assert np.abs(counts / 20_000 - expected).max() < 0.02
+def distribution(logits, temperature, top_k, top_p):
+  """What `draw` says of itself, written from its definition in float64.
+
+  Returns the probabilities, and how near top_p is to a sum at which more tokens would be kept.
+  """
+  logits = np.array(logits, np.float64)
+  if temperature == 0:
+    return np.eye(len(logits))[np.argmax(logits)], 1.0
+  if top_k:
+    logits[[np.sum(logits > z) >= top_k for z in logits]] = -np.inf
+  p, margin = softmax(logits / temperature), 1.0
+  if top_p < 1:
+    by_size = [(value, np.sum(p[p >= value])) for value in np.unique(p)[::-1]]
+    least = next(value for value, total in by_size if total >= top_p or total > 1 - 1e-9)
+    margin = min(abs(total - top_p) for _, total in by_size)
+    p = np.where(p >= least, p, 0)
+  return p / p.sum(), margin
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.6, 0.9, 0.99])
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p):
-  p = softmax(LOGITS)
-  order = np.argsort(-p)
-  size = max(1, int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1)
-  assert set(np.flatnonzero(draw_many(LOGITS, 50_000, top_p=top_p))) <= set(order[:size])
-  assert draw_many(LOGITS, 50_000, top_p=top_p)[order[:size]].min() > 0
+@pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0, 2.5])
+def test_top_k_and_top_p_keep_what_their_definitions_say(temperature):
+  """Alone and together, at the ends of their ranges and beyond V, at every temperature.
+
+  A row of logits is drawn from 2,000 times. No token outside the set is drawn, each that is
+  expected ten times is, and what is kept keeps its proportions (chi-square, p > 1e-4).
+  """
+  settings = [(top_k, top_p) for top_k in (None, 0, 1, 3, 8, 99) for top_p in (1.0, 0.6, 0.9)]
+  settings += [(top_k, top_p) for top_k in (None, 2, 5) for top_p in (0.0, 0.26, 0.4, 0.74, 0.985)]
+  num, rows_BV = 2000, jnp.asarray(np.repeat(ROWS, 2000, axis=0), jnp.float32)
+  for i, (top_k, top_p) in enumerate(settings):
+    tokens = draw(rows_BV, jax.random.key(i), jnp.float32(temperature), top_k, top_p)
+    drawn = np.eye(8, dtype=int)[np.asarray(tokens)].reshape(len(ROWS), num, 8).sum(axis=1)
+    p, margins = zip(*(distribution(row, temperature, top_k, top_p) for row in ROWS), strict=True)
+    assert min(margins) > 1e-5, f"{top_p=} is too near to tell in float32"
+    expected = num * np.array(p)
+    assert not drawn[expected == 0].any(), (top_k, top_p)
+    assert drawn[expected > 10].all(), (top_k, top_p)
+    assert chi_square_p(drawn, expected) > 1e-4, (top_k, top_p)
+
+
+def test_a_token_that_reaches_top_p_exactly_is_the_last():
+  """The probabilities are 1/2, 1/4 and twice 1/8: one token holds 0.5, two hold 0.75."""
+  rows_BV = jnp.broadcast_to(jnp.log(jnp.array([0.25, 0, 0.125, 0.5, 0, 0.125, 0, 0])), (24_000, 8))
+  for top_p, kept in [(0.5, {3}), (0.75, {0, 3}), (0.76, {0, 2, 3, 5})]:
+    drawn = draw(rows_BV, jax.random.key(0), jnp.float32(1.0), None, top_p)
+    assert set(np.unique(drawn)) == kept
 
 
 def test_masked_logits_are_never_drawn():
@@ -192,6 +240,67 @@ def test_a_prompt_shorter_by_limits_is_the_beginning_of_the_longer(params):
   assert all(b.startswith(a) for a, b in zip(short, long, strict=True))
 
 
+THREE = dataclasses.replace(CONFIG, vocab_size=3, max_seq_len=2, num_layers=1, init_std=0.5)
+TEXTS = np.array(list(itertools.product(range(3), repeat=4)))
+
+
+def probabilities_of_texts(params, prompt, temperature, stop_id):
+  """For each of TEXTS the product of its tokens' probabilities after the two tokens before each.
+
+  After the stop token comes the stop token.
+  """
+  pairs = np.array([(a, b) for a in range(3) for b in range(3)])
+  logits = np.asarray(jitted_apply(params, pairs, THREE))
+  next_token = np.array([[softmax(z / temperature) for z in rows] for rows in logits])
+  product = []
+  for text in TEXTS.tolist():
+    ids, p = [*prompt, *text], 1.0
+    for n in range(len(prompt), len(ids)):
+      if n > len(prompt) and ids[n - 1] == stop_id:
+        p *= ids[n] == stop_id
+      elif n == 1:
+        p *= next_token[3 * ids[0], 0, ids[1]]
+      else:
+        p *= next_token[3 * ids[n - 2] + ids[n - 1], 1, ids[n]]
+    product.append(p)
+  return np.array(product)
+
+
+@pytest.mark.parametrize(("prompt", "stop_id"), [([1], None), ([0, 1], 2)])
+def test_tokens_of_a_text_have_the_joint_distribution_of_the_model(prompt, stop_id):
+  """All 81 texts of four tokens are as frequent as the product of their tokens' probabilities.
+
+  So each token is drawn anew and given those before it, from the cache and past the context, until
+  the stop token (chi-square over 50,000 texts, p > 1e-4). Texts of one call are independent: two
+  tokens of one say nothing of the next one's, at the same place or one before or after.
+  """
+  params = jitted_init(jax.random.key(3), THREE)
+  num, temperature = 50_000, 1.5
+  tokens = generate(
+    params,
+    jnp.array(prompt),
+    jnp.int32(len(prompt)),
+    jax.random.key(0),
+    jnp.float32(temperature),
+    config=THREE,
+    num=num,
+    max_tokens=4,
+    stop_id=stop_id,
+    past_context=True,
+  )
+  new = np.asarray(tokens)
+  p = probabilities_of_texts(params, prompt, temperature, stop_id)
+  assert p.sum() == pytest.approx(1)
+  counts = np.bincount(new @ np.array([27, 9, 3, 1]), minlength=81)
+  assert not counts[p == 0].any()
+  assert chi_square_p(counts, num * p) > 1e-4
+  for i, j in [(0, 0), (0, 1), (1, 0)]:
+    a, b = (x[:, n] * 3 + x[:, n + 1] for x, n in ((new[::2], i), (new[1::2], j)))
+    marginals = [np.bincount(TEXTS[:, n] * 3 + TEXTS[:, n + 1], p, minlength=9) for n in (i, j)]
+    counts = np.bincount(a * 9 + b, minlength=81)
+    assert chi_square_p(counts, num / 2 * np.outer(*marginals).ravel()) > 1e-4, (i, j)
+
+
 def test_an_unknown_character_in_a_prompt_is_named(params):
   with pytest.raises(UserError, match=r"'É' 'é'.*a-z"):
     texts(params, prompt="Éé")
@@ -206,7 +315,7 @@ def test_a_long_prompt_keeps_its_tail(params):
 
 def test_padding_of_the_vocabulary_is_never_drawn():
   config = dataclasses.replace(CONFIG, vocab_multiple=64)
-  params = init_params(jax.random.key(0), config)
+  params = jitted_init(jax.random.key(0), config)
   prompt = np.full(1, BOS, np.int32)
   tokens = generate(
     params,
