@@ -39,11 +39,13 @@ from jgpt.errors import UserError, printable
 from jgpt.generate import check_prompt
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
+from jgpt.runs.origin import Origin, check_origin, find_checkpoint, open_origin
 from jgpt.runs.resume import find_sound_step
 from jgpt.sharding import make_mesh
 from jgpt.step import MAX_STEPS_PER_CALL
 from jgpt.system import locks
 from jgpt.system.signals import print_stderr
+from jgpt.weights.gpt2 import Weights
 from jgpt.weights.initial import (
   InitialParams,
   check_same_weights,
@@ -65,9 +67,11 @@ class Plan:
     workdir: the run folder; None leaves nothing on disk.
     start_step: updates of the folder's newest undamaged checkpoint; 0 where there is none.
     epoch_steps: updates in an epoch; None where the run is not counted in epochs.
-    initial: the parameters to begin from; None draws them, or restores a checkpoint.
+    initial: the parameters to begin from, or the checkpoint of another run to continue; None draws
+      parameters, or restores a checkpoint of this run.
     weights: where the weights that the run begins from, or began from, were found: location,
       sha256; None for weights that are drawn.
+    origin: of a continued run: `Origin.record`; None for others.
   """
 
   name: str
@@ -76,8 +80,9 @@ class Plan:
   workdir: Path | None
   start_step: int
   epoch_steps: int | None
-  initial: InitialParams | None = None
+  initial: InitialParams | Origin | None = None
   weights: dict[str, str] | None = None
+  origin: dict[str, Any] | None = None
 
 
 def plan_run(
@@ -111,6 +116,7 @@ def plan_run(
     check_workdir(workdir)
   if workdir is not None and os.path.lexists(workdir / "experiment.json"):
     recorded = read_run_files(workdir)
+    check_other_folder(experiment, workdir, recorded)
     experiment = resolve_as_recorded(experiment, recorded)
     check_same_run(experiment, recorded, workdir)
   elif workdir is not None and (steps := manifest.list_steps(workdir)):
@@ -119,31 +125,58 @@ def plan_run(
       f"checkpoints/{steps[-1]}, or choose another --workdir"
     )
   saved_step = find_sound_step(workdir)[0] if workdir is not None else None
-  weights = None
-  if experiment.train.init_from is not None and saved_step is None:
-    check_path(experiment.data)  # before a download of gigabytes begins
-    weights = open_weights(experiment.train.init_from, report)
-    check_weights_tokenizer(weights, experiment.data)
+  source = None if saved_step is not None else _open_source(experiment, recorded, report)
   data = find_data(
     experiment.data,
     experiment.train.seed,
     sha256=recorded.data["sha256"] if recorded else None,
-    tokenizer=recorded.tokenizer if recorded else weights.tokenizer if weights else None,
+    tokenizer=recorded.tokenizer if recorded else source.tokenizer if source else None,
   )
-  if weights:
-    check_weights_vocabulary(weights, data.tokenizer)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
+  if isinstance(source, Weights):
+    check_weights_vocabulary(source, data.tokenizer)
   experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
   if saved_step is not None:
     check_schedule(experiment, saved_step, workdir)
-  initial = load_params(weights, experiment.model) if weights else None
-  if initial and recorded and recorded.weights:
-    initial = check_same_weights(initial, recorded.weights["sha256"])
-  origin = recorded.weights if recorded else None
-  if initial:
-    origin = {"location": initial.location, "sha256": initial.sha256}
+  initial = _load_initial(source, experiment, recorded)
+  weights, origin = (recorded.weights, recorded.origin) if recorded else (None, None)
+  if isinstance(initial, InitialParams):
+    weights = {"location": initial.location, "sha256": initial.sha256}
+  elif initial:
+    origin = initial.record
   check_prompt(experiment.sample, data.tokenizer)  # else the error would come after the training
-  return Plan(name, experiment, data, workdir, saved_step or 0, epoch_steps, initial, origin)
+  start_step = saved_step or 0
+  return Plan(name, experiment, data, workdir, start_step, epoch_steps, initial, weights, origin)
+
+
+def _open_source(
+  experiment: Experiment, recorded: RunFiles | None, report: Callable[[int, int], None]
+) -> Weights | Origin | None:
+  """Opens what a run without a checkpoint begins from; None for weights that are drawn."""
+  train = experiment.train
+  if train.init_from is None and train.continue_from is None:
+    return None
+  check_path(experiment.data)  # before a download of gigabytes begins
+  if train.init_from is not None:
+    source = open_weights(train.init_from, report)
+  else:
+    source = open_origin(train.continue_from, recorded.origin if recorded else None)
+  check_weights_tokenizer(source, experiment.data)
+  return source
+
+
+def _load_initial(
+  source: Weights | Origin | None, experiment: Experiment, recorded: RunFiles | None
+) -> InitialParams | Origin | None:
+  """Reads weights, or checks that an origin fits, whose arrays `program.py` restores."""
+  if isinstance(source, Origin):
+    check_origin(source, experiment)
+  if not isinstance(source, Weights):
+    return source
+  initial = load_params(source, experiment.model)
+  return check_same_weights(
+    initial, recorded.weights["sha256"] if recorded and recorded.weights else None
+  )
 
 
 def claim_folder(plan: Plan, stack: contextlib.ExitStack) -> int | None:
@@ -191,8 +224,10 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
   text = plan.data.text
   if not os.path.lexists(plan.workdir / "experiment.json"):
     data = {"kind": text.kind, "location": text.location, "sha256": text.sha256}
+    tokenizer = plan.data.tokenizer
     write_run_files(
-      plan.workdir, RunFiles(plan.name, plan.experiment, plan.data.tokenizer, data, plan.weights)
+      plan.workdir,
+      RunFiles(plan.name, plan.experiment, tokenizer, data, plan.weights, plan.origin),
     )
   devices = mesh.devices.flatten()
   entry = {
@@ -279,6 +314,30 @@ def check_workdir(workdir: Path) -> None:
     raise UserError(
       f"{str(workdir)[:200]} cannot be a run folder: {reason}. Choose another --workdir"
     )
+
+
+def check_other_folder(experiment: Experiment, workdir: Path, recorded: RunFiles) -> None:
+  """Checks that a run which begins from another run is not to be kept in that run's folder.
+
+  Args:
+    experiment: of the new run.
+    workdir: its folder.
+    recorded: what is in it.
+
+  Raises:
+    UserError: if `train.continue_from` or `train.init_from` names this folder, and the run in it
+      did not begin so.
+  """
+  for name in ("continue_from", "init_from"):
+    source = getattr(experiment.train, name)
+    found = None if source is None else find_checkpoint(source)
+    is_new = source != getattr(recorded.experiment.train, name)
+    if found and is_new and found[0].resolve() == workdir.resolve():
+      flag = f"--{name.replace('_', '-')}"
+      raise UserError(
+        f"{workdir} holds the run to begin from, train.{name}={source}. The new run needs a folder "
+        f"of its own: choose another --workdir. Without {flag} the old run goes on"
+      )
 
 
 def check_schedule(experiment: Experiment, saved_step: int, workdir: Path) -> None:

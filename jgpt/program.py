@@ -24,9 +24,11 @@ from jgpt.errors import UserError
 from jgpt.evaluation import compile_evaluation
 from jgpt.generate import compile_texts
 from jgpt.keys import INIT, SAMPLE, derive_key
+from jgpt.optim import AdamState
 from jgpt.runs import checkpoint
+from jgpt.runs.origin import Origin
 from jgpt.step import TrainState, begin_state, init_state, train_steps
-from jgpt.weights.initial import draw_microgpt_params
+from jgpt.weights.initial import InitialParams, draw_microgpt_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Program:
 def compile_program(
   experiment: Experiment,
   data: Data,
-  params: dict | None = None,
+  initial: InitialParams | Origin | None = None,
   *,
   manager: checkpoint.Manager | None = None,
   saved_step: int | None = None,
@@ -63,7 +65,7 @@ def compile_program(
   Args:
     experiment: resolved; `compute` may hold "auto".
     data: loaded.
-    params: to begin from, NumPy arrays; None draws them.
+    initial: parameters to begin from, or the checkpoint to continue; None draws parameters.
     manager: where checkpoints are.
     saved_step: the checkpoint to restore; None begins anew.
     num_steps: updates that are left; without any the step is not compiled.
@@ -86,18 +88,23 @@ def compile_program(
     shardings = jax.tree.map(lambda x: x.sharding, placed)
     options = choose_quick_options(experiment)
     jit = partial(jax.jit, out_shardings=shardings, compiler_options=options)
+    # Arrays that keep their shape need no second copy.
+    donated = () if experiment.compute.layers == "unroll" else 0
     if saved_step is not None:
-      # Arrays that keep their shape need no second copy.
-      donated = () if experiment.compute.layers == "unroll" else 0
       folder = manager.folder / str(saved_step)
       lowered = jit(arrange, donate_argnums=donated).lower(stacked)
       return lowered, lambda: checkpoint.restore(folder, stacked)
-    given = params
-    if given is None and experiment.train.init_from is not None:  # others would be another run
-      raise UserError(
-        f"the weights of train.init_from={experiment.train.init_from} are not at hand, nor is a "
-        "checkpoint."
+    _check_at_hand(experiment, initial)
+    if isinstance(initial, Origin):
+      begin = partial(continue_state, experiment=experiment)
+      there = _place_shapes(
+        jax.eval_shape(partial(init_state, experiment=initial.experiment), key), experiment, mesh
       )
+      lowered = jit(lambda kept: arrange(begin(*kept)), donate_argnums=donated).lower(
+        _select_kept(there)
+      )
+      return lowered, lambda: _select_kept(checkpoint.restore(initial.folder, there))
+    given = initial.params if initial else None
     if given is None and experiment.train.init == "microgpt":
       seed, num_documents = experiment.train.seed, len(data.documents)
       given = draw_microgpt_params(seed, num_documents, experiment.model)
@@ -122,6 +129,32 @@ def compile_program(
       surveyed.result()
     run_steps = run_steps.result() if run_steps else None
     return Program(experiment, state.result(), run_steps, feed, heldout)
+
+
+def continue_state(params: dict, moments: AdamState, experiment: Experiment) -> TrainState:
+  """Makes the state before the first update of a continued run.
+
+  Args:
+    params: of the origin, as `init_params` returns them.
+    moments: of the origin, with their count.
+    experiment: of the continued run; whatever else the optimizer's state holds begins anew.
+  """
+  state = begin_state(params, experiment)
+  return state.replace(opt_state=state.opt_state | {"adam": moments})
+
+
+def _select_kept(origin: TrainState) -> tuple[dict, AdamState]:
+  """Returns what a continued run keeps of its origin's state."""
+  return origin.params, origin.opt_state["adam"]
+
+
+def _check_at_hand(experiment: Experiment, initial: InitialParams | Origin | None) -> None:
+  """Checks that there is what a run begins from, since others would make another run."""
+  names = {"init_from": InitialParams, "continue_from": Origin}
+  for name, kind in names.items():
+    source = getattr(experiment.train, name)
+    if source is not None and not isinstance(initial, kind):
+      raise UserError(f"what train.{name}={source} names is not at hand, nor is a checkpoint.")
 
 
 def lower_steps(

@@ -11,15 +11,24 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jgpt import cli
 from jgpt.config import Experiment, catalog
 from jgpt.config.experiment import GPT2_SIZES
-from jgpt.config.settings import SIZE, change, format_value, list_settings, parse_setting, resolve
+from jgpt.config.settings import (
+  SIZE,
+  change,
+  format_value,
+  list_settings,
+  parse_setting,
+  resolve,
+  unresolve,
+)
 from jgpt.data.sources import expected_vocab_size
 from jgpt.errors import UserError, first_line
 from jgpt.params import count_params
+from jgpt.runs.origin import read_source_files
 from jgpt.system import locks, signals
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
@@ -33,21 +42,17 @@ def main(argv: list[str] | None = None) -> int:
   if args.list:
     print(format_list())
     return 0
-  if not args.experiment:
-    raise UserError(
-      f"choose an experiment: --experiment NAME, one of {', '.join(catalog.list_experiments())}; "
-      "or see --list"
-    )
-  name = Path(args.experiment).stem
-  base = catalog.load_experiment(args.experiment)
   changes = dict(parse_setting(text) for text in args.set)
   flags = {
     "train.steps": args.steps,
     "train.seed": args.seed,
     "train.log_every": args.log_every,
     "train.init_from": args.init_from,
+    "train.continue_from": args.continue_from,
   }
-  experiment = change(base, changes | {k: v for k, v in flags.items() if v is not None})
+  changes |= {name: value for name, value in flags.items() if value is not None}
+  name, base = load_base(args.experiment, changes)
+  experiment = change(base, changes)
   if args.print_config:
     print(format_config(name, experiment))
     return 0
@@ -104,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     "llm.c's .bin, a run folder or its checkpoints/STEP, or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
   )
   parser.add_argument(
+    "--continue-from",
+    metavar="RUN",
+    help="a run, or its checkpoints/STEP, whose parameters and moments a new run begins with "
+    "(train.continue_from); step, schedule and order of the data begin anew; without --experiment "
+    "with that run's settings",
+  )
+  parser.add_argument(
     "--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)"
   )
   parser.add_argument(
@@ -127,6 +139,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # --- Without jax ---
+
+
+def load_base(experiment: str | None, changes: dict[str, Any]) -> tuple[str, Experiment]:
+  """Loads the experiment whose settings a command changes.
+
+  Args:
+    experiment: as `--experiment` names it; None takes the settings of the run to continue.
+    changes: `section.field` -> value, of the command.
+
+  Returns:
+    Its name, and its settings.
+
+  Raises:
+    UserError: if there is neither an experiment nor a run to continue.
+  """
+  source = changes.get("train.continue_from")
+  if experiment:
+    return Path(experiment).stem, catalog.load_experiment(experiment)
+  if source is None:
+    raise UserError(
+      f"choose an experiment: --experiment NAME, one of {', '.join(catalog.list_experiments())}; "
+      "or see --list"
+    )
+  files = read_source_files(source)
+  return files.name or "continued", unresolve(files.experiment)
 
 
 def format_list() -> str:
@@ -228,7 +265,7 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
       "--fresh and --resume exclude each other: the one starts over, the other goes on"
     )
   if args.fresh:
-    source = experiment.train.init_from
+    source = experiment.train.init_from or experiment.train.continue_from
     if source is not None and Path(os.path.expanduser(source)).resolve().is_relative_to(
       workdir.resolve()
     ):

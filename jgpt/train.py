@@ -108,7 +108,7 @@ def train_run(
       program = compile_program(
         plan.experiment,
         plan.data,
-        plan.initial.params if plan.initial else None,
+        plan.initial,
         manager=manager,
         saved_step=saved_step,
         num_steps=train.steps - plan.start_step,

@@ -285,6 +285,8 @@ class TrainConfig:
     init_from: loads the initial weights instead: a Hugging Face folder or its model.safetensors,
       llm.c's .bin, a run folder or one of its checkpoints/STEP, or "gpt2", "gpt2-medium",
       "gpt2-large", "gpt2-xl" for those that OpenAI released. None draws them.
+    continue_from: begins with the parameters, moments and their count of another run instead: its
+      folder or one of its checkpoints/STEP. Step, schedule and order of the data begin anew.
     micro_batch_size: sequences per forward and backward pass; None takes the whole batch.
       Gradients are accumulated inside the step, so the update is that of the whole batch, except
       that dropout drops other entries.
@@ -310,6 +312,7 @@ class TrainConfig:
   seed: int = ranged(0, least=0)
   init: Literal["normal", "microgpt"] = "normal"
   init_from: str | None = None
+  continue_from: str | None = None
   micro_batch_size: int | None = ranged(None, least=1)
   log_every: int = ranged(100, least=1)
   eval_every: int | None = ranged(None, least=1)
@@ -327,11 +330,16 @@ class TrainConfig:
       raise UserError(
         "train.steps=none needs train.epochs: how long should it train? Try --set train.steps=1000"
       )
-    if self.init_from is not None and self.init != "normal":
+    if self.init_from is not None and self.continue_from is not None:
       raise UserError(
-        f"train.init_from and train.init={self.init} exclude each other. Try --set "
-        "train.init=normal"
+        "train.init_from, which takes parameters alone, and train.continue_from, which takes "
+        "moments too, exclude each other. Try --set train.init_from=none"
       )
+    for name in ("init_from", "continue_from"):
+      if getattr(self, name) is not None and self.init != "normal":
+        raise UserError(
+          f"train.{name} and train.init={self.init} exclude each other. Try --set train.init=normal"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -221,6 +221,30 @@ def resolve(
   return dataclasses.replace(experiment, model=model, train=train, optimizer=optimizer)
 
 
+def unresolve(experiment: Experiment) -> Experiment:
+  """Returns a recorded run's settings for a new run, without what the old one began from.
+
+  What `resolve` had filled in is None again, so that it follows from the new run's settings:
+  `train.steps` from `train.epochs`, `decay_steps` from `train.steps`, and what follows from these.
+  A value that was given, and is the one that would have been filled in, cannot be told apart.
+
+  Args:
+    experiment: resolved.
+  """
+  train, optimizer = experiment.train, experiment.optimizer
+  steps, decay_steps = train.steps or 0, optimizer.decay_steps or 0
+  empty = ["train.init_from", "train.continue_from"]
+  if decay_steps == max(1, steps):
+    empty.append("optimizer.decay_steps")
+  if optimizer.cooldown_steps == max(1, decay_steps // 5):
+    empty.append("optimizer.cooldown_steps")
+  if train.epochs and steps and steps % train.epochs == 0:
+    epoch_steps = steps // train.epochs
+    periods = [n for n in ("eval_every", "sample_every") if getattr(train, n) == epoch_steps]
+    empty += [f"train.{name}" for name in ("steps", *periods)] if periods else []
+  return change(experiment, dict.fromkeys(empty))
+
+
 # --- JSON ---
 
 

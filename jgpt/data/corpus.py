@@ -185,7 +185,7 @@ def _explain_unknown(given: Tokenizer | None, location: str) -> Iterator[None]:
       raise
     raise UserError(
       f"{location}: {error}. It is that of the run or of its initial weights, and a text cannot "
-      "extend it. Try a text of these characters, or start without --init-from"
+      "extend it. Try a text of these characters, or start without --continue-from or --init-from"
     ) from None
 
 

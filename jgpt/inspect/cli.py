@@ -146,13 +146,12 @@ def _format_probability(value: float) -> str:
 def _print_trace(files: RunFiles, workdir: str, entry: Entry, num_steps: int) -> None:
   from jgpt.data.corpus import find_data
   from jgpt.inspect.updates import trace_updates
-  from jgpt.weights.initial import find_initial_params
+  from jgpt.weights.initial import find_initial
 
   experiment = files.experiment
   seed, sha256 = experiment.train.seed, files.data["sha256"]
   data = find_data(experiment.data, seed, sha256=sha256, tokenizer=files.tokenizer)
-  initial = find_initial_params(experiment, files.weights["sha256"] if files.weights else None)
-  rows = trace_updates(experiment, data, entry, num_steps, initial.params if initial else None)
+  rows = trace_updates(experiment, data, entry, num_steps, find_initial(files))
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(
     f"run         {workdir} from its initial weights: the first {num_steps} updates, made again"

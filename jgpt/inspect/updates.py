@@ -19,7 +19,9 @@ from jgpt.config import Experiment
 from jgpt.data.corpus import Data
 from jgpt.params import Entry
 from jgpt.program import compile_program
+from jgpt.runs.origin import Origin
 from jgpt.step import TrainState, loss_and_grads
+from jgpt.weights.initial import InitialParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Update:
 
 
 def trace_updates(
-  experiment: Experiment, data: Data, entry: Entry, num_steps: int = 10, params: dict | None = None
+  experiment: Experiment,
+  data: Data,
+  entry: Entry,
+  num_steps: int = 10,
+  initial: InitialParams | Origin | None = None,
 ) -> list[Update]:
   """Repeats a run's first updates and follows one number through them.
 
@@ -70,7 +76,7 @@ def trace_updates(
     data: the run's.
     entry: the number to follow, from `params.find_entry`.
     num_steps: updates, from the initial weights on.
-    params: the initial weights, NumPy arrays; None draws them as the run did.
+    initial: what the run began from; None draws the weights as the run did.
 
   Returns:
     One row for each update.
@@ -79,7 +85,7 @@ def trace_updates(
   """
   optimizer = experiment.optimizer
   weight_decay = optimizer.weight_decay if entry.param.kind in optimizer.decay_kinds else 0.0
-  program = compile_program(experiment, data, params)
+  program = compile_program(experiment, data, initial)
   # Computes all gradients, so that one program serves every entry.
   compute_gradients = jax.jit(partial(_compute_gradients, experiment=program.experiment))
   state, rows = program.state, []

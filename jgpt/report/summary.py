@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -67,6 +67,8 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
 
 def describe_initial(plan: Plan) -> list[tuple[str, str]]:
   """Describes where the initial weights were found, as labelled lines; none if they are drawn."""
+  if plan.origin is not None:
+    return _describe_origin(plan.origin)
   if plan.weights is None:
     return []
   began = "" if plan.initial else "began from "
@@ -74,6 +76,16 @@ def describe_initial(plan: Plan) -> list[tuple[str, str]]:
     ("weights", f"{began}{plan.weights['location']} (SHA-256 {plan.weights['sha256'][:12]})")
   ]
   return [*lines, ("", plan.initial.note)] if plan.initial and plan.initial.note else lines
+
+
+def _describe_origin(origin: dict[str, Any]) -> list[tuple[str, str]]:
+  """Describes what a continued run takes over from its origin, and what begins anew."""
+  location, step, tokens = origin["location"], origin["step"], origin["tokens"]
+  seen = "" if tokens is None else f", {tokens:,} tokens"
+  return [
+    ("origin", f"{location} at step {step:,}{seen} (SHA-256 {origin['sha256'][:12]})"),
+    ("", "kept: parameters, moments, their count; begun anew: step, schedule, order of the data"),
+  ]
 
 
 def describe_vocabulary(plan: Plan) -> str:
@@ -202,18 +214,19 @@ def print_next(plan: Plan, texts: list[str], again: str) -> None:
     print(f"  {again} --set data.path=my_words.txt")
 
 
-def format_command(name: str, base: Experiment, experiment: Experiment) -> str:
+def format_command(name: str | None, base: Experiment, experiment: Experiment) -> str:
   """Formats a command that makes the same changes to an experiment with `--set`.
 
   `train.steps` is left out.
 
   Args:
-    name: of the experiment, as `--experiment` takes it.
+    name: of the experiment, as `--experiment` takes it; None for the settings of the run that is
+      continued.
     base: the experiment of that name.
     experiment: the changed one.
   """
   before, now = list_settings(base), list_settings(experiment)
-  words = [cli.python_command(), "-m", "jgpt.run", "--experiment", name]
+  words = [cli.python_command(), "-m", "jgpt.run", *(["--experiment", name] if name else [])]
   for setting, value in now.items():
     if value != before[setting] and setting != "train.steps":
       words += ["--set", f"{setting}={format_value(value)}"]

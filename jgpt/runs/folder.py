@@ -49,6 +49,7 @@ class RunFiles:
     data: where the text was found: kind, location, sha256.
     weights: where the weights that the run began from were found: location, sha256; None for
       weights that were drawn.
+    origin: of a continued run: `Origin.record` (`origin.py`); None for others.
   """
 
   name: str
@@ -56,6 +57,7 @@ class RunFiles:
   tokenizer: Tokenizer
   data: dict[str, str]
   weights: dict[str, str] | None = None
+  origin: dict[str, Any] | None = None
 
 
 # --- Settings ---
@@ -71,6 +73,7 @@ def write_run_files(workdir: Path, recorded: RunFiles) -> None:
     "experiment": experiment_to_json(recorded.experiment),
     "data": recorded.data,
     "weights": recorded.weights,
+    "origin": recorded.origin,
     "tokenizer_sha256": recorded.tokenizer.digest,
   }
   files.write_json(workdir / "experiment.json", settings)
@@ -102,7 +105,7 @@ def read_run_files(workdir: Path) -> RunFiles:
     experiment = experiment_from_json(settings.get("experiment"))
   if experiment.model.vocab_size is None or experiment.model.vocab_size < tokenizer.vocab_size:
     raise UserError(f"{path} has too small a model.vocab_size for its tokenizer.")
-  name, data, weights = (settings.get(key) for key in ("name", "data", "weights"))
+  name, data, weights, origin = (settings.get(key) for key in ("name", "data", "weights", "origin"))
   if not isinstance(name, str) or len(name) > MAX_NAME or (name and not name.isprintable()):
     raise UserError(
       f"{path} has the name {show(name)}; it must be printable text of at most {MAX_NAME} "
@@ -112,7 +115,9 @@ def read_run_files(workdir: Path) -> RunFiles:
     raise UserError(f"{path} does not say which data it was trained on.")
   if weights is not None and not _is_origin(weights):
     raise UserError(f"{path} does not say which weights it began from.")
-  return RunFiles(name, experiment, tokenizer, data, weights)
+  if origin is not None and not _is_checkpoint(origin):
+    raise UserError(f"{path} does not say which checkpoint it continues.")
+  return RunFiles(name, experiment, tokenizer, data, weights, origin)
 
 
 @contextlib.contextmanager
@@ -132,6 +137,15 @@ def _is_origin(value: Any) -> bool:
   if not isinstance(value, dict) or "sha256" not in value:
     return False
   return all(isinstance(v, str) and len(v) <= MAX_LOCATION for v in value.values())
+
+
+def _is_checkpoint(value: Any) -> bool:
+  """Returns whether a value has the form of `RunFiles.origin`."""
+  if not isinstance(value, dict) or value.keys() != {"location", "step", "sha256", "tokens"}:
+    return False
+  step, tokens = value["step"], value["tokens"]
+  are_counts = all(type(n) is int and 0 <= n < 2**63 for n in (step, tokens or 0))
+  return are_counts and _is_origin({name: value[name] for name in ("location", "sha256")})
 
 
 def append_env(workdir: Path, entry: dict[str, Any]) -> None:

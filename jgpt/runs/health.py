@@ -209,7 +209,7 @@ def explain_stop(
   if workdir is not None:
     last = "of the last good update" if health.is_skipping else "of the good updates that followed"
     kept = f"The parameters {last} are saved as checkpoint {step} in {workdir}"
-    advice = f", in another --workdir with --init-from {workdir}/checkpoints/{step}"
+    advice = f", in another --workdir with --continue-from {workdir}/checkpoints/{step}"
   words = explain_skip(experiment, state, corpus, health.exhausted)
   lower = experiment.optimizer.peak_lr / 10
   return f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}{advice}"

@@ -31,7 +31,7 @@ def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | No
   damaged: dict[int, str] = {}
   for step in reversed(manifest.list_steps(workdir)):
     folder = manifest.checkpoints_dir(workdir) / str(step)
-    damage = None if step == trusted else _find_fault(workdir, folder)
+    damage = None if step == trusted else find_fault(workdir, folder)
     if damage is None:
       return step, damaged
     damaged[step] = damage
@@ -44,7 +44,7 @@ def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | No
   return None, {}
 
 
-def _find_fault(workdir: Path, folder: Path) -> str | None:
+def find_fault(workdir: Path, folder: Path) -> str | None:
   """Returns why a run cannot resume from a checkpoint; None where it can."""
   if damage := manifest.find_damage(folder):
     return damage

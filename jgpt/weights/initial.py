@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jgpt.config import DataConfig, Experiment, ModelConfig
+from jgpt.config import DataConfig, ModelConfig
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.data import sources
 from jgpt.data.paths import check_tokenizer_kind
@@ -25,8 +25,9 @@ from jgpt.data.sources import describe_manual_download, find_user_file
 from jgpt.errors import UserError, near_matches
 from jgpt.params import param_table
 from jgpt.runs import manifest
-from jgpt.runs.folder import read_run_files
+from jgpt.runs.folder import RunFiles, read_run_files
 from jgpt.runs.open import open_run
+from jgpt.runs.origin import Origin, find_checkpoint, open_origin
 from jgpt.system.cache import PinnedFile, cache_dir
 from jgpt.system.files import digest_file
 from jgpt.text.bpe import make_gpt2_tokenizer
@@ -83,14 +84,8 @@ def open_weights(
     )
   path = Path(os.path.expanduser(source))  # unlike Path.expanduser, keeps an unknown ~user
   _check_reachable(path)
-  if (
-    path.parent.name == "checkpoints"
-    and os.path.isfile(path.parent.parent / "experiment.json")
-    and path.name.isdecimal()
-  ):
-    return _open_run_weights(path.parent.parent, int(path.name))
-  if os.path.isfile(path / "experiment.json"):
-    return _open_run_weights(path, None)
+  if found := find_checkpoint(source):
+    return _open_run_weights(*found)
   if path.name == "model.safetensors" and os.path.isfile(path.parent / "config.json"):
     path = path.parent  # for the number of heads and the tokenizer
   if path.is_dir() or path.suffix == ".safetensors":
@@ -141,24 +136,27 @@ def load_params(weights: Weights, config: ModelConfig) -> InitialParams:
   return InitialParams(params, weights.location, digest_params(params), note)
 
 
-def find_initial_params(experiment: Experiment, sha256: str | None = None) -> InitialParams | None:
-  """Reads the weights that `train.init_from` names.
+def find_initial(files: RunFiles) -> InitialParams | Origin | None:
+  """Finds again what a recorded run began from.
 
   Args:
-    experiment: resolved.
-    sha256: digest that the parameters must have, as recorded by a run; None accepts any.
+    files: of the run folder.
 
   Returns:
-    The parameters; None if `train.init_from` is None.
+    The parameters that `train.init_from` names, or the checkpoint that `train.continue_from`
+    names; None for parameters that were drawn.
 
   Raises:
-    UserError: as `open_weights` and `load_params` do, or if the digest differs.
+    UserError: as `open_weights`, `load_params` and `open_origin` do, or if a digest differs from
+      the recorded one.
   """
-  if experiment.train.init_from is None:
+  train = files.experiment.train
+  if train.continue_from is not None:
+    return open_origin(train.continue_from, files.origin)
+  if train.init_from is None:
     return None
-  return check_same_weights(
-    load_params(open_weights(experiment.train.init_from), experiment.model), sha256
-  )
+  initial = load_params(open_weights(train.init_from), files.experiment.model)
+  return check_same_weights(initial, files.weights["sha256"] if files.weights else None)
 
 
 def check_same_weights(initial: InitialParams, sha256: str | None) -> InitialParams:
@@ -174,8 +172,8 @@ def check_same_weights(initial: InitialParams, sha256: str | None) -> InitialPar
   return initial
 
 
-def check_weights_tokenizer(weights: Weights, config: DataConfig) -> None:
-  """Checks that weights come with the tokenizer of the settings.
+def check_weights_tokenizer(weights: Weights | Origin, config: DataConfig) -> None:
+  """Checks that weights, or an origin, come with the tokenizer of the settings.
 
   Raises `UserError` with the settings to change otherwise. With another tokenizer the ids would
   stand for other text.

@@ -92,6 +92,7 @@ OTHER_VALUES = {
   "train.seed": (1, False),
   "train.init": ("microgpt", False),
   "train.init_from": ("gpt2", False),
+  "train.continue_from": ("runs/names", False),
   "train.micro_batch_size": (1, True),
   "train.log_every": (10, True),
   "train.eval_every": (50, True),
@@ -228,7 +229,9 @@ def test_code_as_a_value_is_text_and_never_executed(tmp_path):
     except UserError:
       continue
     assert list_settings(changed)[name] == code  # a field for text takes it as it is
-    assert name in ("data.source", "data.path", "train.init_from", "sample.prompt")
+    assert name in (
+      *("data.source", "data.path", "train.init_from", "train.continue_from", "sample.prompt"),
+    )
   assert not marker.exists()
 
 

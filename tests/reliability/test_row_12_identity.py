@@ -101,6 +101,7 @@ NOT_ALONE = {
   "data.heldout_tokens": ({"data.heldout_fraction": 0.0, "data.heldout_tokens": 100}, 101),
   "optimizer.cooldown_steps": ({"optimizer.schedule": "wsd", "optimizer.cooldown_steps": 2}, 3),
   "train.init_from": ({}, "elsewhere"),
+  "train.continue_from": ({}, "elsewhere"),
   "train.init": ({}, "microgpt"),
 }
 

@@ -1,0 +1,248 @@
+"""The origin of a continued run: the checkpoint that `train.continue_from` names.
+
+A continued run is a new run that begins with the parameters, Adam's moments and their count of
+another. Its step, schedule, order of the data and statistics of losses begin anew, so that batch
+size, rate, schedule and text may be others. The state is made in `program.py`; initial weights
+without moments are in `weights/initial.py`. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jgpt.config import Experiment
+from jgpt.config.settings import format_value, list_settings
+from jgpt.errors import UserError, printable
+from jgpt.runs import manifest
+from jgpt.runs.folder import RunFiles, read_run_files
+from jgpt.runs.manifest import Manifest
+from jgpt.runs.resume import find_fault
+from jgpt.system.signals import print_stderr
+from jgpt.text.tokenizer import Tokenizer
+
+# Settings of the model that change neither the shape nor the meaning of a parameter.
+FREE_MODEL_SETTINGS = ("dropout", "dropout_places", "init_std", "scale_residual_init")
+# Settings of the optimizer that the moments depend on: they are sums weighted by powers of b1 and
+# b2, and so are the divisors that correct them.
+MOMENT_SETTINGS = ("b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """A checkpoint that a continued run begins from.
+
+  Attributes:
+    folder: of the checkpoint.
+    experiment: of its run, as recorded.
+    tokenizer: of its run.
+    record: what the continued run records of it: "location" (printable path of the run folder),
+      "step", "sha256" (of the digests of its arrays), and "tokens", which its
+      run and the runs before it had trained on, None where that is not known.
+  """
+
+  folder: Path
+  experiment: Experiment
+  tokenizer: Tokenizer
+  record: dict[str, Any]
+
+  @property
+  def location(self) -> str:
+    """Returns the run folder and the step, for a person."""
+    return f"{self.record['location']} at step {self.record['step']:,}"
+
+
+def find_checkpoint(source: str) -> tuple[Path, int | None] | None:
+  """Finds the run folder that a path names, and the step of a path that ends in checkpoints/STEP.
+
+  Args:
+    source: a path; "~" is the user's home.
+
+  Returns:
+    The run folder, and the step or None; None where the path names no run.
+  """
+  path = Path(os.path.expanduser(source))  # unlike Path.expanduser, keeps an unknown ~user
+  run = path.parent.parent
+  try:
+    if (
+      path.name.isdecimal()
+      and path.parent.name == "checkpoints"
+      and os.path.isfile(run / "experiment.json")
+    ):
+      return run, int(path.name)
+    return (path, None) if os.path.isfile(path / "experiment.json") else None
+  except ValueError:  # a NUL in the path
+    return None
+
+
+def read_source_files(source: str) -> RunFiles:
+  """Reads the settings and the tokenizer of the run that `train.continue_from` names.
+
+  Raises:
+    UserError: if it names no run.
+  """
+  return read_run_files(_find_run(source)[0])
+
+
+def open_origin(source: str, recorded: dict[str, Any] | None = None) -> Origin:
+  """Opens the checkpoint that a run continues, and compares its files with their digests.
+
+  Args:
+    source: `train.continue_from`: a run folder, whose newest undamaged checkpoint is taken, or one
+      of its checkpoints/STEP.
+    recorded: the `record` of a run that began before; the origin must still be that.
+
+  Raises:
+    UserError: if there is no such checkpoint, it is damaged, or it is not the recorded one.
+  """
+  workdir, step = _find_run(source)
+  if step is None and recorded is not None:
+    step = recorded["step"]
+  if recorded is not None and step not in manifest.list_steps(workdir):
+    raise UserError(
+      f"this run continues {workdir} at step {recorded['step']:,}, and that checkpoint is gone. "
+      "Put it back, or start over with --fresh, which takes the newest one"
+    )
+  if step is None:
+    step = _find_newest(workdir)
+  else:
+    manifest.find_step(workdir, step)
+    if fault := find_fault(workdir, manifest.checkpoints_dir(workdir) / str(step)):
+      raise UserError(f"the checkpoint of step {step} of {workdir} is damaged: {fault}")
+  folder = manifest.checkpoints_dir(workdir) / str(step)
+  files, there = read_run_files(folder), manifest.read_manifest(folder)
+  record = {
+    "location": str(workdir),
+    "step": step,
+    "sha256": _digest_leaves(there),
+    "tokens": _count_tokens(workdir, files, step),
+  }
+  if recorded is not None and record["sha256"] != recorded["sha256"]:
+    raise UserError(
+      f"{workdir} at step {step:,}, which this run continues, has changed since this run began. "
+      "Put the old checkpoint back, or start over with --fresh"
+    )
+  return Origin(folder, files.experiment, files.tokenizer, record)
+
+
+def _find_run(source: str) -> tuple[Path, int | None]:
+  """Returns what `find_checkpoint` does; raises `UserError` where it finds no run."""
+  if found := find_checkpoint(source):
+    return found
+  what = "a run folder or one of its checkpoints/STEP, which hold an optimizer's moments"
+  if not source.strip():
+    raise UserError(f"train.continue_from is empty: it must be {what}.")
+  try:
+    is_there = os.path.lexists(os.path.expanduser(source))
+  except ValueError:  # a NUL in the path
+    is_there = False
+  problem = "must be" if is_there else "does not exist: it must be"
+  raise UserError(
+    f"train.continue_from={source[:200]!r} {problem} {what}. Weights without moments (Hugging "
+    "Face's, llm.c's, gpt2) are named with --init-from"
+  )
+
+
+def _find_newest(workdir: Path) -> int:
+  """Finds the newest undamaged checkpoint, with a warning for each newer one."""
+  while True:
+    manifest.find_step(workdir, None)  # raises where there is none
+    steps = manifest.list_steps(workdir)
+    for step in reversed(steps):
+      fault = find_fault(workdir, manifest.checkpoints_dir(workdir) / str(step))
+      if fault is None:
+        return step
+      if step not in manifest.list_steps(workdir):
+        break  # its writer deleted it, so there is a newer one
+      if step == steps[0]:
+        raise UserError(f"every checkpoint of {workdir} is damaged; of the oldest: {fault}")
+      print_stderr(
+        f"WARNING: step {step} of {workdir} is damaged, the one before it is taken: "
+        f"{printable(fault)}"
+      )
+
+
+def _digest_leaves(there: Manifest) -> str:
+  """Computes the SHA-256 of the names, dtypes, shapes and digests of a checkpoint's arrays."""
+  return hashlib.sha256(json.dumps(there.leaves, sort_keys=True).encode()).hexdigest()
+
+
+def _count_tokens(workdir: Path, files: RunFiles, step: int) -> int | None:
+  """Counts the tokens that a run and the runs before it trained on up to a step.
+
+  In a stream every position is one. For documents the run's log counts them.
+  """
+  from jgpt.runs.log import read_lines  # imported late: it imports jax
+
+  data, before = files.experiment.data, 0
+  if files.origin is not None:
+    before = files.origin["tokens"]
+  if data.batching != "documents":
+    tokens = step * data.batch_size * data.seq_len
+  else:
+    tokens = 0 if step == 0 else None
+    for line in read_lines(workdir / "metrics.jsonl"):
+      if line.row is not None and line.row["step"] == step and "tokens" in line.row:
+        tokens = int(line.row["tokens"])
+  return None if before is None or tokens is None else before + tokens
+
+
+# --- What a continued run must have in common with its origin ---
+
+
+def check_origin(origin: Origin, experiment: Experiment) -> None:
+  """Checks that a run has the network and the optimizer of its origin.
+
+  Args:
+    origin: from `open_origin`.
+    experiment: resolved.
+
+  Raises:
+    UserError: naming each setting that differs, and the one to set.
+  """
+  there, here = list_settings(origin.experiment), list_settings(experiment)
+  kept = [n for n in here if n.startswith("model.") and n[6:] not in FREE_MODEL_SETTINGS]
+  kept += [f"optimizer.{name}" for name in MOMENT_SETTINGS]
+  differing = [name for name in kept if here[name] != there[name]]
+  if not differing:
+    _check_moments(origin)
+    return
+  said = ", ".join(
+    f"{name}={format_value(there[name])} there and {format_value(here[name])} here"
+    for name in differing
+  )
+  tries = " ".join(f"--set {name}={format_value(there[name])}" for name in differing)
+  what = "network" if any(name.startswith("model.") for name in differing) else "optimizer"
+  raise UserError(
+    f"{origin.location} has another {what}, and its moments belong to it: {said}. Try {tries}, or "
+    f"begin from the parameters alone, with --init-from {origin.record['location']}"
+  )
+
+
+def _check_moments(origin: Origin) -> None:
+  """Checks that a checkpoint holds Adam's two moments of each parameter, and no other optimizer's.
+
+  Raises:
+    UserError: naming the first array that is missing or unknown.
+  """
+  leaves = manifest.read_manifest(origin.folder).leaves
+  states, params = _list_below(leaves, "train_state/opt_state/"), _list_below(leaves, "params/")
+  adam = {"adam/count"} | {f"adam/{moment}/{name}" for moment in ("mu", "nu") for name in params}
+  unknown = {name for name in states - adam if name.split("/")[0] not in ("lr", "spikes")}
+  for name in sorted((adam - states) | unknown):
+    got = "missing" if name in adam else "there"
+    raise UserError(
+      f"{origin.location} has another optimizer: {name} is {got}, and a continued run takes over "
+      "Adam's count and its moments mu and nu of each parameter. To begin from the parameters "
+      f"alone: --init-from {origin.record['location']}"
+    )
+
+
+def _list_below(names: Iterable[str], prefix: str) -> set[str]:
+  """Returns the names that begin with a prefix, without it."""
+  return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
