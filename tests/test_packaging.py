@@ -3,9 +3,11 @@ its commands.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -63,6 +65,19 @@ def test_the_wheel_trains_names_from_another_folder(installed, tmp_path):
   assert "bundled" in done.stdout and "20 samples" in done.stdout
   where = run_there(installed, tmp_path, "jgpt.run", "--list")
   assert where.returncode == 0 and "4,192" in where.stdout
+
+
+def test_the_oldest_versions_are_those_that_are_declared():
+  """CI tests with the versions of `oldest.txt`; jaxlib's is jax's."""
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+  declared = dict(
+    line.split(">=")
+    for line in project["dependencies"]
+    if re.match("jax|flax|optax|orbax|numpy", line)
+  )
+  lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+  oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+  assert oldest == declared | {"jaxlib": declared["jax"]}
 
 
 def test_posix_only_modules_are_not_imported_at_the_top():

