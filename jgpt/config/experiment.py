@@ -260,9 +260,10 @@ class OptimizerConfig:
         "optimizer.clip_norm=0 would scale every gradient to nothing; none turns clipping off."
       )
     for name in ("b1", "b2"):
-      if not 0 <= getattr(self, name) <= 1 - 2**-24:  # larger numbers round to 1 in float32
+      if not 0 <= getattr(self, name) <= 1 - 2**-24:
         raise UserError(
-          f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1, for example 0.9."
+          f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1, at most "
+          f"0.99999994: numbers nearer to 1 are 1 in float32. Try --set optimizer.{name}=0.9"
         )
     for kind in self.decay_kinds:
       if kind not in PARAM_KINDS:

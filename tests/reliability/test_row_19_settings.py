@@ -46,7 +46,7 @@ WRONG = {
   "optimizer.peak_lr=1e39": "at most 3.4e+38",  # infinite as a float32
   "model.init_std=1e300": "at most 3.4e+38",
   "optimizer.eps=1e-300": "Try --set optimizer.eps=1e-8",  # 0 as a float32
-  "optimizer.b2=0.99999999": "below 1",  # 1 as a float32
+  "optimizer.b2=0.99999999": "at most 0.99999994",  # 1 as a float32
   "model.tied_head=1": "must be true or false",
   "optimizer.schedule=jgpt.optim.make_schedule": "linear, cosine, constant or wsd",
   "model.norm=RMS": "rms, layer or layer_no_bias",
