@@ -22,6 +22,8 @@ from jgpt.system.cache import cache_dir, digest_bytes, make_private
 
 # Bytes: with less, jax cannot start its threads, and the process is aborted without a message.
 MIN_ADDRESS_SPACE = 3 << 29
+# Platform of JAX_PLATFORMS -> what brings its devices.
+PLATFORM_EXTRAS = {"cuda": "cuda12 or cuda13", "gpu": "cuda12 or cuda13", "tpu": "tpu"}
 
 
 def set_up() -> str:
@@ -144,8 +146,13 @@ def devices() -> list[jax.Device]:
   """
   try:
     return jax.devices()
-  except RuntimeError as error:
-    asked = os.environ.get("JAX_PLATFORMS", "")
+  # Where "cuda" is asked for and its plugin is not installed, an assertion of jax's fails.
+  except (RuntimeError, AssertionError) as error:
+    asked = jax.config.jax_platforms or ""
+    reason = str(error) and f": {first_line(error).partition(' (set JAX_PLATFORMS')[0][:200]}"
+    extra = next((e for p, e in PLATFORM_EXTRAS.items() if p in asked.split(",")), None)
+    advice = f", or install jgpt with the extra {extra}" if extra else ""
     raise UserError(
-      f"jax finds no device (JAX_PLATFORMS={asked!r}): {first_line(error)[:200]}"
+      f"jax finds no device (JAX_PLATFORMS={asked!r}){reason}. Try JAX_PLATFORMS=cpu before the "
+      f"command{advice}"
     ) from error

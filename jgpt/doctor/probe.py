@@ -189,7 +189,8 @@ def find_devices() -> dict[str, Any]:
 
 def _make_answer(cause: str, error: Exception, devices: Sequence[dict] = ()) -> dict[str, Any]:
   first = (str(error).splitlines() or [""])[0][:300]
-  return {"devices": list(devices), "error": f"{type(error).__name__}: {first}", "cause": cause}
+  said = f"{type(error).__name__}: {first}".removesuffix(": ")
+  return {"devices": list(devices), "error": said, "cause": cause}
 
 
 def _find_memory(device: Any) -> int | None:
