@@ -35,9 +35,8 @@ def make_schedule(config: OptimizerConfig, hyper: Hyper | None = None) -> optax.
     constant  peak_lr, without an end
     wsd       peak_lr, and linear over the last `cooldown_steps` before decay_steps
 
-  The rates at both ends are `peak_lr` and `end_lr` exactly, and the others lie between them. Each
-  is computed as the sum of two products that are not negative, to a relative error below 1e-6; of
-  the cosine, (1 + cos(pi r)) / 2 is sin(pi (1 - r) / 2)^2.
+  The shapes are optax's; the rates at both ends are `peak_lr` and `end_lr` exactly, and the others
+  lie between them, where rounding would miss them by an ulp.
 
   Args:
     config: `decay_steps` and `cooldown_steps` resolved. A warmup longer than `decay_steps` is cut
@@ -45,33 +44,35 @@ def make_schedule(config: OptimizerConfig, hyper: Hyper | None = None) -> optax.
     hyper: `peak_lr` in place of the config's.
 
   Returns:
-    A function of an int32 step (updates applied before this one) to a float32 rate; of an int64
-    step to a float64 rate.
+    A function of an int32 step (updates applied before this one) to a float32 rate.
 
   Source: Loshchilov and Hutter 2017, "SGDR", equation 5 (cosine); Hu et al. 2024, "MiniCPM",
   section 4 (wsd).
   """
-  is_constant, first = config.schedule == "constant", int(not config.warmup_from_zero)
+  peak = config.peak_lr if hyper is None else hyper.peak_lr
+  end, is_constant = config.end_lr, config.schedule == "constant"
   warmup = config.warmup_steps if is_constant else min(config.warmup_steps, config.decay_steps)
-  fall = 1 if is_constant else max(1, config.decay_steps - warmup)  # updates from peak to end
-  if config.schedule == "wsd":
-    fall = min(config.cooldown_steps, fall)
+  rest = math.inf if is_constant else config.decay_steps - warmup
+  if is_constant or not rest:
+    share = optax.constant_schedule(1.0)
+  elif config.schedule == "linear":
+    share = optax.linear_schedule(1.0, 0.0, rest)
+  elif config.schedule == "cosine":
+    share = optax.cosine_decay_schedule(1.0, rest)
+  else:
+    cooldown = min(config.cooldown_steps, rest)
+    share = optax.linear_schedule(1.0, 0.0, cooldown, transition_begin=rest - cooldown)
 
-  def weigh(part: jax.Array) -> jax.Array:
-    return jnp.sin(jnp.pi / 2 * part) ** 2 if config.schedule == "cosine" else part
+  def falling(step: jax.Array) -> jax.Array:
+    part = jnp.where(step >= rest, 0.0, share(step))
+    rate = peak * part + end * (1 - part)
+    return rate if is_constant else jnp.clip(rate, jnp.minimum(peak, end), jnp.maximum(peak, end))
 
-  def schedule(step: jax.Array) -> jax.Array:
-    step = jnp.asarray(step)
-    risen = (step + first) / max(1, config.warmup_steps + first)
-    left = jnp.clip(config.decay_steps - step, 0, fall) if not is_constant else fall
-    rates = (config.peak_lr if hyper is None else hyper.peak_lr, config.end_lr)
-    peak, end = (jnp.asarray(rate, risen.dtype) for rate in rates)
-    between = peak * weigh(left / fall) + end * weigh((fall - left) / fall)
-    between = jnp.clip(between, jnp.minimum(peak, end), jnp.maximum(peak, end))
-    falling = jnp.where(left == fall, peak, jnp.where(left == 0, end, between))
-    return jnp.where(step < warmup, jnp.minimum(peak * risen, peak), falling)
-
-  return schedule
+  if not config.warmup_steps:
+    return falling
+  first = 0.0 if config.warmup_from_zero else peak / (config.warmup_steps + 1)
+  rising = optax.linear_schedule(first, peak, config.warmup_steps)
+  return optax.join_schedules([rising, falling], [warmup])
 
 
 def make_optimizer(experiment: Experiment, hyper: Hyper | None = None) -> Transformation:

@@ -54,7 +54,7 @@ def rate_of(config, step):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 def test_rates_in_float32_are_exact_at_their_ends_and_between_them_elsewhere(schedule):
-  """Compiled, and with a peak that is an array under `vmap`: to a millionth of each float64 rate.
+  """Compiled, and with a peak that is an array under `vmap`: to a millionth of the larger end.
 
   Peaks below the floor and of 0, floors of 0, warmups of none, some and all steps, lengths that are
   no powers of 2. At the peak, and at every step from `decay_steps` on, the bits are those of the
@@ -93,7 +93,8 @@ def test_rates_in_float32_are_exact_at_their_ends_and_between_them_elsewhere(sch
       peak, rates = np.float32(peak), np.asarray(rates)
       one = dataclasses.replace(config, peak_lr=float(peak))
       expected = [rate_of(one, int(step)) for step in steps]
-      np.testing.assert_allclose(rates, expected, rtol=1e-6, err_msg=f"{one}")
+      error = 2e-7 * max(peak, end)
+      np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=error, err_msg=f"{one}")
       if is_constant:
         assert np.all(rates[steps >= warmup] == peak), one
       else:
