@@ -1,25 +1,30 @@
-"""What the commands share: errors as one line and an exit status, Ctrl-C, and `jgpt <verb>`.
+"""What the commands share: arguments, errors as one line and an exit status, Ctrl-C, `jgpt <verb>`.
 
 Imports no jax.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import errno
 import gc
 import importlib
+import itertools
 import os
 import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from jgpt.errors import TrainingError, UserError, first_line, printable
+from jgpt.config import Experiment, catalog
+from jgpt.config.settings import explain_unknown
+from jgpt.errors import TrainingError, UserError, first_line, printable, show
 
 LESS_MEMORY = (
   "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
@@ -37,6 +42,66 @@ VERBS = {
     "training"
   ),
 }
+
+
+class Parser(argparse.ArgumentParser):
+  """Parses a command's arguments, and explains options and words that the command does not have.
+
+  Options cannot be abbreviated: `--step` for `--steps` would be another command's option.
+  """
+
+  def __init__(self, **settings: Any):
+    super().__init__(allow_abbrev=False, **settings)
+
+  def parse_known_args(
+    self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+  ) -> tuple[argparse.Namespace, list[str]]:
+    """Parses arguments as argparse does; no word is left over.
+
+    Raises:
+      UserError: for options that the command does not have, all of them in one message, and for
+        words that belong to no option.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    options = self._option_string_actions
+    if unknown := find_unknown_options(words, options):
+      lead = f"{self.prog} has no option {', '.join(unknown)}"
+      raise UserError(explain_unknown(lead, unknown, _find_experiment(words), tuple(options)))
+    found, rest = super().parse_known_args(words, namespace)
+    if rest:
+      known = [word for word in rest if word in catalog.list_experiments()]
+      advice = f". Try --experiment {known[0]}" if known and "--experiment" in options else ""
+      raise UserError(f"{self.prog} takes options only, not {show(' '.join(rest))}{advice}")
+    return found, rest
+
+
+def find_unknown_options(words: Sequence[str], known: Container[str]) -> dict[str, str | None]:
+  """Finds the options in a command line that its parser does not have.
+
+  Args:
+    words: the arguments; those after "--" are no options.
+    known: the parser's options, such as "--run".
+
+  Returns:
+    Option -> its value as text, None where it has none.
+  """
+  unknown: dict[str, str | None] = {}
+  words = words[: words.index("--")] if "--" in words else words
+  for word, after in itertools.pairwise([*words, "-"]):
+    name, equals, value = word.partition("=")
+    if name in known or not re.fullmatch(r"--?[A-Za-z][\w.-]*", name):
+      continue
+    is_value = not after.startswith("-") or re.fullmatch(r"-[\d.]+", after)
+    unknown[name] = value if equals else after if is_value else None
+  return unknown
+
+
+def _find_experiment(words: Sequence[str]) -> Experiment | None:
+  """Loads the experiment that a command line names; None where it names none that there is."""
+  names = [word.partition("=")[2] for word in words if word.startswith("--experiment=")]
+  names += [after for word, after in itertools.pairwise(words) if word == "--experiment"]
+  is_known = names and names[-1] in catalog.list_experiments()
+  return catalog.load_experiment(names[-1]) if is_known else None
 
 
 def guard(command: Callable[[], int]) -> int:

@@ -110,7 +110,7 @@ def format_evaluation(evaluation: Evaluation, vocab_size: int) -> list[tuple[str
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.evaluate",
     description="Measure a run's loss over the whole of its held-out text.",
   )

@@ -291,7 +291,7 @@ def write_atomically(files: dict[Path, Callable[[Path], object]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.export",
     description="Write a run's weights as Hugging Face's Transformers or llm.c read them.",
   )

@@ -147,7 +147,7 @@ class PreparationProgress:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.prepare",
     description="Make token files, in llm.c's format, from text or JSON lines of any size; the "
     "same command resumes one that was interrupted.",

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.run",
     description="Train an experiment. The same command again resumes where it stopped, or samples "
     "when it is finished.",

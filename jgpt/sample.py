@@ -57,9 +57,7 @@ def escape_controls(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m jgpt.sample", description="Draw texts from a run folder."
-  )
+  parser = cli.Parser(prog="python -m jgpt.sample", description="Draw texts from a run folder.")
   parser.add_argument(
     "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
   )

@@ -45,6 +45,7 @@ import platform
 import sys
 from typing import Any
 
+from jgpt import cli
 from jgpt.bench.cases import CASES, Session
 from jgpt.bench.results import Results, format_results, results_to_json
 from jgpt.devices import limits
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.bench",
     description="Measure how fast this machine trains, samples and starts, beside what it could "
     "reach.",

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import traceback
 from pathlib import Path
 
 from jgpt.config import Experiment
+from jgpt.config.synonyms import describe_synonym
 from jgpt.errors import UserError, near_matches
 
 
@@ -72,7 +74,10 @@ def load_experiment_file(name: str) -> tuple[Experiment, str]:
       if Path(f.filename).resolve() == path.resolve()
     ]
     line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
-    raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    advice = describe_synonym(unknown[1]) if unknown and isinstance(error, TypeError) else ""
+    words = f"{type(error).__name__}: {error}{'.' if advice else ''}{advice}"
+    raise UserError(f"{path}, line {line}: {words}") from error
   experiment = getattr(module, "EXPERIMENT", None)
   if not isinstance(experiment, Experiment):
     raise UserError(f"{path} must define EXPERIMENT, a jgpt.config.experiment.Experiment.")

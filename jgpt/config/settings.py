@@ -6,9 +6,13 @@ values go together, is in `experiment.py`. Imports no jax.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import shlex
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from jgpt.config import (
@@ -23,6 +27,14 @@ from jgpt.config import (
 )
 from jgpt.config.checks import alternatives, choices, describe_type
 from jgpt.config.experiment import GPT2_SIZES
+from jgpt.config.synonyms import (
+  LETTERS,
+  Translation,
+  follows_from_others,
+  squeeze,
+  synonym_names,
+  translate,
+)
 from jgpt.errors import UserError, near_matches, show
 
 SECTIONS = {
@@ -41,6 +53,7 @@ RENAMED = {
   "mesh.scan_layers": ("compute.layers", {None: "auto", True: "scan", False: "unroll"}),
 }
 SIZE = "model.size"  # not a field: sets several fields
+SET_OPTIONS = ("--set", "--experiment", "--workdir")  # of `run`, beside a setting
 # Sections and settings that do not change what is learned, and so may differ when a run is resumed.
 # All others are a run's identity.
 CIRCUMSTANCE = frozenset({"mesh", "compute", "sample"}) | {
@@ -87,6 +100,15 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   size = changes.get(SIZE)
   if size is not None and size not in GPT2_SIZES:
     raise UserError(f"{SIZE}={show(size)} must be one of {', '.join(GPT2_SIZES)}.")
+  unknown = {n: v for n, v in changes.items() if n not in {*setting_names(), SIZE, *RENAMED}}
+  if unknown:
+    names = ", ".join(map(show, unknown))
+    lead = f"there is no setting {names}" if len(unknown) == 1 else f"there are no settings {names}"
+    given = {name: _format_any(value) for name, value in unknown.items()}
+    known = {n: v for n, v in changes.items() if n not in unknown}
+    with contextlib.suppress(UserError):
+      experiment = change(experiment, known)
+    raise UserError(explain_unknown(lead, given, experiment))
   sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
   for name, value in (sizes | {n: v for n, v in changes.items() if n != SIZE}).items():
     if name in RENAMED:
@@ -95,14 +117,6 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
       if isinstance(word, bool) or (word is None and None in values):
         advice = f"Try --set {new}={format_value(_translate(word, values))}"
       raise UserError(f"{name} is now called {new}. {advice}")
-    if name not in setting_names():
-      last = [n for n in setting_names() if n.split(".")[1] == name.split(".")[-1]]
-      meant = (
-        f" Did you mean {' or '.join(last)}?"
-        if last
-        else near_matches(name, [*setting_names(), SIZE])
-      )
-      raise UserError(f"there is no setting {show(name)}.{meant} All of them: --print-config")
     section, field = name.split(".")
     by_section.setdefault(section, {})[field] = value
   sections = {
@@ -149,6 +163,148 @@ def parse_setting(text: str) -> tuple[str, Any]:
   except ValueError:
     pass
   raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.")
+
+
+# --- Names that are not jgpt's ---
+
+
+def explain_unknown(
+  lead: str,
+  given: dict[str, str | None],
+  experiment: Experiment | None,
+  options: Collection[str] = SET_OPTIONS,
+) -> str:
+  """Explains names that no setting and no option has, and what to give instead.
+
+  Args:
+    lead: the beginning of the message, which names them.
+    given: name -> value as text; None where it has none.
+    experiment: the one that is changed; None where there is none.
+    options: of the command that was called.
+
+  Returns:
+    One line: other programs' names are translated (`synonyms.py`), for others near ones are listed.
+  """
+  notes: list[str] = []
+  words: list[str] = []
+  settings: dict[str, str] = {}
+  near = ""
+  for name in sorted(given, key=follows_from_others):
+    found = _find_counterpart(name, given[name], experiment, settings, options)
+    if found is None:
+      known = [*options, *([*setting_names(), SIZE] if "--set" in options else [])]
+      near = near or near_matches(name, known)
+      continue
+    note, more, changes = _advise(found, options)
+    if note:
+      notes.append(f"{show(name)[1:-1]}: {note}" if len(given) > 1 else note)
+    words += more
+    settings |= changes
+    experiment = experiment and _try_change(experiment, changes)
+  words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+  text = f"{lead}{': ' if len(given) == 1 and notes else '. ' if notes else ''}{'. '.join(notes)}"
+  if words:
+    return f"{text}. Try {shlex.join(words)}"
+  if notes:
+    return text
+  return f"{text}.{near} All of them: {'--print-config' if '--set' in options else '--help'}"
+
+
+def _try_change(experiment: Experiment, texts: dict[str, str]) -> Experiment:
+  """Returns an experiment with settings changed, or as it is where they do not go together."""
+  try:
+    return change(experiment, dict(parse_setting(f"{n}={value}") for n, value in texts.items()))
+  except UserError:
+    return experiment
+
+
+def _find_counterpart(
+  name: str,
+  value: str | None,
+  experiment: Experiment | None,
+  beside: Collection[str],
+  options: Collection[str],
+) -> Translation | None:
+  """Finds what stands for a name: an option, another program's setting, or one of jgpt's."""
+  option = f"--{name.lstrip('-').replace('_', '-').lower()}"
+  name = LETTERS.get(name, name)
+  found = translate(name, value, experiment, beside)
+  if option in options and (found is None or found.value == value):
+    return Translation((), (option,), value, "")
+  own = [setting for setting in setting_names() if squeeze(setting) == squeeze(name)]
+  if found is None and not own:
+    fields = [setting.partition(".")[2] for setting in setting_names()]
+    last = name.rpartition(".")[2].lower()
+    near = difflib.get_close_matches(last[:100], [*synonym_names(), *fields], n=1, cutoff=0.85)
+    is_theirs = near and near[0] not in fields
+    return translate(near[0], value, experiment, beside) if is_theirs else None
+  mine = Translation(tuple(s if value is None else f"{s}={value}" for s in own), (), value, "")
+  if found is None:
+    return mine
+  is_another = not {s.partition("=")[0] for s in found.settings} & {*own}
+  if own and is_another and _find_faults(found.settings) and not _find_faults(mine.settings):
+    return mine
+  return found
+
+
+def _advise(found: Translation, options: Collection[str]) -> tuple[str, list[str], dict[str, str]]:
+  """Says what to give to a command instead of a name.
+
+  Returns:
+    A note, "" for none; words; and settings, name -> value, for `--set`.
+  """
+  for flag in found.flags:
+    if flag in options:
+      return found.note, [flag] if found.value is None else [flag, found.value], {}
+  if "--set" in options:
+    if faults := _find_faults(found.settings):
+      return "; ".join([*([found.note] if found.note else []), *faults]), [], {}
+    pairs = [setting.partition("=") for setting in found.settings]
+    return found.note, [], {name: value for name, _, value in pairs}
+  words, elsewhere = [], []
+  for setting in found.settings:
+    name, _, value = setting.partition("=")
+    flag = f"--{name.partition('.')[2].replace('_', '-')}"
+    if flag in options and value and not _find_faults([setting]):
+      words += [flag, value]
+    else:
+      elsewhere.append(name)
+  if elsewhere:
+    are = "is a setting" if len(elsewhere) == 1 else "are settings"
+    return f"{' and '.join(elsewhere)} {are} of python -m jgpt.run", words, {}
+  return ("" if words else found.note), words, {}
+
+
+def _find_faults(settings: typing.Iterable[str]) -> list[str]:
+  """Returns what is wrong with texts `section.field=value`, each by itself."""
+  faults = []
+  for text in settings:
+    name = text.partition("=")[0]
+    if name == SIZE:
+      if text.partition("=")[2] not in GPT2_SIZES:
+        faults.append(f"{SIZE} is one of {', '.join(GPT2_SIZES)}")
+      continue
+    section, field = name.split(".")
+    hint = typing.get_type_hints(SECTIONS[section])[field]
+    try:
+      value = parse_setting(text)[1]
+    except UserError:
+      value = ...
+    least = SECTIONS[section].__dataclass_fields__[field].metadata.get("least")
+    too_small = least is not None and isinstance(value, int | float) and value < least
+    is_word = isinstance(value, str) and str not in alternatives(hint)
+    if value is ... or too_small or (is_word and value not in choices(hint)):
+      bound = f", at least {least}" if too_small else ""
+      faults.append(f"{name} is {describe_type(hint)}{bound}")
+  return faults
+
+
+def _format_any(value: Any) -> str | None:
+  """Formats a value as text; None for one that no setting could have."""
+  if isinstance(value, list | tuple) and all(isinstance(v, str | int | float) for v in value):
+    return ",".join(map(show, value)).replace("'", "")
+  is_short = not isinstance(value, int) or abs(value) < 2**63
+  return format_value(value) if isinstance(value, str | int | float) and is_short else None
 
 
 def _read_word(value: Any) -> Any:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jgpt import cli
 from jgpt.config import catalog
 from jgpt.doctor.findings import (
   Finding,
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.doctor",
     description="Say what is installed, what jax finds, where caches and data are, whether the "
     "compiler computes what is written, and what to do about each problem. No network is used, "

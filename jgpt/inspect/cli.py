@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jgpt import cli
 from jgpt.errors import UserError
 from jgpt.params import Entry, find_entry
 
@@ -250,7 +251,7 @@ def _format_table(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
     prog="python -m jgpt.inspect",
     description="See what a run predicts for each token of a text, or follow one number through "
     "its first updates.",

@@ -52,6 +52,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
   lines += [
     ("vocabulary", describe_vocabulary(plan)),
     ("model", f"{count_params(experiment.model):,} parameters"),
+    *describe_widths(experiment),
     *describe_initial(plan),
     ("optimizer", describe_groups(experiment)),
     ("training", describe_length(plan)),
@@ -92,6 +93,18 @@ def describe_vocabulary(plan: Plan) -> str:
   """Describes the tokenizer, and the model's vocabulary if that is larger."""
   there, has = plan.data.tokenizer.describe(), plan.experiment.model.vocab_size
   return there if has == plan.data.tokenizer.vocab_size else f"{there}; the model has {has:,}"
+
+
+def describe_widths(experiment: Experiment) -> list[tuple[str, str]]:
+  """Describes the MLP's width beside the model's, as a labelled line; none if it is 4 times that.
+
+  Changing `model.d_model` leaves `model.d_ff` as it was.
+  """
+  d_model, d_ff = experiment.model.d_model, experiment.model.d_ff
+  if d_ff == 4 * d_model:
+    return []
+  ratio = f"model.d_ff={d_ff} is {d_ff / d_model:.3g} times model.d_model={d_model}"
+  return [("", f"{ratio}; GPT-2 has 4 times: --set model.d_ff={4 * d_model}")]
 
 
 def describe_groups(experiment: Experiment) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jgpt.batches import Stream
 from jgpt.config import Experiment, SampleConfig
+from jgpt.config.synonyms import describe_synonym
 from jgpt.data.corpus import Data, find_data, make_documents
 from jgpt.data.sources import split_documents
 from jgpt.devices import runtime
@@ -159,7 +160,8 @@ def choose_sample(
   if unknown:
     name = min(unknown)
     known = [field.name for field in dataclasses.fields(experiment.sample)]
-    raise UserError(f"there is no setting sample.{name}.{near_matches(name, known)}")
+    near = describe_synonym(name) or near_matches(name, known)
+    raise UserError(f"there is no setting sample.{name}.{near}")
   config, train = dataclasses.replace(experiment.sample, **settings), experiment.train
   if seed is not None:
     train = dataclasses.replace(train, seed=seed)

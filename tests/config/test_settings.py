@@ -132,10 +132,8 @@ def set_(*texts, base=NAMES):
   ("text", "meant"),
   [
     ("train.step=5", "train.steps"),
-    ("optimizer.learning_rate=1", "optimizer.peak_lr"),
-    ("batch_size=4", "data.batch_size"),
-    ("optimizer.seed=4", "train.seed"),  # the right field in another section
-    ("model.n_heads=4", "model.num_heads"),
+    ("optimizer.peak_lrr=1", "optimizer.peak_lr"),
+    ("compute.tricksy=4", "compute.tricks"),
   ],
 )
 def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):

@@ -19,12 +19,12 @@ CODE = "__import__('os').system('touch executed')"
 NAMES = ["run", "--experiment", "names"]
 UNKNOWN = {
   "train.step=5": "no setting 'train.step'. Did you mean train.steps",
-  "batch_size=4": "Did you mean data.batch_size",
+  "batch_size=4": "Try --set data.batch_size=4",
   "model.__class__=1": "no setting 'model.__class__'",
   "train.steps.__add__=1": "no setting 'train.steps.__add__'. Did you mean train.steps",
   "model.__dict__.x=1": "no setting 'model.__dict__.x'",
   "train.st\u0435ps=5": "Did you mean train.steps",  # the Cyrillic letter that looks like e
-  "\uff54rain.steps=5": "Did you mean train.steps",  # a wide t
+  "\uff54rain.steps=5": "Try --set train.steps=5",  # a wide t
   "train\u2024steps=5": "Did you mean train.steps",  # a dot that is none
   f"{CODE}=1": "no setting",
   "os.system=touch executed": "no setting 'os.system'",
@@ -68,12 +68,16 @@ EXPERIMENTS = {
   "folder.py": "folder.py does not exist",
   "x" * 1000 + ".py": "does not exist",
 }
+OPTIONS = {
+  ("--stepz", "1"): "no option --stepz. Did you mean --steps",
+  ("--step", "1"): "no option --step. Did you mean --steps",
+  ("--batch_size", CODE): "data.batch_size is a whole number",
+  ("names",): "takes options only, not 'names'. Try --experiment names",
+}
 USAGE = {
   ("--steps", "1e3"): "--steps: invalid int value: '1e3'",
   ("--steps", "__import__('os')"): "--steps: invalid int value",
-  ("--stepz", "1"): "--stepz",
   ("--steps",): "--steps: expected one argument",
-  ("names",): "unrecognized arguments: names",
 }
 
 
@@ -94,6 +98,7 @@ def test_row_19_bad_settings_are_refused_in_one_line(tmp_path):
     for name in (*fields, "data.source", "train.init_from")
   ]
   table += [(["run", "--experiment", name], words) for name, words in EXPERIMENTS.items()]
+  table += [([*NAMES, *words], text) for words, text in OPTIONS.items()]
   usage = [[*NAMES, *words] for words in USAGE]
   outcomes = give(
     [Case(argv=argv) for argv in [*(argv for argv, _ in table), *usage]], cwd=tmp_path
