@@ -25,7 +25,7 @@ UNKNOWN = {
   "model.__dict__.x=1": "no setting 'model.__dict__.x'",
   "train.st\u0435ps=5": "Did you mean train.steps",  # the Cyrillic letter that looks like e
   "\uff54rain.steps=5": "Try --set train.steps=5",  # a wide t
-  "train\u2024steps=5": "Did you mean train.steps",  # a dot that is none
+  "train\u2024steps=5": "Try --set train.steps=5",  # a dot that is none
   f"{CODE}=1": "no setting",
   "os.system=touch executed": "no setting 'os.system'",
   "=5": "no setting ''",
