@@ -248,7 +248,7 @@ def _find_counterpart(
 
 
 def _advise(found: Translation, options: Collection[str]) -> tuple[str, list[str], dict[str, str]]:
-  """Says what to give to a command instead of a name.
+  """Describes what to give to a command instead of a name.
 
   Returns:
     A note, "" for none; words; and settings, name -> value, for `--set`.

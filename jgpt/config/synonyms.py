@@ -597,7 +597,7 @@ def follows_from_others(name: str) -> bool:
 def translate(
   name: str, value: str | None, experiment: Experiment | None, beside: Collection[str] = ()
 ) -> Translation | None:
-  """Translates another program's setting.
+  """Finds what stands for another program's setting.
 
   Args:
     name: as it was given; a section before it is ignored.
