@@ -240,6 +240,17 @@ def python_command() -> str:
     return sys.executable or "python"
 
 
+def add_place_option(parser: argparse.ArgumentParser) -> None:
+  """Adds `--set` to a command that reads a run: where the run's text lies now."""
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="data.path=PATH",
+    help="where the run's text lies now, if it was moved since; it is known by its SHA-256",
+  )
+
+
 def main() -> int:
   """Runs the console script `jgpt`: `jgpt run ...` is the same as `python -m jgpt.run ...`."""
   verb = sys.argv[1] if len(sys.argv) > 1 else "--help"

@@ -28,12 +28,15 @@ def main(argv: list[str] | None = None) -> int:
   from jgpt.data.token_files import TokenFiles
   from jgpt.devices import runtime
   from jgpt.evaluation import evaluate_loss
+  from jgpt.runs.folder import read_run_files
   from jgpt.runs.open import open_run
+  from jgpt.runs.text import find_run_data, parse_place
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   run = open_run(args.run, args.step)
-  loaded = run.data()
+  recorded = read_run_files(run.workdir)
+  loaded, _ = find_run_data(run.workdir, recorded, parse_place(args.set, recorded))
   corpus = loaded.train if args.part == "train" else loaded.heldout
   if not len(corpus.tokens):
     raise UserError(
@@ -53,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   lines = [
     ("run", f"{run.workdir} at step {run.step:,}"),
     ("data", f"{loaded.text.location} ({loaded.text.kind}), {PART_NAMES[args.part]}"),
+    *([("", loaded.text.note)] if loaded.text.note else []),
     *format_evaluation(evaluation, run.experiment.model.vocab_size),
   ]
   for label, line in lines:
@@ -126,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     default="heldout",
     help="which part of the run's text; train is all that it could learn from",
   )
+  cli.add_place_option(parser)
   parser.add_argument(
     "--json", action="store_true", help="print one JSON object; what is not finite is null"
   )

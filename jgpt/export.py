@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
   _check_out(out, args.format)
   if args.format == "llmc-state" and args.dtype != "float32":
     raise UserError("--format llmc-state is float32 by its format. Leave --dtype out")
+  if args.set and args.format != "llmc-state":
+    raise UserError(f"--set goes with --format llmc-state: {args.format} reads no text")
   from jgpt.devices import runtime
   from jgpt.runs.folder import read_run_files
   from jgpt.runs.open import open_run
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
   is_hf = args.format == "hf"
   check_model = hugging_face.check_hugging_face_model if is_hf else llmc.check_llmc_model
   check_model(files.experiment.model)  # before any array is read
-  data = _find_stream(files) if args.format == "llmc-state" else None
+  data = _find_stream(args, files) if args.format == "llmc-state" else None
   run = open_run(args.run, args.step)
   if is_hf:
     written = export_hugging_face(run, out, args.dtype)
@@ -209,22 +211,19 @@ def make_next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
   return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _find_stream(files: RunFiles) -> Data:
+def _find_stream(args: argparse.Namespace, files: RunFiles) -> Data:
   """Finds the data of a run whose batches are not documents.
 
   Raises:
     UserError: if they are.
   """
-  from jgpt.data.corpus import find_data
+  from jgpt.runs.text import find_run_data, parse_place
 
-  experiment = files.experiment
-  if experiment.data.batching == "documents":
+  if files.experiment.data.batching == "documents":
     raise UserError(
       "llm.c's debug state holds sequences of one length, and data.batching=documents has many."
     )
-  return find_data(
-    experiment.data, experiment.train.seed, sha256=files.data["sha256"], tokenizer=files.tokenizer
-  )
+  return find_run_data(Path(args.run), files, parse_place(args.set, files))[0]
 
 
 # --- Files ---
@@ -316,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--step", type=int, metavar="N", help="which checkpoint (default: the newest)"
   )
+  cli.add_place_option(parser)
   return parser
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import glob
 import hashlib
 import os
 import platform
@@ -32,15 +33,22 @@ from jgpt.config.settings import (
   list_settings,
   resolve,
 )
-from jgpt.data.corpus import Data, check_path, find_data
+from jgpt.data.corpus import Data, check_path, find_data, is_text_of
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError, printable
 from jgpt.generate import check_prompt
 from jgpt.runs import manifest
-from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
+from jgpt.runs.folder import (
+  RunFiles,
+  append_env,
+  current_folder,
+  read_run_files,
+  write_run_files,
+)
 from jgpt.runs.origin import Origin, check_origin, find_checkpoint, open_origin
-from jgpt.runs.resume import find_sound_step
+from jgpt.runs.resume import describe_ways, find_sound_step
+from jgpt.runs.text import find_run_data
 from jgpt.sharding import make_mesh
 from jgpt.step import MAX_STEPS_PER_CALL
 from jgpt.system import locks
@@ -97,7 +105,7 @@ def plan_run(
   Args:
     experiment: fields that `settings.resolve` fills in may be None.
     workdir: the run folder; None leaves nothing on disk. A run in it with the same settings is
-      resumed, with the data recorded there.
+      resumed, with the text that it began with, wherever that lies now.
     name: of the experiment, to be recorded.
     report: called with the bytes downloaded and the bytes in all, while weights to begin from are
       downloaded.
@@ -125,13 +133,15 @@ def plan_run(
       f"checkpoints/{steps[-1]}, or choose another --workdir"
     )
   saved_step = find_sound_step(workdir)[0] if workdir is not None else None
+  data = None
+  if recorded:
+    ways = f"; or {describe_ways(workdir)}"
+    data, place = find_run_data(workdir, recorded, experiment.data, ways)
+    experiment = dataclasses.replace(experiment, data=place)
   source = None if saved_step is not None else _open_source(experiment, recorded, report)
-  data = find_data(
-    experiment.data,
-    experiment.train.seed,
-    sha256=recorded.data["sha256"] if recorded else None,
-    tokenizer=recorded.tokenizer if recorded else source.tokenizer if source else None,
-  )
+  if data is None:
+    tokenizer = source.tokenizer if source else None
+    data = find_data(experiment.data, experiment.train.seed, tokenizer=tokenizer)
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
   if isinstance(source, Weights):
     check_weights_vocabulary(source, data.tokenizer)
@@ -200,8 +210,9 @@ def claim_folder(plan: Plan, stack: contextlib.ExitStack) -> int | None:
     check_same_run(plan.experiment, recorded, workdir)
     if recorded.data["sha256"] != plan.data.text.sha256:
       raise UserError(
-        f"{workdir} holds a run on another text, {recorded.data.get('location')}. Choose another "
-        "--workdir"
+        f"{workdir} holds a run on another text, {recorded.data.get('location')} (SHA-256 "
+        f"{recorded.data['sha256'][:12]}). To begin a run on {plan.data.text.location}, "
+        f"{describe_ways(workdir)}"
       )
   saved_step, damaged = find_sound_step(workdir, trusted=plan.start_step)
   if plan.start_step and saved_step is None:
@@ -234,6 +245,7 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "start_step": plan.start_step,
     "command": sys.argv,
+    "folder": current_folder(),
     "versions": {
       "jgpt": jgpt.__version__,
       "jax": jax.__version__,
@@ -256,35 +268,81 @@ def default_workdir(name: str, base: Experiment, experiment: Experiment) -> Path
   """Returns the folder of a run for which `--workdir` names none.
 
   It is `runs/<name>`, followed by the names and values of changed settings, so that a changed run
-  has a folder of its own. A digest is added where that folder holds another run, because the
-  experiment's file was edited.
+  has a folder of its own; a shell takes the name without quotes. A digest is added where that
+  folder holds another run, because the experiment's file was edited.
 
   Args:
     name: of the experiment.
     base: the experiment of that name.
     experiment: with the changed settings.
   """
-  before, now = list_settings(base), list_settings(experiment)
-  starts_anew = [n for n in now if not is_circumstance(n) or n in ("train.steps", "train.epochs")]
-  changed = [f"{n}={format_value(now[n])}" for n in starts_anew if now[n] != before[n]]
-  label = ",".join([name, *changed])
-  plain = re.sub(r"[^\w.,=-]+", "-", label)[:120]
-  if plain != label:  # two labels may differ only in characters that were replaced or cut
-    plain += f"-{_short_digest(label)}"
-  folder = Path("runs") / plain
+  folder = Path("runs") / _folder_name(name, base, experiment, re.ASCII)
   if os.path.lexists(folder / "experiment.json") and not _holds_run(folder, experiment):
-    folder = Path("runs") / f"{plain}-{_short_digest({n: now[n] for n in starts_anew})}"
+    anew = {n: value for n, value in list_settings(experiment).items() if _starts_anew(n)}
+    folder = folder.with_name(f"{folder.name}-{_short_digest(anew)}")
   return folder
 
 
+def find_default_run(name: str, base: Experiment, experiment: Experiment) -> Path | None:
+  """Finds the run of an experiment in the folder that it had under another name of its text.
+
+  Args:
+    name: of the experiment.
+    base: the experiment of that name.
+    experiment: with the changed settings; its text lies at `data.path` now.
+
+  Returns:
+    A folder in `runs` that `default_workdir` named when `data.path` or `data.source` was another,
+    and whose run has the same settings and the same text; None where there is none.
+  """
+  for folder in sorted(Path("runs").glob(f"{glob.escape(name)}*")):
+    try:
+      there = read_run_files(folder).experiment.data
+    except (UserError, OSError):
+      continue
+    place = {"data.path": there.path, "data.source": there.source}
+    names = [
+      _folder_name(name, base, change(experiment, place), flags)
+      # Folders were named by all of Unicode's letters once.
+      for flags in (re.ASCII, re.UNICODE)
+    ]
+    is_default = any(re.fullmatch(f"{re.escape(n)}(-[0-9a-f]{{6}})?", folder.name) for n in names)
+    if is_default and _holds_run(folder, experiment):
+      return folder
+  return None
+
+
+def _starts_anew(name: str) -> bool:
+  """Returns whether a run with another value of a setting has another folder by default."""
+  return not is_circumstance(name) or name in (
+    *("train.steps", "train.epochs"),
+    *("data.path", "data.source"),
+  )
+
+
+def _folder_name(name: str, base: Experiment, experiment: Experiment, flags: re.RegexFlag) -> str:
+  """Returns the name and the changed settings, with other characters than letters replaced."""
+  before, now = list_settings(base), list_settings(experiment)
+  changed = [f"{n}={format_value(now[n])}" for n in now if _starts_anew(n) and now[n] != before[n]]
+  label = ",".join([name, *changed])
+  plain = re.sub(r"[^\w.,=-]+", "-", label, flags=flags)[:120]
+  # Two labels may differ only in characters that were replaced or cut.
+  return plain if plain == label else f"{plain}-{_short_digest(label)}"
+
+
 def _holds_run(folder: Path, experiment: Experiment) -> bool:
-  """Returns whether a run folder holds a run of this experiment."""
+  """Returns whether a run folder holds a run of this experiment, of its length and on its text."""
   try:
     recorded = read_run_files(folder)
-    there, here = recorded.experiment.train, experiment.train
-    if (there.epochs != here.epochs) if here.steps is None else (there.steps != here.steps):
+    there, here = recorded.experiment, experiment
+    length = "epochs" if here.train.steps is None else "steps"
+    if getattr(there.train, length) != getattr(here.train, length):
       return False
-    return not differences(recorded.experiment, resolve_as_recorded(experiment, recorded))
+    if differences(there, resolve_as_recorded(here, recorded)):
+      return False
+    if (there.data.path, there.data.source) == (here.data.path, here.data.source):
+      return True
+    return is_text_of(here.data, recorded.data["sha256"], recorded.tokenizer)
   except UserError:
     return False
 
@@ -387,9 +445,9 @@ def check_same_run(experiment: Experiment, recorded: RunFiles, workdir: Path) ->
     fields = ", ".join(
       f"{name} is {old} there and {new} here" for name, (old, new) in differing.items()
     )
+    ways = describe_ways(workdir)
     raise UserError(
-      f"{workdir} holds a run with other settings: {fields}. Choose another --workdir, or start "
-      "over with --fresh"
+      f"{workdir} holds a run with other settings: {fields}. {ways[0].upper()}{ways[1:]}"
     )
 
 

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
       "stopped before training; nothing is lost, the same command begins again or goes on"
     ):
       from jgpt.devices import runtime
-      from jgpt.plan import default_workdir
+      from jgpt.plan import default_workdir, find_default_run
 
       if note := runtime.set_up():
         print(note, file=sys.stderr)
@@ -70,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.workdir
         else default_workdir(name, base, experiment)
       )
+      is_new = not args.workdir and not args.fresh and not os.path.lexists(workdir)
+      if is_new and (same := find_default_run(name, base, experiment)):
+        print(f"{same} holds this run, on the same text under another name", file=sys.stderr)
+        workdir = same
       plan = _plan(args, name, experiment, workdir)
     return _train(args, base, experiment, plan, stop)
 

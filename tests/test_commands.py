@@ -212,7 +212,7 @@ def test_a_list_of_your_own(folder, capsys):
   assert "Köln*" in out  # it has learnt the list by heart, and says so
   (folder / "Städte.txt").write_text("Berlin\n", encoding="utf-8")
   status, _, err = call(capsys, run.main, *args)
-  assert status == 2 and "Städte.txt has changed since this run began" in err
+  assert status == 2 and "Städte.txt has changed since the run" in err
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ RENAMED = {
 SIZE = "model.size"  # not a field: sets several fields
 SET_OPTIONS = ("--set", "--experiment", "--workdir")  # of `run`, beside a setting
 # Sections and settings that do not change what is learned, and so may differ when a run is resumed.
-# All others are a run's identity.
-CIRCUMSTANCE = frozenset({"mesh", "compute", "sample"}) | {
+# All others are a run's identity. Where a text lies is none of it: its digest is, which run folders
+# record.
+CIRCUMSTANCE = frozenset({"mesh", "compute", "sample", "data.source", "data.path"}) | {
   f"train.{name}"
   for name in (
     *("steps", "epochs", "micro_batch_size"),

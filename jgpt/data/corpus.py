@@ -75,13 +75,29 @@ def find_data(
 
   Raises:
     UserError: as `sources.find_text`, `load_data` and `load_token_files` do.
+    RecordedTextError: if what is found has another digest.
   """
   if files := paths.find_token_files(config.path):
-    data = load_token_files(files, config, tokenizer)
-    advice = "Put the old files back, or start over with --fresh"
-    sources.check_same_text(data.text, sha256, f"the content of {config.path}", advice)
-    return data
+    return load_token_files(files, config, tokenizer, sha256=sha256)
   return load_data(sources.find_text(config, sha256=sha256), config, seed, tokenizer)
+
+
+def is_text_of(config: DataConfig, sha256: str, tokenizer: Tokenizer) -> bool:
+  """Returns whether `config` names the text that a run recorded; does not tokenize it.
+
+  Args:
+    config: as for `find_data`.
+    sha256: the recorded digest.
+    tokenizer: the recorded one.
+  """
+  try:
+    if files := paths.find_token_files(config.path):
+      load_token_files(files, config, tokenizer, sha256=sha256)
+    else:
+      sources.find_text(config, sha256=sha256)
+  except UserError:
+    return False
+  return True
 
 
 def check_path(config: DataConfig) -> None:
@@ -366,7 +382,11 @@ def _describe_parts(train: Stream, heldout: Stream, config: DataConfig) -> str:
 
 
 def load_token_files(
-  files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None = None
+  files: Sequence[Path],
+  config: DataConfig,
+  tokenizer: Tokenizer | None = None,
+  *,
+  sha256: str | None = None,
 ) -> Data:
   """Loads token files as one stream, and checks every id against the vocabulary.
 
@@ -381,10 +401,13 @@ def load_token_files(
       taken as they are.
     tokenizer: that of a run which is resumed, or of its initial weights; None takes the one beside
       the files, or the one that `config` asks for.
+    sha256: digest that the files must have, as recorded by a run whose tokenizer is given; then
+      they need none beside them. None accepts any.
 
   Raises:
     UserError: if a file is damaged, an id is outside of the vocabulary, or there are too few or too
       many ids.
+    RecordedTextError: if the digest differs.
   """
   location = f"{config.path} ({len(files)} {'file' if len(files) == 1 else 'files'})"
   if config.batching == "documents":
@@ -393,7 +416,9 @@ def load_token_files(
       "one stream. Try --set data.batching=random with a data.tokenizer and an experiment for "
       "streams"
     )
-  found = paths.find_tokenizer(files, config)
+  is_alone = not any((file.parent / paths.TOKENIZER_FILE).is_file() for file in files)
+  is_known = is_alone and tokenizer is not None and sha256 is not None
+  found = None if is_known else paths.find_tokenizer(files, config)
   if tokenizer and found and tokenizer.digest != found.digest:
     raise UserError(
       f"the token files of {location} were made with another tokenizer than the run's, which came "
@@ -410,7 +435,8 @@ def load_token_files(
   parts = [
     [read_header(file) for part, file in named if part == wanted] for wanted in ("train", "heldout")
   ]
-  sha256 = check_files(*parts, tokenizer.vocab_size)
+  text = Text("", "token files", location, check_files(*parts, tokenizer.vocab_size))
+  sources.check_same_text(text, sha256)
   train, heldout = map(open_files, parts)
   num_left = len(files) - len(parts[0]) - len(parts[1])
   line = _describe_files(*map(len, parts), num_left, len(heldout), config)
@@ -429,14 +455,7 @@ def load_token_files(
   tokens = train.part(*bounds) if is_large else train.read(*bounds)
   streams = Stream(tokens), Stream(heldout.read(*heldout_bounds))
   summary = [line, _describe_parts(*streams, config)]
-  return Data(
-    Text("", "token files", location, sha256),
-    None,
-    tokenizer,
-    *streams,
-    documents=[],
-    summary=summary,
-  )
+  return Data(text, None, tokenizer, *streams, documents=[], summary=summary)
 
 
 def _describe_files(

@@ -68,6 +68,15 @@ def list_files(path: str, patterns: Sequence[str]) -> list[Path] | None:
   raise UserError(f"no file is called {path} or matches it.")
 
 
+def is_there(path: str) -> bool:
+  """Returns whether `data.path` names a file, or a folder or glob with files to read."""
+  try:
+    files = list_files(path, ["*.txt", "*.bin"])
+  except UserError:
+    return False
+  return os.path.exists(os.path.expanduser(path)) if files is None else bool(files)
+
+
 # --- Token files ---
 
 

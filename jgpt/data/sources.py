@@ -7,6 +7,7 @@ the package itself. A resumed run finds its text again by the digest. Downloads 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import os
@@ -72,6 +73,19 @@ class Text:
   def documents(self) -> list[str]:
     """Returns the documents of the text, as `split_documents` does."""
     return split_documents(self.text)
+
+
+class RecordedTextError(UserError):
+  """A place does not hold the text that a run recorded; others may.
+
+  Attributes:
+    found: the text that it holds; None where it holds none.
+    advice: how to get the recorded text there, or "".
+  """
+
+  def __init__(self, message: str, found: Text | None, advice: str = ""):
+    super().__init__(f"{message}. {advice}" if advice else message)
+    self.found, self.advice = found, advice
 
 
 def split_documents(text: str) -> list[str]:
@@ -155,7 +169,8 @@ def find_text(config: DataConfig, *, sha256: str | None = None) -> Text:
     sha256: digest that the text must have, as recorded by a run; None takes the first text found.
 
   Raises:
-    UserError: if there is no such text, it is not UTF-8, or no text found has the digest.
+    UserError: if there is no such text, or it is not UTF-8.
+    RecordedTextError: if no text found has the digest.
   """
   if config.path is not None:
     expanded = os.path.expanduser(config.path)
@@ -165,28 +180,24 @@ def find_text(config: DataConfig, *, sha256: str | None = None) -> Text:
         f"{config.path} is no plain file, and a resumed run reads its text from nothing else. Try "
         "a copy of the text"
       )
-    found = read_path(config.path)
-    return check_same_text(
-      found, sha256, config.path, "Put the old text back, or start over with --fresh"
-    )
+    return check_same_text(read_path(config.path), sha256)
   source = get_source(config.source)
   if isinstance(source, GeneratedText):
     text = source.make()
     found = Text(text, source.kind, source.location, digest_bytes(text.encode()))
-    advice = (
-      "It comes with Python or jgpt: resume with the versions this run began with, or start over "
-      "with --fresh"
-    )
     return check_same_text(
-      found, sha256, f"the {config.source} text (this is {source.location})", advice
+      found, sha256, "It comes with Python or jgpt: use the versions that the run began with"
     )
+  others = []
   for found in _find_copies(source, sha256):
     if sha256 in (None, found.sha256):
       return found
-  raise UserError(
-    f"the {config.source} text this run began with (SHA-256 {sha256[:12] if sha256 else 'any'}) "
-    f"was not found. Put that {source.filename} into a folder and set JGPT_DATA_DIR to the folder, "
-    "or start over with --fresh"
+    others.append(found)
+  advice = f"Put that {source.filename} into a folder and set JGPT_DATA_DIR to the folder"
+  if others:
+    return check_same_text(others[0], sha256, advice)
+  raise RecordedTextError(
+    f"no {source.filename} with the SHA-256 {sha256[:12]} was found", None, advice
   )
 
 
@@ -239,8 +250,8 @@ def read_text(path: Path, kind: str) -> Text:
 def read_path(path: str) -> Text:
   """Reads the text that `data.path` names, and joins several files in the order of their names.
 
-  A file that does not end with a newline gets one before the next file. The digest is that of the
-  joined bytes.
+  A file that does not end with a newline gets one before the next file, and a byte order mark is
+  dropped. The digest is that of the joined bytes, so it is that of a single file with all of them.
 
   Args:
     path: of a UTF-8 file; of a folder, which stands for its *.txt files; or a glob.
@@ -252,6 +263,7 @@ def read_path(path: str) -> Text:
   if files is None:
     return read_text(Path(path), "path")
   contents = [_read_bytes(file) for file in files]
+  contents[1:] = [content.removeprefix(codecs.BOM_UTF8) for content in contents[1:]]
   texts = [_decode(content, str(file)) for content, file in zip(contents, files, strict=True)]
   for n, content in enumerate(contents[:-1]):
     if not content.endswith(b"\n"):
@@ -286,22 +298,23 @@ def _list_texts(path: str) -> list[Path] | None:
   return files
 
 
-def check_same_text(found: Text, sha256: str | None, what: str, advice: str) -> Text:
+def check_same_text(found: Text, sha256: str | None, advice: str = "") -> Text:
   """Checks that a text has the digest that a run recorded, and returns the text.
 
   Args:
     found: the text.
     sha256: the recorded digest; None accepts any.
-    what: names the text in the error.
     advice: last sentence of the error.
 
   Raises:
-    UserError: if the digest differs.
+    RecordedTextError: if the digest differs.
   """
   if sha256 not in (None, found.sha256):
-    raise UserError(
-      f"{what} has changed since this run began: its SHA-256 was {sha256[:12]} and is now "
-      f"{found.sha256[:12]}. {advice}"
+    raise RecordedTextError(
+      f"{found.location} is not the text of the run: its SHA-256 is {found.sha256[:12]} instead of "
+      f"{sha256[:12]}",
+      found,
+      advice,
     )
   return found
 
@@ -332,7 +345,9 @@ def _find_copies(source: PinnedText, sha256: str | None) -> Iterator[Text]:
             ". Or try --set data.source=python_docs, the documentation text inside every Python "
             "installation"
           )
-        raise UserError(f"{error}. {advice}") from None
+          raise UserError(f"{error}. {advice}") from None
+        words = f"{error}; no {source.filename} with the SHA-256 {sha256[:12]} is here"
+        raise RecordedTextError(words, None, advice) from None
       note = (
         f"{error}; the bundled list stands in. For the original, set JGPT_DATA_DIR to a folder "
         "that has it"

@@ -24,8 +24,10 @@ from jgpt.doctor.findings import Finding, format_bytes, from_error, note, ok, pr
 from jgpt.errors import UserError
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
-from jgpt.runs.folder import RunFiles
+from jgpt.runs.folder import RunFiles, read_last_settings
 from jgpt.runs.log import read_lines
+from jgpt.runs.resume import describe_ways
+from jgpt.runs.text import list_places
 from jgpt.system.cache import cache_dir, digest_bytes
 from jgpt.system.memory import measure_memory
 from jgpt.weights.initial import RELEASED
@@ -133,10 +135,12 @@ def examine_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Find
     files: of the run folder.
     has_steps: whether there is a checkpoint; otherwise the run starts at step 0.
   """
-  recorded, config = files.data["sha256"], files.experiment.data
-  if reason := find_risk(config.path):
-    return [note("going on", f"the data were not looked at: {reason}")]
-  if config.path is None and _needs_download(files):
+  recorded, experiment = files.data["sha256"], read_last_settings(workdir, files)
+  config = experiment.data
+  for place in list_places(workdir, files, config):
+    if reason := find_risk(place.path):
+      return [note("going on", f"the data were not looked at: {reason}")]
+  if config.path is None and _needs_download(config.source, recorded):
     return [
       note(
         "going on",
@@ -153,11 +157,9 @@ def examine_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Find
       )
     ]
   try:
-    plan = plan_run(files.experiment, workdir=workdir, name=files.name)
+    plan = plan_run(experiment, workdir=workdir, name=files.name)
   except UserError as error:
-    place = files.data.get("location", config.path)
-    do = f"put the data back where they were, {place}, or start over with --fresh"
-    return [from_error("going on", error, do)]
+    return [from_error("going on", error, describe_ways(workdir))]
   text, steps = plan.data.text, plan.experiment.train.steps
   where = f"data: {text.location} ({text.kind}, SHA-256 {text.sha256[:12]}, as recorded)"
   if plan.start_step >= steps:
@@ -165,9 +167,9 @@ def examine_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Find
   return [ok("going on", f"from step {plan.start_step:,} of {steps:,}; {where}")]
 
 
-def _needs_download(files: RunFiles) -> bool:
-  """Returns whether the text that a run recorded is not on this machine."""
-  source, wanted = sources.get_source(files.experiment.data.source), files.data["sha256"]
+def _needs_download(name: str, wanted: str) -> bool:
+  """Returns whether the text of a source that a run recorded is not on this machine."""
+  source = sources.get_source(name)
   if not isinstance(source, PinnedText):
     return False
   bundled = sources.BUNDLED_DIR / source.filename

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError("say what to look at: --text TEXT, --trace 'PARAMETER[INDICES]', or both")
   if args.text is None and args.step is not None:
     raise UserError("--step goes with --text; --trace begins at the run's initial weights")
+  if args.trace is None and args.set:
+    raise UserError("--set goes with --trace: --text reads no text of the run")
   if args.trace_steps < 1:
     raise UserError(f"--trace-steps={args.trace_steps} must be at least 1")
   from jgpt.devices import runtime
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     _print_predictions(open_run(args.run, args.step), args.text)
   if entry is not None:
     print(end="" if args.text is None else "\n")
-    _print_trace(files, args.run, entry, args.trace_steps)
+    _print_trace(args, files, entry)
   return 0
 
 
@@ -144,14 +146,13 @@ def _format_probability(value: float) -> str:
 # --- Trace ---
 
 
-def _print_trace(files: RunFiles, workdir: str, entry: Entry, num_steps: int) -> None:
-  from jgpt.data.corpus import find_data
+def _print_trace(args: argparse.Namespace, files: RunFiles, entry: Entry) -> None:
   from jgpt.inspect.updates import trace_updates
+  from jgpt.runs.text import find_run_data, parse_place
   from jgpt.weights.initial import find_initial
 
-  experiment = files.experiment
-  seed, sha256 = experiment.train.seed, files.data["sha256"]
-  data = find_data(experiment.data, seed, sha256=sha256, tokenizer=files.tokenizer)
+  experiment, workdir, num_steps = files.experiment, args.run, args.trace_steps
+  data, _ = find_run_data(Path(workdir), files, parse_place(args.set, files))
   rows = trace_updates(experiment, data, entry, num_steps, find_initial(files))
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(
@@ -271,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     help="one number to follow from the run's first update on, for example 'tok_embed[4,2]', or "
     "'blocks/w_up[0,3,5]' where the first index is the layer",
   )
+  cli.add_place_option(parser)
   parser.add_argument(
     "--trace-steps",
     type=int,

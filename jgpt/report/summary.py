@@ -165,7 +165,7 @@ def is_comparable(base: Experiment, experiment: Experiment) -> bool:
   before, now = list_settings(base), list_settings(experiment)
   length = ("train.steps", "train.epochs")
   decisive = [n for n in now if not is_circumstance(n) or n in length]
-  return all(now[n] == before[n] for n in decisive if n not in ("train.seed", "data.source"))
+  return all(now[n] == before[n] for n in decisive if n != "train.seed")
 
 
 def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:

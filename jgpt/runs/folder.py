@@ -3,8 +3,8 @@
     experiment.json      name, resolved settings; location and digest of the text, and of the
                          weights that the run began from
     tokenizer.json       the whole tokenizer
-    env.json             one entry per start: time, command, versions, devices, settings that may
-                         change, and how `compute` was resolved
+    env.json             one entry per start: time, command and its folder, versions, devices,
+                         settings that may change, and how `compute` was resolved
     metrics.jsonl        one line per update, one per evaluation (`log.py`)
     checkpoints/<step>/  arrays, with copies of experiment.json and tokenizer.json, and a manifest
                          (`manifest.py`)
@@ -25,7 +25,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jgpt.config import Experiment
-from jgpt.config.settings import experiment_from_json, experiment_to_json
+from jgpt.config.settings import (
+  RENAMED,
+  experiment_from_json,
+  experiment_to_json,
+  is_circumstance,
+  list_settings,
+)
 from jgpt.errors import UserError, show
 from jgpt.system import files
 from jgpt.text.tokenizer import Tokenizer, tokenizer_from_json
@@ -148,20 +154,67 @@ def _is_checkpoint(value: Any) -> bool:
   return are_counts and _is_origin({name: value[name] for name in ("location", "sha256")})
 
 
+# --- Starts ---
+
+
 def append_env(workdir: Path, entry: dict[str, Any]) -> None:
   """Adds one start of the run to env.json; replaces a file that is damaged or too large."""
-  path = workdir / "env.json"
   try:
-    starts = read_run_json(path, MAX_STARTS)
-    lines = [json.dumps(start) for start in (starts if isinstance(starts, list) else [])]
-  # The file is absent, damaged, or holds what cannot be written again.
-  except (ValueError, RecursionError) as error:
+    lines = [json.dumps(start) for start in read_starts(workdir)]
+  except (ValueError, RecursionError) as error:  # it holds what cannot be written again
     if files.is_temporary(error):
       raise
     lines = []
   # ASCII, because a word of the command may not be UTF-8.
   rows = ",\n".join([*lines, json.dumps(entry)])
-  files.write_text(path, f"[\n{rows}\n]\n")
+  files.write_text(workdir / "env.json", f"[\n{rows}\n]\n")
+
+
+def current_folder() -> str | None:
+  """Returns the folder that relative paths of a start are below; None where it was deleted."""
+  try:
+    return os.getcwd()
+  except OSError:
+    return None
+
+
+def read_starts(workdir: Path) -> list[Any]:
+  """Reads env.json: one value for each start of the run, oldest first, of any type.
+
+  Returns:
+    The values; [] where the file is absent, damaged or too large.
+  """
+  try:
+    starts = read_run_json(workdir / "env.json", MAX_STARTS)
+  except (ValueError, RecursionError) as error:
+    if files.is_temporary(error):
+      raise
+    return []
+  return starts if isinstance(starts, list) else []
+
+
+def read_last_settings(workdir: Path, recorded: RunFiles) -> Experiment:
+  """Reads the settings that the last start of a run had.
+
+  Identity is that of experiment.json; circumstances are those of the last entry in env.json that
+  has any. Of those, settings are left out that this version of jgpt does not have.
+
+  Args:
+    workdir: a run folder.
+    recorded: its files.
+
+  Raises:
+    UserError: if a setting there has a value that it cannot have.
+  """
+  settings = [start.get("settings") for start in read_starts(workdir) if isinstance(start, dict)]
+  settings = [found for found in settings if isinstance(found, dict)]
+  there = experiment_to_json(recorded.experiment)
+  for name, value in (settings[-1] if settings else {}).items():
+    if name in RENAMED or (name in list_settings(recorded.experiment) and is_circumstance(name)):
+      section, field = name.split(".")
+      there[section][field] = value
+  with _name_in_errors(workdir / "env.json"):
+    return experiment_from_json(there)
 
 
 def read_run_json(path: Path, most: int = files.MAX_BYTES) -> Any:

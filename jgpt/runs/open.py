@@ -17,7 +17,7 @@ import numpy as np
 from jgpt.batches import Stream
 from jgpt.config import Experiment, SampleConfig
 from jgpt.config.synonyms import describe_synonym
-from jgpt.data.corpus import Data, find_data, make_documents
+from jgpt.data.corpus import Data, make_documents
 from jgpt.data.sources import split_documents
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
@@ -29,6 +29,7 @@ from jgpt.model import init_params
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import read_run_files
 from jgpt.runs.log import read_jsonl
+from jgpt.runs.text import find_run_data
 from jgpt.system.files import is_temporary
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
@@ -128,19 +129,19 @@ class Run:
     evaluation = evaluate_loss(self.params, corpus, self.tokenizer, self.experiment)
     return evaluation.loss_nats_per_token
 
-  def data(self) -> Data:
+  def data(self, path: str | None = None) -> Data:
     """Loads the text that the run was trained on, found by its recorded digest.
+
+    Args:
+      path: where it lies now (`data.path`); None looks where the run's starts found it.
 
     Raises:
       UserError: if there is no such text.
     """
     recorded = read_run_files(self.workdir)
-    return find_data(
-      self.experiment.data,
-      self.experiment.train.seed,
-      sha256=recorded.data["sha256"],
-      tokenizer=self.tokenizer,
-    )
+    ours = recorded.experiment.data
+    config = None if path is None else dataclasses.replace(ours, path=path)
+    return find_run_data(self.workdir, recorded, config)[0]
 
 
 def choose_sample(

@@ -1,10 +1,13 @@
 """Which checkpoint a run resumes from: the newest that is undamaged and of this run.
 
+Also what can be done where a run cannot be resumed.
+
 What damage is, and which checkpoints exist, is in `manifest.py`. Imports no jax.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from jgpt.config.settings import differences
@@ -86,3 +89,14 @@ def find_contradiction(recorded: RunFiles, copies: RunFiles, described: Manifest
     counted = str(described.data.get("sequences"))[:20]
     return f"its manifest counts {counted} sequences, and its steps take {sequences}"
   return None
+
+
+def describe_ways(workdir: Path) -> str:
+  """Describes what can be done instead of resuming a run, as the end of a sentence."""
+  if not manifest.list_steps(workdir):
+    return "choose another --workdir, or start over with --fresh"
+  run = shlex.quote(str(workdir))
+  return (
+    "choose another --workdir; start over with --fresh; or begin a new run from this one, in "
+    f"another --workdir, with --init-from {run} or, to keep Adam's moments, --continue-from {run}"
+  )

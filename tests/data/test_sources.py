@@ -19,6 +19,7 @@ from jgpt.data.download import DownloadError
 from jgpt.data.sources import (
   GPT2_FILES,
   SOURCES,
+  RecordedTextError,
   Text,
   expected_vocab_size,
   find_gpt2_files,
@@ -169,12 +170,14 @@ def test_recorded_text_that_is_nowhere_is_refused_with_where_to_put_it(places):
   """Never another text in its place, and without asking the network for what it cannot have."""
   places.data.write_bytes(b"another\n")
   with pytest.raises(
-    UserError, match=rf"SHA-256 {sha256(b'lost')[:12]}.*names\.txt.*JGPT_DATA_DIR.*--fresh"
+    RecordedTextError,
+    match=rf"names\.txt is not .* instead of {sha256(b'lost')[:12]}.*names\.txt.*JGPT_DATA_DIR",
   ):
     find_text(data_config(), sha256=sha256(b"lost"))
   assert places.downloads == 0
   with pytest.raises(
-    UserError, match=rf"SHA-256 {sha256(ORIGINAL)[:12]}.*names\.txt.*JGPT_DATA_DIR.*--fresh"
+    RecordedTextError,
+    match=rf"names\.txt is not .* instead of {sha256(ORIGINAL)[:12]}.*names\.txt.*JGPT_DATA_DIR",
   ):
     find_text(data_config(), sha256=sha256(ORIGINAL))
 
@@ -185,7 +188,7 @@ def test_recorded_file_that_has_changed_is_refused_by_name(places):
   config = data_config(path=str(places.mine))
   assert find_text(config, sha256=before).text == "before\n"
   places.mine.write_bytes(b"after\n")
-  with pytest.raises(UserError, match=f"{places.mine} has changed.*{before[:12]}.*{after[:12]}"):
+  with pytest.raises(RecordedTextError, match=f"{places.mine}.*{after[:12]}.*{before[:12]}"):
     find_text(config, sha256=before)
 
 
@@ -265,7 +268,7 @@ def test_folder_is_its_text_files_in_the_order_of_their_paths(folder):
     )
     assert found.sha256 == sha256(b"zero\none\ntwo\n")
   Path("texts/folder.txt/d.txt").write_bytes(b"three\n")
-  with pytest.raises(UserError, match=r"^texts has changed since this run began.*--fresh"):
+  with pytest.raises(RecordedTextError, match=r"^texts \(4 files\) is not the text of the run"):
     find_text(data_config(path="texts"), sha256=found.sha256)
 
 
@@ -301,14 +304,18 @@ def test_home_folder_is_meant_by_a_tilde(folder, monkeypatch):
 def test_files_are_joined_with_a_newline_where_one_is_missing(folder):
   """Else the last word of a file would run into the next.
 
-  Byte order marks go, and one file keeps its own digest.
+  Byte order marks go, except for the digest of the first; one file keeps its own digest, and one
+  that holds all of them has theirs.
   """
   folder(
     {"t/1.txt": b"\xef\xbb\xbfone", "t/2.txt": b"\xef\xbb\xbftwo\n", "t/3.txt": "drei ü".encode()}
   )
   found = find_text(data_config(path="t"))
   assert found.text == "one\ntwo\ndrei ü"
-  assert found.sha256 == sha256(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\ndrei \xc3\xbc")
+  assert found.sha256 == sha256(b"\xef\xbb\xbfone\ntwo\ndrei \xc3\xbc")
+  folder({"all.txt": b"\xef\xbb\xbfone\ntwo\ndrei \xc3\xbc"})
+  whole = find_text(data_config(path="all.txt"))
+  assert (whole.text, whole.sha256) == (found.text, found.sha256)
   assert find_text(data_config(path="t/1*")).sha256 == find_text(data_config(path="t/1.txt")).sha256
 
 
@@ -394,8 +401,8 @@ def test_python_docs_of_another_python_are_refused(places):
   """A run that began under one version cannot go on with another's text: the message says which
   this is.
   """
-  here = re.escape(f"python_docs text (this is Python {platform.python_version()}) has changed")
-  with pytest.raises(UserError, match=f"{here}.*abcdefabcdef.*versions.*--fresh"):
+  here = re.escape(f"Python {platform.python_version()} is not the text of the run")
+  with pytest.raises(RecordedTextError, match=f"{here}.*abcdefabcdef.*versions"):
     find_text(data_config(source="python_docs"), sha256="abcdef" * 10)
 
 
@@ -423,8 +430,8 @@ def test_text_that_is_nowhere_is_refused_with_what_to_do(places):
     find_text(data_config(source="tiny_shakespeare"), sha256=sha256(ORIGINAL))
   assert "python_docs" not in str(refusal.value)
   with pytest.raises(
-    UserError,
-    match=rf"SHA-256 {sha256(b'lost')[:12]}.*tinyshakespeare\.txt.*JGPT_DATA_DIR.*--fresh",
+    RecordedTextError,
+    match=rf"SHA-256 {sha256(b'lost')[:12]} was found.*tinyshakespeare\.txt.*JGPT_DATA_DIR",
   ):
     find_text(data_config(source="tiny_shakespeare"), sha256=sha256(b"lost"))
 

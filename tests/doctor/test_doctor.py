@@ -1167,12 +1167,12 @@ def test_data_that_are_gone_or_changed_are_a_problem(run, words):
     wrong = only_problem(examine(run))
     assert (
       wrong.topic == "going on"
-      and "has changed since this run began" in wrong.text
+      and "has changed since the run" in wrong.text
       and "old text back" in wrong.do
     )
     source.unlink()
     wrong = only_problem(examine(run))
-    assert "words.txt" in wrong.text and "put the data back" in wrong.do
+    assert "words.txt" in wrong.text and "data.path=PATH" in wrong.do
   finally:
     source.write_text(text, encoding="utf-8")
 
