@@ -14,12 +14,10 @@ import importlib
 import itertools
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from jgpt.config import Experiment, catalog
@@ -222,22 +220,6 @@ def _exit_without_joining(status: int) -> None:
     if stream is not None:
       stream.flush()
   os._exit(status)
-
-
-def python_command() -> str:
-  """Returns the command that starts the running Python, for commands that are printed.
-
-  Returns:
-    "python" where the shell finds the running one by that name; else its path, relative where it is
-    below the current folder.
-  """
-  found = shutil.which("python")
-  if found and os.path.abspath(found) == os.path.abspath(sys.executable):
-    return "python"
-  try:
-    return str(Path(sys.executable).relative_to(Path.cwd()))
-  except ValueError:
-    return sys.executable or "python"
 
 
 def add_place_option(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ from jgpt.runs.folder import (
   write_run_files,
 )
 from jgpt.runs.origin import Origin, check_origin, find_checkpoint, open_origin
-from jgpt.runs.resume import describe_ways, find_sound_step
+from jgpt.runs.resume import describe_ways, find_recorded, find_sound_step
 from jgpt.runs.text import find_run_data
 from jgpt.sharding import make_mesh
 from jgpt.step import MAX_STEPS_PER_CALL
@@ -122,16 +122,11 @@ def plan_run(
   recorded = None
   if workdir is not None:
     check_workdir(workdir)
-  if workdir is not None and os.path.lexists(workdir / "experiment.json"):
-    recorded = read_run_files(workdir)
+    recorded = find_recorded(workdir)
+  if recorded:
     check_other_folder(experiment, workdir, recorded)
     experiment = resolve_as_recorded(experiment, recorded)
     check_same_run(experiment, recorded, workdir)
-  elif workdir is not None and (steps := manifest.list_steps(workdir)):
-    raise UserError(
-      f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in "
-      f"checkpoints/{steps[-1]}, or choose another --workdir"
-    )
   saved_step = find_sound_step(workdir)[0] if workdir is not None else None
   data = None
   if recorded:

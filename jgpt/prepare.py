@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jgpt import cli
+from jgpt.system.command import python_command
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.data.preparation import Preparation
@@ -90,7 +91,7 @@ def format_next_command(wanted: Preparation) -> str:
   kind = kind_of(wanted.tokenizer)
   size = f" --set data.bpe_vocab_size={wanted.tokenizer.vocab_size}" if kind == "bpe" else ""
   path = shlex.quote(f"data.path={wanted.out}")
-  return f"{cli.python_command()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
+  return f"{python_command()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
 
 
 class PreparationProgress:

@@ -28,7 +28,9 @@ from jgpt.config.settings import (
 from jgpt.data.sources import expected_vocab_size
 from jgpt.errors import UserError, first_line
 from jgpt.params import count_params
+from jgpt.runs.folder import RunFiles, read_last_settings
 from jgpt.runs.origin import read_source_files
+from jgpt.runs.resume import find_recorded
 from jgpt.system import locks, signals
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
@@ -51,10 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     "train.continue_from": args.continue_from,
   }
   changes |= {name: value for name, value in flags.items() if value is not None}
-  name, base = load_base(args.experiment, changes)
-  experiment = change(base, changes)
+  recorded = None
+  if args.workdir and not (args.experiment or args.init_from or args.continue_from):
+    workdir = Path(os.path.expanduser(args.workdir))
+    recorded = read_recorded(workdir)
+    name, (known, base) = recorded.name, find_base(recorded, workdir)
+    experiment = change_recorded(recorded, workdir, changes)
+  else:
+    known, (name, base) = args.experiment, load_base(args.experiment, changes)
+    experiment = change(base, changes)
   if args.print_config:
-    print(format_config(name, experiment))
+    vocab_size = recorded.tokenizer.vocab_size if recorded else None
+    print(format_config(name, experiment, vocab_size))
     return 0
   with signals.exit_on_signals() as stop:
     with stop.leaving(
@@ -75,14 +85,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{same} holds this run, on the same text under another name", file=sys.stderr)
         workdir = same
       plan = _plan(args, name, experiment, workdir)
-    return _train(args, base, experiment, plan, stop)
+    return _train(known, base, experiment, plan, stop)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m jgpt.run",
     description="Train an experiment. The same command again resumes where it stopped, or samples "
-    "when it is finished.",
+    "when it is finished; so does --workdir DIR alone.",
   )
   parser.add_argument(
     "--experiment",
@@ -125,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--workdir",
     metavar="DIR",
-    help="run folder; without it runs/NAME, changed settings in the name",
+    help="run folder; without it runs/NAME, changed settings in the name; without --experiment the "
+    "run in it goes on",
   )
   parser.add_argument(
     "--fresh", action="store_true", help="set the run folder aside and start over"
@@ -170,6 +181,54 @@ def load_base(experiment: str | None, changes: dict[str, Any]) -> tuple[str, Exp
   return files.name or "continued", unresolve(files.experiment)
 
 
+def read_recorded(workdir: Path) -> RunFiles:
+  """Reads the files of the run in `--workdir`, for a command without `--experiment`.
+
+  Raises:
+    UserError: if there is none.
+  """
+  recorded = find_recorded(workdir)
+  if recorded is None:
+    raise UserError(
+      f"{workdir} holds no run to go on with. To begin one there, name an experiment: --experiment "
+      f"NAME, one of {', '.join(catalog.list_experiments())}"
+    )
+  return recorded
+
+
+def change_recorded(recorded: RunFiles, workdir: Path, changes: dict[str, Any]) -> Experiment:
+  """Returns the settings of a run's last start, with the changes of a command.
+
+  What follows from other settings or from the data is None again.
+
+  Args:
+    recorded: the run's files.
+    workdir: its folder.
+    changes: `section.field` -> value.
+  """
+  last = read_last_settings(workdir, recorded)
+  kept: dict[str, Any] = {
+    f"train.{name}": getattr(last.train, name) for name in ("init_from", "continue_from")
+  }
+  if last.model.vocab_size == recorded.tokenizer.vocab_size:
+    kept["model.vocab_size"] = None
+  if "train.epochs" in changes:
+    kept["train.steps"] = None
+  return change(change(unresolve(last), kept), changes)
+
+
+def find_base(recorded: RunFiles, workdir: Path) -> tuple[str | None, Experiment]:
+  """Finds the experiment that a run is of, by its name.
+
+  Returns:
+    What `--experiment` takes for it, and the experiment; None, and the run's settings, where jgpt
+    has none of that name.
+  """
+  if recorded.name in catalog.list_experiments():
+    return recorded.name, catalog.load_experiment(recorded.name)
+  return None, change_recorded(recorded, workdir, {})
+
+
 def format_list() -> str:
   """Formats the table of experiments: name, parameters, data, description, expected result."""
   rows = [("experiment", "parameters", "data", "what it is", "expected loss")]
@@ -184,7 +243,7 @@ def format_list() -> str:
     rows.append(
       (
         name,
-        f"{_count_resolved_params(experiment):,}",
+        f"{_count_params(experiment):,}",
         experiment.data.path or experiment.data.source,
         what,
         expected,
@@ -196,17 +255,23 @@ def format_list() -> str:
   )
 
 
-def format_config(name: str, experiment: Experiment) -> str:
-  """Formats every setting as `--set` takes it."""
+def format_config(name: str, experiment: Experiment, vocab_size: int | None = None) -> str:
+  """Formats every setting as `--set` takes it.
+
+  Args:
+    name: of the experiment.
+    experiment: not resolved.
+    vocab_size: of its tokenizer; None counts what its data will have.
+  """
   sizes = {n: getattr(experiment.model, n) for n in GPT2_SIZES["d12"]}
   known = [f" ({SIZE}={size})" for size, there in GPT2_SIZES.items() if there == sizes]
-  lines = [f"# {name}: {_count_resolved_params(experiment):,} parameters{''.join(known)}"]
+  lines = [f"# {name}: {_count_params(experiment, vocab_size):,} parameters{''.join(known)}"]
   return "\n".join(lines + [f"{k}={format_value(v)}" for k, v in list_settings(experiment).items()])
 
 
-def _count_resolved_params(experiment: Experiment) -> int:
+def _count_params(experiment: Experiment, vocab_size: int | None = None) -> int:
   """Counts the parameters of an experiment whose settings are not resolved, without its data."""
-  return count_params(resolve(experiment, expected_vocab_size(experiment.data)).model)
+  return count_params(resolve(experiment, vocab_size or expected_vocab_size(experiment.data)).model)
 
 
 def set_run_aside(folder: Path) -> Path | None:
@@ -287,9 +352,17 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
 
 
 def _train(
-  args: argparse.Namespace, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop
+  known: str | None, base: Experiment, experiment: Experiment, plan: Plan, stop: Stop
 ) -> int:
-  """Trains, and prints what was learned and what to try next; returns the exit status."""
+  """Trains, and prints what was learned and what to try next; returns the exit status.
+
+  Args:
+    known: what `--experiment` takes for it; None where that is not known.
+    base: the experiment of that name.
+    experiment: the changed one.
+    plan: of the run.
+    stop: from `exit_on_signals`.
+  """
   from jgpt import train
   from jgpt.generate import sample_texts
   from jgpt.report import summary
@@ -337,7 +410,9 @@ def _train(
     expected = base.expected if summary.is_comparable(base, experiment) else ()
     if words := compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
       print(f"{words}\n")
-    summary.print_next(plan, texts, summary.format_command(args.experiment, base, experiment))
+    is_named = known or experiment.train.continue_from != base.train.continue_from
+    again = summary.format_command(known, base, experiment) if is_named else None
+    summary.print_next(plan, texts, again)
     if plan.start_step < steps:
       print_compiler_check(plan)
   return 0

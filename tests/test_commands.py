@@ -15,6 +15,7 @@ from jgpt import cli, run, sample
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import list_settings
 from jgpt.runs import manifest
+from jgpt.system import command
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
 LINE = re.compile(
@@ -103,7 +104,7 @@ def test_the_suggested_commands_work(folder, capsys):
   (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
   _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
   commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
-  assert len(commands) == 3 and all(c[:2] == [cli.python_command(), "-m"] for c in commands)
+  assert len(commands) == 3 and all(c[:2] == [command.python_command(), "-m"] for c in commands)
   status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
   assert status == 0 and len(texts.splitlines()) == 2
   assert run.main([*commands[2][3:], "--steps", "5"]) == 0
@@ -114,11 +115,11 @@ def test_suggestions_call_the_python_that_is_running(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   ours = str(tmp_path / ".venv" / "bin" / "python")
   monkeypatch.setattr(sys, "executable", ours)
-  assert cli.python_command() == str(Path(".venv", "bin", "python"))
-  monkeypatch.setattr(cli.shutil, "which", lambda name: ours)
-  assert cli.python_command() == "python"
+  assert command.python_command() == str(Path(".venv", "bin", "python"))
+  monkeypatch.setattr(command.shutil, "which", lambda name: ours)
+  assert command.python_command() == "python"
   monkeypatch.setattr(sys, "executable", os.path.abspath("/elsewhere/python"))
-  assert cli.python_command() == sys.executable
+  assert command.python_command() == sys.executable
 
 
 def test_the_same_command_is_finished_and_samples_the_same(folder, capsys):

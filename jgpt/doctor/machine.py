@@ -14,11 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jgpt.cli import python_command
 from jgpt.doctor.findings import Finding, format_bytes, note, ok, problem
 from jgpt.doctor.packages import find_version
 from jgpt.doctor.probe import Probe, run_bounded
 from jgpt.errors import near_matches
+from jgpt.system.command import python_command
 from jgpt.system.memory import measure_memory, read_kernel, read_quota
 
 PREFIXES = ("JAX_", "XLA_", "JGPT_", "CUDA_", "NVIDIA_", "TPU_")

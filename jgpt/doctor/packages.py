@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jgpt
-from jgpt.cli import python_command
 from jgpt.doctor.findings import Finding, note, ok, problem
 from jgpt.doctor.probe import run_bounded
+from jgpt.system.command import python_command
 
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 EXTRAS = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jgpt import cli, sharding
+from jgpt import sharding
 from jgpt.config import Experiment
 from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, is_circumstance, list_settings
@@ -24,6 +24,7 @@ from jgpt.params import count_params, walk
 from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
 from jgpt.report.verdict import LAST, diagnose_losses, final_loss
+from jgpt.system.command import python_command
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.train import Result
@@ -201,25 +202,28 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
     print("\n" + "\n\n".join(samples) + "\n")
 
 
-def print_next(plan: Plan, texts: list[str], again: str) -> None:
+def print_next(plan: Plan, texts: list[str], again: str | None) -> None:
   """Prints what to try next.
 
   Args:
     plan: of the finished run.
     texts: its samples.
-    again: this command, from `format_command`.
+    again: this command, from `format_command`; None where it is not known.
   """
   prompt = (
     texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
   )
   print("next:")
-  python, run = [cli.python_command(), "-m"], ["--run", str(plan.workdir)]
+  python, run = [python_command(), "-m"], ["--run", str(plan.workdir)]
   print(
     f"  {shlex.join([*python, 'jgpt.sample', *run, f'--prompt={prompt}', '--temperature', '0.8'])}"
   )
-  if not plan.experiment.train.steps:  # the run only holds the weights that it began from
-    if len(plan.data.heldout.tokens):
-      print(f"  {shlex.join([*python, 'jgpt.evaluate', *run])}")
+  holds_weights = not plan.experiment.train.steps  # only those that it began from
+  if holds_weights and len(plan.data.heldout.tokens):
+    print(f"  {shlex.join([*python, 'jgpt.evaluate', *run])}")
+  if again is None:
+    return
+  if holds_weights:
     print(f"  {again}")
     return
   print(f"  {again} --steps {2 * plan.experiment.train.steps}")
@@ -239,7 +243,7 @@ def format_command(name: str | None, base: Experiment, experiment: Experiment) -
     experiment: the changed one.
   """
   before, now = list_settings(base), list_settings(experiment)
-  words = [cli.python_command(), "-m", "jgpt.run", *(["--experiment", name] if name else [])]
+  words = [python_command(), "-m", "jgpt.run", *(["--experiment", name] if name else [])]
   for setting, value in now.items():
     if value != before[setting] and setting != "train.steps":
       words += ["--set", f"{setting}={format_value(value)}"]

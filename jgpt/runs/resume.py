@@ -7,6 +7,7 @@ What damage is, and which checkpoints exist, is in `manifest.py`. Imports no jax
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -88,6 +89,39 @@ def find_contradiction(recorded: RunFiles, copies: RunFiles, described: Manifest
   if described.data.get("sequences") != sequences:
     counted = str(described.data.get("sequences"))[:20]
     return f"its manifest counts {counted} sequences, and its steps take {sequences}"
+  return None
+
+
+def find_recorded(workdir: Path) -> RunFiles | None:
+  """Reads the files of the run in a folder.
+
+  Returns:
+    Them; None where the folder holds no run.
+
+  Raises:
+    UserError: if it is a run's checkpoint, or the folder of its checkpoints; has checkpoints but no
+      experiment.json; or as `read_run_files` does.
+  """
+  here = workdir.absolute()
+  runs = {here.parent.parent: here.parent.name, here.parent: here.name}
+  for run, name in runs.items():
+    if name == "checkpoints" and os.path.lexists(run / "experiment.json"):
+      what = f"{workdir} belongs to the run in {run}, and is no run folder itself"
+      ways = f"to go on with the run: --workdir {shlex.quote(str(run))}"
+      if here.parent != run:
+        step = shlex.quote(str(workdir))
+        ways += (
+          "; to begin a new run from this step, in another --workdir: --init-from "
+          f"{step} or, to keep Adam's moments, --continue-from {step}"
+        )
+      raise UserError(f"{what}. T{ways[1:]}")
+  if os.path.lexists(workdir / "experiment.json"):
+    return read_run_files(workdir)
+  if steps := manifest.list_steps(workdir):
+    raise UserError(
+      f"{workdir} has checkpoints but no experiment.json to say what they are. Copy the one in "
+      f"checkpoints/{steps[-1]}, or choose another --workdir"
+    )
   return None
 
 

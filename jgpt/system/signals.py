@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jgpt.errors import TrainingError
+from jgpt.system.command import python_command
 
 # Signals so close together count as one: a key is held down, or a whole process group is signalled.
 REPEAT_SECONDS = 0.5
@@ -52,8 +54,10 @@ def describe_stop(step: int, workdir: Path | None) -> str:
     return f"stopped after step {step:,}; nothing is kept"
   if not step:
     return f"stopped before the first step; the same command begins again in {workdir}"
+  command = shlex.join([python_command(), "-m", "jgpt.run", "--workdir", str(workdir)])
   return (
-    f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from there"
+    f"stopped after step {step:,}, which is saved in {workdir}; the same command goes on from "
+    f"there, and so does {command}"
   )
 
 
