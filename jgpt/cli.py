@@ -14,15 +14,18 @@ import importlib
 import itertools
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from jgpt.config import Experiment, catalog
 from jgpt.config.settings import explain_unknown
 from jgpt.errors import TrainingError, UserError, first_line, printable, show
+from jgpt.system.command import python_command
 
 LESS_MEMORY = (
   "Try a smaller data.batch_size, or train.micro_batch_size, which computes the same in parts"
@@ -118,12 +121,43 @@ def guard(command: Callable[[], int]) -> int:
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="replace")
+  if note := describe_other_copy():
+    print(note, file=sys.stderr)
   _reduce_garbage_collection()
   with _quit_on_ctrl_c():
     status = run_command(command)
   # Registered last and so called first: from there on the process only ends.
   atexit.register(_ignore_ctrl_c)
   return status
+
+
+def describe_other_copy() -> str | None:
+  """Describes that the checkout of jgpt that one is in is not the jgpt that is imported.
+
+  Returns:
+    A line; None outside of a checkout, and where it is the one that is imported.
+  """
+  used = Path(__file__).resolve().parent
+  try:
+    here = Path.cwd()
+  except OSError:  # it was deleted
+    return None
+  for folder in (here, *here.parents):
+    try:
+      if not (folder / "jgpt" / "cli.py").is_file():
+        continue
+      project = (folder / "pyproject.toml").read_text(encoding="utf-8", errors="replace")
+      is_same = (folder / "jgpt").samefile(used)
+    except OSError:
+      continue
+    if re.search(r'^name = "jgpt"$', project, re.MULTILINE):
+      install = shlex.join([python_command(), "-m", "pip", "install", "-e", str(folder)])
+      words = (
+        f"note: jgpt is imported from {used}, and what is edited in {folder} is not used. To use "
+        f"that: {install}"
+      )
+      return None if is_same else printable(words)
+  return None
 
 
 def _ignore_ctrl_c() -> None:

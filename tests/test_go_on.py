@@ -1,6 +1,7 @@
 """`run --workdir DIR` goes on with what the folder records; refusals name the ways on."""
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import shutil
@@ -96,7 +97,7 @@ def test_a_run_counted_in_epochs_goes_on_and_grows(words):
     plan_run(run.change_recorded(recorded, Path("run"), changes), workdir="run").experiment
     for changes in ({}, {"train.epochs": 3}, {"train.steps": 5})
   ]
-  assert steps[0] == first
+  assert steps[0] == dataclasses.replace(first, expected=())
   assert [x.train.steps for x in steps] == [first.train.steps, first.train.steps // 2 * 3, 5]
 
 

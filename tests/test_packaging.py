@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from jgpt import cli
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -89,3 +91,41 @@ def test_posix_only_modules_are_not_imported_at_the_top():
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
       names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
       assert not posix_only & set(names), path
+
+
+def make_checkout(folder, project='name = "jgpt"'):
+  (folder / "jgpt").mkdir(parents=True)
+  (folder / "jgpt" / "cli.py").write_text("")
+  (folder / "pyproject.toml").write_text(f"[project]\n{project}\n")
+  return folder
+
+
+def test_another_copy_than_the_checkout_one_is_in_is_named(tmp_path, monkeypatch, capsys):
+  """In one line on standard error, before the command, with how to use what is edited."""
+  folder = make_checkout(tmp_path / "my clone")
+  (folder / "notebooks").mkdir()
+  for place in (folder, folder / "notebooks"):
+    monkeypatch.chdir(place)
+    assert cli.guard(lambda: 0) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"jgpt is imported from {ROOT / 'jgpt'}, and what is edited in {folder} is not" in err
+    assert err.endswith(f" -m pip install -e '{folder}'\n")
+
+
+def test_one_copy_or_another_project_is_no_matter(tmp_path, monkeypatch):
+  other = make_checkout(tmp_path / "other", 'name = "jgpt-plots"')
+  (tmp_path / "alone" / "jgpt").mkdir(parents=True)
+  (tmp_path / "alone" / "jgpt" / "cli.py").write_text("")
+  (tmp_path / "link").symlink_to(ROOT)
+  for place in (other, tmp_path / "alone", tmp_path, ROOT, ROOT / "jgpt", tmp_path / "link"):
+    monkeypatch.chdir(place)
+    assert cli.describe_other_copy() is None, place
+
+
+@pytest.mark.parametrize(
+  ("args", "said"), [([], "usage: jgpt <verb>"), (["run", "--list"], "4,192")]
+)
+def test_the_package_itself_lists_and_runs_its_verbs(tmp_path, args, said):
+  done = run_there(ROOT, tmp_path, "jgpt", *args)
+  assert done.returncode == 0 and done.stderr == "" and said in done.stdout

@@ -226,8 +226,8 @@ def find_leftovers(workdir: Path) -> Leftovers:
   complete = [name for name in partial if STEP.fullmatch(name)]
   if not steps and len(complete) > 1:
     raise UserError(
-      f"none of the checkpoints in {folder} has its {MANIFEST_FILE}. Put them back, or start over "
-      "with --fresh"
+      f"none of the checkpoints in {folder} has its {MANIFEST_FILE}. Put them back, choose another "
+      "--workdir, or start over with --fresh"
     )
   aside = [] if steps else complete
   return Leftovers(

@@ -43,7 +43,8 @@ def find_sound_step(workdir: Path, trusted: int | None = None) -> tuple[int | No
     first = next(iter(damaged.values()))
     raise UserError(
       f"every checkpoint of {workdir} is damaged ({', '.join(map(str, damaged))}): {first}. "
-      "Nothing was changed; put a backup in its place, or start over with --fresh"
+      "Nothing was changed; put a backup in its place, choose another --workdir, or start over "
+      "with --fresh"
     )
   return None, {}
 

@@ -167,7 +167,7 @@ def check_same_weights(initial: InitialParams, sha256: str | None) -> InitialPar
   if sha256 not in (None, initial.sha256):
     raise UserError(
       f"the weights of {initial.location} have changed since this run began. Put the old ones "
-      "back, or start over with --fresh"
+      "back, choose another --workdir, or start over with --fresh"
     )
   return initial
 
