@@ -40,10 +40,12 @@ from jgpt.errors import UserError, printable
 from jgpt.generate import check_prompt
 from jgpt.runs import manifest
 from jgpt.runs.folder import (
+  MAX_SETTINGS,
   RunFiles,
   append_env,
   current_folder,
   read_run_files,
+  read_run_json,
   write_run_files,
 )
 from jgpt.runs.origin import Origin, check_origin, find_checkpoint, open_origin
@@ -291,16 +293,16 @@ def find_default_run(name: str, base: Experiment, experiment: Experiment) -> Pat
     and whose run has the same settings and the same text; None where there is none.
   """
   for folder in sorted(Path("runs").glob(f"{glob.escape(name)}*")):
-    try:
-      there = read_run_files(folder).experiment.data
-    except (UserError, OSError):
+    try:  # without the tokenizer, which may take megabytes
+      match read_run_json(folder / "experiment.json", MAX_SETTINGS):
+        case {"experiment": {"data": {"source": source, "path": path}}}:
+          there = change(experiment, {"data.path": path, "data.source": source})
+        case _:
+          continue
+    except UserError:
       continue
-    place = {"data.path": there.path, "data.source": there.source}
-    names = [
-      _folder_name(name, base, change(experiment, place), flags)
-      # Folders were named by all of Unicode's letters once.
-      for flags in (re.ASCII, re.UNICODE)
-    ]
+    # Folders were named by all of Unicode's letters once.
+    names = [_folder_name(name, base, there, flags) for flags in (re.ASCII, re.UNICODE)]
     is_default = any(re.fullmatch(f"{re.escape(n)}(-[0-9a-f]{{6}})?", folder.name) for n in names)
     if is_default and _holds_run(folder, experiment):
       return folder
