@@ -4,6 +4,7 @@ one text.
 
 import dataclasses
 import itertools
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ from jgpt.config import SampleConfig
 from jgpt.config.catalog import load_experiment
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError
-from jgpt.generate import draw, fit_prompt, generate, generate_texts
+from jgpt.generate import check_prompt, draw, fit_prompt, generate, generate_texts
 from jgpt.model import apply, init_params
 from jgpt.sharding import arrange_blocks
-from jgpt.text.tokenizer import CharTokenizer
+from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = load_experiment("names")
 CONFIG = dataclasses.replace(NAMES.model, vocab_size=27, num_layers=2, init_std=0.3)
@@ -115,7 +116,8 @@ def test_top_k_and_top_p_keep_what_their_definitions_say(temperature):
   """Alone and together, at the ends of their ranges and beyond V, at every temperature.
 
   A row of logits is drawn from 2,000 times. No token outside the set is drawn, each that is
-  expected ten times is, and what is kept keeps its proportions (chi-square, p > 1e-4).
+  expected ten times is, and what is kept keeps its proportions (chi-square, p > 1e-4). Fewer rows
+  than top_k are the first of more.
   """
   settings = [(top_k, top_p) for top_k in (None, 0, 1, 3, 8, 99) for top_p in (1.0, 0.6, 0.9)]
   settings += [(top_k, top_p) for top_k in (None, 2, 5) for top_p in (0.0, 0.26, 0.4, 0.74, 0.985)]
@@ -129,6 +131,8 @@ def test_top_k_and_top_p_keep_what_their_definitions_say(temperature):
     assert not drawn[expected == 0].any(), (top_k, top_p)
     assert drawn[expected > 10].all(), (top_k, top_p)
     assert chi_square_p(drawn, expected) > 1e-4, (top_k, top_p)
+  fewer = draw(rows_BV[:3], jax.random.key(i), jnp.float32(temperature), top_k, top_p)
+  np.testing.assert_array_equal(fewer, tokens[:3])
 
 
 def test_a_token_that_reaches_top_p_exactly_is_the_last():
@@ -178,12 +182,12 @@ def full_pass(params, ids):
 jitted_apply = jax.jit(apply, static_argnums=2)
 
 
-@pytest.mark.parametrize("how", ["plain", "as on a CPU"])
-def test_greedy_decoding_equals_full_passes(params, how):
+@pytest.mark.parametrize(("how", "prompt"), [("plain", "ab"), ("as on a CPU", "")])
+def test_greedy_decoding_equals_full_passes(params, how, prompt):
   """Temperature 0 with the cache gives token for token what a full forward pass over the text so
-  far gives.
+  far gives; a prompt of three tokens is filled up for that.
   """
-  text = [BOS]
+  text = [BOS, *TOKENIZER.encode(prompt)]
   while len(text) <= CONFIG.max_seq_len:
     text.append(int(jnp.argmax(full_pass(params, text))))
     if text[-1] == BOS:
@@ -191,7 +195,8 @@ def test_greedy_decoding_equals_full_passes(params, how):
   experiment = EXPERIMENT if how == "plain" else resolve_compute(EXPERIMENT, "cpu")
   params = arrange_blocks(params, experiment.compute.layers)
   assert isinstance(params["blocks"], dict) == (how == "plain")
-  assert texts(params, num=1, temperature=0.0, experiment=experiment) == [TOKENIZER.decode(text)]
+  drawn = texts(params, num=1, temperature=0.0, experiment=experiment, prompt=prompt)
+  assert drawn == [TOKENIZER.decode(text)] and len(drawn[0]) > len(prompt) + 3
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "abc", "abcdefghijklmno", "abcdefghijklmnopqrstuv"])
@@ -232,7 +237,7 @@ def test_without_a_limit_a_text_ends_at_bos_or_where_the_context_is_full(params)
 
 def test_max_tokens_counts_new_tokens(params):
   assert {len(t) for t in texts(params, num=50, max_tokens=2)} <= {0, 1, 2}
-  assert max(len(t) for t in texts(params, num=200, max_tokens=40)) > CONFIG.max_seq_len
+  assert max(len(t) for t in texts(params, num=200, max_tokens=17)) == CONFIG.max_seq_len + 1
 
 
 def test_a_prompt_shorter_by_limits_is_the_beginning_of_the_longer(params):
@@ -304,6 +309,21 @@ def test_tokens_of_a_text_have_the_joint_distribution_of_the_model(prompt, stop_
 def test_an_unknown_character_in_a_prompt_is_named(params):
   with pytest.raises(UserError, match=r"'É' 'é'.*a-z"):
     texts(params, prompt="Éé")
+
+
+@pytest.mark.parametrize(
+  ("chars", "known"), [("abc", "a"), ("!,.z", "z"), (",.;", ","), (None, "a")]
+)
+def test_a_prompt_that_has_no_ids_is_refused_with_one_that_has(chars, known):
+  """Its first letter or digit, or its first character, or "a" for a tokenizer of bytes."""
+  tokenizer = CharTokenizer(chars, bos=True) if chars else ByteTokenizer()
+  with pytest.raises(UserError) as caught:
+    check_prompt(SampleConfig(temperature=1.0, prompt="\udcffé"), tokenizer)
+  message = str(caught.value)
+  assert message.startswith("sample.prompt='") and message.count("Try --set ") == 1
+  given = shlex.split(message.partition("Try --set ")[2])
+  assert given == [f"sample.prompt={known}"] and ".." not in message
+  check_prompt(SampleConfig(temperature=1.0, prompt=known), tokenizer)
 
 
 def test_a_long_prompt_keeps_its_tail(params):

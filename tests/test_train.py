@@ -291,11 +291,13 @@ def test_the_folder_alone_is_enough_to_sample(experiment, tmp_path, words):
 
 
 def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
-  """Equal to the token-weighted mean of documents taken one at a time."""
+  """Equal to the token-weighted mean of documents taken one at a time, for the parameters at the
+  end: the last evaluation on the way was ten updates earlier.
+  """
   from jgpt.batches import Batch
   from jgpt.step import loss_fn
 
-  plan = plan_run(experiment)
+  plan = plan_run(change(experiment, {"train.eval_every": 25}))
   result = train.train_run(plan)
   tokens, lengths = plan.data.heldout
   weights = (np.arange(16)[None] < lengths[:, None]).astype(np.float32)
