@@ -14,9 +14,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jgpt import batches
-from jgpt.batches import Stream, count_epoch_steps, count_eval_batches
+from jgpt.batches import Batch, Stream, count_epoch_steps, count_eval_batches
 from jgpt.config.catalog import load_experiment
-from jgpt.config.experiment import Hyper
+from jgpt.config.experiment import NUM_GROUPS, Hyper
 
 NAMES = load_experiment("names")
 BASE = dataclasses.replace(NAMES.data, heldout_fraction=0.0)
@@ -227,3 +227,46 @@ def test_num_batches_repeats_the_first_ones(batching):
   for step in range(6):
     for x, y in zip(few(corpus, jnp.int32(step)), all_(corpus, jnp.int32(step % 2)), strict=True):
       np.testing.assert_array_equal(x, y)
+
+
+# --- Parts of a batch ---
+
+
+def make_documents(lengths, T=7):
+  """A batch whose row i holds 100 i + position, and predictions as many as its length."""
+  tokens = np.arange(len(lengths))[:, None] * 100 + np.arange(T + 1)
+  weights_BT = np.float32(np.arange(T) < np.array(lengths)[:, None])
+  return jax.tree.map(jnp.asarray, Batch(tokens[:, :-1], tokens[:, 1:], weights_BT))
+
+
+def rows_of(part):
+  """Which rows of `make_documents` a part holds; each with all that belongs to it."""
+  rows = np.asarray(part.inputs_BT)[..., 0] // 100
+  whole = make_documents(LENGTHS)
+  for got, all_rows in zip(part, whole, strict=True):
+    np.testing.assert_array_equal(got, np.asarray(all_rows)[rows])
+  return rows.tolist()
+
+
+LENGTHS = [7, 1, 3, 4, 2, 7, 1, 3, 5, 2, 3, 6]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 12])
+def test_micro_batches_take_turns(micro_batch_size):
+  parts = batches.split(make_documents(LENGTHS), micro_batch_size)
+  num_micro = 12 // micro_batch_size
+  assert rows_of(parts) == [list(range(i, 12, num_micro)) for i in range(num_micro)]
+
+
+def test_groups_are_of_like_length_and_only_long_ones_need_all_positions():
+  """Sorted from short to long; of 7 positions the first three are the half that may be enough."""
+  groups = batches.group_by_length(make_documents(LENGTHS))
+  rows = rows_of(groups)
+  assert np.shape(rows) == (NUM_GROUPS, 12 // NUM_GROUPS) and sorted(np.ravel(rows)) == [*range(12)]
+  lengths = np.array(LENGTHS)[np.array(rows)]
+  assert np.ravel(lengths).tolist() == sorted(LENGTHS)
+  needs = [
+    bool(batches.needs_all_positions(jax.tree.map(lambda x, i=i: x[i], groups)))
+    for i in range(NUM_GROUPS)
+  ]
+  assert needs == (lengths.max(axis=1) > 3).tolist() and len(set(needs)) == 2
