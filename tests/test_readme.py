@@ -355,7 +355,7 @@ def test_the_tree_has_every_file_and_folder_of_the_core():
   (tree,) = [block for block in blocks("README.md", "text") if block.startswith("jgpt/\n")]
   shown = re.findall(r"(?<!\S)(\w+(?:\.py|/))(?=\s|$)", tree.partition("\n")[2])
   core = ROOT / "jgpt"
-  files = {path.name for path in core.glob("*.py")} - {"__init__.py"}
+  files = {path.name for path in core.glob("*.py")} - {"__init__.py", "__main__.py"}
   folders = {
     f"{path.name}/"
     for path in core.iterdir()
