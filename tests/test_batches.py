@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jgpt import batches
-from jgpt.batches import Batch, Stream, count_epoch_steps, count_eval_batches
+from jgpt.batches import Batch, Documents, Stream, count_epoch_steps, count_eval_batches
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import NUM_GROUPS, Hyper
 
@@ -193,13 +193,14 @@ def test_a_short_last_batch_is_the_mean_of_its_own_tokens():
 @pytest.mark.parametrize("num_tokens", [2, 5, 6, 13, 14, 50])
 def test_evaluation_counts_every_prediction_once(num_tokens):
   """In order, whatever the text's length: the last window may be short, and nothing past the end
-  weighs anything.
+  weighs anything; no batch is empty.
   """
   config, corpus = make_config("random"), make_stream(num_tokens)
   batch, seen = jax.jit(eval_batch_of(config, 0, whole=True)), []
   for i in range(count_eval_batches(corpus, config)):
     got = batch(corpus, jnp.int32(i))
     counted = np.asarray(got.weights_BT) == 1
+    assert counted.any()
     seen += (np.asarray(got.targets_BT)[counted] // 10).tolist()
     np.testing.assert_array_equal(
       np.asarray(got.inputs_BT)[counted], np.asarray(got.targets_BT)[counted] - 10
@@ -210,12 +211,51 @@ def test_evaluation_counts_every_prediction_once(num_tokens):
   )
 
 
+def make_corpus(num_documents):
+  """Documents whose row i holds 100 i + position, and 1, 2, 3, 4, 1, ... predictions."""
+  rows = np.arange(num_documents)
+  tokens = rows[:, None] * 100 + np.arange(5)
+  return Documents(jnp.asarray(tokens, jnp.int32), jnp.asarray(rows % 4 + 1, jnp.int32))
+
+
+def assert_holds_documents(batch, rows, num_counted):
+  """The batch's first rows are these documents, and what is counted is theirs."""
+  tokens = np.array(rows)[:, None] * 100 + np.arange(5)
+  weights_BT = np.arange(4) < np.array(rows)[:, None] % 4 + 1
+  np.testing.assert_array_equal(batch.inputs_BT[: len(rows)], tokens[:, :-1])
+  np.testing.assert_array_equal(batch.targets_BT[: len(rows)], tokens[:, 1:])
+  np.testing.assert_array_equal(batch.weights_BT[: len(rows)], np.float32(weights_BT))
+  assert batch.weights_BT.sum() == weights_BT.sum() == num_counted
+
+
+@pytest.mark.parametrize(("num_documents", "num_batches"), [(1, 1), (256, 1), (257, 2)])
+def test_evaluation_counts_every_document_once(num_documents, num_batches):
+  """In order, 256 at a time; the last batch may be short, and is not empty."""
+  corpus, config = make_corpus(num_documents), make_config("documents")
+  assert count_eval_batches(corpus, config) == num_batches
+  batch = jax.jit(eval_batch_of(config, 0, whole=False))
+  for i in range(num_batches):
+    rows = range(num_documents)[256 * i : 256 * (i + 1)]
+    assert_holds_documents(batch(corpus, jnp.int32(i)), rows, sum(n % 4 + 1 for n in rows))
+
+
+@pytest.mark.parametrize("num_documents", [1, 3, 7])
+def test_documents_are_taken_in_order_and_again(num_documents):
+  """Three at a time, up to the last step that an int32 holds, where their product does not fit."""
+  corpus, batch = make_corpus(num_documents), jax.jit(batch_of(make_config("documents"), 0))
+  for step in (0, 1, 2, 3, 6, 7, 10**9, LAST_STEP - 1, LAST_STEP):
+    rows = [(3 * step + i) % num_documents for i in range(3)]
+    assert_holds_documents(batch(corpus, jnp.int32(step)), rows, sum(n % 4 + 1 for n in rows))
+
+
 def test_sampled_evaluation_draws_the_same_windows_each_time_and_others_than_training():
   """Two evaluations differ by the model alone."""
   config, corpus = make_config("random"), make_stream(10_000)
   sampled = eval_batch_of(config, 3, whole=False)
   assert starts(sampled(corpus, 2)) == starts(eval_batch_of(config, 3, whole=False)(corpus, 2))
   assert starts(sampled(corpus, 2)) != starts(batch_of(config, 3)(corpus, 2))
+  assert starts(sampled(corpus, 2)) != starts(sampled(corpus, 1))
+  assert starts(sampled(corpus, 2)) != starts(eval_batch_of(config, 4, whole=False)(corpus, 2))
   in_order = eval_batch_of(make_config("sequential"), 3, whole=False)
   assert starts(in_order(corpus, 1)) == [12, 16, 20]
 

@@ -14,9 +14,11 @@ from equivalence import QUICK
 
 from jgpt.config import SampleConfig
 from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError
-from jgpt.generate import check_prompt, draw, fit_prompt, generate, generate_texts
+from jgpt.generate import check_prompt, draw, fit_prompt, generate, generate_texts, sample_texts
+from jgpt.keys import SAMPLE, derive_key
 from jgpt.model import apply, init_params
 from jgpt.sharding import arrange_blocks
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
@@ -159,6 +161,16 @@ def test_without_settings_of_its_own_a_call_samples_as_the_experiment_says(param
   drawn = generate_texts(params, TOKENIZER, jax.random.key(2), experiment)
   assert drawn == generate_texts(params, TOKENIZER, jax.random.key(2), EXPERIMENT, sample)
   assert len(drawn) == 3 and all(text.startswith("a") and len(text) <= 5 for text in drawn)
+
+
+def test_samples_of_a_run_are_a_function_of_its_seed_and_the_step(params):
+  drawn = []
+  for seed, step in [(0, 5), (0, 6), (1, 5), (2**31 - 1, 5)]:
+    experiment = change(EXPERIMENT, {"train.seed": seed, "sample.temperature": 1.0})
+    drawn.append(sample_texts(params, TOKENIZER, step, experiment))
+    key = derive_key(seed, SAMPLE, step)
+    assert drawn[-1] == generate_texts(params, TOKENIZER, key, experiment)
+  assert len(set(map(tuple, drawn))) == 4
 
 
 def test_a_seed_repeats_and_another_differs(params):
