@@ -154,6 +154,7 @@ def test_an_epoch_holds_each_window_once(num_tokens, batch_size):
   config, corpus = make_config("epochs", batch_size=batch_size), make_stream(num_tokens)
   num_windows, num_steps = (num_tokens - 1) // 4, count_epoch_steps(corpus, config)
   assert num_steps == -(-num_windows // batch_size)
+  assert count_epoch_steps(corpus, make_config("random", batch_size=batch_size)) is None
   batch, orders = jax.jit(batch_of(config, 0)), []
   for epoch in range(3):
     seen, weights = [], 0
