@@ -271,12 +271,16 @@ def main() -> int:
   """Runs the console script `jgpt`: `jgpt run ...` is the same as `python -m jgpt.run ...`."""
   verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if verb in ("-h", "--help"):
-    print("usage: jgpt <verb> [options]\n")
-    print("\n".join(f"  {name:10}{text}" for name, text in VERBS.items()))
-    print("\n`jgpt <verb> --help` lists a verb's options; `python -m jgpt.<verb>` is the same.")
-    return 0
+    return guard(_print_verbs)
   if verb not in VERBS:
     print(f"error: there is no verb {verb!r}; there are {', '.join(VERBS)}.", file=sys.stderr)
     return 2
   sys.argv = [f"jgpt {verb}", *sys.argv[2:]]
   return guard(importlib.import_module(f"jgpt.{verb}").main)
+
+
+def _print_verbs() -> int:
+  print("usage: jgpt <verb> [options]\n")
+  print("\n".join(f"  {name:10}{text}" for name, text in VERBS.items()))
+  print("\n`jgpt <verb> --help` lists a verb's options; `python -m jgpt.<verb>` is the same.")
+  return 0
