@@ -143,8 +143,8 @@ def plan_run(
   if isinstance(source, Weights):
     check_weights_vocabulary(source, data.tokenizer)
   experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
-  if saved_step is not None:
-    check_schedule(experiment, saved_step, workdir)
+  if recorded is not None:
+    check_schedule(experiment, recorded.experiment, saved_step, workdir)
   initial = _load_initial(source, experiment, recorded)
   weights, origin = (recorded.weights, recorded.origin) if recorded else (None, None)
   if isinstance(initial, InitialParams):
@@ -395,27 +395,48 @@ def check_other_folder(experiment: Experiment, workdir: Path, recorded: RunFiles
       )
 
 
-def check_schedule(experiment: Experiment, saved_step: int, workdir: Path) -> None:
-  """Checks that the updates which a resumed run adds have a learning rate above zero.
+def check_schedule(
+  experiment: Experiment, recorded: Experiment, saved_step: int | None, workdir: Path
+) -> None:
+  """Checks that the updates which are added to a recorded run have a learning rate above zero.
+
+  A schedule keeps the length that it had at the run's first start. Updates that were planned then
+  are not checked, whatever their rate.
+
+  Args:
+    experiment: resolved, with the recorded schedule; `train.steps` may have grown.
+    recorded: the experiment as the run first began.
+    saved_step: of the checkpoint that the run would go on from; None where there is none.
+    workdir: the run folder.
 
   Raises:
-    UserError: if its schedule has ended, or has no length.
+    UserError: if the schedule ends before the added updates, or has no length.
   """
-  optimizer, steps = experiment.optimizer, experiment.train.steps
-  if saved_step >= steps or optimizer.schedule == "constant":
+  optimizer, steps, planned = experiment.optimizer, experiment.train.steps, recorded.train.steps
+  ends_at = optimizer.decay_steps
+  if (saved_step or 0) >= steps or optimizer.schedule == "constant":
     return
   # Made with train.steps=0: the schedule's length of 1 was not chosen.
-  if not saved_step and optimizer.decay_steps == 1 and steps > 1:
+  if saved_step == 0 and ends_at == 1 and steps > 1:
     raise UserError(
       f"{workdir} was made without any update, so the schedule of its learning rate has no length. "
       f"Begin a new run from it, in another --workdir, with --init-from {workdir}"
     )
-  if saved_step and optimizer.decay_steps <= saved_step and optimizer.end_lr == 0:
-    raise UserError(
-      f"train.steps={steps} would add updates to a run that is at step {saved_step}, but the "
-      f"schedule of its learning rate ends at optimizer.decay_steps={optimizer.decay_steps}. Begin "
-      f"a new run, in another --workdir, with --set optimizer.decay_steps={steps}"
-    )
+  if planned is None or steps <= max(planned, ends_at) or optimizer.end_lr > 0:
+    return
+  problem = (
+    f"train.steps={steps} would add updates at a learning rate of 0: this run was planned for "
+    f"{planned}, and its schedule ends at optimizer.decay_steps={ends_at} for good"
+  )
+  if not saved_step:
+    raise UserError(f"{problem}. It has no checkpoint yet: start over with --fresh")
+  kept = f"keep train.steps={planned}, or begin" if saved_step < planned else "Begin"
+  raise UserError(
+    f"{problem}; it is at step {saved_step}. {kept[0].upper()}{kept[1:]} a new run in another "
+    f"--workdir: from its parameters and moments with --continue-from {workdir} --set "
+    f"train.steps={steps - saved_step}, or from the beginning with --set "
+    f"optimizer.decay_steps={steps}"
+  )
 
 
 def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experiment:

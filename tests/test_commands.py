@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 
 from jgpt import cli, run, sample
 from jgpt.config.catalog import load_experiment
-from jgpt.config.settings import list_settings
+from jgpt.config.settings import change, list_settings, resolve
+from jgpt.report.summary import describe_rates
 from jgpt.runs import manifest
+from jgpt.runs.log import read_jsonl
 from jgpt.system import command
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
@@ -191,6 +194,86 @@ def test_steps_may_grow_in_a_named_folder_while_the_rate_lasts(folder, capsys):
   assert call(capsys, run.main, *args, "--steps", "20")[0] == 0
   status, out, _ = call(capsys, run.main, *args, "--steps", "40")
   assert status == 0 and "going on from step 20" in out
+
+
+STOPPED = ["--experiment", "names", "--workdir", "here", "--set", "train.save_every=10"]
+
+
+@pytest.mark.slow
+def test_updates_added_to_a_stopped_run_have_a_rate(folder, capsys):
+  """Stopped at 10 of 20 updates: more than 20 are refused at a rate of 0, and fewer are not.
+
+  What the refusal names works. With a floor their rate is said before the training.
+  """
+  args = [*STOPPED, "--set", "optimizer.schedule=wsd"]
+  assert call(capsys, run.main, *args, "--steps", "20")[0] == 0
+  shutil.rmtree(folder / "here" / "checkpoints" / "20")
+  before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  status, out, err = call(capsys, run.main, *args, "--steps", "50")
+  assert status == 2 and out == "" and err.count("\n") == 1
+  assert "a learning rate of 0" in err and "planned for 20" in err and "is at step 10" in err
+  assert "keep train.steps=20" in err.lower()
+  assert "--continue-from here --set train.steps=40" in err
+  assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+  status, out, _ = call(capsys, run.main, *args, "--steps", "15")
+  assert status == 0 and "goes on after these, to optimizer.decay_steps=20" in out
+  new = ["--workdir", "new", "--continue-from", "here", "--set", "train.steps=40"]
+  assert call(capsys, run.main, *new)[0] == 0
+  rates = [
+    row["train/lr"] for row in read_jsonl(folder / "new" / "metrics.jsonl") if "train/lr" in row
+  ]
+  assert len(rates) == 40 and all(rate > 0 for rate in rates)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_before_its_first_checkpoint_is_not_extended_at_a_rate_of_zero(
+  folder, capsys
+):
+  """Its settings are recorded, and its schedule's length with them."""
+  assert call(capsys, run.main, *STOPPED, "--steps", "20")[0] == 0
+  shutil.rmtree(folder / "here" / "checkpoints")
+  status, _, err = call(capsys, run.main, *STOPPED, "--steps", "50")
+  assert status == 2 and "a learning rate of 0" in err and "--fresh" in err
+  assert call(capsys, run.main, *STOPPED, "--steps", "20")[0] == 0
+
+
+@pytest.mark.slow
+def test_updates_that_were_planned_at_a_rate_of_zero_can_be_finished(folder, capsys):
+  """A schedule that was given a shorter length than the run is said, and kept on resume."""
+  args = [*STOPPED, "--set", "optimizer.decay_steps=5"]
+  status, out, _ = call(capsys, run.main, *args, "--steps", "20")
+  assert status == 0 and "the last 15 updates change nothing" in out
+  shutil.rmtree(folder / "here" / "checkpoints" / "20")
+  assert call(capsys, run.main, *args, "--steps", "20")[0] == 0
+  assert call(capsys, run.main, *args, "--steps", "21")[0] == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "lines"),
+  [
+    ({}, []),
+    ({"decay_steps": 100, "end_lr": 1e-4}, []),
+    ({"schedule": "constant", "decay_steps": 7}, []),
+    ({"warmup_steps": 99}, []),
+    ({"peak_lr": 0.0}, ["rate 0 at every update, which changes nothing: optimizer.peak_lr=0"]),
+    ({"peak_lr": 1e-60, "schedule": "constant", "end_lr": 1.0}, ["rate 0 at every update"]),
+    ({"peak_lr": 0.0, "end_lr": 0.1}, []),
+    ({"decay_steps": 30}, ["rate 0 from update 31 on", "the last 70 updates change nothing"]),
+    (
+      {"decay_steps": 30, "schedule": "cosine", "end_lr": 1e-5},
+      ["rate 1e-05 from update 31 on, where the cosine schedule has ended"],
+    ),
+    ({"decay_steps": 1000}, ["goes on after these, to optimizer.decay_steps=1000"]),
+    ({"warmup_steps": 100}, ["never reaches its peak: optimizer.warmup_steps=100"]),
+    ({"warmup_steps": 300, "schedule": "constant"}, ["never reaches its peak"]),
+    ({"warmup_steps": 40, "decay_steps": 30}, ["the last 70 updates", "never reaches its peak"]),
+  ],
+)
+def test_rates_that_may_not_be_meant_are_said_before_training(changes, lines):
+  changes = {f"optimizer.{name}": value for name, value in changes.items()} | {"train.steps": 100}
+  said = describe_rates(resolve(change(load_experiment("names"), changes), 27))
+  assert bool(said) == bool(lines)
+  assert all(line in "\n".join(said) for line in lines), said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from unittest.mock import Mock
@@ -206,9 +207,15 @@ def test_changed_data_is_refused_and_the_recorded_data_is_used(experiment, tmp_p
 
 
 def test_more_steps_at_a_rate_of_zero_are_refused(experiment, tmp_path):
+  """Of a finished run, of one that stopped before its end, and of one without a checkpoint."""
+  experiment = change(experiment, {"train.save_every": 20})
   run(experiment, tmp_path)
-  with pytest.raises(UserError, match=r"--set optimizer.decay_steps=100"):
-    run(change(experiment, {"train.steps": 100}), tmp_path)
+  for words in ("is at step 60. Begin", "is at step 40. Keep train.steps=60, or begin", "--fresh"):
+    with pytest.raises(UserError, match=rf"at a learning rate of 0: .*planned for 60.*{words}"):
+      plan_run(change(experiment, {"train.steps": 100}), workdir=tmp_path)
+    assert words == "--fresh" or plan_run(experiment, workdir=tmp_path).start_step
+    for step in manifest.list_steps(tmp_path)[-1:]:
+      shutil.rmtree(tmp_path / "checkpoints" / str(step))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

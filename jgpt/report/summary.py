@@ -12,6 +12,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jgpt import sharding
 from jgpt.config import Experiment
@@ -57,6 +58,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     *describe_initial(plan),
     ("optimizer", describe_groups(experiment)),
     ("training", describe_length(plan)),
+    *(("", line) for line in describe_rates(experiment)),
     ("compute", describe_compute(experiment, device.platform)),
     (
       "baseline",
@@ -156,6 +158,40 @@ def describe_length(plan: Plan) -> str:
   )
   documents = f"{batch_size} document{'s' * (batch_size > 1)}"
   return f"{steps:,} steps of {documents} ({tokens:.1f} tokens on average): {share}"
+
+
+def describe_rates(experiment: Experiment) -> list[str]:
+  """Describes learning rates that may not be what was meant; nothing of a schedule that fits.
+
+  Rates of 0, the floor's rate of updates after the schedule's end, a schedule that ends after the
+  last update, and a warmup that does not.
+  """
+  optimizer, steps, lines = experiment.optimizer, experiment.train.steps, []
+  warmup, ends_at, is_constant = (
+    optimizer.warmup_steps,
+    optimizer.decay_steps,
+    optimizer.schedule == "constant",
+  )
+  peak, end = (float(np.float32(rate)) for rate in (optimizer.peak_lr, optimizer.end_lr))
+  if not steps:
+    return []
+  if not peak and (is_constant or not end):
+    return [f"rate 0 at every update, which changes nothing: optimizer.peak_lr={peak:g}"]
+  if not is_constant and steps > ends_at:
+    since = f"from update {ends_at + 1:,} on, where the {optimizer.schedule} schedule has ended"
+    what = f"optimizer.end_lr={end:g}, optimizer.decay_steps={ends_at}"
+    lines.append(
+      f"rate {end:g} {since} ({what})"
+      if end
+      else f"rate 0 {since} ({what}): the last {steps - ends_at:,} updates change nothing"
+    )
+  elif not is_constant and steps < ends_at:
+    lines.append(
+      f"the schedule of the rate goes on after these, to optimizer.decay_steps={ends_at}"
+    )
+  if warmup and warmup >= (steps if is_constant else min(steps, ends_at)):
+    lines.append(f"the rate never reaches its peak: optimizer.warmup_steps={warmup}")
+  return lines
 
 
 def is_comparable(base: Experiment, experiment: Experiment) -> bool:
