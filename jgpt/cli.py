@@ -105,6 +105,16 @@ def _find_experiment(words: Sequence[str]) -> Experiment | None:
   return catalog.load_experiment(names[-1]) if is_known else None
 
 
+def parse_step(text: str) -> int | str:
+  """Parses `--step`: a number of updates, or "best"."""
+  if text == "best":
+    return text
+  if not re.fullmatch("[0-9]+", text):
+    need = "must be a number of updates, or best; without --step it is the newest"
+    raise argparse.ArgumentTypeError(f"{show(text)} {need}")
+  return int(text)
+
+
 def guard(command: Callable[[], int]) -> int:
   """Calls a command, and prints errors that a user can correct without a stack trace.
 

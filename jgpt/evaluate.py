@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
   corpus = loaded.train if args.part == "train" else loaded.heldout
   if not len(corpus.tokens):
     raise UserError(
-      f"{args.run} holds no text out: data.heldout_fraction="
+      f"{run.workdir} holds no text out: data.heldout_fraction="
       f"{run.experiment.data.heldout_fraction}. Train with a share of it held out, for example "
       "--set data.heldout_fraction=0.1, or evaluate on the training part with --part train"
     )
   if isinstance(corpus.tokens, TokenFiles):
     raise UserError(
-      f"the training part of {args.run} has {len(corpus.tokens):,} tokens and stays on the disk. "
-      "Evaluate the held-out part"
+      f"the training part of {run.workdir} has {len(corpus.tokens):,} tokens and stays on the "
+      "disk. Evaluate the held-out part"
     )
   evaluation = evaluate_loss(run.params, corpus, run.tokenizer, run.experiment)
   if args.json:
@@ -119,10 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     description="Measure a run's loss over the whole of its held-out text.",
   )
   parser.add_argument(
-    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+    "--run",
+    required=True,
+    metavar="DIR",
+    help="a run folder, as python -m jgpt.run leaves it, or one of its checkpoints/STEP",
   )
   parser.add_argument(
-    "--step", type=int, metavar="N", help="which checkpoint (default: the newest)"
+    "--step",
+    type=cli.parse_step,
+    metavar="N",
+    help="which checkpoint, or best: the saved one of the lowest held-out loss (default: newest)",
   )
   parser.add_argument(
     "--part",

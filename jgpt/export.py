@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -43,12 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError(f"--set goes with --format llmc-state: {args.format} reads no text")
   from jgpt.devices import runtime
   from jgpt.runs.folder import read_run_files
+  from jgpt.runs.locate import locate_run
   from jgpt.runs.open import open_run
   from jgpt.weights import hugging_face, llmc
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  files = read_run_files(Path(args.run))
+  args.run, args.step = locate_run(args.run, args.step)
+  files = read_run_files(args.run)
   is_hf = args.format == "hf"
   check_model = hugging_face.check_hugging_face_model if is_hf else llmc.check_llmc_model
   check_model(files.experiment.model)  # before any array is read
@@ -223,7 +226,7 @@ def _find_stream(args: argparse.Namespace, files: RunFiles) -> Data:
     raise UserError(
       "llm.c's debug state holds sequences of one length, and data.batching=documents has many."
     )
-  return find_run_data(Path(args.run), files, parse_place(args.set, files))[0]
+  return find_run_data(args.run, files, parse_place(args.set, files))[0]
 
 
 # --- Files ---
@@ -264,7 +267,7 @@ def _check_out(out: Path, name: str) -> None:
   if out.suffix != ".bin":
     raise UserError(
       f"--out {out} must be a file ending in .bin for --format {name}. Try --out "
-      f"{out.with_suffix('.bin')}"
+      f"{shlex.quote(str(out.with_suffix('.bin')))}"
     )
   for path in [out, tokenizer_path(out)] if name == "llmc" else [out]:
     if path.exists():
@@ -295,7 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     description="Write a run's weights as Hugging Face's Transformers or llm.c read them.",
   )
   parser.add_argument(
-    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+    "--run",
+    required=True,
+    metavar="DIR",
+    help="a run folder, as python -m jgpt.run leaves it, or one of its checkpoints/STEP",
   )
   parser.add_argument(
     "--format",
@@ -313,7 +319,10 @@ def _parser() -> argparse.ArgumentParser:
     help="of the weights; bfloat16 rounds to nearest, ties to even (default: float32)",
   )
   parser.add_argument(
-    "--step", type=int, metavar="N", help="which checkpoint (default: the newest)"
+    "--step",
+    type=cli.parse_step,
+    metavar="N",
+    help="which checkpoint, or best: the saved one of the lowest held-out loss (default: newest)",
   )
   cli.add_place_option(parser)
   return parser

@@ -19,7 +19,7 @@ from jgpt.errors import UserError, show
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.model import Cache, apply, embed, predict_logits, run_blocks
 from jgpt.sharding import unstack_blocks
-from jgpt.text.tokenizer import CharTokenizer, Tokenizer
+from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
 
@@ -234,8 +234,7 @@ def check_prompt(sample: SampleConfig, tokenizer: Tokenizer) -> None:
   except UserError as error:
     reason = str(error).partition(". Try ")[0].rstrip(".")
     chars = tokenizer.chars if isinstance(tokenizer, CharTokenizer) else "a"
-    known = next(filter(str.isalnum, chars), chars[:1])
-    advice = f"Try --set {shlex.quote(f'sample.prompt={known}')}"
+    advice = f"Try --set {shlex.quote(f'sample.prompt={find_known_char(chars)}')}"
     raise UserError(f"sample.prompt={show(sample.prompt)}: {reason}. {advice}") from None
 
 

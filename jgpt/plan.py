@@ -48,7 +48,8 @@ from jgpt.runs.folder import (
   read_run_json,
   write_run_files,
 )
-from jgpt.runs.origin import Origin, check_origin, find_checkpoint, open_origin
+from jgpt.runs.locate import find_checkpoint
+from jgpt.runs.origin import Origin, check_origin, open_origin
 from jgpt.runs.resume import describe_ways, find_recorded, find_sound_step
 from jgpt.runs.text import find_run_data
 from jgpt.sharding import make_mesh
@@ -352,7 +353,8 @@ def check_workdir(workdir: Path) -> None:
   """Checks that a path can be a run folder.
 
   Raises:
-    UserError: if it is a file, or the system does not accept the name.
+    UserError: if it is a file or a part of another run folder, or the system does not accept the
+      name.
   """
   try:
     reason = None if stat.S_ISDIR(os.stat(workdir).st_mode) else "it is a file"
@@ -365,6 +367,9 @@ def check_workdir(workdir: Path) -> None:
       os.path.realpath(workdir).encode()
     except UnicodeEncodeError:
       reason = "its whole name is not UTF-8, and TensorStore, which writes arrays, opens no other"
+  found = None if reason else find_checkpoint(workdir)
+  if found and found[0] != workdir:
+    reason = f"it is a part of the run folder {found[0]}"
   if reason:
     raise UserError(
       f"{str(workdir)[:200]} cannot be a run folder: {reason}. Choose another --workdir"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
 
 from jgpt import cli
 from jgpt.errors import UserError
@@ -23,19 +22,21 @@ def main(argv: list[str] | None = None) -> int:
   from jgpt.devices import runtime
   from jgpt.generate import fit_prompt
   from jgpt.runs.folder import read_run_files
+  from jgpt.runs.locate import locate_run
   from jgpt.runs.open import choose_sample, open_run
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
+  workdir, step = locate_run(args.run, args.step)
   given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
   try:
-    files = read_run_files(Path(args.run))
+    files = read_run_files(workdir)
   except UserError:
     files = None  # each checkpoint has a copy, from which `open_run` may still read
   if files is not None:  # errors in the settings are raised before an array is read
     config, _ = choose_sample(files.experiment, args.seed, given)
     files.tokenizer.encode_prompt(config.prompt)
-  run = open_run(args.run, args.step)
+  run = open_run(workdir, step)
   config, _ = choose_sample(run.experiment, args.seed, given)
   ids = run.tokenizer.encode_prompt(config.prompt)
   _, dropped = fit_prompt(ids, run.experiment.model)
@@ -59,7 +60,10 @@ def escape_controls(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog="python -m jgpt.sample", description="Draw texts from a run folder.")
   parser.add_argument(
-    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+    "--run",
+    required=True,
+    metavar="DIR",
+    help="a run folder, as python -m jgpt.run leaves it, or one of its checkpoints/STEP",
   )
   parser.add_argument("--prompt", metavar="TEXT", help="how each text begins")
   parser.add_argument("--num", type=int, metavar="N", help="texts")
@@ -88,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     help="new tokens at most (default: until the context is full)",
   )
   parser.add_argument(
-    "--step", type=int, metavar="N", help="which checkpoint (default: the newest)"
+    "--step",
+    type=cli.parse_step,
+    metavar="N",
+    help="which checkpoint, or best: the saved one of the lowest held-out loss (default: newest)",
   )
   parser.epilog = "What is not given is as in the run's settings."
   return parser

@@ -48,7 +48,7 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
       batches = f" --set data.batch_size={-(-batch // above) * above}"
     raise UserError(
       f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try "
-      f"--set {name}={above}{batches} or --set mesh.data={most}"
+      f"--set mesh.data={most}, or for a new run --set {name}={above}{batches}"
     )
   return jax.make_mesh(
     (num_data,), ("data",), devices=devices[:num_data], axis_types=(AxisType.Auto,)

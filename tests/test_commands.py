@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,13 +105,14 @@ def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
 @pytest.mark.slow
 def test_the_suggested_commands_work(folder, capsys):
   """The lines under "next:" run as printed."""
-  (folder / "my_words.txt").write_text("uno\ndos\ntres\n")
   _, out, _ = call(capsys, run.main, *FAST, "--set", "sample.num=2")
-  commands = [line.split() for line in out.split("next:\n")[1].splitlines()]
-  assert len(commands) == 3 and all(c[:2] == [command.python_command(), "-m"] for c in commands)
-  status, texts, _ = call(capsys, sample.main, *[w.strip("'") for w in commands[0][3:]])
+  lines = out.split("next:\n")[1].splitlines()
+  commands = [shlex.split(line) for line in lines if line.startswith("  ")]
+  assert len(commands) == 2 and all(c[:2] == [command.python_command(), "-m"] for c in commands)
+  assert lines[2] == "with a text of your own, add --set data.path=FILE"
+  status, texts, _ = call(capsys, sample.main, *commands[0][3:])
   assert status == 0 and len(texts.splitlines()) == 2
-  assert run.main([*commands[2][3:], "--steps", "5"]) == 0
+  assert run.main(commands[1][3:]) == 0
 
 
 def test_suggestions_call_the_python_that_is_running(tmp_path, monkeypatch):

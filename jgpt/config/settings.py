@@ -357,8 +357,8 @@ def resolve(
   given, train, optimizer = experiment.model.vocab_size, experiment.train, experiment.optimizer
   if given is not None and given < vocab_size:
     raise UserError(
-      f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids. Try --set "
-      "model.vocab_size=none, which takes the tokenizer's"
+      f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size} ids; none takes the "
+      "tokenizer's. Try --set model.vocab_size=none"
     )
   if steps_per_epoch is not None and train.epochs is not None:
     steps = train.epochs * steps_per_epoch if train.steps is None else train.steps

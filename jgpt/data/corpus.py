@@ -335,16 +335,13 @@ def _check_lengths(
   is_sequential, limit = config.batching == "sequential", config.heldout_tokens
   need = config.seq_len * config.batch_size + 1 if is_sequential else config.seq_len + 1
   if num_train < need:
-    fix = " and --set data.batch_size=1" if is_sequential and num_train > 1 else ""
+    fix, why = " --set data.batch_size=1" if is_sequential and num_train > 1 else "", ""
     if limit is not None and not is_own:
       total, enough = num_train + num_heldout, config.seq_len + 1
-      fix += f"; data.heldout_tokens={limit} takes {num_heldout:,} of {total:,} tokens"
-      fix += (
-        f". Try --set data.heldout_tokens={max(enough, total // 10)}"
-        if total >= 2 * max(enough, need)
-        else ""
-      )
-    raise _make_length_error("training", num_train, need, location, config, fix)
+      why = f": data.heldout_tokens={limit} takes {num_heldout:,} of {total:,} tokens"
+      if total >= 2 * max(enough, need):
+        fix += f", or --set data.heldout_tokens={max(enough, total // 10)}"
+    raise _make_length_error("training", num_train, need, location, config, fix, why)
   if num_heldout and num_heldout < config.seq_len + 1:
     if limit is not None and limit <= config.seq_len:
       fix = f" or --set data.heldout_tokens={config.seq_len + 1}"
@@ -362,12 +359,12 @@ def _check_lengths(
 
 
 def _make_length_error(
-  part: str, count: int, need: int, location: str, config: DataConfig, fix: str
+  part: str, count: int, need: int, location: str, config: DataConfig, fix: str, why: str = ""
 ) -> UserError:
   seq_len = f", or --set data.seq_len={min(config.seq_len, count // 2)}" if count > 1 else ""
   return UserError(
-    f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}. Try a longer "
-    f"text{seq_len}{fix}"
+    f"the {part} part of {location} has {count:,} tokens, and a batch needs {need:,}{why}. Try a "
+    f"longer text{seq_len}{fix}"
   )
 
 
@@ -413,8 +410,7 @@ def load_token_files(
   if config.batching == "documents":
     raise UserError(
       f"data.batching=documents needs text, one document a line, and {location} holds tokens in "
-      "one stream. Try --set data.batching=random with a data.tokenizer and an experiment for "
-      "streams"
+      "one stream. An experiment on streams reads them, for example --experiment gpt2_shakespeare"
     )
   is_alone = not any((file.parent / paths.TOKENIZER_FILE).is_file() for file in files)
   is_known = is_alone and tokenizer is not None and sha256 is not None

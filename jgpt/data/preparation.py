@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -151,8 +153,9 @@ def find_inputs(path: str) -> list[Path]:
       raise UserError(f"there is no file {path}.")
     return [file]
   if not files:
+    others = shlex.quote(str(Path(glob.escape(str(path)), "*")))
     raise UserError(
-      f"the folder {path} holds no *.txt or *.jsonl file. For others try --data '{Path(path, '*')}'"
+      f"the folder {path} holds no *.txt or *.jsonl file. For others try --data {others}"
     )
   return files
 

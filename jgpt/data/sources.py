@@ -10,8 +10,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import glob
 import os
 import platform
+import shlex
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,7 +113,7 @@ def _make_python_docs() -> str:
     from pydoc_data.topics import topics  # imported late: it takes half a megabyte
   except ImportError:
     raise UserError(
-      "this Python lacks its pydoc_data. Try --set data.path=FILE for a text of your own"
+      "this Python lacks its pydoc_data. --set data.path= names a text of your own"
     ) from None
   return "\n\n".join(topics[name] for name in sorted(topics))
 
@@ -287,14 +289,13 @@ def _list_texts(path: str) -> list[Path] | None:
   """
   if not path:
     raise UserError(
-      "data.path is empty: it names a file, a folder or a glob. Try --set data.path=none for "
-      "data.source"
+      "data.path is empty: it names a file, a folder or a glob, and none takes data.source. Try "
+      "--set data.path=none"
     )
   files = list_files(path, ["*.txt"])
   if files == []:
-    raise UserError(
-      f"the folder {path} holds no *.txt file. For others try --set data.path='{Path(path, '*')}'"
-    )
+    others = shlex.quote(f"data.path={Path(glob.escape(path), '*')}")
+    raise UserError(f"the folder {path} holds no *.txt file. For others try --set {others}")
   return files
 
 
@@ -342,8 +343,8 @@ def _find_copies(source: PinnedText, sha256: str | None) -> Iterator[Text]:
         advice = describe_manual_download(source)
         if sha256 is None:
           advice += (
-            ". Or try --set data.source=python_docs, the documentation text inside every Python "
-            "installation"
+            ", or train on the documentation text inside every Python installation. Try --set "
+            "data.source=python_docs"
           )
           raise UserError(f"{error}. {advice}") from None
         words = f"{error}; no {source.filename} with the SHA-256 {sha256[:12]} is here"

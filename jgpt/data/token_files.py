@@ -227,7 +227,7 @@ def check_ids(file: TokenFile, vocab_size: int) -> str:
           raise UserError(
             f"{file.path} has id {ids[first]:,} at position {count + first:,}, and the tokenizer's "
             f"ids are below {vocab_size:,}: it was made with another tokenizer, or is damaged. "
-            "Try --set data.tokenizer=... with the tokenizer that it was made with"
+            "--set data.tokenizer= names the tokenizer that it was made with"
           )
         count += len(ids)
   except OSError as error:

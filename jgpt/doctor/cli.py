@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
   if args.run is not None:
     if args.all:
       raise UserError("--all checks the compiler, and --run a run folder: give one of them.")
-    folder = Path(os.path.expanduser(args.run))
+    from jgpt.runs.locate import find_checkpoint
+
+    found = find_checkpoint(args.run)  # of a checkpoint's path the whole run is examined
+    folder = found[0] if found else Path(os.path.expanduser(args.run))
     if not folder.is_dir():
       raise UserError(
         f"--run={args.run}: there is no such folder. Runs are kept in runs/NAME, or where "

@@ -106,7 +106,7 @@ def examine_packages(
       problem(
         "packages",
         "what jgpt needs is not known: it has no metadata",
-        "python -m pip install jgpt, or run it in a clone",
+        f"run it in a clone, or install the clone: {python_command()} -m pip install -e FOLDER",
       )
     ]
   for owner in CORE:

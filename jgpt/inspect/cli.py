@@ -10,7 +10,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jgpt import cli
@@ -38,11 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError(f"--trace-steps={args.trace_steps} must be at least 1")
   from jgpt.devices import runtime
   from jgpt.runs.folder import read_run_files
+  from jgpt.runs.locate import locate_run
   from jgpt.runs.open import open_run
 
   if note := runtime.set_up():
     print(note, file=sys.stderr)
-  files = read_run_files(Path(args.run))
+  args.run, args.step = locate_run(args.run, args.step)
+  files = read_run_files(args.run)
   entry = None if args.trace is None else find_entry(args.trace, files.experiment.model)
   if args.text is not None:
     files.tokenizer.encode(args.text)  # raises for unknown characters, before an array is read
@@ -152,7 +153,7 @@ def _print_trace(args: argparse.Namespace, files: RunFiles, entry: Entry) -> Non
   from jgpt.weights.initial import find_initial
 
   experiment, workdir, num_steps = files.experiment, args.run, args.trace_steps
-  data, _ = find_run_data(Path(workdir), files, parse_place(args.set, files))
+  data, _ = find_run_data(workdir, files, parse_place(args.set, files))
   rows = trace_updates(experiment, data, entry, num_steps, find_initial(files))
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(
@@ -258,13 +259,20 @@ def _parser() -> argparse.ArgumentParser:
     "its first updates.",
   )
   parser.add_argument(
-    "--run", required=True, metavar="DIR", help="a run folder, as python -m jgpt.run leaves it"
+    "--run",
+    required=True,
+    metavar="DIR",
+    help="a run folder, as python -m jgpt.run leaves it, or one of its checkpoints/STEP",
   )
   parser.add_argument(
     "--text", metavar="TEXT", help="a text to predict, token by token; for names: one name"
   )
   parser.add_argument(
-    "--step", type=int, metavar="N", help="which checkpoint predicts it (default: the newest)"
+    "--step",
+    type=cli.parse_step,
+    metavar="N",
+    help="which checkpoint predicts it, or best: the saved one of the lowest held-out loss "
+    "(default: newest)",
   )
   parser.add_argument(
     "--trace",

@@ -6,9 +6,12 @@ these functions in order.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +23,7 @@ from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, is_circumstance, list_settings
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
-from jgpt.errors import printable
+from jgpt.errors import UserError, printable
 from jgpt.params import count_params, walk
 from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
@@ -28,6 +31,7 @@ from jgpt.report.verdict import LAST, diagnose_losses, final_loss
 from jgpt.system.command import python_command
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.text.tokenizer import Tokenizer
   from jgpt.train import Result
 
 
@@ -246,14 +250,14 @@ def print_next(plan: Plan, texts: list[str], again: str | None) -> None:
     texts: its samples.
     again: this command, from `format_command`; None where it is not known.
   """
-  prompt = (
-    texts[0][:2] if plan.data.documents else plan.experiment.sample.prompt or texts[0].strip()[:8]
-  )
+  length = 2 if plan.data.documents else 8
+  begins = [text.strip().partition("\n")[0][:length] for text in texts]
+  encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+  prompt = choose_prompt([plan.experiment.sample.prompt, *begins], plan.data.tokenizer, encoding)
+  given = [f"--prompt={prompt}"] if prompt else []
   print("next:")
   python, run = [python_command(), "-m"], ["--run", str(plan.workdir)]
-  print(
-    f"  {shlex.join([*python, 'jgpt.sample', *run, f'--prompt={prompt}', '--temperature', '0.8'])}"
-  )
+  print(f"  {shlex.join([*python, 'jgpt.sample', *run, *given, '--temperature', '0.8'])}")
   holds_weights = not plan.experiment.train.steps  # only those that it began from
   if holds_weights and len(plan.data.heldout.tokens):
     print(f"  {shlex.join([*python, 'jgpt.evaluate', *run])}")
@@ -264,7 +268,29 @@ def print_next(plan: Plan, texts: list[str], again: str | None) -> None:
     return
   print(f"  {again} --steps {2 * plan.experiment.train.steps}")
   if plan.experiment.data.path is None:
-    print(f"  {again} --set data.path=my_words.txt")
+    print("with a text of your own, add --set data.path=FILE")
+
+
+def choose_prompt(candidates: Iterable[str], tokenizer: Tokenizer, encoding: str) -> str:
+  """Chooses the first prompt that can be printed and pasted and that the tokenizer gives back.
+
+  The replacement character, in place of bytes that are no text, and line breaks cannot.
+
+  Args:
+    candidates: prompts.
+    tokenizer: of the run.
+    encoding: of what is printed.
+
+  Returns:
+    "" where there is none.
+  """
+  for prompt in candidates:
+    is_whole = prompt.encode(encoding, "replace").decode(encoding) == prompt
+    if prompt and prompt.isprintable() and "\ufffd" not in prompt and is_whole:
+      with contextlib.suppress(UserError):
+        if tokenizer.decode(tokenizer.encode(prompt)) == prompt:
+          return prompt
+  return ""
 
 
 def format_command(name: str | None, base: Experiment, experiment: Experiment) -> str:

@@ -7,6 +7,7 @@ is skipped in `step.py`; printing and stopping are in `log.py` and `train.py`.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def explain_stop(
   if workdir is not None:
     last = "of the last good update" if health.is_skipping else "of the good updates that followed"
     kept = f"The parameters {last} are saved as checkpoint {step} in {workdir}"
-    advice = f", in another --workdir with --continue-from {workdir}/checkpoints/{step}"
+    source = shlex.quote(f"{workdir}/checkpoints/{step}")
+    advice = f", in another --workdir with --continue-from {source}"
   words = explain_skip(experiment, state, corpus, health.exhausted)
   lower = experiment.optimizer.peak_lr / 10
   return f"{words}. {kept}. Try a lower rate, --set optimizer.peak_lr={lower:g}{advice}"

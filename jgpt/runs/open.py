@@ -28,6 +28,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.model import init_params
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import read_run_files
+from jgpt.runs.locate import BEST, Step, describe_better_step, locate_run, order_steps
 from jgpt.runs.log import read_jsonl
 from jgpt.runs.text import find_run_data
 from jgpt.system.files import is_temporary
@@ -169,13 +170,14 @@ def choose_sample(
   return config, train.seed
 
 
-def open_run(workdir: str | Path, step: int | None = None) -> Run:
+def open_run(workdir: str | Path, step: Step = None) -> Run:
   """Reads a run's parameters and settings from one of its checkpoints, and verifies them.
 
   Args:
-    workdir: a run folder; a process may be training in it.
-    step: of the checkpoint; None takes the newest that is not damaged, with a warning on standard
-      error for each newer one.
+    workdir: a run folder, in which a process may be training, or one of its checkpoints/STEP.
+    step: of the checkpoint; "best" takes the saved one with the lowest held-out loss, and says on
+      standard error if a better one was not saved; None takes the newest. Of these the first that
+      is not damaged is taken, with a warning for each one before it.
 
   Raises:
     UserError: if it is not a run folder, has no such checkpoint, or the checkpoint is damaged.
@@ -184,28 +186,35 @@ def open_run(workdir: str | Path, step: int | None = None) -> Run:
     >>> run = jgpt.open_run("runs/names")
     >>> run.experiment.model.num_layers
   """
-  workdir = Path(workdir)
+  workdir, step = locate_run(workdir, step)
   if not os.path.isdir(workdir / "checkpoints"):
     read_run_files(workdir)  # raises an error that says what is missing
   runtime.devices()  # raises an error where there is none
-  if step is not None:
+  if step is not None and step != BEST:
     return _open_step(workdir, manifest.find_step(workdir, step))
   while True:
-    manifest.find_step(workdir, None)
-    steps = manifest.list_steps(workdir)
-    for newest in reversed(steps):
+    order = order_steps(workdir, step)
+    for candidate in order:
       try:
-        return _open_step(workdir, newest)
+        run = _open_step(workdir, candidate)
       except UserError as error:
         if is_temporary(error):
           raise
-        if newest not in manifest.list_steps(workdir):
+        if candidate not in manifest.list_steps(workdir):
           break  # its writer deleted it, so there is a newer one
-        if newest == steps[0]:
-          words = f"every checkpoint of {workdir} is damaged; of the oldest: {error}"
+        if candidate == order[-1]:
+          what = "every checkpoint of" if step is None else "every checkpoint with a loss of"
+          words = f"{what} {workdir} is damaged; of step {candidate}: {error}"
           raise UserError(words) from error
         shown = printable(str(error))
-        print_stderr(f"WARNING: step {newest} is damaged, the one before it is taken: {shown}")
+        after = "the one before it" if step is None else "the next best"
+        print_stderr(f"WARNING: step {candidate} is damaged, {after} is taken: {shown}")
+      else:
+        if step == BEST and (
+          better := describe_better_step(workdir, candidate, read_jsonl(workdir / "metrics.jsonl"))
+        ):
+          print_stderr(better)
+        return run
 
 
 def _open_step(workdir: Path, step: int) -> Run:

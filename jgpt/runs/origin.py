@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from jgpt.config.settings import format_value, list_settings
 from jgpt.errors import UserError, printable
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, read_run_files
+from jgpt.runs.locate import find_checkpoint
 from jgpt.runs.manifest import Manifest
 from jgpt.runs.resume import find_fault
 from jgpt.system.signals import print_stderr
@@ -55,29 +57,6 @@ class Origin:
   def location(self) -> str:
     """Returns the run folder and the step, for a person."""
     return f"{self.record['location']} at step {self.record['step']:,}"
-
-
-def find_checkpoint(source: str) -> tuple[Path, int | None] | None:
-  """Finds the run folder that a path names, and the step of a path that ends in checkpoints/STEP.
-
-  Args:
-    source: a path; "~" is the user's home.
-
-  Returns:
-    The run folder, and the step or None; None where the path names no run.
-  """
-  path = Path(os.path.expanduser(source))  # unlike Path.expanduser, keeps an unknown ~user
-  run = path.parent.parent
-  try:
-    if (
-      path.name.isdecimal()
-      and path.parent.name == "checkpoints"
-      and os.path.isfile(run / "experiment.json")
-    ):
-      return run, int(path.name)
-    return (path, None) if os.path.isfile(path / "experiment.json") else None
-  except ValueError:  # a NUL in the path
-    return None
 
 
 def read_source_files(source: str) -> RunFiles:
@@ -220,7 +199,7 @@ def check_origin(origin: Origin, experiment: Experiment) -> None:
   what = "network" if any(name.startswith("model.") for name in differing) else "optimizer"
   raise UserError(
     f"{origin.location} has another {what}, and its moments belong to it: {said}. Try {tries}, or "
-    f"begin from the parameters alone, with --init-from {origin.record['location']}"
+    f"begin from the parameters alone, with --init-from {shlex.quote(origin.record['location'])}"
   )
 
 

@@ -354,6 +354,6 @@ def import_tokenizers() -> types.ModuleType:
   except ImportError:
     raise UserError(
       "data.tokenizer=bpe and data.tokenizer=gpt2 need the package `tokenizers`. Try pip install "
-      "tokenizers, or install jgpt with its extra: pip install 'jgpt[bpe]'"
+      "tokenizers, or install jgpt with its extra bpe"
     ) from None
   return tokenizers

@@ -274,7 +274,7 @@ def _parse_line(line: str, block: Block, number: int, field: str) -> str:
     if isinstance(value, dict) and field in value:
       got = f"a JSON {type(value[field]).__name__} in it"
     got = "".join(c if c.isprintable() else "?" for c in got[:200])
-    raise UserError(f"{where} needs a text in the field {field!r} and has {got}. Try --field NAME")
+    raise UserError(f"{where} needs a text in the field {field!r} and has {got}. See --field")
   try:
     value[field].encode()
   except UnicodeEncodeError as error:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
 from jgpt.errors import UserError
 from jgpt.text.bpe import BpeTokenizer, bpe_from_json, digest_json, to_utf8
+
+
+def find_known_char(chars: str) -> str:
+  """Finds the first character of a vocabulary that a command line shows well: a letter or digit."""
+  return next(filter(str.isalnum, chars), next(filter(str.isprintable, chars), chars[:1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +97,7 @@ class CharTokenizer:
     if not text and "\n" not in self.chars:
       raise UserError(
         "an empty prompt begins with BOS or a newline, and this tokenizer has neither. Try "
-        "--prompt TEXT, or --set sample.prompt=TEXT"
+        f"--prompt {shlex.quote(find_known_char(self.chars))}"
       )
     return self.encode(text or "\n")
 

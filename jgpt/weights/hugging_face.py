@@ -491,6 +491,6 @@ def _import_safetensors() -> types.ModuleType:
   except ImportError:
     raise UserError(
       "Hugging Face's weights need the package `safetensors`. Try pip install safetensors, or "
-      "install jgpt with its extra: pip install 'jgpt[hf]'"
+      "install jgpt with its extra hf"
     ) from None
   return safetensors

@@ -26,8 +26,9 @@ from jgpt.errors import UserError, near_matches
 from jgpt.params import param_table
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, read_run_files
+from jgpt.runs.locate import find_checkpoint
 from jgpt.runs.open import open_run
-from jgpt.runs.origin import Origin, find_checkpoint, open_origin
+from jgpt.runs.origin import Origin, open_origin
 from jgpt.system.cache import PinnedFile, cache_dir
 from jgpt.system.files import digest_file
 from jgpt.text.bpe import make_gpt2_tokenizer

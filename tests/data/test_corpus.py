@@ -640,14 +640,15 @@ def test_changed_token_files_are_refused_and_renamed_ones_are_not(write_ids):
     (
       {"a": range(60)},
       {"heldout_tokens": 60},
-      r"training part of ids \(1 file\) has 0 tokens.* Try a longer text; "
+      r"training part of ids \(1 file\) has 0 tokens.*needs 9: "
       r"data\.heldout_tokens=60 takes 60 of 60 tokens\. "
-      r"Try --set data\.heldout_tokens=9$",
+      r"Try a longer text, or --set data\.heldout_tokens=9$",
     ),
     (
       {"a": range(12)},
       {"heldout_tokens": 10},
-      r"has 2 tokens.*data\.heldout_tokens=10 takes 10 of 12 tokens$",
+      r"has 2 tokens.*data\.heldout_tokens=10 takes 10 of 12 tokens\. Try a longer "
+      r"text, or --set data\.seq_len=1$",
     ),
     (
       {"a": range(60)},

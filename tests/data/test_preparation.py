@@ -212,7 +212,7 @@ def test_json_lines_are_objects_with_a_text_each(folder, monkeypatch):
     (b"[" * 100_000, r"^a\.jsonl line 41 is not JSON: "),
     (
       b'{"id": 1, "content": "x"}',
-      r"line 41 needs a text in the field 'text' and has the fields id, content\. Try --field",
+      r"line 41 needs a text in the field 'text' and has the fields id, content\. See --field",
     ),
     (b'{"text": 7}', r"line 41 needs a text in the field 'text' and has a JSON int in it"),
     (b'["x"]', r"line 41 needs a text in the field 'text' and has a JSON list"),
