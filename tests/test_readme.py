@@ -130,6 +130,26 @@ def test_the_readmes_loop_trains(steps, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["an empty folder", "the clone"])
+def test_the_readmes_loop_runs_after_the_readmes_install(place, tmp_path):
+  """In a process of its own, with nothing on its path but what is installed."""
+  env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "JGPT_DATA_DIR")}
+  folder = tmp_path if place == "an empty folder" else ROOT
+
+  def call(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+  if call("import jgpt").returncode:
+    pytest.skip("jgpt is not installed, as the README does it")
+  done = call(blocks("README.md", "python")[0])
+  assert done.returncode == 0, done.stderr
+  losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
+  assert len(losses) == 10 and losses[-1] < losses[0]
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_python_trains_plots_and_samples(tmp_path, monkeypatch):
   matplotlib = pytest.importorskip("matplotlib", reason="the page draws a plot (the test extra)")
   matplotlib.use("Agg")

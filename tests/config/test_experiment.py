@@ -41,7 +41,7 @@ def test_resolve_of_no_steps_leaves_a_schedule_that_divides_by_no_zero():
 def test_vocabulary_smaller_than_the_tokenizer_is_refused_with_what_would_do():
   small = set_("model.vocab_size=26")
   with pytest.raises(
-    UserError, match=r"model.vocab_size=26 .* 27 ids. Try --set model.vocab_size=none"
+    UserError, match=r"model.vocab_size=26 .* 27 ids; none takes .* Try --set model.vocab_size=none"
   ):
     resolve(small, 27)
   assert resolve(set_("model.vocab_size=none", base=small), 27).model.vocab_size == 27
