@@ -327,7 +327,7 @@ def test_one_bad_file_of_many_is_named(folder):
 
 def test_folder_without_text_files_is_refused_with_a_glob_for_others(folder):
   folder({"t/1.md": b"one\n"})
-  with pytest.raises(UserError, match=r"the folder t holds no \*\.txt file.*data\.path='t/\*'"):
+  with pytest.raises(UserError, match=r"the folder t holds no \*\.txt file.*'data\.path=t/\*'"):
     find_text(data_config(path="t"))
   assert find_text(data_config(path="t/*")).text == "one\n"
 
@@ -408,7 +408,7 @@ def test_python_docs_of_another_python_are_refused(places):
 
 def test_python_without_its_documentation_is_said(places, monkeypatch):
   monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-  with pytest.raises(UserError, match=r"lacks its pydoc_data.*data\.path=FILE"):
+  with pytest.raises(UserError, match=r"lacks its pydoc_data.*data\.path= names"):
     find_text(data_config(source="python_docs"))
 
 
