@@ -161,7 +161,7 @@ def _print_trace(args: argparse.Namespace, files: RunFiles, entry: Entry) -> Non
   )
   print(f"number      {place}{describe_row(entry, files)}; initially {rows[0].value_before:.6g}\n")
   print(f"{format_updates(rows, with_decay=_is_decayed(entry, experiment.optimizer))}\n")
-  for label, line in describe_formulas(entry, experiment.optimizer):
+  for label, line in describe_formulas(entry, experiment.optimizer, rows):
     print(f"{label:<14}{line}")
 
 
@@ -182,7 +182,11 @@ def describe_row(entry: Entry, files: RunFiles) -> str:
 
 
 def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:
-  """Formats a table with a row for each update, and a column for decay if asked for."""
+  """Formats a table with a row for each update, and a column for decay if asked for.
+
+  Adam's t has a column where it is not the step. Of a skipped update "skipped" stands for a number.
+  """
+  with_t = any(row.t != row.step for row in rows)
   names = [
     "gradient",
     "m",
@@ -197,17 +201,34 @@ def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:
   cells = [
     [
       str(row.step),
+      *([str(row.t)] if with_t else []),
       f"{row.loss:.4f}",
-      *(f"{getattr(row, name):.4g}" for name in names[:-1]),
+      *(
+        "skipped" if row.is_skipped and name == "update" else f"{getattr(row, name):.4g}"
+        for name in names[:-1]
+      ),
       f"{row.value:.6g}",
     ]
     for row in rows
   ]
-  return _format_table([["step", "loss", *names], *cells], ["right"] * (len(names) + 2))
+  header = ["step", *(["t"] if with_t else []), "loss", *names]
+  return _format_table([header, *cells], ["right"] * len(header))
 
 
-def describe_formulas(entry: Entry, optimizer: OptimizerConfig) -> list[tuple[str, str]]:
-  """Describes how each column is computed, as labelled lines with the run's numbers."""
+def describe_formulas(
+  entry: Entry, optimizer: OptimizerConfig, rows: Sequence[Update]
+) -> list[tuple[str, str]]:
+  """Describes how each column is computed, as labelled lines with the run's numbers.
+
+  Args:
+    entry: of the parameters.
+    optimizer: of the run.
+    rows: of the table.
+  """
+  t = "step" if all(row.t == row.step for row in rows) else "t"
+  # Of a run that continues another, t and the moments are that one's at first.
+  begins_at = rows[0].t - (not rows[0].is_skipped)
+  begin = f"both begin as the moments of {begins_at:,} updates" if begins_at else "both begin at 0"
   b1, b2, decays = optimizer.b1, optimizer.b2, _is_decayed(entry, optimizer)
   clipped = (
     ""
@@ -215,6 +236,7 @@ def describe_formulas(entry: Entry, optimizer: OptimizerConfig) -> list[tuple[st
     else f", all of them clipped to a norm of {optimizer.clip_norm:g}"
   )
   return [
+    *([("t", "updates that Adam has applied; a skipped one changes no moment")] * (t == "t")),
     ("loss", "of the batch, before the update"),
     (
       "gradient",
@@ -222,9 +244,9 @@ def describe_formulas(entry: Entry, optimizer: OptimizerConfig) -> list[tuple[st
     ),
     (
       "m, v",
-      f"m = {b1:g} m + {1 - b1:g} gradient; v = {b2:g} v + {1 - b2:g} gradient^2; both begin at 0",
+      f"m = {b1:g} m + {1 - b1:g} gradient; v = {b2:g} v + {1 - b2:g} gradient^2; {begin}",
     ),
-    ("m_hat, v_hat", f"m / (1 - {b1:g}^step), v / (1 - {b2:g}^step): corrected for that beginning"),
+    ("m_hat, v_hat", f"m / (1 - {b1:g}^{t}), v / (1 - {b2:g}^{t}): corrected for a beginning at 0"),
     ("decay", f"{optimizer.weight_decay:g} × value before")
     if decays
     else ("decay", "none on this number"),

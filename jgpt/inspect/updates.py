@@ -29,22 +29,27 @@ class Update:
   """One update of one number.
 
   Attributes:
-    step: from 1, as the run's log counts; Adam's t.
+    step: from 1, as the run's log counts.
+    t: Adam's: updates applied so far, this one included. Skipped ones do not count, and those of
+      the run that `train.continue_from` names do; 0 before the first that is applied.
+    is_skipped: whether the update was skipped: the moments and the number stay as they are.
     loss: of the batch before the update, nats per token.
     gradient: of the loss with respect to this number, after clipping; 0 where the batch does not
       use the number.
     m: first moment, b1 m + (1 - b1) gradient.
     v: second moment, b2 v + (1 - b2) gradient^2.
-    m_hat: first moment with bias correction, m / (1 - b1^step).
-    v_hat: second moment with bias correction, v / (1 - b2^step).
+    m_hat: first moment with bias correction, m / (1 - b1^t); 0 where t is 0.
+    v_hat: second moment with bias correction, v / (1 - b2^t); 0 where t is 0.
     decay: weight_decay * value_before; 0 where this kind of parameter does not decay.
     rate: the learning rate.
-    update: -rate * (m_hat / (sqrt(v_hat) + eps) + decay).
+    update: -rate * (m_hat / (sqrt(v_hat) + eps) + decay); 0 where it was skipped.
     value_before: the number before the update.
     value: the number after it.
   """
 
   step: int
+  t: int
+  is_skipped: bool
   loss: float
   gradient: float
   m: float
@@ -94,18 +99,36 @@ def trace_updates(
     corpus = program.feed.corpus_at(step - 1)
     gradient = float(_read_entry(compute_gradients(state, corpus), entry))
     state, metrics = program.run_steps(corpus, state, np.int32(1))
-    m, v = (
-      float(_read_entry(moment, entry))
-      for moment in (state.opt_state["adam"].mu, state.opt_state["adam"].nu)
+    adam, is_skipped = state.opt_state["adam"], bool(metrics["train/skipped"][0])
+    m, v, t = (
+      float(_read_entry(adam.mu, entry)),
+      float(_read_entry(adam.nu, entry)),
+      int(adam.count),
     )
     loss, rate = (float(metrics[name][0]) for name in ("train/loss", "train/lr"))
-    m_hat, v_hat = m / (1 - optimizer.b1**step), v / (1 - optimizer.b2**step)
-    decay = weight_decay * value
+    m_hat = m / (1 - optimizer.b1**t) if t else 0.0
+    v_hat = v / (1 - optimizer.b2**t) if t else 0.0
+    value_before, value = value, float(_read_entry(state.params, entry))
+    decay = weight_decay * value_before
     # 0 - x, because -rate * 0 would be printed as -0.
     update = 0 - rate * (m_hat / (math.sqrt(v_hat) + optimizer.eps) + decay)
-    value_before, value = value, float(_read_entry(state.params, entry))
     rows.append(
-      Update(step, loss, gradient, m, v, m_hat, v_hat, decay, rate, update, value_before, value)
+      Update(
+        step=step,
+        t=t,
+        is_skipped=is_skipped,
+        loss=loss,
+        gradient=gradient,
+        m=m,
+        v=v,
+        m_hat=m_hat,
+        v_hat=v_hat,
+        decay=decay,
+        rate=rate,
+        update=0.0 if is_skipped else update,
+        value_before=value_before,
+        value=value,
+      )
     )
   return rows
 

@@ -14,22 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import train_small, train_verse, train_words
+from small_runs import compiled_quickly, train_small, train_verse, train_words
 
 import jgpt.inspect.cli
+import jgpt.step
 from jgpt import cli
 from jgpt.batches import Batch
 from jgpt.config.settings import change
 from jgpt.errors import UserError
+from jgpt.inspect.cli import format_updates
 from jgpt.inspect.predictions import make_text_batch, mean_loss, predict, show_context, show_token
 from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
 from jgpt.params import find_entry
+from jgpt.runs.folder import read_run_files
 from jgpt.runs.log import read_jsonl
 from jgpt.sharding import stack_blocks
 from jgpt.step import loss_fn
 from jgpt.text.bpe import BpeTokenizer
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
+from jgpt.weights.initial import find_initial
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -349,6 +353,59 @@ def test_clipping_acts_in_the_runs_traced(words, verse):
     min(norms) > 1.2 * verse.experiment.optimizer.clip_norm
     and words.experiment.optimizer.clip_norm is None
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("rise", "skipped", "changes"),
+  [(math.nan, (1, 4, 5), {}), (50.0, (22,), {"optimizer.skip_spikes": 8.0})],
+)
+def test_skipped_updates_do_not_count_for_adam(words, monkeypatch, rise, skipped, changes):
+  """Nor change a number: after them each column follows from those before with Adam's own t."""
+  experiment = change(words.experiment, changes)
+
+  def loss_and_grads(params, batch, step, *args):
+    loss, grads = right(params, batch, step, *args)
+    return loss + jnp.where(jnp.isin(step + 1, jnp.array(skipped)), rise, 0.0), grads
+
+  right = jgpt.step.loss_and_grads
+  monkeypatch.setattr(jgpt.step, "loss_and_grads", loss_and_grads)
+  entry, optimizer = find_entry("unembed[3,3]", experiment.model), experiment.optimizer
+  with compiled_quickly():
+    rows = trace_updates(experiment, words.data, entry, 26 if changes else 8)
+  assert [row.step for row in rows if row.is_skipped] == list(skipped)
+  m = v = t = 0
+  for row in rows:
+    if row.is_skipped:
+      assert row.update == 0 and row.value == row.value_before
+    else:
+      t += 1
+      m = optimizer.b1 * m + (1 - optimizer.b1) * row.gradient
+      v = optimizer.b2 * v + (1 - optimizer.b2) * row.gradient**2
+      m_hat, v_hat = m / (1 - optimizer.b1**t), v / (1 - optimizer.b2**t)
+      assert (row.m_hat, row.v_hat) == pytest.approx((m_hat, v_hat), rel=1e-4)
+      assert row.value == pytest.approx(row.value_before + row.update, abs=1e-7)
+    assert row.t == t and (row.m, row.v) == pytest.approx((m, v), rel=1e-4)
+  header, *lines = format_updates(rows, with_decay=False).split("\n")
+  assert header.split()[:3] == ["step", "t", "loss"]
+  assert [number for number, line in enumerate(lines, 1) if "skipped" in line] == list(skipped)
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_another_is_traced_from_its_moments(words, tmp_path, capsys):
+  """Adam's t goes on, whatever the run's own step is."""
+  changes = {"train.continue_from": str(words.workdir), "train.steps": 3}
+  run = train_small(change(words.experiment, changes), tmp_path / "continued")
+  entry = find_entry("tok_embed[4,2]", run.experiment.model)
+  with compiled_quickly():
+    rows = trace_updates(
+      run.experiment, run.data, entry, 3, find_initial(read_run_files(run.workdir))
+    )
+  assert [(row.step, row.t) for row in rows] == [(1, 61), (2, 62), (3, 63)]
+  assert rows[-1].value == float(run.result.params["tok_embed"][4, 2])
+  assert rows[0].value == pytest.approx(rows[0].value_before + rows[0].update, abs=1e-7)
+  out = call(capsys, "--run", run.workdir, "--trace", "tok_embed[4,2]", "--trace-steps", 2)[1]
+  assert "both begin as the moments of 60 updates" in out and "1 - 0.85^t" in out
 
 
 @pytest.mark.slow
