@@ -24,7 +24,7 @@ from typing import Any
 
 from jgpt.config import Experiment, catalog
 from jgpt.config.settings import explain_unknown
-from jgpt.errors import TrainingError, UserError, first_line, printable, show
+from jgpt.errors import TrainingError, UserError, first_line, near_matches, printable, show
 from jgpt.system.command import python_command
 
 LESS_MEMORY = (
@@ -42,6 +42,17 @@ VERBS = {
     "see what a run predicts for each token of a text, or follow one of its parameters through "
     "training"
   ),
+}
+
+# What other programs call them.
+OTHER_VERBS = {
+  **dict.fromkeys(("train", "pretrain", "finetune", "fit", "resume"), "run"),
+  **dict.fromkeys(("generate", "gen", "infer", "predict", "chat"), "sample"),
+  **dict.fromkeys(("eval", "validate", "val", "test", "perplexity"), "evaluate"),
+  **dict.fromkeys(("tokenize", "preprocess", "data"), "prepare"),
+  **dict.fromkeys(("convert", "save"), "export"),
+  "benchmark": "bench",
+  "check": "doctor",
 }
 
 
@@ -283,7 +294,10 @@ def main() -> int:
   if verb in ("-h", "--help"):
     return guard(_print_verbs)
   if verb not in VERBS:
-    print(f"error: there is no verb {verb!r}; there are {', '.join(VERBS)}.", file=sys.stderr)
+    meant = OTHER_VERBS.get(verb)
+    near = f" Did you mean {meant}?" if meant else near_matches(verb, VERBS)
+    words = f"there is no verb {show(verb)}.{near} There are {', '.join(VERBS)}."
+    print(f"error: {printable(words)}", file=sys.stderr)
     return 2
   sys.argv = [f"jgpt {verb}", *sys.argv[2:]]
   return guard(importlib.import_module(f"jgpt.{verb}").main)

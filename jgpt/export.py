@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
   if is_hf:
     written = export_hugging_face(run, out, args.dtype)
     how = (
-      f"open it with GPT2LMHeadModel.from_pretrained('{out}') and "
-      f"AutoTokenizer.from_pretrained('{out}')"
+      f"open it with GPT2LMHeadModel.from_pretrained({str(out)!r}) and "
+      f"AutoTokenizer.from_pretrained({str(out)!r})"
     )
   elif args.format == "llmc":
     written = export_llmc(run, out, args.dtype)

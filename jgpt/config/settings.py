@@ -181,7 +181,7 @@ def explain_unknown(
     lead: the beginning of the message, which names them.
     given: name -> value as text; None where it has none.
     experiment: the one that is changed; None where there is none.
-    options: of the command that was called.
+    options: of the command that was called; one with --experiment takes every setting.
 
   Returns:
     One line: other programs' names are translated (`synonyms.py`), for others near ones are listed.
@@ -193,7 +193,7 @@ def explain_unknown(
   for name in sorted(given, key=follows_from_others):
     found = _find_counterpart(name, given[name], experiment, settings, options)
     if found is None:
-      known = [*options, *([*setting_names(), SIZE] if "--set" in options else [])]
+      known = [*options, *([*setting_names(), SIZE] if "--experiment" in options else [])]
       near = near or near_matches(name, known)
       continue
     note, more, changes = _advise(found, options)
@@ -257,7 +257,7 @@ def _advise(found: Translation, options: Collection[str]) -> tuple[str, list[str
   for flag in found.flags:
     if flag in options:
       return found.note, [flag] if found.value is None else [flag, found.value], {}
-  if "--set" in options:
+  if "--experiment" in options:
     if faults := _find_faults(found.settings):
       return "; ".join([*([found.note] if found.note else []), *faults]), [], {}
     pairs = [setting.partition("=") for setting in found.settings]
@@ -266,8 +266,11 @@ def _advise(found: Translation, options: Collection[str]) -> tuple[str, list[str
   for setting in found.settings:
     name, _, value = setting.partition("=")
     flag = f"--{name.partition('.')[2].replace('_', '-')}"
-    if flag in options and value and not _find_faults([setting]):
+    is_read = value and not _find_faults([setting])
+    if flag in options and is_read:
       words += [flag, value]
+    elif "--set" in options and name == "data.path" and is_read:
+      words += ["--set", setting]  # commands that read a run find its text there
     else:
       elsewhere.append(name)
   if elsewhere:

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from jgpt import export, run, sample
+from jgpt import cli, evaluate, export, run, sample
 from jgpt.config import catalog
 from jgpt.config.settings import (
   change,
@@ -248,6 +248,7 @@ def test_passes_over_documents_are_no_epochs():
     (sample.main, ["--out_dir=o", "--max_new_tokens", "7", "--topk=-1"], "--run o --max-tokens 7"),
     (sample.main, ["--run=r", "--random-seed", "3", "--temp=0"], "--seed 3 --temperature 0"),
     (export.main, ["--output_dir", "o"], "--run o"),
+    (evaluate.main, ["--run", "o", "--train_file=a b.txt"], "--set data.path=a b.txt"),
     (run.main, ["--log_every", "5"], "--log-every 5"),
     (run.main, ["--output-dir", "o", "--config=x.py"], "--workdir o --experiment x.py"),
     (run.main, ["--init_from=gpt2-xl"], "--init-from gpt2-xl"),
@@ -258,7 +259,14 @@ def test_passes_over_documents_are_no_epochs():
 def test_options_are_those_of_the_command(main, args, words):
   with pytest.raises(UserError) as refused:
     main(args)
-  assert advised(str(refused.value)) == words.split()
+  assert " ".join(advised(str(refused.value))) == words
+
+
+def test_settings_are_those_of_run():
+  """Other commands read a run, whose settings stand."""
+  for main in (sample.main, evaluate.main, export.main):
+    with pytest.raises(UserError, match=r"are settings of python -m jgpt\.run$"):
+      main(["--run", "r", "--block_size=4"])
 
 
 def test_options_are_not_abbreviated():
@@ -304,3 +312,13 @@ def test_an_experiment_file_with_another_programs_field_says_what_it_is_here(tmp
 def test_without_an_experiment_values_that_follow_from_it_are_said_in_words():
   text = explain_unknown("no", {"grad_accum": "4"}, None)
   assert "data.batch_size counts" in text and not advised(text)
+
+
+@pytest.mark.parametrize(
+  ("verb", "meant"),
+  [("train", "run"), ("generate", "sample"), ("eval", "evaluate"), ("rnu", "run")],
+)
+def test_other_programs_verbs_lead_to_jgpts(verb, meant, monkeypatch, capsys):
+  monkeypatch.setattr("sys.argv", ["jgpt", verb])
+  assert cli.main() == 2
+  assert f"no verb '{verb}'. Did you mean {meant}?" in capsys.readouterr().err
