@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{wanted.out} is finished already: nothing was changed")
   for label, line in describe_preparation(wanted, manifest, time.perf_counter() - began):
     print(f"{label:<12}{line}")
-  print(f"\nnext:\n  {format_next_command(wanted)}")
+  print(f"\nnext:\n  {format_next_command(wanted, count_tokens(manifest))}")
   return 0
 
 
@@ -64,9 +64,7 @@ def describe_preparation(
     manifest: from `preparation.prepare`.
     seconds: that it took.
   """
-  tokens = {"val": 0, "train": 0}
-  for file in manifest["files"]:
-    tokens[file["name"].rsplit("_", 2)[1]] += file["tokens"]
+  tokens = count_tokens(manifest)
   num_inputs, num_bytes = len(manifest["inputs"]), sum(file["bytes"] for file in manifest["inputs"])
   names = [file["name"] for file in manifest["files"]]
   return [
@@ -82,14 +80,33 @@ def describe_preparation(
   ]
 
 
-def format_next_command(wanted: Preparation) -> str:
-  """Formats the command that trains on the token files."""
+def count_tokens(manifest: dict[str, Any]) -> dict[str, int]:
+  """Counts the tokens that were made, held out ("val") and for training ("train")."""
+  tokens = {"val": 0, "train": 0}
+  for file in manifest["files"]:
+    tokens[file["name"].rsplit("_", 2)[1]] += file["tokens"]
+  return tokens
+
+
+def format_next_command(wanted: Preparation, tokens: dict[str, int]) -> str:
+  """Formats the command that trains on the token files.
+
+  Args:
+    wanted: tokenizer and output.
+    tokens: from `count_tokens`; few of them get shorter sequences.
+  """
   import shlex
 
+  from jgpt.config.catalog import load_experiment
   from jgpt.text.tokenizer import kind_of
 
   kind = kind_of(wanted.tokenizer)
   size = f" --set data.bpe_vocab_size={wanted.tokenizer.vocab_size}" if kind == "bpe" else ""
+  config = load_experiment(EXPERIMENTS[kind]).data
+  rows = config.batch_size if config.batching == "sequential" else 1  # in a stretch of the stream
+  longest = min((tokens["train"] - 1) // rows, (tokens["val"] or tokens["train"]) - 1)
+  if 1 <= longest < config.seq_len:
+    size += f" --set data.seq_len={longest}"
   path = shlex.quote(f"data.path={wanted.out}")
   return f"{python_command()} -m jgpt.run --experiment {EXPERIMENTS[kind]} --set {path}{size}"
 

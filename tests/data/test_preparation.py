@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from jgpt import cli, prepare
 from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, parse_setting
 from jgpt.data import preparation
 from jgpt.data.corpus import encode_paragraphs, find_data
 from jgpt.data.preparation import Preparation
@@ -847,14 +849,12 @@ def test_the_next_command_is_one_that_loads(folder, capsys, kind):
     == 0
   )
   line = capsys.readouterr().out.strip().splitlines()[-1]
-  name, rest = re.search(r"--experiment (\w+) --set 'data\.path=my shards'(.*)$", line).groups()
-  config = dataclasses.replace(
-    load_experiment(name).data, path="my shards", seq_len=8, batch_size=2
-  )
-  if kind == "bpe":
-    assert rest == " --set data.bpe_vocab_size=300"
-    config = dataclasses.replace(config, bpe_vocab_size=300)
-  data = find_data(config, 0)
+  words = shlex.split(line)[3:]
+  assert words[:1] + words[2:4] == ["--experiment", "--set", "data.path=my shards"]
+  changes = dict(parse_setting(word) for word in words[3::2])
+  assert changes.get("data.bpe_vocab_size") == (300 if kind == "bpe" else None)
+  assert changes.get("data.seq_len", 1) <= 99  # of 100 tokens that are held out
+  data = find_data(change(load_experiment(words[1]), changes).data, 0)
   assert data.tokenizer == tokenizer and len(data.heldout.tokens) == 100
   assert data.tokenizer.decode([*data.heldout.tokens.tolist(), *data.train.tokens.tolist()]) == PLAY
 
