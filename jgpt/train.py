@@ -114,7 +114,7 @@ def train_run(
         num_steps=train.steps - plan.start_step,
       )
     # The log's clock starts here, so that compiling counts for no step.
-    log = Log(list(writers), rows, train.max_consecutive_skips)
+    log = Log(list(writers), rows, train.max_consecutive_skips, plan.experiment.data.batch_size)
     state = _loop(plan, program, manager, log, stop, sample_at)
     step = int(state.step)
     if manager is not None:  # goes on in the background during the evaluation

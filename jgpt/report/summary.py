@@ -27,7 +27,7 @@ from jgpt.errors import UserError, printable
 from jgpt.params import count_params, walk
 from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
-from jgpt.report.verdict import LAST, diagnose_losses, final_loss
+from jgpt.report.verdict import LAST, count_idle_updates, diagnose_losses, final_loss
 from jgpt.system.command import python_command
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
@@ -231,7 +231,13 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
     last = [(len(result.losses), result.heldout_loss)] if result.heldout_loss is not None else []
     print(f"\n{draw_curve(result.losses, [*result.heldout_losses, *last])}")
     baseline = uniform_loss(plan.experiment.model.vocab_size)
-    found = diagnose_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
+    found = diagnose_losses(
+      result.losses,
+      result.heldout_losses,
+      result.heldout_loss,
+      baseline,
+      num_idle=count_idle_updates(plan.experiment.optimizer, len(result.losses)),
+    )
     print(f"\n{found.verdict}: {found.evidence}")
     if found.verdict == "diverging":
       print(f"try a lower rate, --set optimizer.peak_lr={plan.experiment.optimizer.peak_lr / 10:g}")

@@ -12,15 +12,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jgpt.config import Expected
+from jgpt.config import Expected, OptimizerConfig
 
 # Relative thresholds.
 RISE = 0.02  # a held-out loss this much above its lowest has risen
 GAP = 0.25  # a held-out loss this much above the training loss is overfitting
-FALL = 0.02  # a training loss that fell by this in its last tenth was still falling
+FALL = 0.02  # a loss that falls by this in a tenth of the updates is still falling
+UNSURE = 0.1  # a fall in a tenth of the updates that must be ruled out to say "levelled off"
 LEARNED = 0.1  # a training loss less than this below uniform guessing is underfitting
+BY_HEART = 0.1  # of uniform guessing: a loss below it is usually a text learnt by heart
 
 LAST = 50  # updates whose mean is the training loss of a run
+MIN_UPDATES = 20  # fewer say nothing about uniform guessing
+MIN_LEVEL_UPDATES = 100  # the training loss of fewer does not show that it levelled off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +32,9 @@ class Diagnosis:
   """The verdict on a run's losses.
 
   Attributes:
-    verdict: "healthy", "overfitting", "underfitting" or "diverging".
-    evidence: the numbers behind it, for a person.
+    verdict: "not trained", "diverging", "overfitting", "underfitting", "too short to say",
+      "levelled off" or "healthy".
+    evidence: the numbers behind it, and what they cannot show, for a person.
   """
 
   verdict: str
@@ -41,20 +46,31 @@ def diagnose_losses(
   heldout_losses: Sequence[tuple[int, float]],
   heldout_loss: float | None,
   baseline: float,
+  *,
+  num_idle: int = 0,
 ) -> Diagnosis:
   """Diagnoses a finished run from its losses.
 
   The first of these that holds:
 
-    diverging      a loss is not finite; or the training loss ends more than 5% above uniform
-                   guessing; or it lost more than half of what its lowest stretch had gained over
-                   uniform guessing, and more than 0.1
-    overfitting    the held-out loss rose by 2% from its lowest, or ends 25% above the training loss
-    underfitting   the training loss is less than 10% below uniform guessing; or a loss still falls
-                   by 2% in a tenth of the updates: the held-out loss between its last two
-                   evaluations, or the training loss (also by three standard errors) in the last
-                   tenth
-    healthy        otherwise
+    diverging        a loss is not finite
+    not trained      the learning rate was 0 at more than half of the updates
+    diverging        the training loss ends above uniform guessing and above its first value, by 5%
+                     and four standard deviations, or by half; or it lost more than half of what its
+                     lowest stretch had gained, more than 0.1, and more than three standard errors.
+                     A loss that falls is not diverging, however far above uniform guessing
+    overfitting      the held-out loss rose by 2% from its lowest, or ends 25% above the training
+                     loss, more than 0.05, and more than three standard errors
+    underfitting     a loss still falls by 2% in a tenth of the updates: the held-out loss between
+                     its last two evaluations, or the training loss (also by four standard errors of
+                     the slope) over the last third, or the last half of fewer than 100 updates; or
+                     the training loss of 20 updates or more is not 10% below uniform guessing
+    too short to say fewer than 100 updates, or training losses that scatter so much that a fall by
+                     10% in a tenth of the updates is within two standard errors; unless the last
+                     two evaluations, a tenth of the updates apart, show that nothing falls
+                     Losses below a tenth of uniform guessing are compared with that tenth
+    levelled off     none of these, and nothing is held out: overfitting cannot be seen
+    healthy          none of these, and the held-out loss agrees
 
   Args:
     losses: of each update, nats per token; at least one.
@@ -62,14 +78,39 @@ def diagnose_losses(
     heldout_loss: after the last update, over the whole held-out part; None where nothing is held
       out.
     baseline: the loss of uniform guessing, nats per token.
+    num_idle: updates at a learning rate of 0, from `count_idle_updates`.
   """
   losses = np.asarray(losses, np.float64)
-  return (
-    _find_divergence(losses, baseline)
+  found = (
+    _find_nonfinite(losses)
+    or _find_idleness(losses, num_idle)
+    or _find_divergence(losses, baseline)
     or _find_overfitting(losses, heldout_losses, heldout_loss)
     or _find_underfitting(losses, heldout_losses, baseline)
-    or _describe_health(losses, heldout_loss, baseline)
+    or _find_doubt(losses, heldout_losses, baseline)
+    or _describe_level(losses, heldout_loss, baseline)
   )
+  if num_idle and found.verdict != "not trained":
+    idle = f"the learning rate was 0 at {num_idle:,} of {len(losses):,} updates"
+    return Diagnosis(found.verdict, f"{found.evidence}; {idle}")
+  return found
+
+
+def count_idle_updates(optimizer: OptimizerConfig, steps: int) -> int:
+  """Counts the updates whose learning rate is 0, but for the single ones that begin a rise.
+
+  Args:
+    optimizer: `decay_steps` resolved.
+    steps: updates of the run.
+  """
+  is_constant = optimizer.schedule == "constant"
+  peak, end = np.float32(optimizer.peak_lr), np.float32(optimizer.end_lr)
+  falling = steps if is_constant else min(steps, optimizer.decay_steps)
+  idle = 0 if end else steps - falling
+  if not peak:
+    rises = end and not is_constant
+    idle += min(optimizer.warmup_steps, falling) if rises else falling
+  return idle
 
 
 def final_loss(losses: Sequence[float]) -> float:
@@ -77,23 +118,53 @@ def final_loss(losses: Sequence[float]) -> float:
   return float(np.mean(np.asarray(losses[-LAST:], np.float64)))
 
 
+def _find_nonfinite(losses: np.ndarray) -> Diagnosis | None:
+  if np.isfinite(losses).all():
+    return None
+  step = int(np.argmin(np.isfinite(losses))) + 1
+  return Diagnosis("diverging", f"the loss of step {step:,} is not finite")
+
+
+def _find_idleness(losses: np.ndarray, num_idle: int) -> Diagnosis | None:
+  if 2 * num_idle <= len(losses):
+    return None
+  what = "every update" if num_idle >= len(losses) else f"{num_idle:,} of {len(losses):,} updates"
+  return Diagnosis(
+    "not trained",
+    f"the learning rate was 0 at {what}, which changed nothing; the training loss ends at "
+    f"{final_loss(losses):.2f}",
+  )
+
+
+def _standard_error(losses: np.ndarray) -> float:
+  """Computes the standard error of a mean; infinite for a single loss."""
+  return float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
+
+
 def _find_divergence(losses: np.ndarray, baseline: float) -> Diagnosis | None:
-  if not np.isfinite(losses).all():
-    step = int(np.argmin(np.isfinite(losses))) + 1
-    return Diagnosis("diverging", f"the loss of step {step:,} is not finite")
   # Stretches of at least 50 updates, whose means are not noise.
   groups = np.array_split(losses, min(20, max(1, len(losses) // LAST)))
   means = [float(g.mean()) for g in groups]
-  lowest = int(np.argmin(means))
-  rise, won = means[-1] - means[lowest], baseline - means[lowest]
-  if means[-1] > 1.05 * baseline or (rise > 0.5 * abs(won) and rise > 0.1):
-    end = sum(len(g) for g in groups[: lowest + 1])
-    return Diagnosis(
-      "diverging",
-      f"the training loss ends at {means[-1]:.2f}, after {means[lowest]:.2f} by step {end:,}; "
-      f"uniform guessing has {baseline:.2f}",
-    )
-  return None
+  lowest, last, end = int(np.argmin(means)), groups[-1], means[-1]
+  highest_start = max(baseline, float(losses[0]))
+  is_above = end > 1.5 * highest_start or (
+    end > 1.05 * highest_start and end - losses[0] > 4 * last.std()
+  )
+  # What was to be gained: from uniform guessing, or from where given weights began.
+  first = float(losses[:10].mean())
+  gained = (first if first < 0.9 * baseline else max(first, baseline)) - means[lowest]
+  rise = end - means[lowest]
+  error = math.hypot(_standard_error(groups[lowest]), _standard_error(last))
+  if is_above and len(losses) > 1:
+    since = f"after {losses[0]:.2f} at step 1"
+  elif len(groups) > 1 and rise > 0.5 * abs(gained) and rise > 0.1 and rise > 3 * error:
+    since = f"after {means[lowest]:.2f} by step {sum(len(g) for g in groups[: lowest + 1]):,}"
+  else:
+    return None
+  return Diagnosis(
+    "diverging",
+    f"the training loss ends at {end:.2f}, {since}; uniform guessing has {baseline:.2f}",
+  )
 
 
 def _find_overfitting(
@@ -107,7 +178,10 @@ def _find_overfitting(
       return Diagnosis(
         "overfitting", f"the held-out loss rose from {lowest:.2f} at step {step:,} to {last:.2f}"
       )
-  if heldout_loss is not None and heldout_loss > (1 + GAP) * train:
+  if heldout_loss is None:
+    return None
+  gap = heldout_loss - train
+  if gap > GAP * train and gap > 0.05 and gap > 3 * _standard_error(losses[-LAST:]):
     return Diagnosis(
       "overfitting",
       f"the held-out loss, {heldout_loss:.2f}, is far above the training loss, {train:.2f}",
@@ -115,15 +189,28 @@ def _find_overfitting(
   return None
 
 
+def _fit_fall(losses: np.ndarray) -> tuple[float, float, int] | None:
+  """Computes how the last losses fall, by the least squares of a line.
+
+  Returns:
+    Its fall in a tenth of all updates, the standard error of that, and the losses it is fitted to;
+    None for fewer than 10.
+  """
+  num = max(10, len(losses) // (2 if len(losses) < 100 else 3))
+  if len(losses) < num:
+    return None
+  at = np.arange(num) - (num - 1) / 2
+  slope = float(at @ losses[-num:] / (at @ at))
+  rest = losses[-num:] - losses[-num:].mean() - slope * at
+  error = math.sqrt(float(rest @ rest) / (num - 2) / float(at @ at))
+  tenth = len(losses) / 10
+  return -slope * tenth, error * tenth, num
+
+
 def _find_underfitting(
   losses: np.ndarray, heldout_losses: Sequence[tuple[int, float]], baseline: float
 ) -> Diagnosis | None:
   train = final_loss(losses)
-  if train > (1 - LEARNED) * baseline:
-    return Diagnosis(
-      "underfitting",
-      f"the training loss, {train:.2f}, is hardly below uniform guessing, {baseline:.2f}",
-    )
   measured = [e for e in heldout_losses if e[0] > 0]
   if len(measured) > 1:
     (before_step, before), (step, last) = measured[-2:]
@@ -133,28 +220,60 @@ def _find_underfitting(
         f"the held-out loss still fell, from {before:.2f} at step {before_step:,} to {last:.2f} at "
         f"step {step:,}",
       )
-  tenth = max(2, len(losses) // 10)
-  before, last = losses[-2 * tenth : -tenth], losses[-tenth:]
-  if len(before) < 2:
-    return None
-  fall = before.mean() - last.mean()
-  error = math.sqrt(before.var(ddof=1) / len(before) + last.var(ddof=1) / len(last))
-  if fall > FALL * last.mean() and fall > 3 * error:
+  if fitted := _fit_fall(losses):
+    fall, error, num = fitted
+    part = losses[-num:]
+    if fall > FALL * max(part.mean(), BY_HEART * baseline) and fall > 4 * error:
+      third = max(2, num // 3)
+      return Diagnosis(
+        "underfitting",
+        f"the training loss still fell, from {part[:third].mean():.2f} to "
+        f"{part[-third:].mean():.2f} within the last {num:,} updates",
+      )
+  if train > (1 - LEARNED) * baseline and len(losses) >= MIN_UPDATES:
+    below = "hardly below" if train < baseline else "not below"
     return Diagnosis(
       "underfitting",
-      f"the training loss still fell from {before.mean():.2f} to {last.mean():.2f} in the last "
-      "tenth of the steps",
+      f"the training loss, {train:.2f}, is {below} uniform guessing, {baseline:.2f}",
     )
   return None
 
 
-def _describe_health(losses: np.ndarray, heldout_loss: float | None, baseline: float) -> Diagnosis:
+def _find_doubt(
+  losses: np.ndarray, heldout_losses: Sequence[tuple[int, float]], baseline: float
+) -> Diagnosis | None:
+  measured = [e for e in heldout_losses if e[0] > 0]
+  if len(measured) > 1 and measured[-1][0] - measured[-2][0] >= 0.1 * len(losses):
+    return None  # the held-out loss does not fall, as `_find_underfitting` found
+  fitted = _fit_fall(losses)
+  if fitted is None or len(losses) < MIN_LEVEL_UPDATES:
+    count = "1 update does" if len(losses) == 1 else f"{len(losses):,} updates do"
+    return Diagnosis(
+      "too short to say",
+      f"{count} not show whether the loss falls further; the training loss is "
+      f"{final_loss(losses):.2f}",
+    )
+  fall, error, num = fitted
+  level = float(losses[-num:].mean())
+  if max(fall, 0.0) + 2 * error <= UNSURE * max(level, BY_HEART * baseline):
+    return None
+  return Diagnosis(
+    "too short to say",
+    f"the last {num:,} training losses, {level:.2f} on average, scatter by "
+    f"{losses[-num:].std():.2f}, too much to show whether they fall",
+  )
+
+
+def _describe_level(losses: np.ndarray, heldout_loss: float | None, baseline: float) -> Diagnosis:
   train = final_loss(losses)
-  evidence = f"the training loss fell to {train:.2f} ({baseline:.2f} is guessing) and levelled off"
+  evidence = f"the training loss fell to {train:.2f} ({baseline:.2f} is guessing)"
   if heldout_loss is not None:
     side = "above" if heldout_loss >= train else "below"
-    evidence += f"; the held-out loss is {abs(heldout_loss - train):.2f} {side} it"
-  return Diagnosis("healthy", evidence)
+    gap = f"the held-out loss is {abs(heldout_loss - train):.2f} {side} it"
+    return Diagnosis("healthy", f"{evidence} and levelled off; {gap}")
+  by_heart = " (so low a loss usually is)" if train < BY_HEART * baseline else ""
+  unknown = f"nothing is held out: whether it is learnt by heart{by_heart} cannot be seen"
+  return Diagnosis("levelled off", f"{evidence}; {unknown}")
 
 
 def compare_expected(

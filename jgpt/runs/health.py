@@ -26,6 +26,8 @@ from jgpt.runs.digest import name_leaves
 from jgpt.step import TrainState, loss_and_grads
 
 SPIKE = 7.0  # the z-score above which a loss is reported as a spike
+FEW_SEQUENCES = 8  # the loss of a smaller batch scatters as its sequences do
+BESIDE_SPIKE = 3.0  # of so few, the z-score that the loss before or after a spike has at least
 MAX_EARLIER_LOSSES = 2000  # of earlier starts; those before them have weights below 2e-9
 
 
@@ -40,12 +42,16 @@ class Health:
       try.
   """
 
-  def __init__(self, rows: Sequence[dict], max_consecutive_skips: int):
+  def __init__(
+    self, rows: Sequence[dict], max_consecutive_skips: int, batch_size: int = FEW_SEQUENCES
+  ):
     """Initialises the statistics from earlier starts of the run.
 
     Args:
       rows: of metrics.jsonl, in order; rows of evaluations are ignored.
       max_consecutive_skips: see `TrainConfig`.
+      batch_size: sequences that a loss is the mean of. Of fewer than `FEW_SEQUENCES` a single high
+        loss is reported as no spike: it is one odd sequence, and the next batch has another.
     """
     rows = [row for row in rows if "train/loss" in row]
     self._max_consecutive_skips = max_consecutive_skips
@@ -55,7 +61,8 @@ class Health:
     self.skipped = sum(bool(row.get("train/skipped")) for row in rows)
     self.exhausted: int | None = None
     losses = np.array([row["train/loss"] for row in rows[-MAX_EARLIER_LOSSES:]], np.float64)
-    self.stats = compute_z_scores(LossStats(), losses[np.isfinite(losses)])[-1]
+    zs, _, self.stats = compute_z_scores(LossStats(), losses[np.isfinite(losses)])
+    self._has_few, self._last_z = batch_size < FEW_SEQUENCES, float(zs[-1]) if len(zs) else 0.0
 
   @property
   def is_skipping(self) -> bool:
@@ -88,7 +95,14 @@ class Health:
       return f"loss {losses[i]:.5g} is a spike, z = {zs[i]:.3g} (mean {means[i]:.3g} before it)"
 
     lines = []
-    spikes = np.flatnonzero((zs > SPIKE) & ~skipped)
+    earlier = np.concatenate([[self._last_z], zs[:-1]])
+    is_spike = zs > SPIKE
+    if (
+      self._has_few
+    ):  # the second of two losses in a row shows that it was not the first's sequence
+      is_spike = (np.maximum(zs, earlier) > SPIKE) & (np.minimum(zs, earlier) > BESIDE_SPIKE)
+    self._last_z = float(zs[-1])
+    spikes = np.flatnonzero(is_spike & ~skipped)
     if len(spikes):
       more = _describe_more(spikes, first)
       lines.append(f"step {first + spikes[0]}: {describe(spikes[0])}{more}")

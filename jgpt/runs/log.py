@@ -259,20 +259,27 @@ class Log:
     health: statistics of losses and skipped updates.
   """
 
-  def __init__(self, writers: list[Writer], rows: Sequence[dict], max_consecutive_skips: int):
+  def __init__(
+    self,
+    writers: list[Writer],
+    rows: Sequence[dict],
+    max_consecutive_skips: int,
+    batch_size: int,
+  ):
     """Starts the clock.
 
     Args:
       writers: a writer whose writing fails is removed from the list.
       rows: of earlier starts.
       max_consecutive_skips: see `TrainConfig`.
+      batch_size: sequences of an update.
     """
     self._writers, self._clock = writers, Clock()
     self._seconds_per_step = 0.0
     self.losses = array.array("f")  # a list would take eight times the memory
     self.evaluations: list[tuple[int, float, int]] = []
     self.evaluated = {row["step"] for row in rows if "heldout/loss" in row}
-    self.health = Health(rows, max_consecutive_skips)
+    self.health = Health(rows, max_consecutive_skips, batch_size)
 
   def find_whole_evaluation(self, train: TrainConfig) -> tuple[float, int] | None:
     """Returns the held-out loss after the last update and its number of tokens.

@@ -57,6 +57,26 @@ def test_a_spike_is_a_line_with_its_score_and_the_mean_before_it():
   assert 20 < float(line.partition("z = ")[2].partition(" ")[0]) < 40
 
 
+def test_of_few_sequences_only_spikes_that_last_are_reported():
+  """A single high loss is the scatter of the data, and of many sequences it is not.
+
+  Two calls are watched as one is, and a start goes on from the rows of the one before.
+  """
+  losses = noise(1000)
+  losses[[400, 700]] = 6.0
+  assert Health([], 10, 1).observe(1000, metrics_of(losses)) == []
+  assert len(Health([], 10, 64).observe(1000, metrics_of(losses))) == 1
+  losses[801:804] = 5.5
+  for cut in (1, 500, 802, 803):
+    watch = Health([], 10, 1)
+    lines = watch.observe(cut, metrics_of(losses[:cut]))
+    lines += watch.observe(1000, metrics_of(losses[cut:]))
+    assert lines and lines[0].startswith("step 803: loss 5.5 is a spike, z = "), (cut, lines)
+  resumed = Health(rows_of(losses[:802]), 10, 1)
+  (line,) = resumed.observe(1000, metrics_of(losses[802:]))
+  assert line.startswith("step 803: ")
+
+
 def test_many_spikes_are_one_line():
   losses = noise(1000)
   losses[[400, 700, 950]] = 50

@@ -279,7 +279,7 @@ def test_losses_of_a_start_take_four_bytes_each():
   """A million updates, which a small model makes in a minute: what is read back is bit for bit what
   was given.
   """
-  log, stop = Log([], [], 10), SimpleNamespace()
+  log, stop = Log([], [], 10, 1), SimpleNamespace()
   losses = np.linspace(3, 2, 1000, dtype=np.float32)
   chunk = {
     "train/loss": losses,
