@@ -17,6 +17,7 @@ import numpy as np
 
 from jgpt.batches import Batch, Corpus, Stream, count_eval_batches, eval_batch
 from jgpt.config import Experiment
+from jgpt.sharding import beside
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -177,7 +178,8 @@ def evaluate_loss(
     >>> run = jgpt.open_run("runs/names")
     >>> jgpt.evaluate_loss(run.params, run.data().heldout, run.tokenizer, run.experiment)
   """
-  loss, num_tokens = finish_evaluation(begin_evaluation(params, corpus, experiment))
+  placed = jax.device_put(corpus, beside(params))
+  loss, num_tokens = finish_evaluation(begin_evaluation(params, placed, experiment))
   is_stream = experiment.data.batching != "documents"
   return Evaluation(
     loss_nats_per_token=loss,

@@ -100,13 +100,16 @@ def export_hugging_face(run: Run, out: Path, dtype: str) -> list[Path]:
   Raises:
     UserError: naming the settings that the format cannot hold.
   """
+  import jax
+
   from jgpt.weights import hugging_face
 
+  params = jax.device_get(run.params)
   temporary = out.with_name(f".{out.name}.tmp")
   shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
   temporary.mkdir(parents=True)
   try:
-    hugging_face.write_folder(temporary, run.params, run.experiment.model, run.tokenizer, dtype)
+    hugging_face.write_folder(temporary, params, run.experiment.model, run.tokenizer, dtype)
     if out.is_dir():
       out.rmdir()
     temporary.rename(out)
@@ -129,15 +132,18 @@ def export_llmc(run: Run, out: Path, dtype: str) -> list[Path]:
   Raises:
     UserError: naming the settings that the format cannot hold.
   """
+  import jax
+
   from jgpt.text.tokenizer_files import llmc_tokenizer_bytes
   from jgpt.weights import llmc
 
+  params = jax.device_get(run.params)
   config = run.experiment.model
   tokenizer_out = tokenizer_path(out)
   tokenizer = llmc_tokenizer_bytes(run.tokenizer, config.vocab_size)
   write_atomically(
     {
-      out: lambda path: llmc.write_weights(path, run.params, config, dtype),
+      out: lambda path: llmc.write_weights(path, params, config, dtype),
       tokenizer_out: lambda path: path.write_bytes(tokenizer),
     }
   )
@@ -172,16 +178,16 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
   changes = {"model.dropout": 0.0, "train.micro_batch_size": None}
   experiment = dataclasses.replace(change(run.experiment, changes), compute=PLAIN)
   config, batch = experiment.model, make_next_batch(run.experiment, data, run.step)
-  loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, run.step, experiment)
+  step = jax.device_put(np.int32(run.step))
+  loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, step, experiment)
   logits_BTV = jax.jit(
     lambda params, tokens: apply(params, tokens, config)[..., : config.vocab_size]
   )(run.params, batch.inputs_BT)
-  inputs_BT, targets_BT = np.asarray(batch.inputs_BT), np.asarray(batch.targets_BT)
-  logits_BTV = np.asarray(logits_BTV)
+  batch, logits_BTV, loss, grads = jax.device_get((batch, logits_BTV, loss, grads))
   write_atomically(
     {
       out: lambda path: llmc.write_state(
-        path, inputs_BT, targets_BT, logits_BTV, float(loss), grads, config
+        path, batch.inputs_BT, batch.targets_BT, logits_BTV, float(loss), grads, config
       )
     }
   )
@@ -203,15 +209,16 @@ def make_next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
 
   from jgpt import batches
   from jgpt.data.feed import make_feed
-  from jgpt.sharding import make_mesh
+  from jgpt.sharding import make_mesh, replicated
 
   alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
   mesh = make_mesh(alone, jax.devices()[:1])
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   make_batch = jax.jit(batches.batch, static_argnums=2)
-  batch = make_batch(feed.corpus_at(step), np.int32(step), experiment)
-  rows = np.asarray(batch.weights_BT).all(axis=1)
-  return jax.tree.map(lambda x: x[rows], batch)
+  count = jax.device_put(np.int32(step), replicated(mesh))
+  batch = jax.device_get(make_batch(feed.corpus_at(step), count, experiment))
+  rows = batch.weights_BT.all(axis=1)
+  return jax.device_put(jax.tree.map(lambda x: x[rows], batch), replicated(mesh))
 
 
 def _find_stream(args: argparse.Namespace, files: RunFiles) -> Data:

@@ -18,7 +18,7 @@ from jgpt.config.experiment import PLAIN
 from jgpt.errors import UserError, show
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.model import Cache, apply, embed, predict_logits, run_blocks
-from jgpt.sharding import unstack_blocks
+from jgpt.sharding import beside, unstack_blocks
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -283,7 +283,7 @@ def begin_texts(
 
   def texts() -> list[str]:
     # Where memory runs out, waiting raises an error; reading would abort the process.
-    rows = np.asarray(jax.block_until_ready(new))[:, :max_tokens].tolist()
+    rows = jax.device_get(jax.block_until_ready(new))[:, :max_tokens].tolist()
     return [sample.prompt + tokenizer.decode(_until(ids, tokenizer.stop_id)) for ids in rows]
 
   return texts
@@ -340,11 +340,8 @@ def _arguments(
     "top_p": sample.top_p,
     "past_context": max_tokens > room,
   }
-  return (
-    (params, prompt_P, np.int32(len(ids)), key, np.float32(sample.temperature)),
-    settings,
-    max_tokens,
-  )
+  others = prompt_P, np.int32(len(ids)), key, np.float32(sample.temperature)
+  return (params, *jax.device_put(others, beside(params))), settings, max_tokens
 
 
 def _until(ids: list[int], stop_id: int | None) -> list[int]:

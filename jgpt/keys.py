@@ -14,7 +14,6 @@ DATA = 3
 EVAL = 4
 
 
-@jax.jit
 def derive_key(seed: int, purpose: int, step: int | jax.Array = 0) -> jax.Array:
   """Derives the key for a purpose at a step: `fold_in(fold_in(key(seed), purpose), step)`.
 
@@ -23,4 +22,9 @@ def derive_key(seed: int, purpose: int, step: int | jax.Array = 0) -> jax.Array:
     purpose: one of the constants above.
     step: updates applied before, or the number of the draw.
   """
+  return _derive_key(*jax.device_put((seed, purpose, step)))
+
+
+@jax.jit
+def _derive_key(seed: jax.Array, purpose: jax.Array, step: jax.Array) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

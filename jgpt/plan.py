@@ -251,6 +251,7 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
     },
     "platform": platform.platform(),
     "devices": [f"{d.platform} {d.device_kind}" for d in devices],
+    "products": runtime.describe_precision(devices[0]),
     "settings": {
       name: value for name, value in list_settings(plan.experiment).items() if is_circumstance(name)
     },

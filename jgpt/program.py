@@ -9,9 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgpt import sharding
 from jgpt.batches import Corpus
@@ -39,7 +42,8 @@ class Program:
     experiment: with `compute` resolved for the devices.
     state: after the updates that are done; blocks arranged as `compute.layers` says.
     run_steps: compiled, (corpus, state, num_steps) -> (state, metrics); consumes its state and
-      takes at most `MAX_STEPS_PER_CALL` steps. None where no update is left.
+      takes at most `MAX_STEPS_PER_CALL` steps. None where no update is left. Under JAX_DISABLE_JIT
+      the function itself, which computes operation by operation.
     feed: the training part.
     heldout: the held-out part.
   """
@@ -49,6 +53,11 @@ class Program:
   run_steps: Callable[[Corpus, TrainState, jax.Array], tuple[TrainState, dict]] | None
   feed: Feed
   heldout: Corpus
+
+  def advance(self, state: TrainState, step: int, num_steps: int) -> tuple[TrainState, dict]:
+    """Starts `num_steps` updates of a state after `step` of them; see `run_steps`."""
+    count = jax.device_put(np.int32(num_steps), sharding.beside(state))
+    return self.run_steps(self.feed.corpus_at(step), state, count)
 
 
 def compile_program(
@@ -76,47 +85,30 @@ def compile_program(
   mesh = sharding.make_mesh(experiment, runtime.devices())
   experiment = resolve_compute(experiment, mesh.devices.flat[0].platform)
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
-  heldout = jax.device_put(data.heldout, sharding.replicated(mesh))
-  key = derive_key(experiment.train.seed, INIT, 0)
+  whole = sharding.replicated(mesh)
+  heldout = jax.device_put(data.heldout, whole)
+  key = jax.device_put(derive_key(experiment.train.seed, INIT, 0), whole)
   init = jax.jit(partial(init_state, experiment=experiment))  # traced once, for shapes and values
   arrange = partial(sharding.arrange_blocks, layers=experiment.compute.layers)
   stacked = _place_shapes(jax.eval_shape(init, key), experiment, mesh)
   placed = _place_shapes(jax.eval_shape(arrange, stacked), experiment, mesh)
-
-  def lower_state() -> tuple[jax.stages.Lowered, Callable]:
-    """Traces the program that makes the state; also returns a function that makes its argument."""
-    shardings = jax.tree.map(lambda x: x.sharding, placed)
-    options = choose_quick_options(experiment)
-    jit = partial(jax.jit, out_shardings=shardings, compiler_options=options)
+  is_read = saved_step is not None or isinstance(initial, Origin)
+  source = initial if saved_step is None else manager.folder / str(saved_step)
+  make, shapes, make_argument = _choose_state(experiment, data, source, init, key, stacked, mesh)
+  make_state = jax.jit(
+    lambda x: arrange(make(x)),
+    out_shardings=jax.tree.map(lambda x: x.sharding, placed),
+    compiler_options=choose_quick_options(experiment),
     # Arrays that keep their shape need no second copy.
-    donated = () if experiment.compute.layers == "unroll" else 0
-    if saved_step is not None:
-      folder = manager.folder / str(saved_step)
-      lowered = jit(arrange, donate_argnums=donated).lower(stacked)
-      return lowered, lambda: checkpoint.restore(folder, stacked)
-    _check_at_hand(experiment, initial)
-    if isinstance(initial, Origin):
-      begin = partial(continue_state, experiment=experiment)
-      there = _place_shapes(
-        jax.eval_shape(partial(init_state, experiment=initial.experiment), key), experiment, mesh
-      )
-      lowered = jit(lambda kept: arrange(begin(*kept)), donate_argnums=donated).lower(
-        _select_kept(there)
-      )
-      return lowered, lambda: _select_kept(checkpoint.restore(initial.folder, there))
-    given = initial.params if initial else None
-    if given is None and experiment.train.init == "microgpt":
-      seed, num_documents = experiment.train.seed, len(data.documents)
-      given = draw_microgpt_params(seed, num_documents, experiment.model)
-    if given is not None:
-      lowered = jit(lambda params: arrange(begin_state(params, experiment))).lower(given)
-      return lowered, lambda: given
-    return jit(lambda key: arrange(init(key))).lower(key), lambda: key
-
+    donate_argnums=0 if is_read and experiment.compute.layers != "unroll" else (),
+  )
+  if jax.config.jax_disable_jit:  # nothing is traced: each function computes as it is called
+    run_steps = jit_steps(experiment, placed, mesh) if num_steps > 0 else None
+    return Program(experiment, make_state(make_argument()), run_steps, feed, heldout)
   # Tracing holds Python's lock and compiling does not: all is traced in this thread, and what is
   # traced compiles meanwhile.
   with ThreadPoolExecutor(2) as pool:
-    lowered, make_argument = lower_state()
+    lowered = make_state.lower(shapes)
     state = pool.submit(lambda: lowered.compile()(make_argument()))
     run_steps, surveyed = None, None
     if num_steps > 0:
@@ -129,6 +121,48 @@ def compile_program(
       surveyed.result()
     run_steps = run_steps.result() if run_steps else None
     return Program(experiment, state.result(), run_steps, feed, heldout)
+
+
+def _choose_state(
+  experiment: Experiment,
+  data: Data,
+  source: Path | InitialParams | Origin | None,
+  init: Callable[[jax.Array], TrainState],
+  key: jax.Array,
+  stacked: TrainState,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Callable[[Any], TrainState], Any, Callable[[], Any]]:
+  """Chooses how the state is made, blocks stacked or as they are given.
+
+  Args:
+    experiment: resolved.
+    data: loaded.
+    source: a checkpoint's folder to restore, or what to begin from; None draws parameters.
+    init: draws a state from a key.
+    key: for `init`.
+    stacked: the state's shapes, with shardings.
+    mesh: the devices.
+
+  Returns:
+    A function of one argument, the shapes of that, and a function that makes it.
+  """
+  if isinstance(source, Path):
+    return lambda state: state, stacked, lambda: checkpoint.restore(source, stacked)
+  _check_at_hand(experiment, source)
+  if isinstance(source, Origin):
+    there = jax.eval_shape(partial(init_state, experiment=source.experiment), key)
+    there = _place_shapes(there, experiment, mesh)
+    restore = partial(checkpoint.restore, source.folder, there)
+    begin = partial(continue_state, experiment=experiment)
+    return lambda kept: begin(*kept), _select_kept(there), lambda: _select_kept(restore())
+  given = source.params if source else None
+  if given is None and experiment.train.init == "microgpt":
+    seed, num_documents = experiment.train.seed, len(data.documents)
+    given = draw_microgpt_params(seed, num_documents, experiment.model)
+  if given is None:
+    return init, key, lambda: key
+  begin = partial(begin_state, experiment=experiment)
+  return begin, given, lambda: jax.device_put(given, sharding.replicated(mesh))
 
 
 def continue_state(params: dict, moments: AdamState, experiment: Experiment) -> TrainState:
@@ -161,20 +195,23 @@ def lower_steps(
   experiment: Experiment, corpus: Corpus, state: TrainState, mesh: jax.sharding.Mesh
 ) -> jax.stages.Lowered:
   """Traces `Program.run_steps` for a corpus and a state of these shapes and shardings."""
+  num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+  with jax.set_mesh(mesh):
+    return jit_steps(experiment, state, mesh).lower(corpus, state, num_steps)
+
+
+def jit_steps(experiment: Experiment, state: TrainState, mesh: jax.sharding.Mesh) -> Callable:
+  """Makes `Program.run_steps`, not compiled yet, for a state of these shapes and shardings."""
 
   def run_steps(corpus: Corpus, state: TrainState, num_steps: jax.Array) -> tuple[TrainState, dict]:
     return train_steps(state, corpus, num_steps, experiment)
 
-  shardings = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
-  num_steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-  program = jax.jit(
+  return jax.jit(
     run_steps,
     donate_argnums=1,
-    out_shardings=shardings,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     compiler_options=choose_step_options(experiment),
   )
-  with jax.set_mesh(mesh):
-    return program.lower(corpus, state, num_steps)
 
 
 def _place_shapes(state: TrainState, experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:

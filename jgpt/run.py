@@ -363,6 +363,8 @@ def _train(
     plan: of the run.
     stop: from `exit_on_signals`.
   """
+  import jax
+
   from jgpt import train
   from jgpt.generate import sample_texts
   from jgpt.report import summary
@@ -398,7 +400,7 @@ def _train(
   print(end="", flush=True)
   began = time.perf_counter()
   result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
-  step = int(result.state.step)
+  step = int(jax.device_get(result.state.step))
   saved = signals.describe_stop(step, plan.workdir)
   if result.signal:
     stop.leave(saved)

@@ -91,6 +91,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def beside(tree: Any) -> jax.sharding.Sharding | None:
+  """Returns the sharding of arrays that every device of a tree's arrays holds whole.
+
+  Args:
+    tree: of arrays or shapes; NumPy arrays are on no device: None.
+  """
+  found = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+  return replicated(found.mesh) if isinstance(found, NamedSharding) else found
+
+
 def param_shardings(params: dict, config: ModelConfig, mesh: Mesh) -> dict:
   """Derives the shardings of parameters from `param_table`.
 

@@ -115,8 +115,7 @@ def train_run(
       )
     # The log's clock starts here, so that compiling counts for no step.
     log = Log(list(writers), rows, train.max_consecutive_skips, plan.experiment.data.batch_size)
-    state = _loop(plan, program, manager, log, stop, sample_at)
-    step = int(state.step)
+    state, step = _loop(plan, program, manager, log, stop, sample_at)
     if manager is not None:  # goes on in the background during the evaluation
       checkpoint.save_checkpoint(manager, state, log.find_heldout_loss(step))
     heldout_loss, heldout_tokens = None, 0
@@ -146,8 +145,8 @@ def _loop(
   log: Log,
   stop: Stop,
   sample_at: Callable[[int], bool] | None,
-) -> TrainState:
-  """Runs the compiled calls and returns the last state.
+) -> tuple[TrainState, int]:
+  """Runs the compiled calls and returns the last state, and its step.
 
   A call's metrics are written while the device is busy with the next one.
   """
@@ -160,7 +159,7 @@ def _loop(
   while step < train.steps and not stop and not log.health.exhausted:
     num_steps = next_stop(step, train, plan.epoch_steps, feed.block_steps) - step
     num_steps = min(num_steps, log.count_steps(SECONDS_PER_CALL))
-    state, metrics = program.run_steps(feed.corpus_at(step), state, np.int32(num_steps))
+    state, metrics = program.advance(state, step, num_steps)
     step += num_steps
     evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
     texts = None
@@ -181,4 +180,4 @@ def _loop(
       manager.wait()
     corpus = feed.corpus_at(log.health.exhausted - 1)
     raise TrainingError(explain_stop(program.experiment, state, corpus, log.health, plan.workdir))
-  return state
+  return state, step

@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
   peers.check_peer_packages(args.peer)
   import jax
 
+  if jax.config.jax_disable_jit:
+    raise UserError("what is measured is compiled: unset JAX_DISABLE_JIT")
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   jax.config.update("jax_enable_compilation_cache", False)  # else "compile" would time reading

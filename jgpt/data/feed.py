@@ -102,9 +102,9 @@ def find_starts(
   with _on_host(), enable_x64(True) if is_large else contextlib.nullcontext():
     if config.batching != "epochs":
       starts, counts = _compile_starts(num_tokens, config, seed)(
-        steps.astype(np.int64 if is_large else np.int32)
+        jax.device_put(steps.astype(np.int64 if is_large else np.int32))
       )
-      return np.asarray(starts, np.int64), np.asarray(counts)
+      return jax.device_get(starts).astype(np.int64), jax.device_get(counts)
     num_windows = count_windows(num_tokens, config)
     num_steps = -(-num_windows // config.batch_size)
     rows = (steps % num_steps * config.batch_size)[:, None] + np.arange(config.batch_size)
@@ -124,7 +124,8 @@ def _compile_starts(num_tokens: int, config: DataConfig, seed: int) -> Callable:
 
 @lru_cache(maxsize=2)
 def _draw_order(num_windows: int, epoch: int, seed: int) -> np.ndarray:
-  return np.asarray(jax.jit(epoch_order, static_argnums=(0, 2))(num_windows, np.int32(epoch), seed))
+  draw = jax.jit(epoch_order, static_argnums=(0, 2))
+  return jax.device_get(draw(num_windows, jax.device_put(np.int32(epoch)), seed))
 
 
 def _on_host() -> contextlib.AbstractContextManager:

@@ -95,7 +95,7 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
   draw = jax.jit(
     partial(init_params, config=as_run.model), compiler_options=choose_quick_options(as_run)
   )
-  params = jax.tree.map(np.asarray, draw(derive_key(experiment.train.seed, INIT, 0)))
+  params = jax.device_get(draw(derive_key(experiment.train.seed, INIT, 0)))
   batch = draw_batch(as_run)
   expected = compute_in_float64(params, batch, plain)
 
@@ -103,8 +103,9 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
     compiled = jax.jit(
       partial(loss_and_grads, step=0, experiment=experiment), compiler_options=options
     )
-    loss, grads = compiled(arrange_blocks(params, experiment.compute.layers), batch)
-    return find_worst(expected, {"loss": loss, **stack_blocks(grads)})
+    arrange = jax.jit(partial(arrange_blocks, layers=experiment.compute.layers))
+    loss, grads = compiled(arrange(jax.device_put(params)), batch)
+    return find_worst(expected, jax.device_get({"loss": loss, **stack_blocks(grads)}))
 
   options = choose_step_options(resolve_compute(experiment, platform))  # of all layers
   leaf, difference = compare_with(as_run, options)
@@ -131,9 +132,7 @@ def draw_batch(experiment: Experiment) -> Batch:
   tokens = rng.integers(0, experiment.model.vocab_size, (B, T + 1)).astype(np.int32)
   lengths = rng.integers(1, T + 1, B) if experiment.data.batching == "documents" else np.full(B, T)
   weights = np.arange(T) < lengths[:, None]
-  return Batch(
-    *(jnp.asarray(x) for x in (tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32)))
-  )
+  return jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32)))
 
 
 def compute_in_float64(params: dict, batch: Batch, experiment: Experiment) -> dict:
@@ -147,7 +146,7 @@ def compute_in_float64(params: dict, batch: Batch, experiment: Experiment) -> di
   Returns:
     The gradients as NumPy arrays with stacked blocks, and the loss under "loss".
   """
-  with enable_x64(True):
+  with enable_x64(True), jax.transfer_guard("allow"):  # operations take Python's numbers
     exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), unstack_blocks(params))
     loss, grads = loss_and_grads(exact, batch, 0, experiment)
     return jax.tree.map(np.asarray, {"loss": loss, **stack_blocks(grads)})
@@ -181,7 +180,8 @@ def find_worst(expected: dict, got: dict) -> tuple[str, float]:
 def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
   """Calls `compare_compiled` unless it has passed before with this compiler and processor.
 
-  Small models are skipped, because their training step has no fusions, and so are other platforms.
+  Small models are skipped, because their training step has no fusions, and so are other platforms;
+  under JAX_DISABLE_JIT nothing is compiled.
 
   Args:
     experiment: resolved.
@@ -190,7 +190,11 @@ def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
   Returns:
     The comparison, or None where it was skipped.
   """
-  if platform != "cpu" or count_params(experiment.model) <= SMALL_MODEL_PARAMS:
+  if (
+    jax.config.jax_disable_jit
+    or platform != "cpu"
+    or count_params(experiment.model) <= SMALL_MODEL_PARAMS
+  ):
     return None
   path = cache_dir() / "canary.json"
   compute = experiment.compute

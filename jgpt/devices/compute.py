@@ -8,6 +8,7 @@ in `config/experiment.py`; what is computed is in `model.py` and `step.py`.
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -117,3 +118,46 @@ def _are_known(options: tuple[tuple[str, Any], ...]) -> bool:
   except jax.errors.JaxRuntimeError:  # INVALID_ARGUMENT: No such compile option
     return False
   return True
+
+
+# --- The precision of products ---
+
+# In the kinds of GPUs that do not multiply in TF32: NVIDIA's of a compute capability below 8.0, and
+# AMD's. Every other one is taken for a newer one of NVIDIA's.
+WITHOUT_TF32 = re.compile(
+  r"\b([KMP]\d{1,4}|V100\w*|T4G?|T\d{3,4}|GTX|GT|MX\d+|TITAN|Quadro|RTX 20\d\d)\b"
+  r"|^(AMD|Radeon|gfx)",
+  re.IGNORECASE,
+)
+# Values of jax_default_matmul_precision that mean the same.
+PRECISIONS = {
+  None: "default",
+  "bfloat16": "default",
+  "fastest": "default",
+  "tensorfloat32": "high",
+  "bfloat16_3x": "high",
+  "float32": "highest",
+}
+
+
+def describe_products(platform: str, kind: str, precision: str | None = None) -> str:
+  """Describes in which precision a device multiplies float32 matrices, which JAX decides.
+
+  Sums are float32 in each case.
+
+  Args:
+    platform: of the device: "cpu", "gpu" or "tpu".
+    kind: its `device_kind`.
+    precision: the value of `jax_default_matmul_precision`; None is JAX's default.
+
+  Source: JAX's documentation of `jax.lax.Precision`.
+  """
+  if precision and precision.isupper():  # a preset of `jax.lax.DotAlgorithmPreset`
+    return f"float32 as {precision}"
+  chosen = PRECISIONS.get(precision, precision)
+  if platform == "tpu" and chosen != "highest":
+    passes = "one pass" if chosen == "default" else "three passes"
+    return f"float32 as bfloat16, {passes}"
+  if platform == "gpu" and chosen != "highest" and not WITHOUT_TF32.search(kind):
+    return "float32 as TF32"
+  return "float32"

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jgpt.devices.compute import describe_products
 from jgpt.errors import UserError, first_line
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, digest_bytes, make_private
@@ -156,3 +157,9 @@ def devices() -> list[jax.Device]:
       f"jax finds no device (JAX_PLATFORMS={asked!r}){reason}. Try JAX_PLATFORMS=cpu before the "
       f"command{advice}"
     ) from error
+
+
+def describe_precision(device: jax.Device) -> str:
+  """Describes in which precision a device multiplies, as jax is configured."""
+  precision = jax.config.jax_default_matmul_precision
+  return describe_products(device.platform, device.device_kind, precision)

@@ -149,10 +149,14 @@ def examine_compiler(name: str, platform: str) -> list[Finding]:
         f"{name}: compared on CPUs only; the products of a {platform.upper()} have fewer digits",
       )
     ]
+  import jax
+
   from jgpt.config.settings import resolve
   from jgpt.data import sources
   from jgpt.devices import canary, runtime
 
+  if jax.config.jax_disable_jit:
+    return [note("compiler", f"{name}: not compared: JAX_DISABLE_JIT compiles nothing")]
   runtime.set_up()
   experiment = catalog.load_experiment(name)
   experiment = resolve(experiment, sources.expected_vocab_size(experiment.data), 100)

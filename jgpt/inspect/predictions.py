@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jgpt.batches import Batch, documents_in_order
@@ -84,15 +83,16 @@ def make_text_batch(text: str, tokenizer: Tokenizer, experiment: Experiment) -> 
   """
   if experiment.data.batching == "documents":
     documents = make_documents([text], tokenizer, experiment.data.seq_len)
-    return documents_in_order(jax.tree.map(jnp.asarray, documents), 0, 1)
+    return jax.jit(documents_in_order, static_argnums=(1, 2))(jax.device_put(documents), 0, 1)
   ids = tokenizer.encode(text)
   if len(ids) < 2:
     raise UserError(
       f"the text {text!r} has {len(ids)} token{'s' * (len(ids) != 1)}, and each token predicts the "
       "next: it needs 2. Try a longer --text"
     )
-  tokens = jnp.asarray([ids[: experiment.model.max_seq_len + 1]], jnp.int32)
-  return Batch(tokens[:, :-1], tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))
+  tokens = np.asarray([ids[: experiment.model.max_seq_len + 1]], np.int32)
+  weights_BT = np.ones((1, tokens.shape[1] - 1), np.float32)
+  return jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], weights_BT))
 
 
 def predict(
@@ -110,8 +110,9 @@ def predict(
   Returns:
     One prediction for each position whose weight is not zero.
   """
-  log_probs_TV = np.asarray(_compute_log_probs(params, batch.inputs_BT, config)[0], np.float64)
-  inputs, targets = (np.asarray(ids)[0].tolist() for ids in (batch.inputs_BT, batch.targets_BT))
+  log_probs_BTV = jax.device_get(_compute_log_probs(params, batch.inputs_BT, config))
+  log_probs_TV, batch = log_probs_BTV[0].astype(np.float64), jax.device_get(batch)
+  inputs, targets = batch.inputs_BT[0].tolist(), batch.targets_BT[0].tolist()
   rows = []
   for t in range(int(np.sum(batch.weights_BT))):
     log_probs_V = log_probs_TV[t, : config.vocab_size]

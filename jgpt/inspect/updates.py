@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from jgpt import batches
@@ -98,12 +97,13 @@ def trace_updates(
   for step in range(1, num_steps + 1):
     corpus = program.feed.corpus_at(step - 1)
     gradient = float(_read_entry(compute_gradients(state, corpus), entry))
-    state, metrics = program.run_steps(corpus, state, np.int32(1))
-    adam, is_skipped = state.opt_state["adam"], bool(metrics["train/skipped"][0])
+    state, metrics = program.advance(state, step - 1, 1)
+    adam, metrics = state.opt_state["adam"], jax.device_get(metrics)
+    is_skipped = bool(metrics["train/skipped"][0])
     m, v, t = (
       float(_read_entry(adam.mu, entry)),
       float(_read_entry(adam.nu, entry)),
-      int(adam.count),
+      int(jax.device_get(adam.count)),
     )
     loss, rate = (float(metrics[name][0]) for name in ("train/loss", "train/lr"))
     m_hat = m / (1 - optimizer.b1**t) if t else 0.0
@@ -144,11 +144,11 @@ def _compute_gradients(state: TrainState, corpus: Corpus, experiment: Experiment
 
 
 def _read_entry(tree: dict, entry: Entry) -> Any:
-  """Returns one number of a tree shaped like the parameters; blocks stacked or a list."""
+  """Reads one number of a tree shaped like the parameters; blocks stacked or a list."""
   group, _, name = entry.name.rpartition("/")
   if not group:
-    return tree[name][entry.index]
+    return jax.device_get(tree[name])[entry.index]
   if isinstance(tree[group], dict):
-    return tree[group][name][entry.index]
+    return jax.device_get(tree[group][name])[entry.index]
   layer, *rest = entry.index
-  return tree[group][layer][name][tuple(rest)]
+  return jax.device_get(tree[group][layer][name])[tuple(rest)]

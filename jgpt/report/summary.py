@@ -64,6 +64,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     ("training", describe_length(plan)),
     *(("", line) for line in describe_rates(experiment)),
     ("compute", describe_compute(experiment, device.platform)),
+    ("products", runtime.describe_precision(device)),
     (
       "baseline",
       f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token",

@@ -201,7 +201,7 @@ def save_checkpoint(manager: Manager, state: TrainState, heldout_loss: float | N
     TrainingError: if an entry of the state is not finite (such a state is never saved), or if the
       save before this one failed.
   """
-  step = int(state.step)
+  step = int(jax.device_get(state.step))
   if isinstance(state.params["blocks"], list):
     state = jax.jit(stack_blocks)(state)
   try:
@@ -223,7 +223,7 @@ def _begin_save(manager: Manager, step: int, state: TrainState, heldout_loss: fl
   if step in list_steps(manager.folder.parent):
     return
   items = _to_items(state)
-  leaves = survey_jit(items)
+  leaves = jax.device_get(survey_jit(items))
   bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
   if bad:
     raise TrainingError(
@@ -258,7 +258,7 @@ def restore(folder: Path, shapes: TrainState) -> TrainState:
     UserError: if the files are damaged or hold something else.
   """
   items = restore_items(folder, _to_items(shapes))
-  if (step := int(items["train_state"]["step"])) != int(folder.name):
+  if (step := int(jax.device_get(items["train_state"]["step"]))) != int(folder.name):
     raise UserError(f"{folder} holds the state of step {step}")
   return TrainState(
     step=items["train_state"]["step"],

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def survey_leaves(tree: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -63,7 +62,7 @@ def digest_array(x: jax.Array) -> jax.Array:
 
 def format_digest(sums: jax.Array) -> str:
   """Formats the sums of `digest_array` as 16 hexadecimal digits."""
-  return "".join(f"{int(word):08x}" for word in np.asarray(sums))
+  return "".join(f"{int(word):08x}" for word in jax.device_get(sums))
 
 
 def _to_uint32(x: jax.Array) -> jax.Array:

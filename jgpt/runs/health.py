@@ -193,7 +193,8 @@ def explain_skip(experiment: Experiment, state: TrainState, corpus: Corpus, step
 
   program = jax.jit(compute, compiler_options=choose_step_options(experiment))
   with jax.set_mesh(mesh):
-    found = program(state.params, corpus, np.int32(step - 1))
+    count = jax.device_put(np.int32(step - 1), sharding.replicated(mesh))
+    found = program(state.params, corpus, count)
   loss, norm, *finite = jax.device_get(found)
   params, grads = map(_name_nonfinite, finite)
   begin = f"the update of step {step} was skipped: its loss is {loss:.5g}"
@@ -220,7 +221,7 @@ def explain_stop(
     health: with `exhausted` set.
     workdir: the run folder, or None.
   """
-  step, kept, advice = int(state.step), "Nothing was kept", ""
+  step, kept, advice = int(jax.device_get(state.step)), "Nothing was kept", ""
   if workdir is not None:
     last = "of the last good update" if health.is_skipping else "of the good updates that followed"
     kept = f"The parameters {last} are saved as checkpoint {step} in {workdir}"

@@ -310,7 +310,7 @@ class Log:
     """
     if call is None:
       return
-    metrics = {name: np.asarray(column)[: call.num_steps] for name, column in call.metrics.items()}
+    metrics = {k: column[: call.num_steps] for k, column in jax.device_get(call.metrics).items()}
     losses = np.asarray(metrics.get("train/loss", ()), np.float32)
     self.losses.frombytes(losses.tobytes())
     heldout_loss, evaluation = None, call.evaluation

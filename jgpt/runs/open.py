@@ -225,7 +225,7 @@ def _open_step(workdir: Path, step: int) -> Run:
   files = read_run_files(folder)
   device = runtime.devices()[0]
   place = jax.sharding.SingleDeviceSharding(device)
-  shapes = jax.eval_shape(lambda key: init_params(key, files.experiment.model), jax.random.key(0))
+  shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), files.experiment.model))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   params = checkpoint.restore_items(folder, {"params": target})["params"]
   experiment = resolve_compute(files.experiment, device.platform)

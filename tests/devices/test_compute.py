@@ -38,10 +38,12 @@ from jgpt.config.catalog import list_experiments, load_experiment
 from jgpt.config.checks import alternatives, choices
 from jgpt.config.experiment import PLAIN, may_group_documents
 from jgpt.config.settings import change, format_value, resolve
+from jgpt.devices import runtime
 from jgpt.devices.compute import (
   FUSIONS,
   choose_quick_options,
   choose_step_options,
+  describe_products,
   is_grouping_worthwhile,
   keep_known_options,
   resolve_compute,
@@ -598,3 +600,61 @@ def test_the_program_is_made_as_chosen(monkeypatch):
     assert (compiled.experiment.compute == PLAIN) == (not on)
     assert isinstance(compiled.state.params["blocks"], kind)
     assert asked.pop() == compiled.experiment and not asked
+
+
+BFLOAT16, TF32 = "float32 as bfloat16, one pass", "float32 as TF32"
+
+
+@pytest.mark.parametrize(
+  ("platform", "kind", "precision", "words"),
+  [
+    ("cpu", "cpu", None, "float32"),
+    ("cpu", "cpu", "bfloat16", "float32"),
+    ("tpu", "TPU v5 lite", None, BFLOAT16),
+    ("tpu", "TPU v4", "default", BFLOAT16),
+    ("tpu", "TPU v4", "bfloat16", BFLOAT16),
+    ("tpu", "TPU v6 lite", "tensorfloat32", "float32 as bfloat16, three passes"),
+    ("tpu", "TPU v6 lite", "high", "float32 as bfloat16, three passes"),
+    ("tpu", "TPU v5p", "highest", "float32"),
+    ("tpu", "TPU v5p", "float32", "float32"),
+    ("tpu", "TPU v5p", "BF16_BF16_F32_X6", "float32 as BF16_BF16_F32_X6"),
+    *(
+      ("gpu", kind, None, TF32)
+      for kind in (
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H200",
+        "NVIDIA L4",
+        "NVIDIA A10G",
+        "NVIDIA RTX A6000",
+        "NVIDIA RTX 6000 Ada Generation",
+        "NVIDIA GeForce RTX 3090",
+        "NVIDIA GB200",
+        "NVIDIA Thor",
+      )
+    ),
+    *(
+      ("gpu", kind, None, "float32")
+      for kind in (
+        "Tesla T4",
+        "NVIDIA T4G",
+        "Tesla V100-SXM2-16GB",
+        "Tesla P100-PCIE-16GB",
+        "Tesla K80",
+        "Quadro RTX 8000",
+        "NVIDIA GeForce RTX 2080 Ti",
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA TITAN RTX",
+        "AMD Instinct MI300X",
+      )
+    ),
+    ("gpu", "NVIDIA A100-SXM4-40GB", "high", TF32),
+    ("gpu", "NVIDIA A100-SXM4-40GB", "highest", "float32"),
+    ("gpu", "Tesla T4", "tensorfloat32", "float32"),
+  ],
+)
+def test_it_is_said_in_which_precision_products_run(platform, kind, precision, words):
+  assert describe_products(platform, kind, precision) == words
+  with jax.default_matmul_precision(precision):  # jax knows it
+    assert jax.config.jax_default_matmul_precision == precision
+    assert runtime.describe_precision(jax.devices()[0]).startswith("float32")
