@@ -91,6 +91,21 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(whole))
 
 
+def test_row_14_a_loss_is_a_spike_from_the_limit_on():
+  """By the mean and the variance of the losses before; what is left of the metrics is zero."""
+  experiment = names_experiment(optimizer__skip_spikes=6.0)
+  run, start = compile_steps(experiment), initial_state(experiment)
+  loss = run(start, 1)[1]["train/loss"][0]
+  for z, skipped in ((5.99, 0), (6.01, 1)):
+    deviation = math.sqrt(0.04 + optim.MIN_DEVIATION**2)
+    stats = optim.LossStats(jnp.int32(100), loss - z * deviation, jnp.float32(0.04))
+    state = start.replace(opt_state=start.opt_state | {"spikes": stats})
+    after, metrics = run(state, 1)
+    assert metrics["train/skipped"].tolist() == [skipped] + [0] * (STEPS - 1)
+    assert int(after.opt_state["adam"].count) == 1 - skipped
+    assert metrics["train/loss"].tolist() == [float(loss)] + [0] * (STEPS - 1)
+
+
 @pytest.mark.slow
 def test_row_14_every_way_to_compute_skips_the_same(monkeypatch):
   """As on a CPU, and by the definition: the same but for rounding."""
