@@ -1184,6 +1184,7 @@ def test_a_text_that_would_be_downloaded_is_a_note(run, monkeypatch, tmp_path):
   changed = files.experiment
   changed = type(changed)(**{**vars(changed), "data": load_experiment("names").data})
   files = type(files)(files.name, changed, files.tokenizer, files.data | {"sha256": "f" * 64}, None)
+  (run / "env.json").unlink()  # its last start found the text elsewhere
   found = continuation.examine_resume(run, files, True)
   assert levels(found) == ["note"] and "download" in found[0].text
 
