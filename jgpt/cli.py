@@ -81,8 +81,11 @@ class Parser(argparse.ArgumentParser):
       raise UserError(explain_unknown(lead, unknown, _find_experiment(words), tuple(options)))
     found, rest = super().parse_known_args(words, namespace)
     if rest:
-      known = [word for word in rest if word in catalog.list_experiments()]
-      advice = f". Try --experiment {known[0]}" if known and "--experiment" in options else ""
+      names = catalog.list_experiments()
+      known = [word for word in rest if word in names or word.endswith(".py")]
+      advice = (
+        f". Try --experiment {shlex.quote(known[0])}" if known and "--experiment" in options else ""
+      )
       raise UserError(f"{self.prog} takes options only, not {show(' '.join(rest))}{advice}")
     return found, rest
 

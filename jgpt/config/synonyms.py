@@ -91,7 +91,7 @@ SYNONYMS = (
     settings=("train.steps",),
   ),
   Synonym(
-    names="epochs num_epochs n_epochs max_epochs num_train_epochs",
+    names="epochs epoch n_epoch num_epochs n_epochs max_epochs num_train_epochs",
     settings=("train.epochs", "train.steps=none", "data.batching=epochs"),
     rule="passes",
     note="passes over a stream of tokens; where data.batching is documents only train.steps counts",
@@ -207,13 +207,13 @@ SYNONYMS = (
     note="updates are skipped by their loss alone, optimizer.skip_spikes",
   ),
   Synonym(
-    names="optim optimizer optimizer_type optimizer_name opt",
+    names="optim optimizer adamw adam optimizer_type optimizer_name opt",
     note="the optimizer is AdamW; optimizer.weight_decay=0 makes it Adam",
   ),
   # --- The batch, and the data ---
   Synonym(
     names="per_device_train_batch_size per_gpu_train_batch_size train_batch_size "
-    "device_batch_size global_batch_size batch bs mini_batch_size",
+    "device_batch_size global_batch_size batch bs b mini_batch_size",
     settings=("data.batch_size",),
     note="data.batch_size counts the sequences of an update, over all devices and micro-batches",
   ),
@@ -225,7 +225,8 @@ SYNONYMS = (
   ),
   Synonym(
     names="gradient_accumulation_steps accumulate_grad_batches grad_accum_steps grad_accum "
-    "accumulation_steps gradient_accumulation grad_accumulation_steps accum_steps",
+    "accumulation_steps accum accumulate gradient_accumulation grad_accumulation_steps "
+    "accum_steps",
     settings=("train.micro_batch_size",),
     rule="parts",
     note="data.batch_size counts the sequences of a whole update, and train.micro_batch_size those "
@@ -241,12 +242,18 @@ SYNONYMS = (
     note="evaluations take batches of data.batch_size; train.eval_batches says how many",
   ),
   Synonym(
-    names="block_size context_length context_size context_len ctx_len ctx_size context_window "
-    "window_size sequence_length seq_length seqlen max_len max_seq_length "
-    "max_sequence_length max_context_length model_max_length n_positions n_ctx "
-    "max_position_embeddings max_position_embedding",
+    names="block_size t context_length context_size context_len ctx_len ctx_size context_window "
+    "window_size sequence_length seq_length seqlen max_len max_seq_length max_sequence_length "
+    "max_context_length model_max_length n_positions n_ctx max_position_embeddings "
+    "max_position_embedding",
     settings=("model.max_seq_len", "data.seq_len"),
     note="the model's positions and the data's windows are two settings",
+  ),
+  Synonym(
+    names="max_length",
+    settings=("model.max_seq_len", "data.seq_len"),
+    flags=("--max-tokens",),
+    note="in sampling sample.max_tokens counts the new tokens",
   ),
   Synonym(
     names="dataset dataset_name data_dir dataset_path dataset_dir",
@@ -254,19 +261,20 @@ SYNONYMS = (
     "data.path names a text or token files of your own",
   ),
   Synonym(
-    names="train_file training_file data_file data_path text_file input_file input_bin train_bin "
-    "train_data train_data_path corpus file_path input data",
+    names="train_file train_path text file filename training_file data_file data_path text_file "
+    "input_file input_bin train_bin train_data train_data_path corpus file_path input data",
     settings=("data.path",),
     flags=("--data",),
   ),
   Synonym(
-    names="val_file validation_file input_val_bin val_bin val_data eval_file val_data_path",
+    names="val_file val_path test_path test_file validation_file input_val_bin val_bin val_data "
+    "eval_file val_data_path",
     note="the held-out part is cut from the text: data.heldout_fraction, or data.heldout_tokens; "
     "of token files it is those with val in their names",
   ),
   Synonym(
-    names="val_split val_ratio val_fraction val_size validation_split validation_ratio test_size "
-    "test_split val_frac validation_split_percentage heldout",
+    names="val_split split val_ratio val_fraction val_size validation_split validation_ratio "
+    "test_size test_split val_frac validation_split_percentage heldout",
     settings=("data.heldout_fraction",),
   ),
   Synonym(
@@ -286,9 +294,12 @@ SYNONYMS = (
     flags=("--tokenizer",),
     values={"char": "characters", "byte": "bytes", "tiktoken": "gpt2"},
   ),
-  Synonym(names="vocab n_vocab num_tokens padded_vocab_size", settings=("model.vocab_size",)),
   Synonym(
-    names="shuffle drop_last packing group_by_length",
+    names="vocab vocabulary_size n_vocab num_tokens padded_vocab_size",
+    settings=("model.vocab_size",),
+  ),
+  Synonym(
+    names="shuffle stride drop_last packing group_by_length",
     note="data.batching says the order of sequences: documents, random, sequential or epochs",
   ),
   Synonym(
@@ -303,12 +314,12 @@ SYNONYMS = (
     settings=("model.num_layers",),
   ),
   Synonym(
-    names="n_head n_heads num_head heads num_attention_heads n_attn_heads "
-    "attention_heads n_query_heads",
+    names="n_head n_heads num_head heads num_attention_heads n_attn_heads attention_heads "
+    "n_query_heads",
     settings=("model.num_heads",),
   ),
   Synonym(
-    names="n_embd n_embed n_embedding emb_dim embed_dim embedding_dim embed_size embedding_size "
+    names="n_embd c n_embed n_embedding emb_dim embed_dim embedding_dim embed_size embedding_size "
     "emb_size d_embed d_embd hidden_size model_dim dim_model dim d_emb embd_dim width",
     settings=("model.d_model", "model.d_ff"),
     rule="width",
@@ -316,8 +327,8 @@ SYNONYMS = (
   ),
   Synonym(
     names="n_inner intermediate_size hidden_dim ffn_dim ff_dim ffn_hidden_size ffw_dim d_hidden "
-    "d_mlp mlp_dim mlp_hidden_dim dim_feedforward feed_forward_dim d_inner dim_ff "
-    "ffn_size d_ffn n_hidden hidden_units",
+    "d_mlp mlp_dim mlp_hidden_dim dim_feedforward feed_forward_dim d_inner dim_ff ffn_size d_ffn "
+    "n_hidden hidden_units",
     settings=("model.d_ff",),
   ),
   Synonym(
@@ -377,7 +388,7 @@ SYNONYMS = (
     note="one rate holds at all of model.dropout_places",
   ),
   Synonym(
-    names="tie_word_embeddings tie_weights weight_tying tied_embeddings tie_embeddings "
+    names="tie_word_embeddings tied tie tie_weights weight_tying tied_embeddings tie_embeddings "
     "share_embeddings tied_weights",
     settings=("model.tied_head",),
     values={"1": "true", "0": "false"},
@@ -385,6 +396,16 @@ SYNONYMS = (
   Synonym(
     names="initializer_range init_scale weight_init_std init_stddev std",
     settings=("model.init_std",),
+  ),
+  Synonym(
+    names="rope rotary use_rope rope_theta rotary_dim alibi swiglu gated_mlp n_experts "
+    "num_experts moe sliding_window qk_norm",
+    note="the network is GPT-2's family: model.positions, model.activation, model.norm and "
+    "model.biases are its choices",
+  ),
+  Synonym(
+    names="clip_value gradient_clip_algorithm",
+    note="gradients are clipped by their global norm, optimizer.clip_norm",
   ),
   Synonym(
     names="position_embedding_type pos_encoding positional_encoding pos_embed_type pos_emb",
@@ -406,19 +427,19 @@ SYNONYMS = (
     "names the weights that a new run begins from",
   ),
   Synonym(
-    names="model_name_or_path model_name pretrained pretrained_model load_from checkpoint_path "
-    "ckpt_path model_path pretrained_path from_pretrained",
+    names="model_name_or_path ckpt load_path checkpoint model_name pretrained pretrained_model "
+    "load_from checkpoint_path ckpt_path model_path pretrained_path from_pretrained",
     settings=("train.init_from",),
     flags=("--run",),
   ),
   Synonym(
-    names="resume_from_checkpoint resume_from resume_path resume_ckpt",
+    names="resume_from_checkpoint resume resume_from resume_path resume_ckpt",
     note="the same command again goes on from the newest checkpoint of its run folder; --resume "
     "insists on one",
   ),
   Synonym(
-    names="out_dir output_dir save_dir work_dir checkpoint_dir ckpt_dir log_dir "
-    "logging_dir run_dir results_dir model_dir save_path output",
+    names="out_dir output_dir save_dir work_dir checkpoint_dir ckpt_dir log_dir logging_dir "
+    "run_dir results_dir model_dir save_path output",
     flags=("--workdir", "--run", "--out"),
   ),
   Synonym(
@@ -464,8 +485,8 @@ SYNONYMS = (
     note="sample.temperature=0 takes the most probable token, any other draws",
   ),
   Synonym(
-    names="num_beams repetition_penalty no_repeat_ngram_size length_penalty min_p typical_p "
-    "frequency_penalty presence_penalty",
+    names="num_beams beam_size beam_width repetition_penalty no_repeat_ngram_size length_penalty "
+    "min_p typical_p frequency_penalty presence_penalty",
     note="texts are drawn with a temperature, top-k and top-p, and in no other way",
   ),
   Synonym(
@@ -479,14 +500,14 @@ SYNONYMS = (
     note="jax chooses the device: JAX_PLATFORMS=cpu before the command takes the CPU",
   ),
   Synonym(
-    names="devices num_devices n_devices num_gpus n_gpu n_gpus gpus world_size "
-    "nproc_per_node nproc num_processes data_parallel",
+    names="devices num_devices n_devices num_gpus n_gpu n_gpus gpus world_size nproc_per_node "
+    "nproc num_processes data_parallel",
     settings=("mesh.data",),
     note="the devices that a batch is divided over; none takes all",
   ),
   Synonym(
-    names="backend ddp ddp_backend local_rank node_rank nnodes master_addr master_port strategy "
-    "distributed fsdp deepspeed zero_stage pipeline_parallel tensor_parallel",
+    names="backend ddp parallel ddp_backend local_rank node_rank nnodes master_addr master_port "
+    "strategy distributed fsdp deepspeed zero_stage pipeline_parallel tensor_parallel",
     note=_ONE_PROCESS,
   ),
   Synonym(
@@ -530,7 +551,8 @@ SYNONYMS = (
     "and python -m jgpt.inspect --trace follows a parameter",
   ),
   Synonym(
-    names="label_smoothing label_smoothing_factor z_loss aux_loss ignore_index",
+    names="label_smoothing loss loss_fn criterion label_smoothing_factor z_loss aux_loss "
+    "ignore_index",
     note="the loss is the mean negative log-likelihood, in nats per token",
   ),
   Synonym(

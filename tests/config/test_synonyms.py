@@ -254,6 +254,7 @@ def test_passes_over_documents_are_no_epochs():
     (run.main, ["--init_from=gpt2-xl"], "--init-from gpt2-xl"),
     (run.main, ["--init_from=scratch"], "--set train.init_from=none"),
     (run.main, ["names"], "--experiment names"),
+    (run.main, ["mine/wide.py"], "--experiment mine/wide.py"),
   ],
 )
 def test_options_are_those_of_the_command(main, args, words):
