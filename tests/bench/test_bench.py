@@ -522,15 +522,43 @@ def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
   assert steps.memory_bytes is None or steps.memory_bytes > 0
 
 
-@pytest.mark.slow
-def test_rates_of_the_machine_are_positive(monkeypatch):
+def test_a_product_takes_the_median_of_rounds_that_are_long_enough(monkeypatch):
+  """By a clock that is set: the first call is not counted, calls of 1, 2 and 4 products are too
+  short, and three of 8 are rounds.
+  """
   from jgpt.bench import timing
 
-  monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-4)
-  products = limits.list_products(names(model__d_model=8, model__num_heads=2).model, 1, 4)
-  assert 0 < timing.measure_products(products[-1:], 1) < math.inf
-  assert 0 < timing.measure_square(1, size=16) < math.inf
-  assert 0 < timing.measure_bandwidth(1, shape=(64, 32)) < math.inf
+  lasting = iter([9.0, 0.001, 0.002, 0.004, 0.008, 0.04, 0.008, 0.016])
+  readings = iter([t for seconds in lasting for t in (100.0, 100.0 + seconds)])
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: next(readings))
+  monkeypatch.setattr(timing, "LEAST_SECONDS", 0.007)
+  measured = timing.time_product((3, 4), (5, 4), (1, 1), 3)
+  assert measured == pytest.approx(0.016 / 8) and next(readings, None) is None
+
+
+def test_rates_of_the_machine_are_operations_and_bytes_by_seconds(monkeypatch):
+  """Each product of a step and the two of its gradient count as often as they occur; of a matrix's
+  two layouts the faster one counts.
+  """
+  from jgpt.bench import timing
+
+  timed = []
+
+  def time_product(left, right, contract, rounds, options=None):
+    assert left[contract[0]] == right[contract[1]] and rounds == 7
+    timed.append((2 * math.prod(left) * right[1 - contract[1]], 1.0 + len(timed)))
+    return timed[-1][1]
+
+  monkeypatch.setattr(timing, "time_product", time_product)
+  assert timing.measure_square(7, size=16) == 2 * 16**3 / 1.0
+  assert timing.measure_bandwidth(7, shape=(64, 32)) == 4 * 64 * 32 / 2.0
+  timed.clear()
+  model = names(model__d_model=8, model__num_heads=2, model__num_layers=3).model
+  rate = timing.measure_products(limits.list_products(model, 1, 4), 7)
+  counts = [3] * 12 + [1] * 3  # qkv, out, up and down in each layer, and the head
+  operations, seconds = np.transpose(timed)
+  assert operations[-3:].tolist() == [2 * 4 * 8 * model.padded_vocab_size] * 3
+  assert rate == pytest.approx(np.dot(counts, operations) / np.dot(counts, seconds))
 
 
 # --- Start-up ---
