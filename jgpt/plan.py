@@ -56,6 +56,7 @@ from jgpt.sharding import make_mesh
 from jgpt.step import MAX_STEPS_PER_CALL
 from jgpt.system import locks
 from jgpt.system.signals import print_stderr
+from jgpt.weights.adoption import adopt_settings
 from jgpt.weights.gpt2 import Weights
 from jgpt.weights.initial import (
   InitialParams,
@@ -83,6 +84,7 @@ class Plan:
     weights: where the weights that the run begins from, or began from, were found: location,
       sha256; None for weights that are drawn.
     origin: of a continued run: `Origin.record`; None for others.
+    adopted: names of the settings that the weights or the origin decided.
   """
 
   name: str
@@ -94,6 +96,7 @@ class Plan:
   initial: InitialParams | Origin | None = None
   weights: dict[str, str] | None = None
   origin: dict[str, Any] | None = None
+  adopted: tuple[str, ...] = ()
 
 
 def plan_run(
@@ -104,6 +107,9 @@ def plan_run(
   report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
   """Plans a run: loads its data and resolves its settings, without a device.
+
+  Settings that come with `train.init_from` or `train.continue_from` replace those of the experiment
+  (`weights/adoption.py`), except those in its `given`.
 
   Args:
     experiment: fields that `settings.resolve` fills in may be None.
@@ -131,12 +137,19 @@ def plan_run(
     experiment = resolve_as_recorded(experiment, recorded)
     check_same_run(experiment, recorded, workdir)
   saved_step = find_sound_step(workdir)[0] if workdir is not None else None
-  data = None
+  data, origin = None, recorded.origin if recorded else None
   if recorded:
     ways = f"; or {describe_ways(workdir)}"
     data, place = find_run_data(workdir, recorded, experiment.data, ways)
     experiment = dataclasses.replace(experiment, data=place)
-  source = None if saved_step is not None else _open_source(experiment, recorded, report)
+  source = open_source(experiment, origin, report) if saved_step is None else None
+  adopted = recorded.adopted if recorded else ()
+  if source and not recorded:
+    values = list_settings(experiment)
+    given = {name: values[name] for name in experiment.given}
+    experiment, adopted = adopt_settings(experiment, source, given)
+  if source:
+    check_weights_tokenizer(source, experiment.data)
   if data is None:
     tokenizer = source.tokenizer if source else None
     data = find_data(experiment.data, experiment.train.seed, tokenizer=tokenizer)
@@ -147,30 +160,41 @@ def plan_run(
   if recorded is not None:
     check_schedule(experiment, recorded.experiment, saved_step, workdir)
   initial = _load_initial(source, experiment, recorded)
-  weights, origin = (recorded.weights, recorded.origin) if recorded else (None, None)
+  weights = recorded.weights if recorded else None
   if isinstance(initial, InitialParams):
     weights = {"location": initial.location, "sha256": initial.sha256}
   elif initial:
     origin = initial.record
   check_prompt(experiment.sample, data.tokenizer)  # else the error would come after the training
   start_step = saved_step or 0
-  return Plan(name, experiment, data, workdir, start_step, epoch_steps, initial, weights, origin)
+  return Plan(
+    *(name, experiment, data, workdir, start_step, epoch_steps),
+    *(initial, weights, origin, adopted),
+  )
 
 
-def _open_source(
-  experiment: Experiment, recorded: RunFiles | None, report: Callable[[int, int], None]
+def open_source(
+  experiment: Experiment,
+  recorded: dict[str, Any] | None = None,
+  report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Weights | Origin | None:
-  """Opens what a run without a checkpoint begins from; None for weights that are drawn."""
+  """Opens what a run begins from; None for weights that are drawn.
+
+  Args:
+    experiment: `train.init_from` and `train.continue_from` name it.
+    recorded: `Origin.record` of a continued run that began before, or None.
+    report: as for `plan_run`.
+
+  Raises:
+    UserError: as `open_weights` and `open_origin` do, or if there is no text to train on.
+  """
   train = experiment.train
   if train.init_from is None and train.continue_from is None:
     return None
   check_path(experiment.data)  # before a download of gigabytes begins
   if train.init_from is not None:
-    source = open_weights(train.init_from, report)
-  else:
-    source = open_origin(train.continue_from, recorded.origin if recorded else None)
-  check_weights_tokenizer(source, experiment.data)
-  return source
+    return open_weights(train.init_from, report)
+  return open_origin(train.continue_from, recorded)
 
 
 def _load_initial(
@@ -236,7 +260,10 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
     tokenizer = plan.data.tokenizer
     write_run_files(
       plan.workdir,
-      RunFiles(plan.name, plan.experiment, tokenizer, data, plan.weights, plan.origin),
+      RunFiles(
+        *(plan.name, plan.experiment, tokenizer, data),
+        *(plan.weights, plan.origin, plan.adopted),
+      ),
     )
   devices = mesh.devices.flatten()
   entry = {
@@ -448,13 +475,16 @@ def check_schedule(
 def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experiment:
   """Resolves the settings of a recorded run; a schedule's length that is None is the recorded one.
 
-  So the schedule does not follow `train.steps`, which may have grown.
+  So the schedule does not follow `train.steps`, which may have grown. Settings that came with the
+  weights, or with the origin of a continued run, are the recorded ones too, unless given by name.
   """
   optimizer = recorded.experiment.optimizer
   kept = {
     f"optimizer.{name}": getattr(experiment.optimizer, name) or getattr(optimizer, name)
     for name in ("decay_steps", "cooldown_steps")
   }
+  there = list_settings(recorded.experiment)
+  kept |= {name: there[name] for name in recorded.adopted if name not in experiment.given}
   return resolve(change(experiment, kept), recorded.tokenizer.vocab_size)
 
 

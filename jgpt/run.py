@@ -7,6 +7,8 @@ Arguments and what is printed. From Python call `plan_run`, in `plan.py`, and `t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -17,19 +19,21 @@ from jgpt import cli
 from jgpt.config import Experiment, catalog
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.config.settings import (
+  SEQUENCE_SETTINGS,
   SIZE,
   change,
   format_value,
   list_settings,
   parse_setting,
   resolve,
+  setting_names,
   unresolve,
 )
 from jgpt.data.sources import expected_vocab_size
-from jgpt.errors import UserError, first_line
+from jgpt.errors import UserError, first_line, show
 from jgpt.params import count_params
 from jgpt.runs.folder import RunFiles, read_last_settings
-from jgpt.runs.origin import read_source_files
+from jgpt.runs.origin import find_checkpoint, read_source_files
 from jgpt.runs.resume import find_recorded
 from jgpt.system import locks, signals
 
@@ -54,14 +58,15 @@ def main(argv: list[str] | None = None) -> int:
   }
   changes |= {name: value for name, value in flags.items() if value is not None}
   recorded = None
-  if args.workdir and not (args.experiment or args.init_from or args.continue_from):
+  if args.workdir and not args.experiment:
     workdir = Path(os.path.expanduser(args.workdir))
-    recorded = read_recorded(workdir)
+    recorded = find_recorded_run(workdir, changes)
+  if recorded:
     name, (known, base) = recorded.name, find_base(recorded, workdir)
     experiment = change_recorded(recorded, workdir, changes)
   else:
     known, (name, base) = args.experiment, load_base(args.experiment, changes)
-    experiment = change(base, changes)
+    base, experiment = change_base(base, changes)
   if args.print_config:
     vocab_size = recorded.tokenizer.vocab_size if recorded else None
     print(format_config(name, experiment, vocab_size))
@@ -120,14 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     "--init-from",
     metavar="PATH",
     help="weights to begin from (train.init_from): a Hugging Face folder or model.safetensors, "
-    "llm.c's .bin, a run folder or its checkpoints/STEP, or gpt2, gpt2-medium, gpt2-large, gpt2-xl",
+    "llm.c's .bin, a run folder or its checkpoints/STEP, or gpt2, gpt2-medium, gpt2-large, "
+    "gpt2-xl; sizes, tokenizer and sequences come with them, without --experiment all of a run's "
+    "settings",
   )
   parser.add_argument(
     "--continue-from",
     metavar="RUN",
     help="a run, or its checkpoints/STEP, whose parameters and moments a new run begins with "
-    "(train.continue_from); step, schedule and order of the data begin anew; without --experiment "
-    "with that run's settings",
+    "(train.continue_from); step, schedule and order of the data begin anew; its settings are that "
+    "run's without --experiment",
   )
   parser.add_argument(
     "--seed", type=int, metavar="N", help="seed of weights, order and samples (train.seed)"
@@ -160,34 +167,96 @@ def load_base(experiment: str | None, changes: dict[str, Any]) -> tuple[str, Exp
   """Loads the experiment whose settings a command changes.
 
   Args:
-    experiment: as `--experiment` names it; None takes the settings of the run to continue.
+    experiment: as `--experiment` names it; None takes the settings of the run to begin from.
     changes: `section.field` -> value, of the command.
 
   Returns:
-    Its name, and its settings.
+    Its name, and its settings. Where the command says what to begin from, nothing else does.
 
   Raises:
-    UserError: if there is neither an experiment nor a run to continue.
+    UserError: if there is neither an experiment nor a run to begin from.
   """
-  source = changes.get("train.continue_from")
+  begins = {name: changes.get(name) for name in ("train.init_from", "train.continue_from")}
+  source = next((value for value in begins.values() if value is not None), None)
   if experiment:
-    return Path(experiment).stem, catalog.load_experiment(experiment)
-  if source is None:
+    name, base = Path(experiment).stem, catalog.load_experiment(experiment)
+  elif source is None:
     raise UserError(
       f"choose an experiment: --experiment NAME, one of {', '.join(catalog.list_experiments())}; "
       "or see --list"
     )
-  files = read_source_files(source)
-  return files.name or "continued", unresolve(files.experiment)
+  elif begins["train.continue_from"] is None and find_checkpoint(source) is None:
+    raise UserError(
+      f"train.init_from={show(source)} names no run folder whose settings could be taken: add "
+      "--experiment NAME, for example --experiment text --set data.path=FILE"
+    )
+  else:
+    files = read_source_files(source)
+    name, base = files.name or "continued", unresolve(files.experiment)
+  if source is not None:
+    others = [n.removeprefix("train.") for n in begins if n not in changes]
+    train = dataclasses.replace(base.train, init="normal", **dict.fromkeys(others))
+    base = dataclasses.replace(base, train=train)
+  return name, base
 
 
-def read_recorded(workdir: Path) -> RunFiles:
-  """Reads the files of the run in `--workdir`, for a command without `--experiment`.
+def change_base(base: Experiment, changes: dict[str, Any]) -> tuple[Experiment, Experiment]:
+  """Returns an experiment and the same with changed settings.
+
+  Settings of the network and of sequences may go together with those of the weights to begin from
+  only. Then the weights are looked at, and the experiment has their settings.
+
+  Args:
+    base: from `load_base`.
+    changes: `section.field` -> value.
+
+  Returns:
+    The experiment, and the changed one.
 
   Raises:
-    UserError: if there is none.
+    UserError: as `settings.change` and `adopt_settings` do.
+  """
+  try:
+    return base, change(base, changes)
+  except UserError:
+    others = {n: value for n, value in changes.items() if not is_decided_by_weights(n)}
+    train = change(base, others).train
+    if train.init_from is None and train.continue_from is None:
+      raise
+  from jgpt.plan import open_source
+  from jgpt.weights.adoption import adopt_settings
+
+  source = open_source(change(base, others), report=report_download)
+  experiment = adopt_settings(base, source, changes)[0]
+  with contextlib.suppress(UserError):  # the weights may leave open what only the changes say
+    base = adopt_settings(base, source, {})[0]
+  return base, experiment
+
+
+def is_decided_by_weights(name: str) -> bool:
+  """Returns whether weights to begin from may decide a setting."""
+  is_model = name.startswith("model.") and name in (*setting_names(), SIZE)
+  return is_model or name in SEQUENCE_SETTINGS
+
+
+def find_recorded_run(workdir: Path, changes: dict[str, Any]) -> RunFiles | None:
+  """Finds the run in `--workdir` that a command without `--experiment` goes on with.
+
+  Args:
+    workdir: the folder.
+    changes: of the command; if they say what to begin from, the run must have begun so.
+
+  Returns:
+    The run's files; None where a new run is to begin.
+
+  Raises:
+    UserError: if nothing says which run this is.
   """
   recorded = find_recorded(workdir)
+  begins = [changes.get(name) for name in ("train.init_from", "train.continue_from")]
+  if any(begins):
+    train = recorded.experiment.train if recorded else None
+    return recorded if train and [train.init_from, train.continue_from] == begins else None
   if recorded is None:
     raise UserError(
       f"{workdir} holds no run to go on with. To begin one there, name an experiment: --experiment "
@@ -266,6 +335,11 @@ def format_config(name: str, experiment: Experiment, vocab_size: int | None = No
   sizes = {n: getattr(experiment.model, n) for n in GPT2_SIZES["d12"]}
   known = [f" ({SIZE}={size})" for size, there in GPT2_SIZES.items() if there == sizes]
   lines = [f"# {name}: {_count_params(experiment, vocab_size):,} parameters{''.join(known)}"]
+  train = experiment.train
+  if source := train.init_from or train.continue_from:
+    lines.append(
+      f"# sizes, tokenizer and sequences will be those of {source}, unless given by name"
+    )
   return "\n".join(lines + [f"{k}={format_value(v)}" for k, v in list_settings(experiment).items()])
 
 

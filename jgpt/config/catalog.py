@@ -5,6 +5,7 @@ What an experiment is, is in `experiment.py`. Imports no jax.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -81,4 +82,5 @@ def load_experiment_file(name: str) -> tuple[Experiment, str]:
   experiment = getattr(module, "EXPERIMENT", None)
   if not isinstance(experiment, Experiment):
     raise UserError(f"{path} must define EXPERIMENT, a jgpt.config.experiment.Experiment.")
-  return experiment, module.__doc__ or ""
+  # What the file itself changed by name belongs to the experiment.
+  return dataclasses.replace(experiment, given=()), module.__doc__ or ""

@@ -475,6 +475,8 @@ class Experiment:
     mesh: the devices.
     compute: forms of computation, equal up to rounding.
     expected: measured results; not a setting.
+    given: names of the settings that were changed by name (`settings.change`). Weights to begin
+      from do not replace these. Not a setting, and not compared.
   """
 
   model: ModelConfig
@@ -485,6 +487,7 @@ class Experiment:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
   expected: tuple[Expected, ...] = ()
+  given: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
     if self.data.seq_len > self.model.max_seq_len:

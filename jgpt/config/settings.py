@@ -54,6 +54,14 @@ RENAMED = {
 }
 SIZE = "model.size"  # not a field: sets several fields
 SET_OPTIONS = ("--set", "--experiment", "--workdir")  # of `run`, beside a setting
+# Settings of the data that weights to begin from may decide, as they may those of the model.
+SEQUENCE_SETTINGS = frozenset(
+  f"data.{name}"
+  for name in (
+    *("tokenizer", "bpe_vocab_size", "mark_paragraphs", "batching", "seq_len"),
+    *("heldout_tokens", "heldout_fraction"),
+  )
+)
 # Sections and settings that do not change what is learned, and so may differ when a run is resumed.
 # All others are a run's identity. Where a text lies is none of it: its digest is, which run folders
 # record.
@@ -88,6 +96,8 @@ def list_settings(experiment: Experiment) -> dict[str, Any]:
 def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   """Returns an experiment with settings replaced, all at once: their order does not matter.
 
+  Their names are added to its `given`.
+
   Args:
     experiment: left as it is.
     changes: `section.field` -> value of the declared type. "model.size", one of `GPT2_SIZES`,
@@ -98,10 +108,8 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
       together.
   """
   by_section: dict[str, dict[str, Any]] = {}
-  size = changes.get(SIZE)
-  if size is not None and size not in GPT2_SIZES:
-    raise UserError(f"{SIZE}={show(size)} must be one of {', '.join(GPT2_SIZES)}.")
-  unknown = {n: v for n, v in changes.items() if n not in {*setting_names(), SIZE, *RENAMED}}
+  named = expand_size(changes)
+  unknown = {n: v for n, v in named.items() if n not in {*setting_names(), *RENAMED}}
   if unknown:
     names = ", ".join(map(show, unknown))
     lead = f"there is no setting {names}" if len(unknown) == 1 else f"there are no settings {names}"
@@ -110,8 +118,7 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
     with contextlib.suppress(UserError):
       experiment = change(experiment, known)
     raise UserError(explain_unknown(lead, given, experiment))
-  sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
-  for name, value in (sizes | {n: v for n, v in changes.items() if n != SIZE}).items():
+  for name, value in named.items():
     if name in RENAMED:
       new, values = RENAMED[name]
       word, advice = _read_word(value), "All settings: --print-config"
@@ -123,7 +130,21 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   sections = {
     s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()
   }
-  return dataclasses.replace(experiment, **sections)
+  given = tuple(sorted({*experiment.given, *named}))
+  return dataclasses.replace(experiment, **sections, given=given)
+
+
+def expand_size(changes: dict[str, Any]) -> dict[str, Any]:
+  """Returns changes with the sizes that "model.size" stands for, under those given by name.
+
+  Raises:
+    UserError: if there is no such size.
+  """
+  size = changes.get(SIZE)
+  if size is not None and size not in GPT2_SIZES:
+    raise UserError(f"{SIZE}={show(size)} must be one of {', '.join(GPT2_SIZES)}.")
+  sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
+  return sizes | {name: value for name, value in changes.items() if name != SIZE}
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -402,7 +423,7 @@ def unresolve(experiment: Experiment) -> Experiment:
     epoch_steps = steps // train.epochs
     periods = [n for n in ("eval_every", "sample_every") if getattr(train, n) == epoch_steps]
     empty += [f"train.{name}" for name in ("steps", *periods)] if periods else []
-  return change(experiment, dict.fromkeys(empty))
+  return dataclasses.replace(change(experiment, dict.fromkeys(empty)), given=())
 
 
 # --- JSON ---

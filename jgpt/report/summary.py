@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
 from jgpt.report.verdict import LAST, count_idle_updates, diagnose_losses, final_loss
 from jgpt.system.command import python_command
+from jgpt.weights.initial import InitialParams
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.text.tokenizer import Tokenizer
@@ -75,16 +77,23 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
 
 
 def describe_initial(plan: Plan) -> list[tuple[str, str]]:
-  """Describes where the initial weights were found, as labelled lines; none if they are drawn."""
+  """Describes what a run begins from and which settings came with it, as labelled lines.
+
+  None for weights that are drawn.
+  """
+  lines = []
   if plan.origin is not None:
-    return _describe_origin(plan.origin)
-  if plan.weights is None:
-    return []
-  began = "" if plan.initial else "began from "
-  lines = [
-    ("weights", f"{began}{plan.weights['location']} (SHA-256 {plan.weights['sha256'][:12]})")
-  ]
-  return [*lines, ("", plan.initial.note)] if plan.initial and plan.initial.note else lines
+    lines = _describe_origin(plan.origin)
+  elif plan.weights is not None:
+    began = "" if plan.initial else "began from "
+    sha256 = plan.weights["sha256"][:12]
+    lines = [("weights", f"{began}{plan.weights['location']} (SHA-256 {sha256})")]
+    if isinstance(plan.initial, InitialParams) and plan.initial.note:
+      lines.append(("", plan.initial.note))
+  settings = list_settings(plan.experiment)
+  words = [f"{name}={format_value(settings[name])}" for name in plan.adopted]
+  came = textwrap.wrap(" ".join(["came with it:", *words]), 88, break_long_words=False)
+  return [*lines, *(("", line) for line in came)] if words else lines
 
 
 def _describe_origin(origin: dict[str, Any]) -> list[tuple[str, str]]:

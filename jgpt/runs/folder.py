@@ -56,6 +56,7 @@ class RunFiles:
     weights: where the weights that the run began from were found: location, sha256; None for
       weights that were drawn.
     origin: of a continued run: `Origin.record` (`origin.py`); None for others.
+    adopted: names of the settings that were decided by the weights, or by the origin.
   """
 
   name: str
@@ -64,6 +65,7 @@ class RunFiles:
   data: dict[str, str]
   weights: dict[str, str] | None = None
   origin: dict[str, Any] | None = None
+  adopted: tuple[str, ...] = ()
 
 
 # --- Settings ---
@@ -80,6 +82,7 @@ def write_run_files(workdir: Path, recorded: RunFiles) -> None:
     "data": recorded.data,
     "weights": recorded.weights,
     "origin": recorded.origin,
+    "adopted": recorded.adopted,
     "tokenizer_sha256": recorded.tokenizer.digest,
   }
   files.write_json(workdir / "experiment.json", settings)
@@ -123,7 +126,10 @@ def read_run_files(workdir: Path) -> RunFiles:
     raise UserError(f"{path} does not say which weights it began from.")
   if origin is not None and not _is_checkpoint(origin):
     raise UserError(f"{path} does not say which checkpoint it continues.")
-  return RunFiles(name, experiment, tokenizer, data, weights, origin)
+  adopted = settings.get("adopted", [])
+  if not isinstance(adopted, list) or not {*map(str, adopted)} <= {*list_settings(experiment)}:
+    raise UserError(f"{path} does not say which settings came with the weights.")
+  return RunFiles(name, experiment, tokenizer, data, weights, origin, tuple(map(str, adopted)))
 
 
 @contextlib.contextmanager

@@ -184,12 +184,25 @@ def check_origin(origin: Origin, experiment: Experiment) -> None:
   Raises:
     UserError: naming each setting that differs, and the one to set.
   """
-  there, here = list_settings(origin.experiment), list_settings(experiment)
-  kept = [n for n in here if n.startswith("model.") and n[6:] not in FREE_MODEL_SETTINGS]
+  check_origin_settings(origin, list_settings(experiment))
+  _check_moments(origin)
+
+
+def check_origin_settings(origin: Origin, here: dict[str, Any]) -> None:
+  """Checks that settings are the origin's, where they must be.
+
+  Args:
+    origin: from `open_origin`.
+    here: `section.field` -> value. `model.vocab_size` may be None, which means the tokenizer's.
+
+  Raises:
+    UserError: naming each setting that differs, and the one to set.
+  """
+  there = list_settings(origin.experiment)
+  kept = [n for n in there if n.startswith("model.") and n[6:] not in FREE_MODEL_SETTINGS]
   kept += [f"optimizer.{name}" for name in MOMENT_SETTINGS]
-  differing = [name for name in kept if here[name] != there[name]]
+  differing = [n for n in kept if here.get(n, there[n]) not in (there[n], None)]
   if not differing:
-    _check_moments(origin)
     return
   said = ", ".join(
     f"{name}={format_value(there[name])} there and {format_value(here[name])} here"

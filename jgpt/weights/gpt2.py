@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jgpt.config import ModelConfig
+from jgpt.config import Experiment, ModelConfig
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.config.settings import format_value
 from jgpt.errors import UserError
@@ -83,6 +83,7 @@ class Weights:
       padding.
     read: returns the parameter of a name: a new float32 array of that shape.
     tokenizer: the tokenizer that is stored with the weights; None if there is none.
+    run: settings of the run that they are a checkpoint of; None for other weights.
   """
 
   location: str
@@ -90,6 +91,7 @@ class Weights:
   shapes: dict[str, tuple[int, ...]]
   read: Callable[[str], np.ndarray]
   tokenizer: Tokenizer | None = None
+  run: Experiment | None = None
 
 
 # --- To GPT-2 ---
@@ -220,21 +222,27 @@ def _flat_shape(param: Param) -> tuple[int, ...]:
 # --- From weights ---
 
 
-def check_weights_settings(weights: Weights, config: ModelConfig) -> None:
+def check_weights_settings(
+  weights: Weights, config: ModelConfig, names: Sequence[str] | None = None
+) -> None:
   """Checks that weights are those of a model with these settings.
 
   Raises `UserError` with each setting that differs, and how to set it, otherwise. A model may have
   fewer positions than the weights, whose first ones are taken. It may lack biases of the weights if
   they are zero, which `build_params` checks.
+
+  Args:
+    weights: from a file or folder.
+    config: the model; `vocab_size` may be None, which means the tokenizer's.
+    names: settings to compare; None compares all that the weights decide.
   """
   differing = {}
   for name, value in weights.model.items():
     got = getattr(config, name)
     fewer = name == "max_seq_len" and got < value
-    no_bias = (name == "norm" and (got, value) == ("layer_no_bias", "layer")) or (
-      name == "biases" and BIASES.index(got) < BIASES.index(value)
-    )
-    if got != value and not fewer and not no_bias:
+    if got in (value, None) or fewer or has_fewer_biases(name, got, value):
+      continue
+    if names is None or name in names:
       differing[name] = value, got
   if not differing:
     return
@@ -242,21 +250,29 @@ def check_weights_settings(weights: Weights, config: ModelConfig) -> None:
     f"model.{n}={format_value(a)} there and {format_value(b)} here"
     for n, (a, b) in differing.items()
   )
+  changes = [f"model.{name}={format_value(value)}" for name, (value, _) in differing.items()]
   for size, sizes in GPT2_SIZES.items():
     # Weights may leave a size open: the number of heads is not in a model.safetensors.
-    if (
-      all(weights.model.get(name, value) == value for name, value in sizes.items())
-      and differing.keys() & sizes.keys()
-    ):
-      changes = [
-        f"model.size={size}",
-        *(f"model.{n}={format_value(differing[n][0])}" for n in differing.keys() - sizes),
-      ]
-      break
-  else:
-    changes = [f"model.{name}={format_value(value)}" for name, (value, _) in differing.items()]
+    is_size = all(weights.model.get(name, value) == value for name, value in sizes.items())
+    # Sizes that were given one by one would go before the name of all.
+    is_named = names is None or sizes.keys() <= set(names)
+    if is_size and is_named and differing.keys() & sizes.keys():
+      others = [f"model.{n}={format_value(differing[n][0])}" for n in differing.keys() - sizes]
+      changes = [f"model.size={size}", *others]
   tries = " ".join(f"--set {change}" for change in changes)
   raise UserError(f"{weights.location} holds another model: {said}. Try {tries}")
+
+
+def has_fewer_biases(name: str, got: Any, value: Any) -> bool:
+  """Returns whether a setting of a model gives it biases of the weights' setting, but not all."""
+  if name == "norm":
+    return (got, value) == ("layer_no_bias", "layer")
+  return name == "biases" and BIASES.index(got) < BIASES.index(value)
+
+
+def is_bias(name: str) -> bool:
+  """Returns whether a parameter is a bias, of a layer or of a norm."""
+  return "bias" in name or "/b_" in name
 
 
 def build_params(weights: Weights, config: ModelConfig) -> dict:
@@ -276,7 +292,7 @@ def build_params(weights: Weights, config: ModelConfig) -> dict:
   """
   wanted = {name: (param, num) for name, param, num in walk(config)}
   for name in weights.shapes.keys() - wanted.keys():
-    if "bias" not in name and "/b_" not in name:
+    if not is_bias(name):
       raise UserError(f"{weights.location} has {name}, which this model lacks.")
     if np.any(weights.read(name)):
       raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 
 from jgpt.config import DataConfig, ModelConfig
 from jgpt.config.experiment import GPT2_SIZES
+from jgpt.config.settings import format_value
 from jgpt.data import sources
 from jgpt.data.paths import check_tokenizer_kind
 from jgpt.data.sources import describe_manual_download, find_user_file
@@ -44,6 +45,7 @@ from jgpt.weights.gpt2 import (
   flatten,
 )
 
+LEFT_OPEN = ("num_heads", "activation")  # a model.safetensors without its folder says neither
 GPT2_VOCAB_SIZES = (50257, 50304)  # without and with the rows that nanoGPT adds
 
 
@@ -55,7 +57,7 @@ class InitialParams:
     params: as `init_params` returns them, float32 NumPy arrays.
     location: printable path or name of the weights.
     sha256: from `digest_params`.
-    note: printable remark on what is missing from the weights and taken from the experiment; or "".
+    note: printable remark on what the weights leave open; or "".
   """
 
   params: dict
@@ -131,9 +133,10 @@ def load_params(weights: Weights, config: ModelConfig) -> InitialParams:
   """
   check_weights_settings(weights, config)
   params = build_params(weights, config)
-  missing = ["no number of heads"] if "num_heads" not in weights.model else []
-  missing += ["no tokenizer"] if weights.tokenizer is None else []
-  note = f"{' and '.join(missing)} comes with them: the experiment's is taken" if missing else ""
+  absent = [name for name in LEFT_OPEN if name not in weights.model]
+  left_open = [f"model.{name} (here {format_value(getattr(config, name))})" for name in absent]
+  left_open += [] if weights.tokenizer else ["the tokenizer"]
+  note = f"they leave open: {', '.join(left_open)}" if left_open else ""
   return InitialParams(params, weights.location, digest_params(params), note)
 
 
@@ -181,10 +184,11 @@ def check_weights_tokenizer(weights: Weights | Origin, config: DataConfig) -> No
   """
   tokenizer = weights.tokenizer
   if tokenizer is None and config.tokenizer in ("characters", "bpe"):
+    fitting = "bytes" if weights.model["vocab_size"] == 256 else "gpt2"
     raise UserError(
       f"{weights.location} comes without a tokenizer, and data.tokenizer={config.tokenizer} would "
       "make one from the text: its ids would mean something else to these weights. Name the run or "
-      "the Hugging Face folder that they came from, or try --set data.tokenizer=gpt2"
+      f"the Hugging Face folder that they came from, or try --set data.tokenizer={fitting}"
     )
   if tokenizer is None:
     return
@@ -252,6 +256,7 @@ def _open_run_weights(path: Path, step: int | None) -> Weights:
     flat_shapes(config),
     lambda name: tensors()[name],
     files.tokenizer,
+    files.experiment,
   )
 
 

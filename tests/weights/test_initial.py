@@ -415,10 +415,11 @@ def test_bytes_stay_bytes(base, tmp_path):
 def test_another_kind_of_tokenizer_is_refused_and_the_advice_works(base, tmp_path):
   text = write_text(tmp_path, "ab ba " * 30)
   path = save_source(base, tmp_path, CharTokenizer(" ab", bos=False), data__tokenizer="characters")
-  mine = begin(base, path, data__path=text, sample__prompt="a")
+  mine = begin(base, path, data__path=text, data__tokenizer="bytes")
   message = refusal(mine)
   assert str(path) in message and "data.tokenizer=bytes" in message
   assert plan_run(follow(mine, message)).data.tokenizer.chars == " ab"
+  assert plan_run(begin(base, path, data__path=text)).experiment.data.tokenizer == "characters"
 
 
 def test_bpe_of_another_size_is_refused_and_the_advice_works(base, tmp_path):
@@ -428,12 +429,14 @@ def test_bpe_of_another_size_is_refused_and_the_advice_works(base, tmp_path):
     write_text(tmp_path, "aba ab " * 40),
   )
   path = save_source(base, tmp_path, tokenizer, data__tokenizer="bpe", data__bpe_vocab_size=258)
-  for changes in ({}, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 300}):
-    mine = change(begin(base, path, data__path=text), changes)
-    message = refusal(mine)
-    assert "--set data.bpe_vocab_size=258" in message
-    plan = plan_run(follow(mine, message))
+  mine = begin(base, path, data__path=text)
+  wrong = change(mine, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 300})
+  message = refusal(wrong)
+  assert "--set data.bpe_vocab_size=258" in message
+  for fitting in (mine, follow(wrong, message)):
+    plan = plan_run(fitting)
     assert plan.data.tokenizer == tokenizer and plan.data.train.tokens[0] == 257
+    assert plan.experiment.data.bpe_vocab_size == 258
 
 
 def test_documents_need_a_tokenizer_with_bos_and_the_advice_works(base, tmp_path):
@@ -442,9 +445,10 @@ def test_documents_need_a_tokenizer_with_bos_and_the_advice_works(base, tmp_path
     load_experiment("names"), {"data.path": write_text(tmp_path, "ab\nba\naab\n" * 50)}
   )
   path = save_source(names, tmp_path, tokenizer, data__batching="random")
-  message = refusal(begin(names, path))
+  mine = begin(names, path, data__batching="documents")
+  message = refusal(mine)
   assert "BOS" in message
-  assert plan_run(follow(begin(names, path), message)).data.tokenizer == tokenizer
+  assert plan_run(follow(mine, message)).data.tokenizer == tokenizer
 
 
 def test_more_ids_than_the_tokenizer_has_are_named(base, tmp_path):
@@ -453,9 +457,11 @@ def test_more_ids_than_the_tokenizer_has_are_named(base, tmp_path):
     tmp_path / "source", experiment, CharTokenizer(" ab", bos=False), draw(experiment.model)
   )
   mine = change(begin(base, path, data__path=write_text(tmp_path, "ab ba " * 30)), CHARS)
-  message = refusal(mine)
+  wrong = change(mine, {"model.vocab_size": 3})
+  message = refusal(wrong)
   assert "model.vocab_size=12 there and 3 here" in message
-  assert plan_run(follow(mine, message)).initial.params["tok_embed"].shape == (12, 8)
+  for fitting in (mine, follow(wrong, message)):
+    assert plan_run(fitting).initial.params["tok_embed"].shape == (12, 8)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_no_advice_in_a_circle(base, tmp_path):
@@ -622,7 +628,7 @@ def test_released_weights_come_with_their_tokenizer_and_heads(released, base):
   assert "model.activation=gelu_tanh there" in refusal(
     change(mine, {"model.activation": "gelu_erf"})
   )
-  assert "--set data.tokenizer=gpt2" in refusal(begin(experiment, "gpt2"))
+  assert "--set data.tokenizer=gpt2" in refusal(begin(experiment, "gpt2", data__tokenizer="bytes"))
 
 
 @pytest.mark.skipif(
@@ -845,7 +851,7 @@ def test_ids_made_from_the_text_are_no_ids_of_weights_without_a_tokenizer(
     tmp_path, "llmc", resolve(base, 256), draw(resolve(base, 256).model), ByteTokenizer()
   )
   message = refusal(begin(base, path, data__tokenizer=tokenizer, **more))
-  assert "comes without a tokenizer" in message and "--set data.tokenizer=gpt2" in message
+  assert "comes without a tokenizer" in message and "--set data.tokenizer=bytes" in message
 
 
 def test_gpt2s_number_of_ids_asks_for_gpt2s_tokenizer(base, tmp_path):
@@ -853,7 +859,7 @@ def test_gpt2s_number_of_ids_asks_for_gpt2s_tokenizer(base, tmp_path):
   path = write_weights(
     tmp_path, "llmc", dataclasses.replace(base, model=config), draw(config), ByteTokenizer()
   )
-  message = refusal(change(begin(base, path), {"model.vocab_size": None}))
+  message = refusal(begin(base, path, data__tokenizer="bytes", model__vocab_size=None))
   assert "50,304 ids, as GPT-2 has" in message and message.endswith("Try --set data.tokenizer=gpt2")
 
 
@@ -877,9 +883,6 @@ def test_a_run_says_where_it_began_also_when_it_goes_on(base, source, tmp_path):
   train.train_run(first)
   again = plan_run(experiment, workdir=tmp_path / "run")
   assert again.initial is None and again.weights == first.weights
-  (line,) = summary.describe_initial(again)
+  line, *_ = summary.describe_initial(again)
   assert line == ("weights", f"began from {source[0]} (SHA-256 {first.initial.sha256[:12]})")
-  assert summary.describe_initial(first)[1] == (
-    "",
-    "no tokenizer comes with them: the experiment's is taken",
-  )
+  assert summary.describe_initial(first)[1] == ("", "they leave open: the tokenizer")
