@@ -60,11 +60,18 @@ def save_run(workdir, experiment, tokenizer):
 
 
 @pytest.fixture
-def there(tmp_path, monkeypatch):
-  """The current folder, with texts and weights of the own network: a run on verse by its characters
-  (chars), one on words (words), and bytes as Hugging Face's folder (hf), file alone and llm.c's.
+def there(weights, monkeypatch):
+  """Makes the folder of the weights the current one."""
+  monkeypatch.chdir(weights)
+  return weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """A folder with texts and weights of the own network: a run on verse by its characters (chars),
+  one on words (words), and bytes as Hugging Face's folder (hf), file alone and llm.c's.
   """
-  monkeypatch.chdir(tmp_path)
+  tmp_path = tmp_path_factory.mktemp("weights")
   (tmp_path / "verse.txt").write_text(VERSE, encoding="utf-8")
   (tmp_path / "words.txt").write_text("".join(f"{w}\n" for w in WORDS), encoding="utf-8")
   chars = CharTokenizer("".join(sorted({*VERSE})), bos=False)
@@ -216,9 +223,12 @@ def test_given_settings_that_only_the_weights_allow_are_taken():
 # --- The same command again ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("way", ["init_from", "continue_from"])
-def test_the_same_settings_go_on_when_the_weights_have_gone(way, there):
+def test_the_same_settings_go_on_when_the_weights_have_gone(way, weights, tmp_path, monkeypatch):
+  there = shutil.copytree(weights, tmp_path / "there")
+  monkeypatch.chdir(there)
   experiment = begin("names", None, data__path="verse.txt", **{f"train__{way}": "chars"})
   plan = plan_run(experiment, workdir=there / "run")
   first = train.train_run(plan)
