@@ -395,9 +395,6 @@ def check_workdir(workdir: Path) -> None:
       os.path.realpath(workdir).encode()
     except UnicodeEncodeError:
       reason = "its whole name is not UTF-8, and TensorStore, which writes arrays, opens no other"
-  found = None if reason else find_checkpoint(workdir)
-  if found and found[0] != workdir:
-    reason = f"it is a part of the run folder {found[0]}"
   if reason:
     raise UserError(
       f"{str(workdir)[:200]} cannot be a run folder: {reason}. Choose another --workdir"

@@ -90,7 +90,7 @@ def test_circumstances_are_those_of_the_last_start(words, capsys):
 
 
 def test_a_run_counted_in_epochs_goes_on_and_grows(words):
-  counted = {"train__steps": None, "train__epochs": 2}
+  counted = {"train__steps": None, "train__epochs": 2, "optimizer__schedule": "constant"}
   first = begin("run", "shakespeare_bytes", **counted, data__batching="epochs", data__seq_len=8)
   recorded = read_run_files(Path("run"))
   steps = [
@@ -160,6 +160,7 @@ def test_another_identity_is_refused_there_too(stopped, capsys):
   assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_with_the_settings_of_the_folder(words, capsys):
   """Also on a text with more characters."""
   begin("run", train__steps=0, optimizer__peak_lr=0.02)

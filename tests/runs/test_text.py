@@ -292,7 +292,11 @@ def call(capsys, main, *args):
   ("main", "args"),
   [
     (evaluate.main, ["--run", "run", "--part", "train"]),
-    (inspect_cli.main, ["--run", "run", "--trace", "tok_embed[4,2]", "--trace-steps", "1"]),
+    pytest.param(
+      inspect_cli.main,
+      ["--run", "run", "--trace", "tok_embed[4,2]", "--trace-steps", "1"],
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_commands_that_read_a_run_are_told_where_its_text_is(stopped, capsys, main, args):
