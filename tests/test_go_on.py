@@ -137,12 +137,12 @@ def test_what_is_no_run_folder_is_said(stopped, capsys, flag):
     ("empty", "empty holds no run to go on with. To begin one there, name an experiment"),
     ("none", "none holds no run"),
     ("words.txt", "words.txt holds no run"),
-    ("run/checkpoints", "run, and is no run folder itself. To go on with the run: --workdir "),
+    ("run/checkpoints", "run, and none itself. To go on with the run: --workdir run"),
     ("run/checkpoints/3", "--continue-from run/checkpoints/3"),
   ):
     status, _, err = call(capsys, *flag, "--workdir", path)
     assert status == 2 and said in err and err.count("\n") == 1, err
-  with pytest.raises(UserError, match="belongs to the run in "):
+  with pytest.raises(UserError, match="part of the run folder run, "):
     plan_run(read_run_files(Path("run")).experiment, workdir="run/checkpoints/3")
   Path("run/experiment.json").unlink()
   status, _, err = call(capsys, *flag, "--workdir", "run")

@@ -105,17 +105,17 @@ def find_recorded(workdir: Path) -> RunFiles | None:
   """
   here = workdir.absolute()
   runs = {here.parent.parent: here.parent.name, here.parent: here.name}
-  for run, name in runs.items():
-    if name == "checkpoints" and os.path.lexists(run / "experiment.json"):
-      what = f"{workdir} belongs to the run in {run}, and is no run folder itself"
-      ways = f"to go on with the run: --workdir {shlex.quote(str(run))}"
-      if here.parent != run:
+  for folder, name in runs.items():
+    if name == "checkpoints" and os.path.lexists(folder / "experiment.json"):
+      run = folder if workdir.is_absolute() else os.path.relpath(folder)
+      ways = f"To go on with the run: --workdir {shlex.quote(str(run))}"
+      if here.parent != folder:
         step = shlex.quote(str(workdir))
         ways += (
           "; to begin a new run from this step, in another --workdir: --init-from "
           f"{step} or, to keep Adam's moments, --continue-from {step}"
         )
-      raise UserError(f"{what}. T{ways[1:]}")
+      raise UserError(f"{workdir} is a part of the run folder {run}, and none itself. {ways}")
   if os.path.lexists(workdir / "experiment.json"):
     return read_run_files(workdir)
   if steps := manifest.list_steps(workdir):
