@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
+from equivalence import QUICK
 
 from jgpt import program, sharding, train
 from jgpt.config.catalog import load_experiment
@@ -317,16 +318,30 @@ def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
 
 
 def test_the_loss_at_the_end_is_over_the_whole_heldout_part(experiment):
-  """Also where the last evaluation on the way, after the same update, was over a sample."""
+  """Also where the last evaluation on the way, after the same update, was over a sample: that of
+  windows taken one at a time.
+  """
+  from jgpt.batches import Batch
+  from jgpt.step import loss_fn
+
   changes = {"data.batching": "random", "data.batch_size": 2, "train.steps": 4}
   changes |= {"train.eval_every": 2, "train.eval_batches": 1, "data.seq_len": 8}
   plan = plan_run(change(experiment, changes))
   result = train.train_run(plan)
-  whole = evaluate_loss(result.params, plan.data.heldout, result.tokenizer, result.experiment)
+  tokens, nats = plan.data.heldout.tokens, []
+  loss_of = jax.jit(loss_fn, static_argnums=2, compiler_options=QUICK)
+  for window in (tokens[i : i + 9] for i in range(0, len(tokens) - 1, 8)):
+    weights = np.ones((1, len(window) - 1), np.float32)
+    batch = Batch(window[None, :-1], window[None, 1:], weights)
+    nats.append(float(loss_of(result.params, batch, result.experiment)) * weights.size)
+  assert len(nats) > 2  # batches of two windows
+  assert result.heldout_loss == pytest.approx(sum(nats) / (len(tokens) - 1), rel=1e-5)
   last_step, sampled = result.heldout_losses[-1]
-  assert result.heldout_tokens == whole.num_tokens == len(plan.data.heldout.tokens) - 1 > 16
-  assert result.heldout_loss == pytest.approx(whole.loss_nats_per_token, rel=1e-6)
   assert last_step == 4 and sampled != pytest.approx(result.heldout_loss, rel=1e-3)
+  whole = evaluate_loss(result.params, plan.data.heldout, result.tokenizer, result.experiment)
+  assert whole.loss_nats_per_token == pytest.approx(result.heldout_loss, rel=1e-6)
+  assert result.heldout_tokens == whole.num_tokens == len(tokens) - 1
+  assert whole.num_documents is None
 
 
 def test_one_batch_can_be_learnt_by_heart(experiment):
