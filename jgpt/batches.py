@@ -188,11 +188,12 @@ def documents_in_order(corpus: Documents, number: jax.Array, batch_size: int) ->
 
 
 def random_starts(num_tokens: int, key: jax.Array, config: DataConfig) -> jax.Array:
-  """Draws where windows begin, uniformly from all positions.
+  """Draws where windows begin, uniformly from all positions: int32, or int64 where that is needed.
 
   Source: nanoGPT, train.py, `get_batch`.
   """
-  return jax.random.randint(key, (config.batch_size,), 0, num_tokens - config.seq_len)
+  dtype = jnp.int32 if num_tokens < 2**31 else jnp.int64
+  return jax.random.randint(key, (config.batch_size,), 0, num_tokens - config.seq_len, dtype)
 
 
 def sequential_starts(num_tokens: int, step: jax.Array, config: DataConfig) -> jax.Array:
@@ -225,8 +226,9 @@ def permuted_starts(
 
 
 def epoch_order(num_windows: int, epoch: jax.Array, seed: int) -> jax.Array:
-  """Draws the order of an epoch's windows: a permutation [num_windows]."""
-  return jax.random.permutation(derive_key(seed, DATA, epoch), num_windows)
+  """Draws the order of an epoch's windows: a permutation, int32 [num_windows]."""
+  windows = jnp.arange(num_windows, dtype=jnp.int32)
+  return jax.random.permutation(derive_key(seed, DATA, epoch), windows)
 
 
 def windows_in_order(corpus: Stream, number: jax.Array, config: DataConfig) -> Batch:

@@ -41,7 +41,7 @@ def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
 
   Weights are 0 or 1.
   """
-  nats = loss_fn(params, batch, experiment, total_weight=jnp.ones(()))
+  nats = loss_fn(params, batch, experiment, total_weight=jnp.float32(1))
   return EvalSums(nats, jnp.sum(batch.weights_BT > 0, dtype=jnp.int32))
 
 

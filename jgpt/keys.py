@@ -2,6 +2,8 @@
 
 Every key is a function of the seed, a purpose and a step. So a run that is resumed draws the same
 numbers as one that was not interrupted, and draws for one purpose do not affect those for another.
+The implementation is named, and every draw its dtype, so that neither JAX_DEFAULT_PRNG_IMPL nor
+JAX_ENABLE_X64 changes a number.
 """
 
 import jax
@@ -13,9 +15,13 @@ DROPOUT = 2
 DATA = 3
 EVAL = 4
 
+IMPLEMENTATION = "threefry2x32"  # of every key; another would change every run
+
 
 def derive_key(seed: int, purpose: int, step: int | jax.Array = 0) -> jax.Array:
   """Derives the key for a purpose at a step: `fold_in(fold_in(key(seed), purpose), step)`.
+
+  The key is of `IMPLEMENTATION`, whatever JAX's default is.
 
   Args:
     seed: of the experiment.
@@ -27,4 +33,5 @@ def derive_key(seed: int, purpose: int, step: int | jax.Array = 0) -> jax.Array:
 
 @jax.jit
 def _derive_key(seed: jax.Array, purpose: jax.Array, step: jax.Array) -> jax.Array:
-  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+  key = jax.random.key(seed, impl=IMPLEMENTATION)
+  return jax.random.fold_in(jax.random.fold_in(key, purpose), step)

@@ -121,4 +121,5 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   """
   if key is None:
     return x
-  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+  kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
+  return jnp.where(kept, x / (1 - rate), 0)

@@ -64,9 +64,9 @@ def make_schedule(config: OptimizerConfig, hyper: Hyper | None = None) -> optax.
     share = optax.linear_schedule(1.0, 0.0, cooldown, transition_begin=rest - cooldown)
 
   def falling(step: jax.Array) -> jax.Array:
-    part = jnp.where(step >= rest, 0.0, share(step))
-    rate = peak * part + end * (1 - part)
-    return rate if is_constant else jnp.clip(rate, jnp.minimum(peak, end), jnp.maximum(peak, end))
+    step = jnp.asarray(step) / 1  # float32 of an int32, whatever JAX's default
+    part = jnp.where(step < rest, share(step), 0 * step)
+    return jnp.clip(peak * part + end * (1 - part), jnp.minimum(peak, end), jnp.maximum(peak, end))
 
   if not config.warmup_steps:
     return falling
@@ -250,7 +250,7 @@ def observe_losses() -> Transformation:
   """
 
   def init(params: dict) -> LossStats:
-    return LossStats(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
+    return LossStats(jnp.int32(0), jnp.float32(0), jnp.float32(0))
 
   def update(
     updates: dict, state: LossStats, params: dict | None = None, *, value: jax.Array, **_: Any

@@ -38,6 +38,7 @@ from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError, printable
 from jgpt.generate import check_prompt
+from jgpt.keys import IMPLEMENTATION
 from jgpt.runs import manifest
 from jgpt.runs.folder import (
   MAX_SETTINGS,
@@ -277,6 +278,8 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
       "python": platform.python_version(),
     },
     "platform": platform.platform(),
+    "keys": IMPLEMENTATION,
+    "numeric_options": runtime.find_numeric_options(),
     "devices": [f"{d.platform} {d.device_kind}" for d in devices],
     "products": runtime.describe_precision(devices[0]),
     "settings": {

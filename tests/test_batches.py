@@ -17,6 +17,9 @@ from jgpt import batches
 from jgpt.batches import Batch, Documents, Stream, count_epoch_steps, count_eval_batches
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import NUM_GROUPS, Hyper
+from jgpt.keys import DROPOUT, derive_key
+from jgpt.layers import dropout
+from jgpt.system.precision import enable_x64
 
 NAMES = load_experiment("names")
 BASE = dataclasses.replace(NAMES.data, heldout_fraction=0.0)
@@ -311,3 +314,24 @@ def test_groups_are_of_like_length_and_only_long_ones_need_all_positions():
     for i in range(NUM_GROUPS)
   ]
   assert needs == (lengths.max(axis=1) > 3).tolist() and len(set(needs)) == 2
+
+
+# --- What the environment may set ---
+
+
+def test_draws_are_the_same_with_64_bit_types_and_another_default_of_keys():
+  """Keys, random windows, the order of an epoch and what dropout drops; all of them int32."""
+
+  def draw():
+    key = derive_key(5, DROPOUT, jnp.int32(3))
+    starts, _ = batches.window_starts(1000, jnp.int32(7), 5, make_config("random"))
+    order = batches.epoch_order(37, jnp.int32(2), 5)
+    kept = dropout(jnp.ones((4, 33), jnp.float32), 0.3, key)
+    return jax.random.key_data(key), starts, order, kept
+
+  expected = [np.asarray(x) for x in draw()]
+  with enable_x64(True), jax.default_prng_impl("rbg"):
+    got = [np.asarray(x) for x in draw()]
+  for a, b in zip(expected, got, strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)

@@ -23,6 +23,19 @@ from jgpt.system.cache import cache_dir, digest_bytes, make_private
 
 # Bytes: with less, jax cannot start its threads, and the process is aborted without a message.
 MIN_ADDRESS_SPACE = 3 << 29
+# Options of jax that change random numbers or the digits of results, with their defaults.
+NUMERIC_OPTIONS = {
+  "jax_enable_x64": False,
+  "jax_default_prng_impl": "threefry2x32",
+  "jax_threefry_partitionable": True,
+  "jax_random_seed_offset": 0,
+  "jax_high_dynamic_range_gumbel": False,
+  "jax_default_matmul_precision": None,
+  "jax_allow_f16_reductions": True,
+  "jax_disable_jit": False,
+  "jax_disable_most_optimizations": False,
+}
+NUMERIC_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # Platform of JAX_PLATFORMS -> what brings its devices.
 PLATFORM_EXTRAS = {"cuda": "cuda12 or cuda13", "gpu": "cuda12 or cuda13", "tpu": "tpu"}
 
@@ -66,6 +79,21 @@ def set_up() -> str:
   warnings.filterwarnings("ignore", message=ignored)
   delete_damaged_programs(folder)
   return ""
+
+
+def find_numeric_options() -> dict[str, Any]:
+  """Finds what is set in this process that may change random numbers or the digits of results.
+
+  Returns:
+    Options of jax that are not at their defaults, and environment variables that XLA and its
+    libraries read, by name.
+  """
+  options = {
+    name: value
+    for name, default in NUMERIC_OPTIONS.items()
+    if (value := getattr(jax.config, name, default)) != default
+  }
+  return options | {name: os.environ[name] for name in NUMERIC_VARIABLES if os.environ.get(name)}
 
 
 def _silence_closed_loops() -> None:

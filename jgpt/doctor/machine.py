@@ -32,7 +32,8 @@ VARIABLES = (
 OWN_VARIABLES = ("JGPT_CACHE_DIR", "JGPT_DATA_DIR", "JGPT_FAULT")
 # Variables that change every result or take far longer, with their effect.
 NOTED_VARIABLES = {
-  "JAX_ENABLE_X64": "computes in float64 what was meant for float32",
+  "JAX_ENABLE_X64": "changes no number of a run, which names its types: float32 stays float32",
+  "JAX_RANDOM_SEED_OFFSET": "changes every random number",
   "JAX_DISABLE_JIT": "compiles nothing: a step takes many times as long",
   "JAX_DEBUG_NANS": "looks at every result: a step takes longer",
   "JAX_DEFAULT_MATMUL_PRECISION": "changes the digits of every product",

@@ -52,6 +52,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
   lines = [
     ("experiment", plan.name or "(from Python)"),
     ("device", f"{count}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
+    *_describe_numeric_options(),
     ("data", f"{data.text.location} ({data.text.kind}, SHA-256 {data.text.sha256[:12]})"),
   ]
   if data.text.note:
@@ -74,6 +75,13 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     ("run folder", str(plan.workdir or "none: nothing is kept")),
   ]
   return [(label, printable(line)) for label, line in lines]  # names of files may be anything
+
+
+def _describe_numeric_options() -> list[tuple[str, str]]:
+  """Describes options that are not JAX's defaults and may change numbers, as a labelled line."""
+  found = runtime.find_numeric_options()
+  shown = ", ".join(f"{name.upper()}={value}" for name, value in found.items())
+  return [("", f"not the default, and may change results: {shown[:300]}")] if found else []
 
 
 def describe_initial(plan: Plan) -> list[tuple[str, str]]:

@@ -275,7 +275,7 @@ def test_variables_are_listed_and_those_that_tell_are_noted():
   assert "JAX_ENABLE_X64=1" in first.text and "HOME" not in first.text and len(first.text) < 400
   assert levels(rest) == ["note", "note"]
   assert "JGPT_DATADIR" in rest[0].text and "Did you mean JGPT_DATA_DIR" in rest[0].text
-  assert "float64" in rest[1].text and "unset JAX_ENABLE_X64" in rest[1].do
+  assert "float32 stays float32" in rest[1].text and "unset JAX_ENABLE_X64" in rest[1].do
   assert "nothing set" in machine.examine_environment({"HOME": "/root"})[0].text
   assert levels(machine.examine_environment({"JAX_ENABLE_COMPILATION_CACHE": "false"})) == [
     "ok",

@@ -360,3 +360,43 @@ def test_row_12_growing_at_a_rate_of_zero_says_what_to_set(tmp_path):
   assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
   advised = children.arguments("names", "another", train__steps=30, optimizer__decay_steps=30)
   assert children.train(*advised, cwd=tmp_path).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("names", {"optimizer__schedule": "constant", "optimizer__skip_spikes": 5.0}),
+    ("bytes", {"optimizer__schedule": "cosine", "train__micro_batch_size": 2}),
+    ("epochs", {"optimizer__schedule": "wsd"}),
+  ],
+)
+def test_row_12_options_of_jax_in_the_environment_change_no_bit(name, changes, tmp_path):
+  """64-bit types and another implementation of random keys: initial weights, batches, dropout,
+  sampled evaluations and samples are the plain run's, also where a run goes on with them.
+
+  Each start records what is not the default, and says so.
+  """
+  children.write_texts(tmp_path)
+  common = {"optimizer__decay_steps": 8, "train__eval_batches": 1}
+  common |= {"model__dropout": 0.1, "model__dropout_places": "mlp_out"}
+
+  def train(workdir, steps, **env):
+    words = children.arguments(name, workdir, **common, **changes, train__steps=steps)
+    return children.train(*words, cwd=tmp_path, env=env)
+
+  train("plain", 4)
+  train("plain", 8)
+  options = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+  train("other", 4, JAX_ENABLE_X64="1")
+  out = train("other", 8, **options).out
+  children.assert_same(children.bits(tmp_path / "other"), children.bits(tmp_path / "plain"))
+  assert "may change results: JAX_ENABLE_X64=True, JAX_DEFAULT_PRNG_IMPL=rbg" in out
+  starts = [json.loads((tmp_path / at / "env.json").read_text()) for at in ("plain", "other")]
+  found = [
+    [{name: x for name, x in start["numeric_options"].items() if "jax" in name} for start in part]
+    for part in starts
+  ]
+  x64 = {"jax_enable_x64": True}
+  assert found == [[{}, {}], [x64, x64 | {"jax_default_prng_impl": "rbg"}]]
+  assert all(start["keys"] == "threefry2x32" for part in starts for start in part)
