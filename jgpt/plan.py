@@ -64,6 +64,7 @@ from jgpt.weights.initial import (
   check_same_weights,
   check_weights_tokenizer,
   check_weights_vocabulary,
+  is_same_source,
   load_params,
   open_weights,
 )
@@ -477,6 +478,7 @@ def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experimen
 
   So the schedule does not follow `train.steps`, which may have grown. Settings that came with the
   weights, or with the origin of a continued run, are the recorded ones too, unless given by name.
+  Another path of the same weights is the recorded path.
   """
   optimizer = recorded.experiment.optimizer
   kept = {
@@ -485,6 +487,9 @@ def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experimen
   }
   there = list_settings(recorded.experiment)
   kept |= {name: there[name] for name in recorded.adopted if name not in experiment.given}
+  for name in ("train.init_from", "train.continue_from"):
+    if is_same_source(there[name], list_settings(experiment)[name]):
+      kept[name] = there[name]
   return resolve(change(experiment, kept), recorded.tokenizer.vocab_size)
 
 

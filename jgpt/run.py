@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jgpt import cli
-from jgpt.config import Experiment, catalog
+from jgpt.config import Experiment, TrainConfig, catalog
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.config.settings import (
   SEQUENCE_SETTINGS,
@@ -255,8 +255,11 @@ def find_recorded_run(workdir: Path, changes: dict[str, Any]) -> RunFiles | None
   recorded = find_recorded(workdir)
   begins = [changes.get(name) for name in ("train.init_from", "train.continue_from")]
   if any(begins):
-    train = recorded.experiment.train if recorded else None
-    return recorded if train and [train.init_from, train.continue_from] == begins else None
+    from jgpt.weights.initial import is_same_source
+
+    train = recorded.experiment.train if recorded else TrainConfig(steps=0)
+    began = train.init_from, train.continue_from
+    return recorded if all(map(is_same_source, began, begins)) else None
   if recorded is None:
     raise UserError(
       f"{workdir} holds no run to go on with. To begin one there, name an experiment: --experiment "

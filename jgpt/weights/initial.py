@@ -106,6 +106,16 @@ def open_weights(
   raise UserError(f"train.init_from={source!r} must be {kinds}.")
 
 
+def is_same_source(a: str | None, b: str | None) -> bool:
+  """Returns whether two values of `train.init_from` or `train.continue_from` are of one place."""
+  if None in (a, b) or {a, b} & RELEASED.keys():
+    return a == b
+  try:
+    return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))
+  except (OSError, ValueError):  # a NUL in a path, or a loop of links
+    return a == b
+
+
 def _check_reachable(path: Path) -> None:
   """Checks that the system can say whether a path exists, and raises `UserError` otherwise.
 

@@ -2,6 +2,7 @@
 must agree.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,7 +19,7 @@ from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import GPT2_SIZES
 from jgpt.config.settings import change, list_settings, resolve
 from jgpt.errors import UserError
-from jgpt.plan import plan_run
+from jgpt.plan import claim_folder, plan_run
 from jgpt.report import summary
 from jgpt.runs import checkpoint
 from jgpt.runs.folder import RunFiles, read_run_files, write_run_files
@@ -250,6 +251,23 @@ def test_the_same_settings_go_on_when_the_weights_have_gone(way, weights, tmp_pa
     path.write_text(json.dumps(value | {"adopted": damaged}))
     with pytest.raises(UserError, match="which settings came with"):
       read_run_files(there / "run")
+
+
+@pytest.mark.parametrize("way", ["init_from", "continue_from"])
+def test_another_path_of_the_same_weights_is_the_same_run(way, there, tmp_path, capsys):
+  """Absolute, through a link, or with a dot; a copy elsewhere is another setting."""
+  begun = begin("names", None, data__path="words.txt", **{f"train__{way}": "words"})
+  with contextlib.ExitStack() as stack:
+    claim_folder(plan_run(begun, workdir=tmp_path / "run"), stack)
+  (tmp_path / "link").symlink_to(there / "words")
+  for path in (there / "words", "./words", tmp_path / "link"):
+    plan = plan_run(change(begun, {f"train.{way}": str(path)}), workdir=tmp_path / "run")
+    assert getattr(plan.experiment.train, way) == "words" and plan.experiment.data.seq_len == 7
+  with pytest.raises(UserError, match=rf"train\.{way} is words there and {tmp_path}/copy here"):
+    plan_run(change(begun, {f"train.{way}": f"{tmp_path}/copy"}), workdir=tmp_path / "run")
+  args = [f"--{way.replace('_', '-')}", there / "words", "--workdir", tmp_path / "run"]
+  assert cli.guard(lambda: run.main([*map(str, args), "--print-config"])) == 0
+  assert f"\ntrain.{way}={there / 'words'}\n" in capsys.readouterr().out
 
 
 # --- Without an experiment ---
