@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jgpt.config import DataConfig, ModelConfig
@@ -257,7 +258,7 @@ def _open_run_weights(path: Path, step: int | None) -> Weights:
 
   @functools.cache
   def tensors() -> dict:
-    return flatten(open_run(path, step).params, config)
+    return flatten(jax.device_get(open_run(path, step).params), config)
 
   model = {name: getattr(config, name) for name in ARCHITECTURE}
   return Weights(
