@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equivalence import QUICK
+from equivalence import QUICK, initial_params, names_experiment
 
 from jgpt.config import Hyper, OptimizerConfig
 from jgpt.optim import (
@@ -19,6 +19,7 @@ from jgpt.optim import (
   STATS_DECAY,
   LossStats,
   average,
+  make_optimizer,
   make_schedule,
   observe,
   one_minus_power,
@@ -189,6 +190,34 @@ def test_trajectories_are_those_of_optax_but_for_rounding():
   for b1, b2 in ((0.85, 0.99), (0.9, 0.95), (0.9, 0.999)):
     expected = run(optax.scale_by_adam(b1, b2, 1e-8))
     np.testing.assert_allclose(run(scale_by_adam(b1, b2, 1e-8)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_given_beside_an_experiment_make_the_updates_of_one_that_has_them():
+  """Two updates at another rate, decays and weight decay, where the experiment has none.
+
+  The state is that of the experiment: without an array for the decay.
+  """
+  plain = names_experiment(optimizer__weight_decay=0.0)
+  numbers = {"peak_lr": 0.02, "weight_decay": 0.3, "b1": 0.5, "b2": 0.7}
+  other = names_experiment(**{f"optimizer__{name}": value for name, value in numbers.items()})
+  params, rng = initial_params(plain.model), np.random.default_rng(0)
+  grads = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype("f"), params) for _ in range(2)]
+
+  def run(tx):
+    @quick_jit
+    def updates(params, grads):
+      first, state = tx.update(grads[0], tx.init(params), params)
+      return first, tx.update(grads[1], state, params)[0]
+
+    return updates(params, grads)
+
+  given = make_optimizer(plain, Hyper.of(other))
+  for got, expected in zip(
+    *(jax.tree.leaves(run(tx)) for tx in (given, make_optimizer(other))), strict=True
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
+  structures = {jax.tree.structure(tx.init(params)) for tx in (given, make_optimizer(plain))}
+  assert len(structures) == 1 and given.init(params)["decay"] == optax.EmptyState()
 
 
 # --- Losses ---
