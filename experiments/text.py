@@ -67,7 +67,7 @@ EXPERIMENT = Experiment(
     decay_kinds=("embedding", "matrix"),
     clip_norm=1.0,
   ),
-  train=TrainConfig(steps=1000, log_every=100, eval_every=250, eval_batches=20, save_every=500),
+  train=TrainConfig(steps=1000, log_every=100, save_every=500),
   sample=SampleConfig(num=1, temperature=0.8, max_tokens=300),
   expected=(Expected(data="python_docs", heldout=True, loss_nats_per_token=1.60, band=0.1),),
 )

@@ -5,10 +5,12 @@ iterator, and so none in a checkpoint. Tokens are made in `data/corpus.py` and r
 `data/feed.py`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgpt.config import DataConfig, Experiment
 from jgpt.config.experiment import NUM_GROUPS, Hyper
@@ -67,6 +69,18 @@ class CutBatches(NamedTuple):
   windows: jax.Array
   counts: jax.Array
   first_step: jax.Array
+
+
+class Seen(NamedTuple):
+  """What a run was trained on, repetitions counted.
+
+  Attributes:
+    sequences: documents, or windows of a stream.
+    tokens: predictions, as many as there are weights of 1 in the batches.
+  """
+
+  sequences: int
+  tokens: int
 
 
 Corpus = Documents | Stream | CutBatches
@@ -161,6 +175,41 @@ def count_epoch_steps(corpus: Corpus, config: DataConfig) -> int | None:
 def count_windows(num_tokens: int, config: DataConfig) -> int:
   """Counts the windows of `seq_len` tokens, with their targets, that do not overlap."""
   return (num_tokens - 1) // config.seq_len
+
+
+def make_seen_counter(corpus: Corpus, config: DataConfig) -> Callable[[int], Seen]:
+  """Returns a function that counts what the first `step` batches hold, exactly and on the host.
+
+  Args:
+    corpus: the `train` of a `Data`: documents as NumPy arrays, or a stream, of which only the
+      length is read.
+    config: decides how batches are cut.
+  """
+  B = config.batch_size
+  if isinstance(corpus, Documents):
+    sums = np.concatenate([[0], np.cumsum(corpus.lengths, dtype=np.int64)])
+
+    def count_taken(step: int) -> Seen:
+      rounds, rest = divmod(step * B, len(corpus.lengths))
+      return Seen(step * B, rounds * int(sums[-1]) + int(sums[rest]))
+
+  else:
+    num_windows = count_windows(len(corpus.tokens), config)
+    epoch_steps = count_epoch_steps(corpus, config)
+
+    def count_taken(step: int) -> Seen:
+      sequences = step * B
+      if epoch_steps is not None:
+        epochs, rest = divmod(step, epoch_steps)
+        sequences = epochs * num_windows + min(rest * B, num_windows)
+      return Seen(sequences, sequences * config.seq_len)
+
+  def count_seen(step: int) -> Seen:
+    rounds, rest = divmod(step, config.num_batches) if config.num_batches else (0, step)
+    taken, repeated = count_taken(rest), count_taken(config.num_batches or 0)
+    return Seen(*(a + rounds * b for a, b in zip(taken, repeated, strict=True)))
+
+  return count_seen
 
 
 def next_documents(corpus: Documents, step: jax.Array, config: DataConfig) -> Batch:

@@ -15,8 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgpt.batches import Batch, Corpus, Stream, count_eval_batches, eval_batch
+from jgpt.batches import (
+  EVAL_DOCUMENTS,
+  Batch,
+  Corpus,
+  Documents,
+  Stream,
+  count_eval_batches,
+  eval_batch,
+)
 from jgpt.config import Experiment
+from jgpt.params import count_params
 from jgpt.sharding import beside
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
@@ -34,6 +43,36 @@ class EvalSums(NamedTuple):
 
   nats: jax.Array
   tokens: jax.Array
+
+
+EVALUATIONS = 5  # of train.eval_every="auto", besides the one before any update
+# They take at most this share of the time of training, whose steps take three times a forward pass;
+# or, if that is more, this many operations in all, which is 0.1 s on two slow cores.
+EVALUATION_SHARE = 0.02
+FREE_FLOPS = 1.5e9
+
+
+class HeldoutLoss(NamedTuple):
+  """A loss on the held-out part; those over different targets are not compared.
+
+  Attributes:
+    loss: nats per token.
+    num_tokens: targets that it is over.
+    num_batches: of a sample of the held-out part; None for all of it.
+  """
+
+  loss: float
+  num_tokens: int
+  num_batches: int | None
+
+  @property
+  def targets(self) -> tuple[int, int | None]:
+    """Returns what says which targets the loss is over, within one run."""
+    return self.num_tokens, self.num_batches
+
+  def bits_per_byte(self, num_bytes: int) -> float:
+    """Computes the loss in bits per byte of the text that the targets stand for."""
+    return self.loss * self.num_tokens / math.log(2) / num_bytes
 
 
 def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
@@ -96,9 +135,13 @@ def finish_evaluation(sums: EvalSums) -> tuple[float, int]:
 def begin_due_evaluation(
   params: dict, heldout: Corpus, step: int, experiment: Experiment
 ) -> EvalSums | None:
-  """Starts the evaluation that `train.eval_every` asks for after a step; None where none is due."""
+  """Starts the evaluation that `train.eval_every` asks for after a step; None where none is due.
+
+  One is due after the last step too, so that the end can be compared with what came before.
+  """
   train = experiment.train
-  if not train.eval_every or step % train.eval_every or not len(heldout.tokens):
+  is_due = train.eval_every and (step % train.eval_every == 0 or step == train.steps)
+  if not is_due or not len(heldout.tokens):
     return None
   return begin_evaluation(params, heldout, experiment, train.eval_batches)
 
@@ -111,6 +154,45 @@ def compile_evaluation(
   evaluate.lower(params, corpus, experiment, **chosen).compile()
 
 
+def schedule_evaluations(
+  experiment: Experiment, heldout: Corpus, epoch_steps: int | None = None
+) -> Experiment:
+  """Returns an experiment with `train.eval_every`="auto" replaced by a number or None.
+
+  `train.eval_batches` is lowered with it, unless it was given: as many batches as the time allows.
+
+  Args:
+    experiment: resolved otherwise.
+    heldout: the held-out part.
+    epoch_steps: updates in an epoch, where the run is counted in epochs.
+  """
+  data, train = experiment.data, experiment.train
+  if train.eval_every != "auto":
+    return experiment
+  every, num_batches = None, train.eval_batches
+  num_available = count_eval_batches(heldout, data)
+  if num_available and train.steps:
+    every = epoch_steps or math.ceil(train.steps / EVALUATIONS)
+    batch_size = EVAL_DOCUMENTS if isinstance(heldout, Documents) else data.batch_size
+    allowed = EVALUATION_SHARE * 3 * train.steps * data.batch_size / batch_size
+    flops = 2 * count_params(experiment.model) * batch_size * data.seq_len
+    allowed = max(allowed, FREE_FLOPS / flops)  # batches in all
+    evaluations = 1 + math.ceil(train.steps / every)
+    if num_batches is None:
+      num_batches = max(1, min(num_available, int(allowed / evaluations)))
+      if evaluations * num_batches > allowed:
+        every = math.ceil(train.steps / max(1, int(allowed) - 1)) if allowed >= 2 else None
+      num_batches = None if num_batches == num_available else num_batches
+  train = dataclasses.replace(train, eval_every=every, eval_batches=num_batches)
+  return dataclasses.replace(experiment, train=train)
+
+
+def count_sample_batches(corpus: Corpus, experiment: Experiment) -> int | None:
+  """Returns how many batches of a corpus `train.eval_batches` takes; None for all of the corpus."""
+  chosen = _choose_batches(corpus, experiment, experiment.train.eval_batches)
+  return None if chosen["whole"] else chosen["num_batches"]
+
+
 def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | None) -> dict:
   """Returns the static arguments of `evaluate`."""
   num_available = count_eval_batches(corpus, experiment.data)
@@ -119,17 +201,11 @@ def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | N
   return {"num_batches": num_available if whole else num_batches, "whole": whole}
 
 
-def evaluate_heldout(
-  params: dict, heldout: Corpus, experiment: Experiment
-) -> tuple[float | None, int]:
-  """Computes the loss over the whole held-out part.
-
-  Returns:
-    Nats per token and the number of tokens; (None, 0) where nothing is held out.
-  """
+def evaluate_heldout(params: dict, heldout: Corpus, experiment: Experiment) -> HeldoutLoss | None:
+  """Computes the loss over the whole held-out part; None where nothing is held out."""
   if not len(heldout.tokens):
-    return None, 0
-  return finish_evaluation(begin_evaluation(params, heldout, experiment))
+    return None
+  return HeldoutLoss(*finish_evaluation(begin_evaluation(params, heldout, experiment)), None)
 
 
 # --- Figures for a person ---

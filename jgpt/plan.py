@@ -16,6 +16,7 @@ import platform
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from jgpt.data.corpus import Data, check_path, find_data, is_text_of
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError, printable
+from jgpt.evaluation import schedule_evaluations
 from jgpt.generate import check_prompt
 from jgpt.keys import IMPLEMENTATION
 from jgpt.runs import manifest
@@ -87,6 +89,7 @@ class Plan:
       sha256; None for weights that are drawn.
     origin: of a continued run: `Origin.record`; None for others.
     adopted: names of the settings that the weights or the origin decided.
+    seconds: that planning took.
   """
 
   name: str
@@ -99,6 +102,7 @@ class Plan:
   weights: dict[str, str] | None = None
   origin: dict[str, Any] | None = None
   adopted: tuple[str, ...] = ()
+  seconds: float = 0.0
 
 
 def plan_run(
@@ -129,6 +133,7 @@ def plan_run(
     >>> plan = jgpt.plan_run(jgpt.load_experiment("names"), workdir="runs/names")
     >>> plan.start_step, plan.experiment.train.steps
   """
+  began = time.perf_counter()
   workdir = Path(workdir) if workdir is not None else None
   recorded = None
   if workdir is not None:
@@ -159,6 +164,7 @@ def plan_run(
   if isinstance(source, Weights):
     check_weights_vocabulary(source, data.tokenizer)
   experiment = resolve(experiment, data.tokenizer.vocab_size, epoch_steps)
+  experiment = schedule_evaluations(experiment, data.heldout, epoch_steps)
   if recorded is not None:
     check_schedule(experiment, recorded.experiment, saved_step, workdir)
   initial = _load_initial(source, experiment, recorded)
@@ -168,10 +174,9 @@ def plan_run(
   elif initial:
     origin = initial.record
   check_prompt(experiment.sample, data.tokenizer)  # else the error would come after the training
-  start_step = saved_step or 0
   return Plan(
-    *(name, experiment, data, workdir, start_step, epoch_steps),
-    *(initial, weights, origin, adopted),
+    *(name, experiment, data, workdir, saved_step or 0, epoch_steps),
+    *(initial, weights, origin, adopted, time.perf_counter() - began),
   )
 
 
@@ -490,7 +495,8 @@ def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experimen
   for name in ("train.init_from", "train.continue_from"):
     if is_same_source(there[name], list_settings(experiment)[name]):
       kept[name] = there[name]
-  return resolve(change(experiment, kept), recorded.tokenizer.vocab_size)
+  changed = dataclasses.replace(change(experiment, kept), expected=experiment.expected)
+  return resolve(changed, recorded.tokenizer.vocab_size)
 
 
 def check_same_run(experiment: Experiment, recorded: RunFiles, workdir: Path) -> None:
@@ -547,10 +553,3 @@ def next_line(step: int, log_every: int, epoch_steps: int | None) -> int:
 def is_sample_due(step: int, train: TrainConfig) -> bool:
   """Returns whether texts are due after a step; at the end of the run its caller samples."""
   return bool(train.sample_every and step % train.sample_every == 0 and step < train.steps)
-
-
-def is_save_due(step: int, train: TrainConfig, seconds: float) -> bool:
-  """Returns whether a checkpoint is due after a step, `seconds` after the one before."""
-  by_steps = train.save_every and step % train.save_every == 0
-  by_clock = train.save_every_seconds is not None and seconds >= train.save_every_seconds
-  return bool(by_steps or by_clock)

@@ -444,9 +444,8 @@ def _train(
 
   from jgpt import train
   from jgpt.generate import sample_texts
-  from jgpt.report import summary
+  from jgpt.report import outcome, summary
   from jgpt.report.console import ConsoleWriter
-  from jgpt.report.verdict import compare_expected
   from jgpt.runs.folder import make_subfolder
   from jgpt.system import files
 
@@ -482,12 +481,15 @@ def _train(
   if result.signal:
     stop.leave(saved)
   with stop.leaving(saved):
+    sampling = time.perf_counter()
     texts = sample_texts(result.state.params, result.tokenizer, step, result.experiment)
+    seconds = result.seconds["sampling"] + time.perf_counter() - sampling
+    result = dataclasses.replace(result, seconds=result.seconds | {"sampling": seconds})
+    outcome.write_outcome(plan, result)
     samples = make_subfolder(plan.workdir, "samples")
     files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
     summary.print_result(plan, result, texts, time.perf_counter() - began)
-    expected = base.expected if summary.is_comparable(base, experiment) else ()
-    if words := compare_expected(expected, plan.data.label, result.losses, result.heldout_loss):
+    if words := summary.describe_end(plan, result):
       print(f"{words}\n")
     is_named = known or experiment.train.continue_from != base.train.continue_from
     again = summary.format_command(known, base, experiment) if is_named else None

@@ -9,55 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
-import numpy as np
-
-from jgpt import sharding
-from jgpt.config import Experiment
 from jgpt.errors import TrainingError
 from jgpt.evaluation import begin_due_evaluation, evaluate_heldout
 from jgpt.generate import begin_samples
-from jgpt.plan import SECONDS_PER_CALL, Plan, claim_folder, is_sample_due, is_save_due, next_stop
+from jgpt.plan import SECONDS_PER_CALL, Plan, claim_folder, is_sample_due, next_stop
 from jgpt.program import Program, compile_program
+from jgpt.report.outcome import conclude_run
 from jgpt.runs import checkpoint
+from jgpt.runs.clock import Clock
 from jgpt.runs.health import explain_stop
-from jgpt.runs.log import Call, JsonlWriter, Log, Writer, close_quietly, collect_losses
+from jgpt.runs.log import Call, JsonlWriter, Log, Writer, close_quietly
+from jgpt.runs.result import Result, remove_result
+from jgpt.runs.saving import Saver
 from jgpt.step import TrainState
 from jgpt.system.signals import Stop, describe_stop, stop_signals
-from jgpt.text.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """The outcome of a run.
-
-  Attributes:
-    state: after the last update; blocks stacked or a list, as the run used them.
-    losses: training loss of each update since the run first began, nats per token, float32.
-    heldout_losses: (updates, nats per token) of each evaluation since the run first began.
-    heldout_loss: nats per token over the whole held-out part; None where nothing is held out or the
-      run was interrupted.
-    heldout_tokens: predictions that `heldout_loss` is over.
-    tokenizer: of the run.
-    experiment: resolved, `compute` for the devices that the run used.
-    signal: the signal that ended the run early, or None.
-  """
-
-  state: TrainState
-  losses: np.ndarray
-  heldout_losses: list[tuple[int, float]]
-  heldout_loss: float | None
-  heldout_tokens: int
-  tokenizer: Tokenizer
-  experiment: Experiment
-  signal: int | None
-
-  @property
-  def params(self) -> dict:
-    """Returns the parameters after the last update, as `init_params` returns them."""
-    return sharding.stack_blocks(self.state.params)
 
 
 def train_run(
@@ -92,7 +60,7 @@ def train_run(
   workdir, train = plan.workdir, plan.experiment.train
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
-    saved_step, manager, rows = None, None, ()
+    saved_step, manager, rows, clock = None, None, (), Clock()
     for writer in writers:
       stack.callback(close_quietly, writer)
     if workdir is not None:
@@ -102,6 +70,8 @@ def train_run(
       log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
       stack.callback(close_quietly, log_file)
       rows, writers = log_file.kept, [log_file, *writers]
+      if (saved_step or 0) < train.steps:
+        remove_result(workdir)
     # The folder may have moved on since the plan was made.
     plan = dataclasses.replace(plan, start_step=saved_step or 0)
     with stop.leaving(describe_stop(plan.start_step, workdir)):
@@ -113,35 +83,30 @@ def train_run(
         saved_step=saved_step,
         num_steps=train.steps - plan.start_step,
       )
-    # The log's clock starts here, so that compiling counts for no step.
-    log = Log(list(writers), rows, train.max_consecutive_skips, plan.experiment.data.batch_size)
-    state, step = _loop(plan, program, manager, log, stop, sample_at)
-    if manager is not None:  # goes on in the background during the evaluation
-      checkpoint.save_checkpoint(manager, state, log.find_heldout_loss(step))
-    heldout_loss, heldout_tokens = None, 0
+    clock.look("compiling")
+    log = Log(list(writers), rows, program.experiment, plan.data, clock)
+    saver = Saver(manager, log, train)
+    state, step = _loop(plan, program, saver, log, stop, sample_at)
+    end = partial(conclude_run, plan, program.experiment, state, step, log, saver, stop)
+    saver.save(state, step)  # goes on in the background during the evaluation
+    if log.health.exhausted:
+      end()
+      corpus = program.feed.corpus_at(log.health.exhausted - 1)
+      raise TrainingError(explain_stop(program.experiment, state, corpus, log.health, workdir))
+    heldout = None
     if not stop:
-      finish = manager.wait if manager else lambda: None
-      with stop.leaving(describe_stop(step, workdir), finish):
-        heldout_loss, heldout_tokens = log.find_whole_evaluation(train) or evaluate_heldout(
+      with stop.leaving(describe_stop(step, workdir), end):
+        heldout = log.find_whole_evaluation(step) or evaluate_heldout(
           state.params, program.heldout, program.experiment
         )
-  losses, heldout_losses = collect_losses(log, workdir, step)
-  return Result(
-    state=state,
-    losses=losses,
-    heldout_losses=heldout_losses,
-    heldout_loss=heldout_loss,
-    heldout_tokens=heldout_tokens,
-    tokenizer=plan.data.tokenizer,
-    experiment=program.experiment,
-    signal=stop.signal,
-  )
+      clock.look("evaluating")
+    return end(heldout)
 
 
 def _loop(
   plan: Plan,
   program: Program,
-  manager: checkpoint.Manager | None,
+  saver: Saver,
   log: Log,
   stop: Stop,
   sample_at: Callable[[int], bool] | None,
@@ -151,14 +116,15 @@ def _loop(
   A call's metrics are written while the device is busy with the next one.
   """
   train, tokenizer, feed = program.experiment.train, plan.data.tokenizer, program.feed
-  state, step, last_save = program.state, plan.start_step, time.monotonic()
-  pending = None
+  state, step, pending = program.state, plan.start_step, None
   if train.steps and step not in log.evaluated:  # a stop may have come before it was done
     evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
     pending = None if evaluation is None else Call(step, 0, {}, evaluation, None)
   while step < train.steps and not stop and not log.health.exhausted:
     num_steps = next_stop(step, train, plan.epoch_steps, feed.block_steps) - step
-    num_steps = min(num_steps, log.count_steps(SECONDS_PER_CALL))
+    num_steps = min(num_steps, log.count_steps(SECONDS_PER_CALL, pending))
+    if not num_steps:  # train.max_seconds are over
+      break
     state, metrics = program.advance(state, step, num_steps)
     step += num_steps
     evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
@@ -167,17 +133,10 @@ def _loop(
       texts = begin_samples(state.params, tokenizer, step, program.experiment)
     log.write(pending, stop)
     pending = Call(step, num_steps, metrics, evaluation, texts)
-    if manager is not None and is_save_due(step, train, time.monotonic() - last_save):
-      log.write(pending, stop)  # the rows up to here are on disk before the checkpoint
-      log.sync()
-      checkpoint.save_checkpoint(manager, state, log.find_heldout_loss(step))
-      pending, last_save = None, time.monotonic()
+    if saver.needs(pending):  # it reads the state, which the next call consumes
+      log.write(pending, stop)
+      saver.keep(state, step)
+      pending = None
   log.write(pending, stop)
   log.sync()
-  if log.health.exhausted:
-    if manager is not None:
-      checkpoint.save_checkpoint(manager, state)
-      manager.wait()
-    corpus = feed.corpus_at(log.health.exhausted - 1)
-    raise TrainingError(explain_stop(program.experiment, state, corpus, log.health, plan.workdir))
   return state, step

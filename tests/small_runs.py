@@ -4,6 +4,7 @@ stream of bytes.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -39,6 +40,21 @@ class SmallRun:
   result: train.Result
 
 
+def drop_times(log: bytes) -> bytes:
+  """A metrics.jsonl without its rows of time: what is left depends on no clock and no interruption.
+
+  In those rows the names begin with "perf/", but for the step and the tokens seen.
+  """
+  lines = log.splitlines(keepends=True)
+  return b"".join(line for line in lines if b'"perf/' not in line)
+
+
+def read_untimed(workdir: Path) -> list[dict]:
+  """The rows of a run's metrics.jsonl but those of time."""
+  log = (workdir / "metrics.jsonl").read_bytes()
+  return [json.loads(line) for line in drop_times(log).splitlines()]
+
+
 @contextlib.contextmanager
 def compiled_quickly() -> Iterator[None]:
   """Steps are compiled in a hurry, and sampling and evaluation only where they are called."""
@@ -63,6 +79,7 @@ def train_words(folder: Path) -> SmallRun:
     "data.heldout_fraction": 0.2,
     "data.seq_len": 5,
     "train.steps": 60,
+    "train.eval_every": None,
     "train.save_every": 30,
   }
   changes |= {"data.path": str(path), "sample.num": 1}

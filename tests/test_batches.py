@@ -14,7 +14,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jgpt import batches
-from jgpt.batches import Batch, Documents, Stream, count_epoch_steps, count_eval_batches
+from jgpt.batches import (
+  Batch,
+  Documents,
+  Stream,
+  count_epoch_steps,
+  count_eval_batches,
+  make_seen_counter,
+)
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import NUM_GROUPS, Hyper
 from jgpt.keys import DROPOUT, derive_key
@@ -335,3 +342,36 @@ def test_draws_are_the_same_with_64_bit_types_and_another_default_of_keys():
   for a, b in zip(expected, got, strict=True):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(a, b)
+
+
+# --- What a run was trained on ---
+
+
+@pytest.mark.parametrize("num_batches", [None, 3, 20])
+@pytest.mark.parametrize("batching", ["documents", "random", "sequential", "epochs"])
+def test_what_was_seen_is_what_the_batches_hold(batching, num_batches):
+  """Their weights and rows, summed; the batches of 3 leave 2 of 8 windows to the last of an epoch,
+  and 11 documents go round in the middle of a batch.
+  """
+  config = make_config(batching, num_batches=num_batches)
+  corpus = make_stream(35)  # 8 windows of 4
+  if batching == "documents":
+    lengths = np.array([4, 1, 3, 2, 4, 4, 1, 2, 3, 4, 1], np.int32)
+    corpus = Documents(np.zeros((11, 5), np.int32), lengths)
+  take, count = jax.jit(batch_of(config, 0)), make_seen_counter(corpus, config)
+  sequences = tokens = 0
+  for step in range(40):
+    assert count(step) == (sequences, tokens)
+    weights_BT = np.asarray(take(jax.tree.map(jnp.asarray, corpus), jnp.int32(step)).weights_BT)
+    sequences += int((weights_BT.sum(1) > 0).sum())
+    tokens += int(weights_BT.sum())
+  assert type(count(40).tokens) is int
+
+
+def test_what_was_seen_is_exact_at_any_step():
+  """Beyond the integers of 32 and 64 bits and of float32."""
+  epochs = make_seen_counter(make_stream(35), make_config("epochs"))
+  assert epochs(3 * 10**20 + 2) == (8 * 10**20 + 6, 4 * (8 * 10**20 + 6))
+  lengths = np.full(7, 2**31 - 1, np.int32)  # their sum is none of 32 bits
+  documents = make_seen_counter(Documents(np.zeros((7, 5)), lengths), make_config("documents"))
+  assert documents(7 * 10**18).tokens == 3 * 7 * 10**18 * (2**31 - 1)

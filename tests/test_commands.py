@@ -1,5 +1,6 @@
 """The commands as a person uses them: what they print, what they leave, how they end."""
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small_runs
 
 from jgpt import cli, run, sample
 from jgpt.config.catalog import load_experiment
@@ -23,7 +25,8 @@ from jgpt.system import command
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]
 LINE = re.compile(
-  r"step +(\d+)/40 \| loss \d\.\d{4} \| grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$"
+  r"step +(\d+)/40 \| loss (\d\.\d{4})(?: \| held out \d\.\d{4})? \| "
+  r"grad norm \d+\.\d\d \| lr \d\.\de-\d\d \| [\d,.]+ steps/s$"
 )
 
 
@@ -67,8 +70,11 @@ def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
     and "uniform guessing: 3.296" in out
     and "40 steps of 1 document" in out
   )
-  lines = [LINE.match(line) for line in out.splitlines() if line.startswith("step")]
-  assert [int(m.group(1)) for m in lines] == [1, 20, 40]
+  first, *lines = [line for line in out.splitlines() if line.startswith("step")]
+  assert first.startswith("step  0/40 | held out ")
+  lines = [LINE.match(line) for line in lines]
+  steps = [int(m.group(1)) for m in lines]
+  assert steps == [1, 8, 16, 20, 24, 32, 40]  # log_every, and a fifth of all
   assert (
     "held-out loss" in out
     and "perplexity" in out
@@ -78,21 +84,20 @@ def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
   )
   runs = folder / "runs" / "names,train.steps=40"
   assert {p.name for p in runs.iterdir()} == {
-    "experiment.json", "tokenizer.json", "env.json", "metrics.jsonl", "checkpoints", "samples",
-  }  # fmt: skip
-  rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
+    *("experiment.json", "tokenizer.json", "env.json", "metrics.jsonl", "result.json"),
+    *("checkpoints", "samples"),
+  }
+  rows = small_runs.read_untimed(runs)
+  evaluated = [row["step"] for row in rows if "heldout/loss" in row]
+  assert evaluated == [0, 8, 16, 24, 32, 40, 40] and rows[-1]["final"]
+  assert json.loads((runs / "result.json").read_text())["is_finished"]
+  rows = [row for row in rows if "train/loss" in row]
   assert [row["step"] for row in rows] == list(range(1, 41))
-  printed = [
-    float(re.search(r"loss (\S+)", line).group(1))
-    for line in out.splitlines()
-    if line.startswith("step")
-  ]
+  printed = [float(m.group(2)) for m in lines]
   losses = [row["train/loss"] for row in rows]
-  expected = [
-    losses[0],
-    sum(losses[1:20]) / 19,
-    sum(losses[20:]) / 20,
-  ]  # each line: the mean since the last
+  expected = [  # each line: the mean since the last
+    sum(losses[before:step]) / (step - before) for before, step in itertools.pairwise([0, *steps])
+  ]
   assert printed == pytest.approx(expected, abs=1e-4)
   assert len((runs / "samples" / "step_40.txt").read_text().splitlines()) == 20
   assert json.loads((runs / "env.json").read_text())[0]["versions"].keys() == {
@@ -469,8 +474,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder):
     out, err = second.communicate(timeout=120)
   assert second.returncode == 0 and all(" is a spike" in line for line in err.splitlines() if line)
   assert f"going on from step {stopped:,}" in out and "20 samples" in out
-  rows = (folder / "runs" / "names,train.steps=60000" / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(row)["step"] for row in rows] == list(range(1, 60001))
+  rows = small_runs.read_untimed(folder / "runs" / "names,train.steps=60000")
+  assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 60001))
 
 
 @pytest.mark.slow

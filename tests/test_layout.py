@@ -38,8 +38,9 @@ ORDER = [
   ["runs"],
   ["weights"],
   ["plan", "program"],
-  ["train", "cli"],
+  ["cli"],
   ["report"],
+  ["train"],
   ["run", "sample", "evaluate", "export", "prepare", "inspect", "bench", "doctor"],
 ]
 PURE = {

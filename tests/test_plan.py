@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jgpt.config.catalog import load_experiment
-from jgpt.plan import is_save_due, next_line, next_stop
+from jgpt.plan import next_line, next_stop
+from jgpt.runs.saving import is_save_due
 from jgpt.step import MAX_STEPS_PER_CALL
 
 TRAIN = load_experiment("names").train

@@ -163,9 +163,12 @@ def test_an_opened_run_has_what_training_ended_with(run, result):
 
 
 def test_metrics_are_those_of_every_update(run, result):
-  assert {"train/loss", "train/grad_norm", "train/lr", "train/skipped", "heldout/loss"} == {
-    *run.metrics
-  }
+  ends = {f"final/heldout/{name}" for name in ("loss", "tokens", "bits_per_byte")}
+  assert ends | {"heldout/loss", "heldout/tokens", "tokens"} | {
+    *("train/loss", "train/grad_norm", "train/lr", "train/skipped"),
+    *("perf/seconds", "perf/tokens_per_second"),
+  } == {*run.metrics}
+  assert run.metrics["final/heldout/loss"].values.tolist() == [result.heldout_loss]
   steps, losses = run.metrics["train/loss"]
   assert steps.tolist() == list(range(1, 51))
   np.testing.assert_array_equal(losses.astype(np.float32), result.losses)

@@ -41,9 +41,11 @@ def check_fields(config: Any, section: str) -> None:
   check_types(config, section)
   for field in dataclasses.fields(config):
     value, least, most = (getattr(config, field.name), *map(field.metadata.get, ("least", "most")))
-    if least is not None and value is not None and value < least:
+    if value is None or isinstance(value, str):
+      continue
+    if least is not None and value < least:
       raise UserError(f"{section}.{field.name}={show(value)} must be at least {least}.")
-    if most is not None and value is not None and value > most:
+    if most is not None and value > most:
       raise UserError(f"{section}.{field.name}={value} must be at most {most}, as a float32.")
 
 

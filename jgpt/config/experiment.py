@@ -292,19 +292,27 @@ class TrainConfig:
       Gradients are accumulated inside the step, so the update is that of the whole batch, except
       that dropout drops other entries.
     log_every: updates between two lines of progress.
-    eval_every: updates between two evaluations on the held-out part, the first before any update.
-      None evaluates at the end only; with `epochs`, before the first update and after each epoch.
+    eval_every: updates between two evaluations on the held-out part, the first before any update;
+      the last update is followed by one too. "auto" takes a fifth of `steps`, or with `epochs` an
+      epoch, and less often or on fewer batches where evaluating would take more than 2% of the time
+      (`evaluation.schedule_evaluations`). None evaluates at the end only; with `epochs`, before the
+      first update and after each epoch.
     eval_batches: batches of an evaluation; None takes the whole held-out part, as the last
-      evaluation always does.
+      evaluation always does, or what `eval_every`="auto" chooses.
     sample_every: updates between two samples. None samples at the end only; with `epochs`, after
       each epoch.
     save_every: updates between two checkpoints. None saves only by the clock, at the end and when
       interrupted.
     save_every_seconds: time after which a checkpoint is saved as well; None does not save by the
       clock.
+    max_seconds: time after which a start stops making updates, counted from the beginning of
+      `train_run`, so with compiling; it then saves and evaluates as at the end, and the same
+      command goes on for as long again. At least one update is made. None sets no limit.
     keep_latest: number of newest checkpoints to keep.
-    keep_best: number of other checkpoints to keep, those with the lowest held-out loss among the
-      steps that were evaluated and saved.
+    keep_best: number of other checkpoints to keep, those with the lowest held-out loss. Where
+      memory allows, a copy of the best state so far is held and saved together with the next
+      checkpoint that is due; otherwise a new best is saved at once, at most after every fifth
+      evaluation. Losses over different batches are not compared: of each kind the best are kept.
     max_consecutive_skips: skipped updates in a row after which training stops with an error.
   """
 
@@ -316,11 +324,12 @@ class TrainConfig:
   continue_from: str | None = None
   micro_batch_size: int | None = ranged(None, least=1)
   log_every: int = ranged(100, least=1)
-  eval_every: int | None = ranged(None, least=1)
+  eval_every: int | Literal["auto"] | None = ranged("auto", least=1)
   eval_batches: int | None = ranged(None, least=1)
   sample_every: int | None = ranged(None, least=1)
   save_every: int | None = ranged(None, least=1)
   save_every_seconds: float | None = ranged(900.0, least=0)
+  max_seconds: float | None = ranged(None, least=0)
   keep_latest: int = ranged(2, least=1)
   keep_best: int = ranged(1, least=0)
   max_consecutive_skips: int = ranged(10, least=1)

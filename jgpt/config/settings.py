@@ -71,6 +71,7 @@ CIRCUMSTANCE = frozenset({"mesh", "compute", "sample", "data.source", "data.path
     *("steps", "epochs", "micro_batch_size"),
     *("log_every", "eval_every", "eval_batches", "sample_every"),
     *("save_every", "save_every_seconds", "keep_latest", "keep_best", "max_consecutive_skips"),
+    "max_seconds",
   )
 }
 
@@ -96,7 +97,8 @@ def list_settings(experiment: Experiment) -> dict[str, Any]:
 def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   """Returns an experiment with settings replaced, all at once: their order does not matter.
 
-  Their names are added to its `given`.
+  Their names are added to its `given`. Results that it expects are dropped if a
+  changed setting may change them.
 
   Args:
     experiment: left as it is.
@@ -131,7 +133,10 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
     s: dataclasses.replace(getattr(experiment, s), **fields) for s, fields in by_section.items()
   }
   given = tuple(sorted({*experiment.given, *named}))
-  return dataclasses.replace(experiment, **sections, given=given)
+  changed = dataclasses.replace(experiment, **sections, given=given)
+  return (
+    changed if _is_comparable(experiment, changed) else dataclasses.replace(changed, expected=())
+  )
 
 
 def expand_size(changes: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +150,17 @@ def expand_size(changes: dict[str, Any]) -> dict[str, Any]:
     raise UserError(f"{SIZE}={show(size)} must be one of {', '.join(GPT2_SIZES)}.")
   sizes = {f"model.{name}": value for name, value in GPT2_SIZES.get(size, {}).items()}
   return sizes | {name: value for name, value in changes.items() if name != SIZE}
+
+
+def _is_comparable(base: Experiment, changed: Experiment) -> bool:
+  """Returns whether the result expected by an experiment holds for a changed one.
+
+  The seed and the text may differ: the expected result names its text.
+  """
+  before, now = list_settings(base), list_settings(changed)
+  length = ("train.steps", "train.epochs")
+  decisive = [n for n in now if not is_circumstance(n) or n in length]
+  return all(now[n] == before[n] for n in decisive if n != "train.seed")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -172,7 +188,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
   allowed = alternatives(hint)
   if bool in allowed and value.lower() in ("true", "false"):
     return name, value.lower() == "true"
-  if choices(hint):
+  words = choices(hint)
+  if value in words or (words and not {int, float} & set(allowed)):
     return name, value  # the section's own check lists the words that are allowed
   if types.NoneType in allowed and value.lower() in ("none", "null"):
     return name, None

@@ -3,6 +3,7 @@
 Library users who call nothing here get plain JAX. Compiler options are in `compute.py`.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -20,6 +21,7 @@ from jgpt.devices.compute import describe_products
 from jgpt.errors import UserError, first_line
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, digest_bytes, make_private
+from jgpt.system.memory import measure_memory
 
 # Bytes: with less, jax cannot start its threads, and the process is aborted without a message.
 MIN_ADDRESS_SPACE = 3 << 29
@@ -165,6 +167,38 @@ def _is_whole(content: bytes) -> bool:
     return bool(zlib.decompress(content)) if content[:1] == b"\x78" else bool(content)
   except zlib.error:
     return False
+
+
+def read_memory_stats(device: jax.Device) -> dict[str, int]:
+  """Reads what a device says of its memory; nothing where it does not say."""
+  try:
+    return device.memory_stats() or {}
+  except RuntimeError:  # not every backend has `memory_stats`
+    return {}
+
+
+def has_room(tree: Any) -> bool:
+  """Returns whether the devices of arrays have room for a copy; false where they do not say.
+
+  On the CPU a copy must leave twice its size available, for saving and evaluating. On other devices
+  it must fit beside the most that was ever in use.
+
+  Args:
+    tree: of arrays.
+  """
+  needed = collections.Counter()
+  for x in jax.tree.leaves(tree):
+    for shard in x.addressable_shards:
+      needed[shard.device] += shard.data.nbytes
+  if next(iter(needed)).platform == "cpu":
+    available = measure_memory()[1]
+    return available is not None and 3 * needed.total() <= available
+  for device, num_bytes in needed.items():
+    stats = read_memory_stats(device)
+    free = stats.get("bytes_limit", 0) - stats.get("peak_bytes_in_use", 0)
+    if num_bytes > free:
+      return False
+  return True
 
 
 def devices() -> list[jax.Device]:

@@ -54,7 +54,7 @@ class _Rows:
   def add(self, row: dict) -> None:
     """Counts the next row."""
     step, loss = row["step"], row.get("train/loss")
-    self.evaluations += "heldout/loss" in row
+    self.evaluations += "heldout/loss" in row and "final" not in row
     if loss is None:
       return
     if step != self.last + 1 and len(self.gaps) < MAX_SHOWN:

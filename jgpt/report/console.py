@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from jgpt.runs.log import Chunk
 
+MIN_TIMED_SECONDS = 10.0  # lines of shorter runs say no time
 MAX_DRAWN_LOSS = 1e12  # larger values do not fit the plot's labels
 
 
 class ConsoleWriter:
   """Prints a line of progress after the first update, every `log_every` updates, and the last.
 
-  Evaluations also print one. On a terminal the lines are above a bar that shows the remaining time.
+  Evaluations also print one. On a terminal the lines are above a bar that shows the remaining time;
+  elsewhere they end with the time of day and the remaining time.
   A sample drawn at that moment ends the line if it is short, and is below it otherwise.
   """
 
@@ -45,7 +48,7 @@ class ConsoleWriter:
     """
     self._steps, self._log_every, self._epoch_steps = steps, log_every, epoch_steps
     self._losses: list[np.ndarray] = []
-    self._seconds = 0.0
+    self._first: tuple[int, float] | None = None  # step and time of the first call
     self._progress = None
     if (sys.stdout is not None and sys.stdout.isatty()) if terminal is None else terminal:
       from rich import progress
@@ -72,7 +75,8 @@ class ConsoleWriter:
     """Adds the chunk to the current line, and prints the line if it is due."""
     if "train/loss" in chunk.metrics:
       self._losses.append(chunk.metrics["train/loss"])
-    self._seconds += chunk.seconds
+    if chunk.perf is not None and self._first is None:
+      self._first = chunk.step, chunk.perf.elapsed
     if self._progress:
       # Started only now, so that an error before the first update leaves no bar behind.
       self._progress.start()
@@ -81,17 +85,30 @@ class ConsoleWriter:
       return
     losses = np.concatenate(self._losses) if self._losses else np.zeros(0)
     loss = float(losses.mean()) if len(losses) else None
-    line = format_line(
-      chunk,
-      format_step(chunk.step, self._steps, self._epoch_steps),
-      loss,
-      len(losses) / max(self._seconds, 1e-9),
-    )
-    self._losses, self._seconds = [], 0.0
+    where = format_step(chunk.step, self._steps, self._epoch_steps)
+    line = format_line(chunk, where, loss, self._describe_time(chunk))
+    self._losses = []
     if self._progress:
       self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
       print(line, flush=True)
+
+  def _describe_time(self, chunk: Chunk) -> str:
+    """Describes the time of day and how long the rest takes: "14:05:33, 1 h 02 min left".
+
+    The rest takes as long a step as all since the first call, with evaluations, samples and saves.
+    Says nothing beside the bar, or in a run of a few seconds.
+    """
+    if self._progress or chunk.perf is None:
+      return ""
+    step, began = self._first
+    if chunk.step == step or chunk.perf.elapsed < 1:
+      return ""
+    left = (self._steps - chunk.step) * (chunk.perf.elapsed - began) / (chunk.step - step)
+    if chunk.perf.elapsed + left < MIN_TIMED_SECONDS:
+      return ""
+    clock = time.strftime("%H:%M:%S")
+    return f"{clock}, {format_duration(left)} left" if chunk.step < self._steps else clock
 
   def close(self) -> None:
     """Removes the bar."""
@@ -108,7 +125,20 @@ def format_step(step: int, steps: int, epoch_steps: int | None) -> str:
   return f"Epoch {epoch + 1}/{-(-steps // epoch_steps)} | step {done:>{width}}/{epoch_steps}"
 
 
-def format_line(chunk: Chunk, where: str, loss: float | None, steps_per_second: float) -> str:
+def format_duration(seconds: float) -> str:
+  """Formats a length of time by its two largest units: "48 s", "3 min 05 s", "1 h 02 min"."""
+  whole = round(seconds)
+  for size, unit, smaller, name in (
+    (86400, "d", 3600, "h"),
+    (3600, "h", 60, "min"),
+    (60, "min", 1, "s"),
+  ):
+    if whole >= size:
+      return f"{whole // size} {unit} {whole % size // smaller:02} {name}"
+  return f"{whole} s"
+
+
+def format_line(chunk: Chunk, where: str, loss: float | None, clock: str = "") -> str:
   """Formats a line of progress.
 
   For example `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`.
@@ -117,18 +147,20 @@ def format_line(chunk: Chunk, where: str, loss: float | None, steps_per_second: 
     chunk: the last; its held-out loss and first text are added if it has them.
     where: from `format_step`.
     loss: mean training loss since the line before; None before the first update.
-    steps_per_second: since the line before.
+    clock: the time and what is left; "" says nothing.
   """
   parts = [where] if loss is None else [where, f"loss {loss:.4f}"]
   if chunk.heldout_loss is not None:
     parts.append(f"held out {chunk.heldout_loss:.4f}")
   if loss is not None:
-    speed = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2f}"
     parts += [
       f"grad norm {chunk.metrics['train/grad_norm'][-1]:.2f}",
       f"lr {chunk.metrics['train/lr'][-1]:.1e}",
-      f"{speed} steps/s",
     ]
+  if chunk.perf is not None:
+    rate = chunk.perf.steps_per_second
+    parts.append(f"{rate:,.0f} steps/s" if rate >= 10 else f"{rate:.2f} steps/s")
+  parts += [clock] if clock else []
   if not chunk.texts:
     return " | ".join(parts)
   text = chunk.texts[0]

@@ -21,20 +21,26 @@ import numpy as np
 from jgpt import sharding
 from jgpt.config import Experiment
 from jgpt.config.experiment import PARAM_KINDS
-from jgpt.config.settings import format_value, is_circumstance, list_settings
+from jgpt.config.settings import format_value, list_settings
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError, printable
 from jgpt.params import count_params, walk
 from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
-from jgpt.report.verdict import LAST, count_idle_updates, diagnose_losses, final_loss
+from jgpt.report.verdict import (
+  LAST,
+  compare_expected,
+  count_idle_updates,
+  diagnose_losses,
+  final_loss,
+)
 from jgpt.system.command import python_command
 from jgpt.weights.initial import InitialParams
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  from jgpt.runs.result import Result
   from jgpt.text.tokenizer import Tokenizer
-  from jgpt.train import Result
 
 
 def describe_plan(plan: Plan) -> list[tuple[str, str]]:
@@ -216,17 +222,6 @@ def describe_rates(experiment: Experiment) -> list[str]:
   return lines
 
 
-def is_comparable(base: Experiment, experiment: Experiment) -> bool:
-  """Returns whether the result expected by `base` holds for a changed experiment.
-
-  The seed and the text may differ: the expected result names its text.
-  """
-  before, now = list_settings(base), list_settings(experiment)
-  length = ("train.steps", "train.epochs")
-  decisive = [n for n in now if not is_circumstance(n) or n in length]
-  return all(now[n] == before[n] for n in decisive if n != "train.seed")
-
-
 def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -> None:
   """Prints what a finished run learned: losses, their curve, the verdict, and samples."""
   print()
@@ -257,6 +252,8 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
       num_idle=count_idle_updates(plan.experiment.optimizer, len(result.losses)),
     )
     print(f"\n{found.verdict}: {found.evidence}")
+    for line in describe_best(plan, result):
+      print(line)
     if found.verdict == "diverging":
       print(f"try a lower rate, --set optimizer.peak_lr={plan.experiment.optimizer.peak_lr / 10:g}")
   if plan.data.documents:
@@ -264,6 +261,39 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
   else:
     samples = [f"sample {i + 1}\n{indent(text)}" for i, text in enumerate(texts)]
     print("\n" + "\n\n".join(samples) + "\n")
+
+
+def describe_best(plan: Plan, result: Result) -> list[str]:
+  """Describes the step of the lowest held-out loss, where that is not the last, and if it is saved.
+
+  Returns:
+    Lines: the step, and the command that samples from the best saved one; none where the last step
+    is the best, or nothing was evaluated.
+  """
+  if result.best is None or result.best[0] == result.step:
+    return []
+  step, heldout = result.best
+  line = f"the lowest held-out loss, {heldout.loss:.4f}, was at step {step:,}"
+  if result.best_saved is None:
+    return [f"{line}, whose parameters are not saved"]
+  saved, saved_loss = result.best_saved
+  if saved != step:
+    line += ", whose parameters are not saved; "
+    line += f"the lowest of those saved, {saved_loss.loss:.4f}, was at step {saved:,}"
+  command = [python_command(), "-m", "jgpt.sample", "--run", str(plan.workdir)]
+  return [line, f"  {shlex.join([*command, '--step', 'best'])}"]
+
+
+def describe_end(plan: Plan, result: Result) -> str:
+  """Compares a finished run with what its experiment expects, or says how to go on with it."""
+  steps, train = result.step, result.experiment.train
+  if result.ended_by == "max_seconds":
+    return (
+      f"not finished: train.max_seconds={train.max_seconds:g} were over after step {steps:,} of "
+      f"{train.steps:,}, which is saved in {plan.workdir}; the same command goes on from there"
+    )
+  expected = result.experiment.expected
+  return compare_expected(expected, plan.data.label, result.losses, result.heldout_loss)
 
 
 def print_next(plan: Plan, texts: list[str], again: str | None) -> None:

@@ -276,6 +276,39 @@ def _describe_level(losses: np.ndarray, heldout_loss: float | None, baseline: fl
   return Diagnosis("levelled off", f"{evidence}; {unknown}")
 
 
+def match_expected(
+  expected: Sequence[Expected],
+  label: str | None,
+  losses: Sequence[float],
+  heldout_loss: float | None,
+) -> dict[str, str | float | bool] | None:
+  """Finds the result that an experiment expects on this data, and whether a run is inside its band.
+
+  Args:
+    expected: of the experiment.
+    label: of the data, `data.corpus.Data.label`.
+    losses: of each update, nats per token.
+    heldout_loss: over the whole held-out part, nats per token.
+
+  Returns:
+    what ("held-out loss" or "training loss"), loss, band, got and is_inside; None where nothing is
+    expected, or it was not evaluated.
+  """
+  for entry in expected:
+    if entry.data == label and len(losses):
+      got = heldout_loss if entry.heldout else final_loss(losses)
+      if got is None:
+        return None
+      return {
+        "what": "held-out loss" if entry.heldout else "training loss",
+        "loss": entry.loss_nats_per_token,
+        "band": entry.band,
+        "got": got,
+        "is_inside": abs(got - entry.loss_nats_per_token) <= entry.band,
+      }
+  return None
+
+
 def compare_expected(
   expected: Sequence[Expected],
   label: str | None,
@@ -293,13 +326,8 @@ def compare_expected(
   Returns:
     For example "as expected: training loss 2.37 (2.37 ± 0.05)"; "" where nothing is expected.
   """
-  for entry in expected:
-    if entry.data == label and len(losses):
-      got = heldout_loss if entry.heldout else final_loss(losses)
-      if got is None:
-        return ""
-      what = "held-out loss" if entry.heldout else "training loss"
-      within = abs(got - entry.loss_nats_per_token) <= entry.band
-      words = "as expected" if within else "outside the expected band"
-      return f"{words}: {what} {got:.2f} ({entry.loss_nats_per_token:.2f} ± {entry.band:.2f})"
-  return ""
+  found = match_expected(expected, label, losses, heldout_loss)
+  if found is None:
+    return ""
+  words = "as expected" if found["is_inside"] else "outside the expected band"
+  return f"{words}: {found['what']} {found['got']:.2f} ({found['loss']:.2f} ± {found['band']:.2f})"

@@ -13,12 +13,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
+from jgpt.batches import Seen
 from jgpt.errors import TrainingError, UserError, first_line
+from jgpt.evaluation import HeldoutLoss
 from jgpt.runs import manifest
 from jgpt.runs.digest import format_digest, name_leaves, survey_leaves
 from jgpt.runs.folder import check_no_link, make_subfolder, read_file, read_run_json
@@ -35,6 +37,20 @@ survey_jit = jax.jit(survey_leaves)
 # --- Writing ---
 
 
+class StepNote(NamedTuple):
+  """What a manifest says about a step besides its arrays.
+
+  Attributes:
+    step: updates so far.
+    seen: what the run was trained on so far; None where nobody counted.
+    heldout: the held-out loss at this step; None where it was not evaluated.
+  """
+
+  step: int
+  seen: Seen | None = None
+  heldout: HeldoutLoss | None = None
+
+
 class Manager:
   """A run's checkpoints, open for writing; from `open_checkpoints`.
 
@@ -48,39 +64,41 @@ class Manager:
     self.folder = make_subfolder(workdir, "checkpoints").resolve()
     self._workdir, self._keep = workdir, (keep_latest, keep_best)
     self._copies = {name: read_file(workdir / name) for name in COPIES}
-    recorded = read_run_json(workdir / "experiment.json")
-    self._data, self._batch_size = recorded["data"], recorded["experiment"]["data"]["batch_size"]
+    self._data = read_run_json(workdir / "experiment.json")["data"]
     # With asynchronous folders orbax waits for ever where it cannot make one.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     self._arrays = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="jgpt-save")
-    self._last: Future | None = None
+    self._saves: list[Future] = []  # that `wait` waits for
 
   def begin_save(
-    self, step: int, items: dict[str, Any], leaves: dict[str, Any], heldout_loss: float | None
+    self, note: StepNote, items: dict[str, Any], leaves: dict[str, Any], *, is_held: bool
   ) -> None:
-    """Starts to save arrays once the save before is done; returns when they may be donated.
+    """Starts to save arrays once the saves before are done; returns when they may be donated.
 
     Args:
-      step: updates so far.
+      note: see `save_checkpoint`.
       items: trees of arrays, by the name of their folder.
       leaves: of `items`, from `survey_leaves`.
-      heldout_loss: nats per token at this step; None where it was not evaluated.
+      is_held: the arrays are never donated, and so this returns at once; the saves before need not
+        have been waited for.
     """
     copied = threading.Event()
-    self._last = self._thread.submit(self._save, step, items, leaves, heldout_loss, copied)
-    copied.wait()
+    save = self._thread.submit(self._save, note, items, leaves, copied)
+    self._saves = [*self._saves, save] if is_held else [save]
+    if not is_held:
+      copied.wait()
 
   def wait(self) -> None:
-    """Waits until the last save is on disk.
+    """Waits until every save is on disk.
 
     Raises:
-      TrainingError: if it could not be written.
+      TrainingError: if one since the last call could not be written.
     """
-    if self._last is None:
-      return
+    saves = self._saves
     try:
-      self._last.result()  # two threads may wait: the loop, and the one that ends the process
+      for save in saves:  # two threads may wait: the loop, and the one that ends the process
+        save.result()
     except Exception as error:  # orbax and TensorStore have no base class for their errors
       raise TrainingError(self.describe_failure(error)) from error
 
@@ -99,14 +117,13 @@ class Manager:
 
   def _save(
     self,
-    step: int,
+    note: StepNote,
     items: dict[str, Any],
     leaves: dict[str, Any],
-    heldout_loss: float | None,
     copied: threading.Event,
   ) -> None:
     """Saves one checkpoint, in the thread; sets `copied` when the arrays may be donated."""
-    folder = self.folder / str(step)
+    folder = self.folder / str(note.step)
     try:
       described = {
         name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
@@ -125,8 +142,10 @@ class Manager:
     self._arrays.wait_until_finished()
     for name, content in self._copies.items():
       write_file(folder / name, content)
-    data = {**self._data, "sequences": step * self._batch_size}
-    manifest.write_manifest(folder, Manifest(step, data, heldout_loss, described, {}))
+    counts = {} if note.seen is None else note.seen._asdict()
+    loss, tokens, batches = note.heldout or (None, None, None)
+    data = {**self._data, **counts}
+    manifest.write_manifest(folder, Manifest(note.step, data, loss, described, {}, tokens, batches))
     try:
       manifest.delete_old_steps(self._workdir, *self._keep)
     # Some systems delete no file that another process has open. The new checkpoint is complete.
@@ -187,7 +206,9 @@ def compile_save(shapes: TrainState) -> Callable[[], Any]:
   return survey_jit.lower(_to_items(shapes)).compile
 
 
-def save_checkpoint(manager: Manager, state: TrainState, heldout_loss: float | None = None) -> None:
+def save_checkpoint(
+  manager: Manager, state: TrainState, note: StepNote | None = None, *, is_held: bool = False
+) -> None:
   """Starts to save a state under its step; does nothing where that step is saved already.
 
   Returns as soon as the state may be donated.
@@ -195,43 +216,46 @@ def save_checkpoint(manager: Manager, state: TrainState, heldout_loss: float | N
   Args:
     manager: from `open_checkpoints`.
     state: blocks stacked or a list; on disk they are always stacked.
-    heldout_loss: nats per token at this step; None where it was not evaluated.
+    note: of the state's step; None says nothing but the step.
+    is_held: nobody donates the state; it is saved after the saves in progress, and this waits for
+      none of them.
 
   Raises:
     TrainingError: if an entry of the state is not finite (such a state is never saved), or if the
       save before this one failed.
   """
-  step = int(jax.device_get(state.step))
+  note = note or StepNote(int(jax.device_get(state.step)))
   if isinstance(state.params["blocks"], list):
     state = jax.jit(stack_blocks)(state)
   try:
-    manager.wait()
+    if not is_held:
+      manager.wait()
   except TrainingError as error:  # this save may succeed; the earlier error is raised
-    _begin_save(manager, step, state, heldout_loss)
+    _begin_save(manager, state, note, is_held)
     with contextlib.suppress(TrainingError):
       manager.wait()
     raise TrainingError(manager.describe_failure(error.__cause__)) from error.__cause__
-  _begin_save(manager, step, state, heldout_loss)
+  _begin_save(manager, state, note, is_held)
 
 
-def _begin_save(manager: Manager, step: int, state: TrainState, heldout_loss: float | None) -> None:
+def _begin_save(manager: Manager, state: TrainState, note: StepNote, is_held: bool) -> None:
   """Starts to save a state whose step has no checkpoint, and checks that it is finite.
 
   Raises:
     TrainingError: if it is not.
   """
-  if step in list_steps(manager.folder.parent):
+  if note.step in list_steps(manager.folder.parent):
     return
   items = _to_items(state)
   leaves = jax.device_get(survey_jit(items))
   bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
   if bad:
     raise TrainingError(
-      f"after step {step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are not): "
-      f"that is not saved. {_describe_last(manager.folder.parent)}. "
+      f"after step {note.step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are "
+      f"not): that is not saved. {_describe_last(manager.folder.parent)}. "
       "Try a lower optimizer.peak_lr"
     )
-  manager.begin_save(step, items, leaves, heldout_loss)
+  manager.begin_save(note, items, leaves, is_held=is_held)
 
 
 def _describe_last(workdir: Path) -> str:

@@ -5,7 +5,9 @@
     tokenizer.json       the whole tokenizer
     env.json             one entry per start: time, command and its folder, versions, devices,
                          settings that may change, and how `compute` was resolved
-    metrics.jsonl        one line per update, one per evaluation (`log.py`)
+    metrics.jsonl        one line per update, per call (its time), and per evaluation (`log.py`)
+    result.json          how the run ended (`result.py`); absent while it goes on, or if it was
+                         killed
     checkpoints/<step>/  arrays, with copies of experiment.json and tokenizer.json, and a manifest
                          (`manifest.py`)
     samples/             texts drawn at the end

@@ -11,6 +11,7 @@ import array
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -22,14 +23,23 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jgpt.config import TrainConfig
-from jgpt.evaluation import EvalSums, finish_evaluation
+from jgpt.batches import make_seen_counter
+from jgpt.config import Experiment
+from jgpt.data.corpus import Data
+from jgpt.evaluation import (
+  EvalSums,
+  HeldoutLoss,
+  count_sample_batches,
+  finish_evaluation,
+)
+from jgpt.runs.clock import Clock, Pace, Perf
 from jgpt.runs.folder import open_file
 from jgpt.runs.health import Health
 from jgpt.system.signals import Stop, print_stderr
 
 LAST_ROWS = 2000  # rows of earlier starts that a resumed run reads
 MAX_LINE = 1 << 16  # bytes of a line of metrics.jsonl; a longer line is not a row
+TIMED = "perf/seconds"  # in rows of time, and in no others
 MAX_NUMBER = 1e39  # of a finite number in a row; larger than any float32
 
 
@@ -45,6 +55,9 @@ class Chunk:
     heldout_loss: nats per token on the held-out part after the last update; None where it was not
       evaluated.
     texts: drawn after the last update, where samples were due.
+    heldout: `heldout_loss` with what it is over.
+    tokens: trained on since the run first began, repetitions counted.
+    perf: how fast the updates were; None where there are none.
   """
 
   step: int
@@ -52,6 +65,9 @@ class Chunk:
   seconds: float
   heldout_loss: float | None = None
   texts: tuple[str, ...] = ()
+  heldout: HeldoutLoss | None = None
+  tokens: int = 0
+  perf: Perf | None = None
 
 
 class Writer(Protocol):
@@ -67,8 +83,16 @@ class Writer(Protocol):
 class JsonlWriter:
   """Writes one JSON object per update: {"step": 1, "train/loss": 3.29, ...}.
 
-  Numbers are written so that float32 reads back equal. Each evaluation on the held-out part adds a
-  row of its own: {"step": 100, "heldout/loss": 2.41}.
+  Numbers are written so that float32 reads back equal. Rows of their own are added by
+
+    each call        {"step": 100, "perf/seconds": 0.003, "perf/tokens_per_second": 2e5, "tokens":
+                     710}: the only ones that are not the same in a run that is resumed, or run
+                     again. tokens: trained on since the run first began, repetitions counted
+    each evaluation  {"step": 100, "heldout/loss": 2.41, "heldout/tokens": 1573}, and
+                     "heldout/batches" where it is over a sample of so many batches
+    the end          {"step": 1000, "heldout/loss": 2.39, "heldout/tokens": 1573,
+                     "heldout/bits_per_byte": 3.45, "final": true}, over the whole held-out part. A
+                     run that goes on cuts it off
   """
 
   def __init__(self, path: Path, step: int):
@@ -78,17 +102,20 @@ class JsonlWriter:
     line; a run that writes nothing leaves the file unchanged. The cut is at the position where the
     fewest rows are on the wrong side of it, so that a single wrong number among the earlier rows
     does not lose the rows after it. `kept` holds, of the rows up to `step`, the last 2,000 and all
-    of evaluations and skipped updates.
+    of evaluations and skipped updates; none of the time and of an end.
     """
     kept: list[tuple[int, dict]] = []
     last: collections.deque[tuple[int, dict]] = collections.deque(maxlen=LAST_ROWS)
     end, is_whole, balance, best = 0, True, 0, 0
+    self._final_step = None  # of the last row, if that is of an end
     for line in read_lines(path):
-      is_before = line.row is not None and line.row["step"] <= step
+      is_final = line.row is not None and "final" in line.row
+      is_before = line.row is not None and line.row["step"] <= step and not is_final
+      self._final_step = line.row["step"] if is_final and line.is_whole else None
       balance += 0 if line.row is None else 1 if is_before else -1
       if balance >= best and (line.is_whole or is_before):
         best, end, is_whole = balance, line.end, line.is_whole
-      if is_before:
+      if is_before and TIMED not in line.row:
         if len(last) == LAST_ROWS:
           oldest = last[0]
           if oldest[1].get("train/skipped") or "heldout/loss" in oldest[1]:
@@ -115,8 +142,25 @@ class JsonlWriter:
       {"step": chunk.step - count + 1 + i, **{name: column[i] for name, column in columns.items()}}
       for i in range(count)
     ]
+    if chunk.perf is not None:
+      seconds, rate = chunk.perf.seconds, chunk.perf.tokens_per_second
+      timed = {TIMED: float(f"{seconds:.6g}"), "perf/tokens_per_second": float(f"{rate:.6g}")}
+      rows.append({"step": chunk.step, **timed, "tokens": chunk.tokens})
     if chunk.heldout_loss is not None:
-      rows.append({"step": chunk.step, "heldout/loss": chunk.heldout_loss})
+      row = {"step": chunk.step, "heldout/loss": chunk.heldout_loss}
+      rows.append(row | (_describe_sample(chunk.heldout) if chunk.heldout else {}))
+    self._write_rows(rows)
+
+  def write_final(self, step: int, heldout: HeldoutLoss, bits_per_byte: float) -> None:
+    """Appends the row of the run's end, unless it is there."""
+    if self._final_step == step:
+      return
+    if self._cut_at is not None:
+      self._cut()
+    row = {"step": step, "heldout/loss": heldout.loss, **_describe_sample(heldout)}
+    self._write_rows([row | {"heldout/bits_per_byte": bits_per_byte, "final": True}])
+
+  def _write_rows(self, rows: list[dict]) -> None:
     self._file.writelines(json.dumps(row) + "\n" for row in rows)
     self._file.flush()
 
@@ -140,12 +184,19 @@ class JsonlWriter:
     self._file.close()
 
 
+def _describe_sample(heldout: HeldoutLoss) -> dict[str, int]:
+  """Returns the entries of a row that say what a held-out loss is over."""
+  batches = {} if heldout.num_batches is None else {"heldout/batches": heldout.num_batches}
+  return {"heldout/tokens": heldout.num_tokens, **batches}
+
+
 class Line(NamedTuple):
   """A line of metrics.jsonl.
 
   Attributes:
     end: offset in bytes of the next line.
-    row: numbers by name, with `step`; None where the line is not a row.
+    row: numbers by name, with `step`; "final" is True in the row of an end. None where the line is
+      not a row.
     is_whole: whether it ends with a line break; the last line of a killed process may not.
   """
 
@@ -178,17 +229,19 @@ def read_lines(path: Path) -> Iterator[Line]:
 def _parse_row(line: bytes) -> dict[str, float] | None:
   """Parses a JSON object of numbers that fit float32, with an integer `step`; None for others.
 
-  NaN and infinity fit.
+  NaN and infinity fit. "final" may only be true.
   """
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):
     return None
   is_row = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
-  return row if is_row and all(map(_is_number, row.values())) else None
+  return row if is_row and all(itertools.starmap(_is_entry, row.items())) else None
 
 
-def _is_number(value: object) -> bool:
+def _is_entry(name: str, value: object) -> bool:
+  if name == "final":
+    return value is True
   return type(value) in (int, float) and not MAX_NUMBER < abs(value) < math.inf
 
 
@@ -205,30 +258,17 @@ def read_losses(path: Path, step: int) -> tuple[np.ndarray, list[tuple[int, floa
   """Reads the losses of metrics.jsonl up to a step, in little memory.
 
   Returns:
-    Training losses, float32 [updates], and (step, held-out loss) of each evaluation.
+    Training losses, float32 [updates], and (step, held-out loss) of each evaluation but that of the
+    end.
   """
   losses, heldout_losses = array.array("f"), []
   for line in read_lines(path):
     row = line.row if line.row is not None and line.row["step"] <= step else {}
     if "train/loss" in row:
       losses.append(row["train/loss"])
-    if "heldout/loss" in row:
+    if "heldout/loss" in row and "final" not in row:
       heldout_losses.append((row["step"], row["heldout/loss"]))
   return np.array(losses, np.float32), heldout_losses
-
-
-class Clock:
-  """A clock that measures consecutive laps."""
-
-  def __init__(self):
-    """Starts the first lap."""
-    self._last = time.perf_counter()
-
-  def lap(self) -> float:
-    """Ends a lap and starts the next; returns its seconds."""
-    now = time.perf_counter()
-    seconds, self._last = now - self._last, now
-    return seconds
 
 
 class Call(NamedTuple):
@@ -254,50 +294,77 @@ class Log:
 
   Attributes:
     losses: training loss of each update of this start, nats per token, float32.
-    evaluations: (step, nats per token, tokens) of each evaluation of this start.
+    evaluations: (step, held-out loss) of each evaluation of this start.
     evaluated: steps of all evaluations on record, including earlier starts'.
     health: statistics of losses and skipped updates.
+    count_seen: counts what the run was trained on up to a step.
+    clock: seconds of this start by part.
+    tokens_per_second: of training lately; None before the first update.
   """
 
   def __init__(
     self,
     writers: list[Writer],
     rows: Sequence[dict],
-    max_consecutive_skips: int,
-    batch_size: int,
+    experiment: Experiment,
+    data: Data,
+    clock: Clock,
   ):
-    """Starts the clock.
+    """Begins a start of the run.
 
     Args:
       writers: a writer whose writing fails is removed from the list.
       rows: of earlier starts.
-      max_consecutive_skips: see `TrainConfig`.
-      batch_size: sequences of an update.
+      experiment: resolved.
+      data: of the run.
+      clock: has counted what came before the first call, so that compiling counts for no step.
     """
-    self._writers, self._clock = writers, Clock()
-    self._seconds_per_step = 0.0
+    self._writers, self._data, self._pace = writers, data, Pace()
+    self.clock, self._before, self._seconds_per_step = clock, clock.elapsed, 0.0
+    self._max_seconds = experiment.train.max_seconds
+    self.count_seen = make_seen_counter(data.train, experiment.data)
+    self._sample_batches = count_sample_batches(data.heldout, experiment)
+    self.tokens_per_second: float | None = None
     self.losses = array.array("f")  # a list would take eight times the memory
-    self.evaluations: list[tuple[int, float, int]] = []
-    self.evaluated = {row["step"] for row in rows if "heldout/loss" in row}
-    self.health = Health(rows, max_consecutive_skips, batch_size)
+    self.evaluations: list[tuple[int, HeldoutLoss]] = []
+    self._earlier = [(row["step"], _read_heldout(row)) for row in rows if "heldout/loss" in row]
+    self.evaluated = {step for step, _ in self._earlier}
+    self.health = Health(rows, experiment.train.max_consecutive_skips, experiment.data.batch_size)
 
-  def find_whole_evaluation(self, train: TrainConfig) -> tuple[float, int] | None:
-    """Returns the held-out loss after the last update and its number of tokens.
+  def list_evaluations(self) -> list[tuple[int, HeldoutLoss]]:
+    """Lists (step, held-out loss) of all evaluations on record, earlier starts' included."""
+    return [*self._earlier, *self.evaluations]
 
-    None where it was not evaluated, or not over the whole held-out part.
+  def find_whole_evaluation(self, step: int) -> HeldoutLoss | None:
+    """Returns the held-out loss at a step.
+
+    None where this start did not evaluate it, or not over the whole held-out part.
     """
-    if train.eval_batches is None and self.evaluations and self.evaluations[-1][0] == train.steps:
-      return self.evaluations[-1][1:]
-    return None
+    heldout = self.find_heldout_loss(step)
+    return None if heldout is None or heldout.num_batches is not None else heldout
 
-  def find_heldout_loss(self, step: int) -> float | None:
+  def find_heldout_loss(self, step: int) -> HeldoutLoss | None:
     """Returns the held-out loss at a step; None where this start did not evaluate it."""
-    return next((loss for at, loss, _ in self.evaluations if at == step), None)
+    return next((heldout for at, heldout in self.evaluations if at == step), None)
 
-  def count_steps(self, seconds: float) -> int:
-    """Estimates from the last call how many updates take `seconds`; 1 before any was timed."""
+  def count_steps(self, seconds: float, pending: Call | None = None) -> int:
+    """Estimates from the last calls how many updates take `seconds`; 1 before any was timed.
+
+    Args:
+      seconds: that a call may take.
+      pending: the call under way.
+
+    Returns:
+      0 where `train.max_seconds` are over, or will be once the call under way is done.
+    """
     if not self._seconds_per_step:
       return 1
+    if self._max_seconds is not None:
+      under_way = pending.num_steps * self._seconds_per_step if pending else 0.0
+      left = self._max_seconds - self.clock.count_seconds() - under_way
+      if left <= 0:
+        return 0
+      seconds = min(seconds, left)
     return max(1, int(min(seconds / max(self._seconds_per_step, 1e-9), 2**31)))
 
   def write(self, call: Call | None, stop: Stop) -> None:
@@ -313,20 +380,42 @@ class Log:
     metrics = {k: column[: call.num_steps] for k, column in jax.device_get(call.metrics).items()}
     losses = np.asarray(metrics.get("train/loss", ()), np.float32)
     self.losses.frombytes(losses.tobytes())
-    heldout_loss, evaluation = None, call.evaluation
+    seconds = self.clock.look("training" if call.num_steps else "evaluating")
+    heldout, evaluation = None, call.evaluation
     while evaluation is not None and not evaluation.nats.is_ready() and not stop:
       time.sleep(0.002)
     if evaluation is not None and evaluation.nats.is_ready():
-      heldout_loss, num_tokens = finish_evaluation(evaluation)
-      self.evaluations.append((call.step, heldout_loss, num_tokens))
-    seconds = self._clock.lap()
-    if call.num_steps:
-      self._seconds_per_step = seconds / call.num_steps
+      heldout = HeldoutLoss(*finish_evaluation(evaluation), self._sample_batches)
+      self.evaluations.append((call.step, heldout))
+      self.clock.look("evaluating")
     drawn = tuple(call.texts()) if call.texts and not stop else ()
-    chunk = Chunk(call.step, metrics, seconds, heldout_loss, drawn)
+    if drawn:
+      self.clock.look("sampling")
+    loss, tokens = heldout.loss if heldout else None, self.count_seen(call.step).tokens
+    perf = self._measure(call, tokens, seconds) if call.num_steps else None
+    chunk = Chunk(call.step, metrics, seconds, loss, drawn, heldout, tokens, perf)
     for line in self.health.observe(call.step, metrics) if call.num_steps else ():
       print_stderr(line)
     self._for_each_writer(lambda writer: writer.write(chunk), call.step)
+
+  def _measure(self, call: Call, tokens: int, seconds: float) -> Perf:
+    """Adds a call to the rates of training."""
+    new_tokens = tokens - self.count_seen(call.step - call.num_steps).tokens
+    steps_per_second, self.tokens_per_second = self._pace.add(call.num_steps, new_tokens, seconds)
+    # A call that was done before the host asked for it seems to have taken no time.
+    self._seconds_per_step = max(seconds / call.num_steps, 1 / steps_per_second)
+    elapsed = self.clock.elapsed - self._before
+    return Perf(seconds, steps_per_second, self.tokens_per_second, elapsed)
+
+  def write_final(self, step: int, heldout: HeldoutLoss, bits_per_byte: float) -> None:
+    """Writes the loss over the whole held-out part to metrics.jsonl, once the run has ended."""
+    self._for_each_writer(
+      lambda writer: (
+        writer.write_final(step, heldout, bits_per_byte)
+        if isinstance(writer, JsonlWriter)
+        else None
+      )
+    )
 
   def sync(self) -> None:
     """Waits until the rows written to metrics.jsonl are on disk."""
@@ -346,6 +435,12 @@ class Log:
         )
 
 
+def _read_heldout(row: dict[str, float]) -> HeldoutLoss:
+  """Reads the held-out loss of a row; those of older runs do not say what it is over."""
+  tokens, batches = (row.get(f"heldout/{name}") for name in ("tokens", "batches"))
+  return HeldoutLoss(row["heldout/loss"], tokens, batches)
+
+
 def close_quietly(writer: Writer) -> None:
   """Closes a writer; an error was reported when writing failed."""
   with contextlib.suppress(OSError):
@@ -362,5 +457,5 @@ def collect_losses(
   """
   if workdir is not None:
     return read_losses(workdir / "metrics.jsonl", step)
-  pairs = [(at, loss) for at, loss, _ in log.evaluations]
+  pairs = [(at, heldout.loss) for at, heldout in log.evaluations]
   return np.asarray(log.losses, np.float32), pairs

@@ -19,10 +19,15 @@ manifest.json:
 
     format        1, the version of this description; a reader raises for any other
     step          updates so far, applied or skipped; the folder's name
-    data          kind, location and sha256 of the text; sequences: how many were trained on. The
-                  batch of a step is a function of seed and step (`batches.py`), so there is no
-                  other position in the data to save
+    data          kind, location and sha256 of the text; sequences and tokens: how many were trained
+                  on, repetitions counted. The batch of a step is a function of seed and step
+                  (`batches.py`), so there is no other position in the data to save
     heldout_loss  nats per token, null where it was not evaluated at this step
+    heldout_tokens, heldout_batches
+                  the predictions that heldout_loss is over, and the batches if they are a sample of
+                  the held-out part, else null. Losses that differ in them are not compared. Absent
+                  from older manifests, as are data's tokens; their sequences count the short last
+                  batches of epochs as whole ones
     leaves        name -> dtype, shape and digest (`digest.py`), for each array of both folders
     files         name -> bytes and sha256, for each other file below the step's folder, except
                   those that begin with a dot
@@ -41,6 +46,7 @@ restored in `checkpoint.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -60,7 +66,6 @@ from jgpt.system.files import is_temporary, sync_file, sync_folder, write_json
 MANIFEST_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 ITEMS = ("params", "train_state")
-UNREADABLE = -math.inf  # in place of a held-out loss
 STEP = re.compile("0|[1-9][0-9]{0,9}")
 # A step's folder, or orbax's name for one that it is writing.
 PARTIAL = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")
@@ -72,10 +77,12 @@ class Manifest:
 
   Attributes:
     step: updates so far, applied or skipped.
-    data: kind, location and sha256 of the text; sequences trained on.
+    data: kind, location and sha256 of the text; sequences and tokens trained on.
     heldout_loss: nats per token; None where it was not evaluated at this step.
     leaves: name -> dtype, shape, digest.
     files: name -> bytes, sha256.
+    heldout_tokens: predictions that `heldout_loss` is over; None where unknown.
+    heldout_batches: of a sample of the held-out part; None for all of it, or unknown.
   """
 
   step: int
@@ -83,6 +90,18 @@ class Manifest:
   heldout_loss: float | None
   leaves: dict[str, dict[str, Any]]
   files: dict[str, dict[str, Any]]
+  heldout_tokens: int | None = None
+  heldout_batches: int | None = None
+
+  @property
+  def is_rated(self) -> bool:
+    """Returns whether there is a held-out loss that is a number."""
+    return self.heldout_loss is not None and math.isfinite(self.heldout_loss)
+
+  @property
+  def targets(self) -> tuple[int | None, int | None]:
+    """Returns what says which predictions the held-out loss is over, within one run."""
+    return self.heldout_tokens, self.heldout_batches
 
 
 def checkpoints_dir(workdir: Path) -> Path:
@@ -271,7 +290,8 @@ def set_checkpoint_aside(workdir: Path, step: int) -> Path:
 def delete_old_steps(workdir: Path, keep_latest: int, keep_best: int) -> None:
   """Deletes all checkpoints but the newest and those of the lowest held-out loss.
 
-  Those with an unreadable manifest are kept.
+  Those with an unreadable manifest are kept. Losses over different targets are not compared: of
+  each kind the best are kept.
 
   Args:
     workdir: a run folder.
@@ -279,29 +299,28 @@ def delete_old_steps(workdir: Path, keep_latest: int, keep_best: int) -> None:
     keep_best: counts only steps with a held-out loss; of equal losses the newer step is better.
   """
   steps = list_steps(workdir)
-  losses = {step: _read_loss(checkpoints_dir(workdir) / str(step)) for step in steps}
-  kept = set(steps[-keep_latest:]) | {step for step in steps if losses[step] == UNREADABLE}
-  known = [step for step in steps if losses[step] not in (None, UNREADABLE)]
-  kept |= set(sorted(known, key=lambda step: (losses[step], -step))[:keep_best])
+  manifests = read_manifests(workdir)
+  kept = set(steps[-keep_latest:]) | set(steps) - manifests.keys()
+  rated = [found for found in manifests.values() if found.is_rated]
+  for targets in {found.targets for found in rated}:
+    alike = [found for found in rated if found.targets == targets]
+    alike.sort(key=lambda found: (found.heldout_loss, -found.step))
+    kept |= {found.step for found in alike[:keep_best]}
   for step in steps:
     if step not in kept:
       remove_step(checkpoints_dir(workdir) / str(step))
 
 
-def _read_loss(folder: Path) -> float | None:
-  """Reads a step's held-out loss.
-
-  Returns:
-    None where it was not evaluated; `UNREADABLE` where the manifest cannot be read.
-  """
-  try:
-    loss = read_manifest(folder).heldout_loss
-  except UserError:
-    return UNREADABLE
-  return loss if loss is not None and math.isfinite(loss) else None
-
-
 # --- Reading ---
+
+
+def read_manifests(workdir: Path) -> dict[int, Manifest]:
+  """Reads the manifests of a run's checkpoints, by step; leaves out those that cannot be read."""
+  found = {}
+  for step in list_steps(workdir):
+    with contextlib.suppress(UserError):
+      found[step] = read_manifest(checkpoints_dir(workdir) / str(step))
+  return found
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -326,6 +345,7 @@ def read_manifest(folder: Path) -> Manifest:
   sound = (
     type(fields["step"]) is int
     and type(fields["heldout_loss"]) in (float, type(None))
+    and all(type(fields[f"heldout_{n}"]) in (int, type(None)) for n in ("tokens", "batches"))
     and isinstance(fields["data"], dict)
     and all(_is_table(fields[name], columns) for name, columns in _TABLES.items())
   )

@@ -74,12 +74,17 @@ class Run:
 
   @functools.cached_property
   def metrics(self) -> dict[str, Series]:
-    """Reads the run's metrics up to its step, by name: "train/loss", "heldout/loss" and more."""
+    """Reads the run's metrics up to its step, by name: "train/loss", "heldout/loss" and more.
+
+    Those of the run's end are called "final/heldout/loss" and so on: they are over the whole
+    held-out part, where evaluations before may be over a sample.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     for row in read_jsonl(self.workdir / "metrics.jsonl"):
       if row["step"] <= self.step:
-        for name in row.keys() - {"step"}:
-          found.setdefault(name, []).append((row["step"], row[name]))
+        prefix = "final/" if "final" in row else ""
+        for name in row.keys() - {"step", "final"}:
+          found.setdefault(prefix + name, []).append((row["step"], row[name]))
     return {
       name: Series(np.array([at for at, _ in rows]), np.array([value for _, value in rows], float))
       for name, rows in sorted(found.items())

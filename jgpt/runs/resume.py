@@ -11,6 +11,7 @@ import os
 import shlex
 from pathlib import Path
 
+from jgpt.config import DataConfig
 from jgpt.config.settings import differences
 from jgpt.errors import UserError
 from jgpt.runs import manifest
@@ -86,10 +87,28 @@ def find_contradiction(recorded: RunFiles, copies: RunFiles, described: Manifest
     or described.data.get("sha256") != recorded.data["sha256"]
   ):
     return "it was trained on data with another SHA-256"
-  sequences = described.step * recorded.experiment.data.batch_size
-  if described.data.get("sequences") != sequences:
-    counted = str(described.data.get("sequences"))[:20]
-    return f"its manifest counts {counted} sequences, and its steps take {sequences}"
+  return _find_miscount(recorded.experiment.data, described)
+
+
+def _find_miscount(config: DataConfig, described: Manifest) -> str | None:
+  """Finds a count of a manifest that no run with these steps has; None where there is none.
+
+  The last batch of an epoch may be short, and how short is not known without the text.
+  """
+  step, B = described.step, config.batch_size
+  counted, tokens = (described.data.get(name) for name in ("sequences", "tokens"))
+  if counted is None:
+    return None
+  least = step if config.batching == "epochs" else step * B
+  if type(counted) is not int or not least <= counted <= step * B:
+    wanted = f"{least} to {step * B}" if least < step * B else f"{step * B}"
+    return f"its manifest counts {str(counted)[:20]} sequences, and its steps take {wanted}"
+  least, most = counted, counted * config.seq_len
+  if config.batching != "documents":
+    least = most
+  if tokens is not None and (type(tokens) is not int or not least <= tokens <= most):
+    wanted = f"{least} to {most}" if least < most else f"{most}"
+    return f"its manifest counts {str(tokens)[:20]} tokens, and its sequences have {wanted}"
   return None
 
 

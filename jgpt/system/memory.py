@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from pathlib import Path
 
 NO_LIMIT = 2**60  # bytes; version 1 of control groups writes a larger number for "no limit"
@@ -59,6 +60,16 @@ def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     left = [max(0, limit - _read_used(folder)) for limit, folder in groups]
     available = min(*left, total if available is None else available)
   return total, available
+
+
+def measure_peak_memory() -> int | None:
+  """Measures the most memory that this process ever used, in bytes; None where it is not known."""
+  try:
+    import resource  # Unix only
+  except ImportError:
+    return None
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
 
 
 def read_kernel(path: Path) -> str:

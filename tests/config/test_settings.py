@@ -100,6 +100,7 @@ OTHER_VALUES = {
   "train.sample_every": (50, True),
   "train.save_every": (50, True),
   "train.save_every_seconds": (60.0, True),
+  "train.max_seconds": (60.0, True),
   "train.keep_latest": (3, True),
   "train.keep_best": (0, True),
   "train.max_consecutive_skips": (5, True),

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import small_runs
 import tensorstore
 
 import jgpt
@@ -38,11 +39,17 @@ STREAM = {
   "model.d_model": 16,
   "model.d_ff": 32,
   "optimizer.warmup_steps": 5,
+  "train.eval_every": None,
   "mesh.data": 1,
   "sample.max_tokens": 5,
   "sample.prompt": "To",
 }
-DOCUMENTS = {"data.path": "words.txt", "data.heldout_fraction": 0.2, "sample.num": 3}
+DOCUMENTS = {
+  "data.path": "words.txt",
+  "data.heldout_fraction": 0.2,
+  "train.eval_every": None,
+  "sample.num": 3,
+}
 EXPERIMENTS = {
   "names": ("names", DOCUMENTS),
   "microgpt": ("microgpt", {"data.path": "words.txt", "sample.num": 3}),
@@ -248,7 +255,7 @@ class Bits:
     step: the newest.
     leaves: name -> dtype, shape and bytes, of parameters and moments.
     digests: those that the manifest records.
-    metrics: of metrics.jsonl.
+    metrics: of metrics.jsonl, but for the rows of time.
     samples: name -> content.
   """
 
@@ -268,7 +275,7 @@ def bits(workdir: Path) -> Bits:
     step,
     leaves,
     json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["leaves"],
-    (workdir / "metrics.jsonl").read_bytes(),
+    small_runs.drop_times((workdir / "metrics.jsonl").read_bytes()),
     {p.name: p.read_bytes() for p in sorted(workdir.glob("samples/*"))},
   )
 

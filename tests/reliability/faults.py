@@ -49,6 +49,7 @@ POINTS = {
   "lock": ("open", r"/\.lock"),
   "settings": ("os.rename", r"^(?!.*/checkpoints/).*/experiment\.json"),
   "env": ("os.rename", r"/env\.json"),
+  "result": ("os.rename", r"/result\.json"),
   "samples": ("os.rename", r"/step_[0-9]+\.txt"),
 }
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT}

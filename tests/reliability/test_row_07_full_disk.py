@@ -7,6 +7,7 @@ on the size of files that the kernel keeps, and failing operations. None of them
 """
 
 import errno
+import json
 import os
 import re
 import resource
@@ -185,6 +186,23 @@ def test_row_08_an_error_in_the_last_save_surfaces_at_exit(texts, point):
   assert "space" in error.lower(), error
   children.train(*args, cwd=texts)
   assert manifest.list_steps(texts / "run")[-1] == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["full", "kill"])
+def test_row_07_a_result_that_cannot_be_written(texts, fault):
+  """A full disk is a warning and the run has all the rest; a process that is killed leaves no
+  result, and the same command writes it.
+  """
+  args = children.arguments("names", "run", **RUN)
+  child = children.run("jgpt.run", *args, cwd=texts, fault=f"{fault}@result")
+  assert len(child.fired) == 1 and child.status == {"full": 0, "kill": -9}[fault], child.err
+  if fault == "full":
+    assert re.fullmatch(r"WARNING: run/result\.json was not written: .*space.*\n", child.err)
+  assert manifest.list_steps(texts / "run")[-1] == 40
+  again = children.train(*args, cwd=texts)
+  assert again.err == "" and children.nothing_half_done(texts / "run") == []
+  assert json.loads((texts / "run" / "result.json").read_text())["is_finished"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import small_runs
 from jgpt import train
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
+from jgpt.evaluation import HeldoutLoss
 from jgpt.keys import INIT, derive_key
 from jgpt.plan import plan_run
 from jgpt.runs import checkpoint, manifest
@@ -93,7 +94,9 @@ def test_row_13_through_saving(tmp_path, keep_latest, keep_best):
       tmp_path, keep_latest=keep_latest, keep_best=keep_best
     ) as manager:
       for step, loss in part:
-        checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), loss)
+        heldout = None if loss is None else HeldoutLoss(loss, 9, None)
+        note = checkpoint.StepNote(step, None, heldout)
+        checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), note)
   steps = manifest.list_steps(tmp_path)
   assert steps == expected_steps(losses, keep_latest, keep_best)
   for step in steps:
@@ -114,7 +117,7 @@ def test_row_13_a_run_that_gets_worse_keeps_its_best(
 ):
   """A rate so high that the held-out loss goes up and down; interrupted in the middle.
 
-  What counts stands in the log.
+  What counts stands in the log. A better state between two saves is there after the second.
   """
   monkeypatch.chdir(tmp_path)
   children.write_texts(tmp_path)
@@ -141,7 +144,17 @@ def test_row_13_a_run_that_gets_worse_keeps_its_best(
     evaluated.values()
   )
   saved = sorted({*range(save_every or 50, 51, save_every or 50), 25, 50})
-  losses = [(step, evaluated.get(step)) for step in saved]
+  losses = []
+  for before, step in zip([0, *saved], saved, strict=False):
+    known = min((loss for _, loss in losses if loss is not None), default=math.inf)
+    between = [(evaluated[k], k) for k in evaluated if before < k < step]
+    losses.append((step, evaluated.get(step)))
+    if between and min(between)[0] < known:  # held, and saved with this step
+      loss, k = min(between)
+      if keep_best > 1 or loss < (evaluated.get(step) or math.inf):
+        losses.append((k, loss))
+  best = min(evaluated, key=evaluated.get)
+  assert best in [0, *manifest.list_steps(tmp_path / "run")]
   assert manifest.list_steps(tmp_path / "run") == expected_steps(losses, keep_latest, keep_best), (
     losses
   )

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import small_runs
 from bad_input import Case, give
 from children import arguments, write_texts
 
@@ -95,9 +96,7 @@ def train(tmp_path):
     argv = ["run", *arguments("names", folder, train__steps=20, compute__tricks=False)]
     (outcome,) = give([Case(argv=argv)], cwd=tmp_path, **env)
     assert outcome.status == 0, outcome
-    rows = [
-      json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = small_runs.read_untimed(tmp_path / folder)
     return [row.get("train/loss", row.get("heldout/loss")) for row in rows], outcome
 
   return run

@@ -11,6 +11,7 @@ import pytest
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import resolve
 from jgpt.errors import TrainingError, UserError
+from jgpt.evaluation import HeldoutLoss
 from jgpt.keys import INIT, derive_key
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import RunFiles, read_run_json, write_run_files
@@ -79,7 +80,9 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, state):
   kept = []
   with checkpoint.open_checkpoints(tmp_path, keep_latest=2, keep_best=1) as manager:
     for step, loss in losses.items():
-      checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), loss)
+      heldout = None if loss is None else HeldoutLoss(loss, 9, None)
+      note = checkpoint.StepNote(step, None, heldout)
+      checkpoint.save_checkpoint(manager, state.replace(step=np.int32(step)), note)
       manager.wait()
       kept.append(manifest.list_steps(tmp_path))
   assert kept == [[10], [10, 20], [20, 30], [30, 40], [40, 50], [40, 50, 60]]

@@ -1,5 +1,6 @@
 """What a run says: rows that read back exactly, lines of progress, and the curve as text."""
 
+import dataclasses
 import json
 import math
 import tracemalloc
@@ -11,6 +12,10 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from jgpt.batches import Documents
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import resolve
+from jgpt.evaluation import HeldoutLoss
 from jgpt.report.console import (
   ConsoleWriter,
   draw_curve,
@@ -18,6 +23,7 @@ from jgpt.report.console import (
   format_perplexity,
   format_step,
 )
+from jgpt.runs.clock import WINDOW_SECONDS, Clock, Pace, Perf
 from jgpt.runs.log import (
   MAX_LINE,
   Call,
@@ -74,6 +80,43 @@ def test_evaluations_stand_in_rows_of_their_own(tmp_path):
   writer.write(make_chunk(2, [2.25]))
   writer.close()
   assert [row.get("train/loss") for row in read_jsonl(path)] == [None, 3.0, 2.25]
+
+
+def test_rows_of_time_and_of_the_end_stand_apart(tmp_path):
+  """Rows of time are the only ones with "perf/"; the end's is cut off by a run that goes on, and
+  written once by one that does not.
+  """
+  path = tmp_path / "metrics.jsonl"
+  writer = JsonlWriter(path, 0)
+  chunk = make_chunk(2, [3.0, 2.5])
+  sample, whole = HeldoutLoss(2.75, 96, 3), HeldoutLoss(2.5, 300, None)
+  writer.write(
+    dataclasses.replace(
+      chunk, heldout_loss=2.75, heldout=sample, tokens=14, perf=Perf(0.0123456789, 4.0, 7e5, 1.0)
+    )
+  )
+  for _ in range(2):
+    writer.write_final(2, whole, 3.5)
+    writer.close()
+    rows = read_jsonl(path)
+    assert rows[2:] == [
+      {"step": 2, "perf/seconds": 0.0123457, "perf/tokens_per_second": 7e5, "tokens": 14},
+      {"step": 2, "heldout/loss": 2.75, "heldout/tokens": 96, "heldout/batches": 3},
+      {
+        "step": 2,
+        "heldout/loss": 2.5,
+        "heldout/tokens": 300,
+        "heldout/bits_per_byte": 3.5,
+        "final": True,
+      },
+    ]
+    writer = JsonlWriter(path, 2)
+    assert [row["step"] for row in writer.kept] == [1, 2, 2] and "final" not in str(writer.kept)
+  assert read_losses(path, 2)[1] == [(2, 2.75)]
+  writer.write(make_chunk(3, [2.0]))
+  writer.close()
+  assert [row for row in read_jsonl(path) if "final" in row] == []
+  assert [row["step"] for row in read_jsonl(path)] == [1, 2, 2, 2, 3]
 
 
 @hypothesis_settings(deadline=None)
@@ -152,6 +195,8 @@ NO_ROWS = [
   '{"step": 3.0}',
   '{"step": true}',
   '{"step": -3}',
+  '{"step": 3, "heldout/loss": 2.5, "final": 1}',
+  '{"step": 3, "heldout/loss": 2.5, "final": false}',
   '{"train/loss": 2.5}',
   "[3]",
   f'{{"step": 3, "train/loss": 2.5{" " * MAX_LINE}}}',
@@ -279,7 +324,10 @@ def test_losses_of_a_start_take_four_bytes_each():
   """A million updates, which a small model makes in a minute: what is read back is bit for bit what
   was given.
   """
-  log, stop = Log([], [], 10, 1), SimpleNamespace()
+  experiment = resolve(load_experiment("names"), 27)
+  lines = Documents(np.zeros((9, 17), np.int32), np.full(9, 7, np.int32))
+  log = Log([], [], experiment, SimpleNamespace(train=lines, heldout=lines), Clock())
+  stop = SimpleNamespace()
   losses = np.linspace(3, 2, 1000, dtype=np.float32)
   chunk = {
     "train/loss": losses,
@@ -304,21 +352,21 @@ def test_line_has_the_format_that_is_documented():
     "train/grad_norm": np.float32([1.021]),
     "train/lr": np.float32([0.009]),
   }
-  line = format_line(Chunk(100, metrics, 1.0), format_step(100, 1000, None), 2.43214, 21_000.4)
+  chunk = Chunk(100, metrics, 1.0, perf=Perf(1.0, 21_000.4, 0.0, 0.0))
+  line = format_line(chunk, format_step(100, 1000, None), 2.43214)
   assert line == "step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s"
-  line = format_line(
-    Chunk(7, metrics, 1.0, 2.5, ("emma",)), format_step(7, 9, None), math.nan, 0.251
-  )
+  chunk = Chunk(7, metrics, 1.0, 2.5, ("emma",), perf=Perf(1.0, 0.251, 0.0, 0.0))
+  line = format_line(chunk, format_step(7, 9, None), math.nan)
   assert (
     line
     == "step 7/9 | loss nan | held out 2.5000 | grad norm 1.02 | lr 9.0e-03 | 0.25 steps/s | emma"
   )
   assert (
-    format_line(Chunk(0, {}, 1.0, 3.3), format_step(0, 9, None), None, 0.0)
+    format_line(Chunk(0, {}, 1.0, 3.3), format_step(0, 9, None), None)
     == "step 0/9 | held out 3.3000"
   )
   assert (
-    format_line(Chunk(0, {}, 1.0, None, ("a\x00\nb",)), "step 0/9", None, 0.0)
+    format_line(Chunk(0, {}, 1.0, None, ("a\x00\nb",)), "step 0/9", None)
     == "step 0/9\n  | a\ufffd\n  | b"
   )
 
@@ -344,7 +392,8 @@ def test_line_is_the_mean_since_the_last_line(capsys):
   """
   writer = ConsoleWriter(steps=7, log_every=3, terminal=False)
   for step, losses in [(1, [9]), (2, [4]), (3, [2]), (6, [1, 2, 6]), (7, [5])]:
-    writer.write(make_chunk(step, losses))
+    perf = Perf(0.5, 2.0 * len(losses), 0.0, 0.0)
+    writer.write(dataclasses.replace(make_chunk(step, losses), perf=perf))
   writer.close()
   assert capsys.readouterr().out.splitlines() == [
     "step 1/7 | loss 9.0000 | grad norm 19.00 | lr 9.0e-03 | 2.00 steps/s",
@@ -354,10 +403,35 @@ def test_line_is_the_mean_since_the_last_line(capsys):
   ]
 
 
-def test_clock_that_stood_still_divides_by_no_zero(capsys):
-  writer = ConsoleWriter(steps=1, log_every=1, terminal=False)
-  writer.write(make_chunk(1, [1], seconds=0.0))
-  assert capsys.readouterr().out.endswith("steps/s\n")
+def test_a_rate_is_over_a_window():
+  """Calls that seem to take no time, or a long one among short ones, leave the rate as it is.
+
+  The first call of a start, in which devices warm up, counts for its own rate only.
+  """
+  pace = Pace()
+  assert pace.add(1, 8, 0.5) == (2.0, 16.0)
+  assert pace.add(10, 80, 0.0)[0] > 1e9  # a clock that stood still divides by no zero
+  assert pace.add(10, 80, 0.02) == pytest.approx((1000, 8000))
+  rates = [pace.add(10, 80, (0.0, 0.02)[n % 2])[0] for n in range(5000)]  # 50 s in all
+  assert rates[1::2] == pytest.approx([1000.0] * 2500) and max(rates) <= 1500
+  seconds = 0.0
+  while seconds < 1.2 * WINDOW_SECONDS:  # five times as slow from here on
+    seconds += 0.05
+    rate = pace.add(10, 80, 0.05)[0]
+  assert rate == pytest.approx(200)
+
+
+def test_seconds_are_counted_for_one_part_each(monkeypatch):
+  """Every second between two looks, so that the parts add up to the time that passed."""
+  times = iter([5.0, 6.5, 8.5, 9.0])
+  monkeypatch.setattr("jgpt.runs.clock.time.perf_counter", lambda: next(times))
+  clock = Clock()
+  assert [clock.look(part) for part in ("training", "saving", "training")] == [1.5, 2.0, 0.5]
+  assert {part: seconds for part, seconds in clock.seconds.items() if seconds} == {
+    "training": 2.0,
+    "saving": 2.0,
+  }
+  assert clock.elapsed == sum(clock.seconds.values()) == 4.0
 
 
 def test_terminal_has_whole_lines_with_samples_as_they_are(capsys):
@@ -371,7 +445,7 @@ def test_terminal_has_whole_lines_with_samples_as_they_are(capsys):
   writer.write(make_chunk(5, [2], texts=(sample,)))
   writer.close()
   assert (
-    f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03 | 2.00 steps/s\n  | {sample}\n"
+    f"step  5/10 | loss 2.0000 | grad norm 12.00 | lr 2.0e-03\n  | {sample}\n"
     in capsys.readouterr().out
   )
   assert not ConsoleWriter(steps=10, log_every=5, terminal=False).wants_samples

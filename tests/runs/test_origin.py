@@ -460,7 +460,7 @@ def test_a_run_is_not_continued_into_its_own_folder(base, copy, capsys, tmp_path
         "train.epochs": 3,
         "train.steps": None,
       },
-      ["optimizer.decay_steps", "train.steps", "train.eval_every", "train.sample_every"],
+      ["optimizer.decay_steps", "train.steps", "train.sample_every"],
     ),
   ],
 )
