@@ -440,8 +440,6 @@ def _train(
     plan: of the run.
     stop: from `exit_on_signals`.
   """
-  import jax
-
   from jgpt import train
   from jgpt.generate import sample_texts
   from jgpt.report import outcome, summary
@@ -476,7 +474,7 @@ def _train(
   print(end="", flush=True)
   began = time.perf_counter()
   result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
-  step = int(jax.device_get(result.state.step))
+  step = result.step
   saved = signals.describe_stop(step, plan.workdir)
   if result.signal:
     stop.leave(saved)

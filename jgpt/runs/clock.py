@@ -6,7 +6,7 @@ import collections
 import time
 from typing import NamedTuple
 
-PARTS = ("planning", "compiling", "training", "evaluating", "sampling", "saving")
+RUN_PARTS = ("planning", "compiling", "training", "evaluating", "sampling", "saving")
 WINDOW_SECONDS = 10.0  # of training that a rate is over; a single short call says nothing
 
 
@@ -32,12 +32,12 @@ class Clock:
   """Counts the seconds of a start by part: what passed since the last look belongs to one of them.
 
   Attributes:
-    seconds: by part, one of `PARTS`.
+    seconds: by part, one of `RUN_PARTS`.
   """
 
   def __init__(self):
     """Starts the clock."""
-    self.seconds = dict.fromkeys(PARTS, 0.0)
+    self.seconds = dict.fromkeys(RUN_PARTS, 0.0)
     self._began = self._last = time.perf_counter()
 
   def look(self, part: str) -> float:

@@ -20,7 +20,7 @@ from jgpt.plan import plan_run
 from jgpt.report.console import ConsoleWriter, format_duration
 from jgpt.report.summary import describe_best
 from jgpt.runs import manifest, saving
-from jgpt.runs.clock import PARTS, Perf
+from jgpt.runs.clock import RUN_PARTS, Perf
 from jgpt.runs.log import Chunk
 from jgpt.runs.open import open_run
 from jgpt.runs.result import find_best, read_result, write_result
@@ -99,7 +99,7 @@ def test_the_end_of_a_run_is_in_result_json(finished):
   assert found["best"] == found["best_saved"] == best
   assert found["verdict"]["verdict"] and found["verdict"]["evidence"]
   assert found["expected"] is None  # of other settings
-  assert list(found["seconds"]) == list(PARTS)
+  assert list(found["seconds"]) == list(RUN_PARTS)
   assert all(found["seconds"][part] > 0 for part in ("planning", "compiling", "training", "saving"))
   here = found["tokens"] / found["seconds"]["training"]
   assert found["tokens_per_second"] == pytest.approx(here, rel=1e-3)
