@@ -6,7 +6,6 @@ no jax.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shlex
@@ -16,11 +15,14 @@ from typing import Literal
 
 from jgpt.errors import UserError
 from jgpt.runs import manifest
-from jgpt.runs.manifest import MANIFEST_FILE, STEP
+from jgpt.runs.manifest import MANIFEST_FILE, STEP, Manifest
 
 BEST = "best"  # in place of a step
 # What a run folder holds beside its checkpoints (`folder.py`).
-PARTS = ("checkpoints", "samples", "experiment.json", "tokenizer.json", "env.json", "metrics.jsonl")
+PARTS = (
+  *("checkpoints", "samples", "experiment.json", "tokenizer.json", "env.json", "metrics.jsonl"),
+  "result.json",
+)
 
 Step = int | Literal["best"] | None  # None: the newest
 
@@ -104,7 +106,8 @@ def order_steps(workdir: Path, step: Step) -> list[int]:
   Args:
     workdir: the run folder.
     step: "best" lists those with a recorded held-out loss, the lowest first; of equal losses the
-      newer step is better. None lists all, the newest first.
+      newer step is better. Losses over other targets than the newest one's are not compared with
+      it, and come after all that are. None lists all, the newest first.
 
   Raises:
     UserError: if there is no such checkpoint.
@@ -113,29 +116,30 @@ def order_steps(workdir: Path, step: Step) -> list[int]:
     newest = manifest.find_step(workdir, step)
     return [newest] if step is not None else manifest.list_steps(workdir)[::-1] or [newest]
   manifest.find_step(workdir, None)  # raises where there is none
-  losses = _read_losses(workdir)
-  if not losses:
+  rated = _read_rated(workdir)
+  if not rated:
     steps = ", ".join(map(str, manifest.list_steps(workdir)))
     raise UserError(
       f"no checkpoint of {workdir} has a held-out loss, so none is the best: its steps {steps} "
       "were not evaluated. Leave --step out for the newest"
     )
-  return sorted(losses, key=lambda saved: (losses[saved], -saved))
+  targets = rated[max(rated)].targets
+
+  def rank(saved: int) -> tuple:
+    return rated[saved].targets != targets, rated[saved].heldout_loss, -saved
+
+  return sorted(rated, key=rank)
 
 
-def _read_losses(workdir: Path) -> dict[int, float]:
-  """Reads the recorded held-out losses, by step; leaves out manifests that cannot be read."""
-  losses = {}
-  for step in manifest.list_steps(workdir):
-    with contextlib.suppress(UserError):
-      loss = manifest.read_manifest(manifest.checkpoints_dir(workdir) / str(step)).heldout_loss
-      if loss is not None and math.isfinite(loss):
-        losses[step] = loss
-  return losses
+def _read_rated(workdir: Path) -> dict[int, Manifest]:
+  """Reads the manifests with a held-out loss, by step; leaves out those that cannot be read."""
+  return {k: found for k, found in manifest.read_manifests(workdir).items() if found.is_rated}
 
 
 def describe_better_step(workdir: Path, step: int, rows: Iterable[dict[str, float]]) -> str:
   """Describes the evaluated step that has a lower held-out loss than the best saved one.
+
+  Losses over other targets are not compared, and that before any update does not count.
 
   Args:
     workdir: the run folder.
@@ -145,10 +149,19 @@ def describe_better_step(workdir: Path, step: int, rows: Iterable[dict[str, floa
   Returns:
     A sentence; "" where no step has a lower loss.
   """
-  loss = _read_losses(workdir).get(step)
-  losses = [(row["heldout/loss"], row["step"]) for row in rows if "heldout/loss" in row]
+  saved = _read_rated(workdir).get(step)
+  if saved is None:
+    return ""
+  loss = saved.heldout_loss
+  losses = [
+    (row["heldout/loss"], row["step"])
+    for row in rows
+    if "heldout/loss" in row
+    and row["step"] > 0
+    and saved.targets == (row.get("heldout/tokens"), row.get("heldout/batches"))
+  ]
   best, at = min(losses, default=(math.inf, 0))
-  if loss is None or not best < loss or at == step:
+  if not best < loss or at == step:
     return ""
   return (
     f"step {at:,} had a lower held-out loss, {best:.4f}, and was not saved; the best that was "
