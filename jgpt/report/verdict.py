@@ -243,7 +243,8 @@ def _find_doubt(
   losses: np.ndarray, heldout_losses: Sequence[tuple[int, float]], baseline: float
 ) -> Diagnosis | None:
   measured = [e for e in heldout_losses if e[0] > 0]
-  if len(measured) > 1 and measured[-1][0] - measured[-2][0] >= 0.1 * len(losses):
+  is_compared = len(measured) > 1 and len(losses) >= MIN_UPDATES
+  if is_compared and measured[-1][0] - measured[-2][0] >= 0.1 * len(losses):
     return None  # the held-out loss does not fall, as `_find_underfitting` found
   fitted = _fit_fall(losses)
   if fitted is None or len(losses) < MIN_LEVEL_UPDATES:

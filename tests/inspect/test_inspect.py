@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 from small_runs import compiled_quickly, train_small, train_verse, train_words
 
 import jgpt.inspect.cli
@@ -28,7 +29,6 @@ from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
 from jgpt.params import find_entry
 from jgpt.runs.folder import read_run_files
-from jgpt.runs.log import read_jsonl
 from jgpt.sharding import stack_blocks
 from jgpt.step import loss_fn
 from jgpt.text.bpe import BpeTokenizer
@@ -313,7 +313,7 @@ def test_the_trace_is_what_training_did(request, ten, traced, name, place):
   assert rows[-1].value == read(ten[name].result.params)
   assert rows[-1].m == read(stack_blocks(state.opt_state["adam"].mu))
   assert rows[-1].v == read(stack_blocks(state.opt_state["adam"].nu))
-  log = read_jsonl(request.getfixturevalue(name).workdir / "metrics.jsonl")[:10]
+  log = small_runs.read_untimed(request.getfixturevalue(name).workdir)[:10]
   assert [row.step for row in rows] == [row["step"] for row in log] == list(range(1, 11))
   assert [np.float32(row.loss) for row in rows] == [np.float32(row["train/loss"]) for row in log]
   assert [np.float32(row.rate) for row in rows] == [np.float32(row["train/lr"]) for row in log]
@@ -348,7 +348,7 @@ def test_each_column_follows_from_those_before(request, traced, name, place):
 
 def test_clipping_acts_in_the_runs_traced(words, verse):
   """What the test above finds of clipping rests on this."""
-  norms = [row["train/grad_norm"] for row in read_jsonl(verse.workdir / "metrics.jsonl")[:10]]
+  norms = [row["train/grad_norm"] for row in small_runs.read_untimed(verse.workdir)[:10]]
   assert (
     min(norms) > 1.2 * verse.experiment.optimizer.clip_norm
     and words.experiment.optimizer.clip_norm is None
