@@ -48,6 +48,11 @@ from jgpt.weights.gpt2 import (
 
 LEFT_OPEN = ("num_heads", "activation")  # a model.safetensors without its folder says neither
 GPT2_VOCAB_SIZES = (50257, 50304)  # without and with the rows that nanoGPT adds
+# Values of nanoGPT's init_from that are no weights.
+NANOGPT_WORDS = {
+  "resume": "the same command again goes on with a run, and --resume insists on one",
+  "scratch": "weights are drawn where none are named. Try --set train.init_from=none",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,8 @@ def open_weights(
     return llmc.open_llmc(path)
   kinds = "a Hugging Face folder or model.safetensors, llm.c's .bin, a run folder"
   if not path.exists():
+    if source in NANOGPT_WORDS:
+      raise UserError(f"train.init_from={source!r} does not exist: {NANOGPT_WORDS[source]}")
     raise UserError(
       f"train.init_from={source!r} does not exist.{near_matches(source, RELEASED)} It may be "
       f"{kinds}, or one of {', '.join(RELEASED)}."

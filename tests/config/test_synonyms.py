@@ -16,6 +16,7 @@ from jgpt.config.settings import (
 )
 from jgpt.config.synonyms import LETTERS, SYNONYMS, squeeze, synonym_names, translate
 from jgpt.errors import UserError
+from jgpt.plan import plan_run
 
 NAMES = catalog.load_experiment("names")
 CHARS = catalog.load_experiment("shakespeare_char_cpu")  # batch 12, windows of 64, rate 1e-3
@@ -323,3 +324,11 @@ def test_other_programs_verbs_lead_to_jgpts(verb, meant, monkeypatch, capsys):
   monkeypatch.setattr("sys.argv", ["jgpt", verb])
   assert cli.main() == 2
   assert f"no verb '{verb}'. Did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("word", "advice"), [("resume", "--resume"), ("scratch", "Try --set train.init_from=none")]
+)
+def test_nanogpts_words_for_weights_are_answered(word, advice):
+  with pytest.raises(UserError, match=rf"train.init_from='{word}' does not exist: .*{advice}"):
+    plan_run(change(NAMES, {"train.init_from": word}))
