@@ -25,6 +25,7 @@ from jgpt.runs.folder import RunFiles, read_run_files
 from jgpt.runs.locate import find_checkpoint
 from jgpt.runs.manifest import Manifest
 from jgpt.runs.resume import find_fault
+from jgpt.runs.text import find_place
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
 
@@ -62,10 +63,15 @@ class Origin:
 def read_source_files(source: str) -> RunFiles:
   """Reads the settings and the tokenizer of the run that `train.continue_from` names.
 
+  The settings name its text where that lies now.
+
   Raises:
     UserError: if it names no run.
   """
-  return read_run_files(_find_run(source)[0])
+  workdir, _ = _find_run(source)
+  files = read_run_files(workdir)
+  data = find_place(workdir, files)
+  return dataclasses.replace(files, experiment=dataclasses.replace(files.experiment, data=data))
 
 
 def open_origin(source: str, recorded: dict[str, Any] | None = None) -> Origin:

@@ -62,6 +62,22 @@ def find_run_data(
   raise UserError(_describe_failure(workdir, recorded, failures, absent, ways))
 
 
+def find_place(workdir: Path, recorded: RunFiles) -> DataConfig:
+  """Finds the first of the places that a run recorded where there is a text, of any digest.
+
+  Args:
+    workdir: the run folder.
+    recorded: its files.
+
+  Returns:
+    The run's settings with that place; with the recorded one where no place has a text.
+  """
+  for place in list_places(workdir, recorded):
+    if place.path is None or is_there(place.path):
+      return place
+  return recorded.experiment.data
+
+
 def parse_place(words: Sequence[str], recorded: RunFiles) -> DataConfig | None:
   """Parses where a command is told to look for a run's text.
 

@@ -18,6 +18,7 @@ from jgpt.inspect import cli as inspect_cli
 from jgpt.plan import claim_folder, default_workdir, find_default_run, plan_run
 from jgpt.runs.folder import read_run_files, write_run_files
 from jgpt.runs.open import open_run
+from jgpt.runs.origin import read_source_files
 from jgpt.runs.text import find_run_data
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -124,6 +125,18 @@ def test_a_relative_path_is_found_from_another_folder_and_another_machine(home, 
   moved = home.rename(home.with_name("usb"))
   monkeypatch.chdir(moved)
   assert same(go_on(experiment, "runs/[a]"), first)
+
+
+def test_a_run_that_continues_another_takes_its_text_from_where_that_lies(home, monkeypatch):
+  """From another folder, and where the last start found it."""
+  experiment, first = begin("words.txt", "run")
+  Path("words.txt").rename("moved.txt")
+  go_on(experiment, "run", "moved.txt")
+  monkeypatch.chdir("/")
+  base = read_source_files(str(home / "run")).experiment
+  assert base.data.path == str(home / "moved.txt") and same(plan_run(base).data, first)
+  (home / "moved.txt").unlink()
+  assert read_source_files(str(home / "run")).experiment.data.path == "words.txt"
 
 
 def test_another_text_of_the_same_name_in_the_current_folder_is_passed_over_aloud(
