@@ -1,7 +1,7 @@
 """Finds the text of a recorded run again, by its digest, wherever it lies now.
 
 The places are the one that is named, and those where the run's starts found it. What a place holds
-is read in `data/`.
+is read in `data/`. Listing places imports no jax.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jgpt.config import DataConfig
 from jgpt.config.settings import change, parse_setting
-from jgpt.data.corpus import Data, find_data
 from jgpt.data.paths import is_there
 from jgpt.data.sources import RecordedTextError
 from jgpt.errors import UserError
 from jgpt.runs.folder import RunFiles, current_folder, read_starts
+
+if TYPE_CHECKING:
+  from jgpt.data.corpus import Data
 
 MAX_PLACES = 16  # where a text is looked for
 
@@ -43,6 +45,8 @@ def find_run_data(
     UserError: if no place has the text. It says which digest is missing, where it was recorded,
       what was found instead, and how the text is named.
   """
+  from jgpt.data.corpus import find_data  # imported late: it imports jax
+
   sha256, seed = recorded.data["sha256"], recorded.experiment.train.seed
   failures: list[UserError] = []
   absent: list[str] = []
