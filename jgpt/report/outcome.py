@@ -6,6 +6,8 @@
     is_finished        whether it made all its updates; the same command goes on with others
     step, steps        updates that were made, and `train.steps`
     sequences, tokens  trained on since the run first began, repetitions counted
+    origin             of a continued run: location, step and sha256 of the checkpoint that it began
+                       from, and the tokens that went before; null for others and where not known
     training_loss      mean of the last 50 updates, nats per token; null without updates
     heldout_loss       nats per token over the whole held-out part; null where nothing is held out,
                        or a signal ended the run before it was evaluated
@@ -149,6 +151,7 @@ def describe_outcome(plan: Plan, result: Result) -> dict[str, Any]:
       "step": result.step,
       "steps": experiment.train.steps,
       **result.seen._asdict(),
+      "origin": plan.origin,
       "training_loss": final_loss(result.losses) if num_updates else None,
       "heldout_loss": result.heldout_loss,
       "heldout_tokens": result.heldout_tokens or None,

@@ -105,7 +105,7 @@ def open_origin(source: str, recorded: dict[str, Any] | None = None) -> Origin:
     "location": str(workdir),
     "step": step,
     "sha256": _digest_leaves(there),
-    "tokens": _count_tokens(workdir, files, step),
+    "tokens": _count_tokens(workdir, files, there),
   }
   if recorded is not None and record["sha256"] != recorded["sha256"]:
     raise UserError(
@@ -157,23 +157,23 @@ def _digest_leaves(there: Manifest) -> str:
   return hashlib.sha256(json.dumps(there.leaves, sort_keys=True).encode()).hexdigest()
 
 
-def _count_tokens(workdir: Path, files: RunFiles, step: int) -> int | None:
-  """Counts the tokens that a run and the runs before it trained on up to a step.
+def _count_tokens(workdir: Path, files: RunFiles, there: Manifest) -> int | None:
+  """Counts the tokens that a run and the runs before it trained on, up to a checkpoint.
 
-  In a stream every position is one. For documents the run's log counts them.
+  Its log says it; in the logs of older runs it is missing, and of a stream the manifest's sequences
+  are counted.
   """
   from jgpt.runs.log import read_lines  # imported late: it imports jax
 
-  data, before = files.experiment.data, 0
-  if files.origin is not None:
-    before = files.origin["tokens"]
-  if data.batching != "documents":
-    tokens = step * data.batch_size * data.seq_len
-  else:
-    tokens = 0 if step == 0 else None
-    for line in read_lines(workdir / "metrics.jsonl"):
-      if line.row is not None and line.row["step"] == step and "tokens" in line.row:
-        tokens = int(line.row["tokens"])
+  data, tokens, sequences = files.experiment.data, None, there.data.get("sequences")
+  if there.step == 0:
+    tokens = 0
+  elif data.batching != "documents" and type(sequences) is int:
+    tokens = sequences * data.seq_len
+  for line in read_lines(workdir / "metrics.jsonl"):
+    if line.row is not None and line.row["step"] == there.step and "tokens" in line.row:
+      tokens = int(line.row["tokens"])
+  before = files.origin["tokens"] if files.origin else 0
   return None if before is None or tokens is None else before + tokens
 
 

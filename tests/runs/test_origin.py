@@ -203,6 +203,9 @@ def test_the_origin_is_recorded_and_the_run_goes_on_without_it(base, copy, tmp_p
   result = start(experiment, tmp_path / "run")
   files = read_run_files(tmp_path / "run")
   assert files.origin == open_origin(str(copy)).record and files.weights is None
+  seen = json.loads((copy / "result.json").read_text())["tokens"]
+  own = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert files.origin["tokens"] == seen > own["tokens"] > 0 and own["origin"] == files.origin
   assert {n: files.origin[n] for n in ("location", "step")} == {"location": str(copy), "step": 6}
   assert re.fullmatch("[0-9a-f]{64}", files.origin["sha256"])
   assert files.origin == read_run_files(tmp_path / "run" / "checkpoints" / "1").origin
