@@ -92,7 +92,10 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
 
 
 def test_row_14_a_loss_is_a_spike_from_the_limit_on():
-  """By the mean and the variance of the losses before; what is left of the metrics is zero."""
+  """By the mean and the variance of the losses before, among which it counts then.
+
+  What is left of the metrics is zero.
+  """
   experiment = names_experiment(optimizer__skip_spikes=6.0)
   run, start = compile_steps(experiment), initial_state(experiment)
   loss = run(start, 1)[1]["train/loss"][0]
@@ -104,6 +107,8 @@ def test_row_14_a_loss_is_a_spike_from_the_limit_on():
     assert metrics["train/skipped"].tolist() == [skipped] + [0] * (STEPS - 1)
     assert int(after.opt_state["adam"].count) == 1 - skipped
     assert metrics["train/loss"].tolist() == [float(loss)] + [0] * (STEPS - 1)
+    observed = optim.observe(optim.LossStats(*map(float, stats)), float(loss))
+    np.testing.assert_allclose(after.opt_state["spikes"], observed, rtol=1e-4)
 
 
 @pytest.mark.slow
