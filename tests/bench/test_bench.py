@@ -522,6 +522,7 @@ def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
   assert steps.memory_bytes is None or steps.memory_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_product_takes_the_median_of_rounds_that_are_long_enough(monkeypatch):
   """By a clock that is set: the first call is not counted, calls of 1, 2 and 4 products are too
   short, and three of 8 are rounds.
