@@ -323,6 +323,7 @@ class Log:
     self.clock, self._before, self._seconds_per_step = clock, clock.elapsed, 0.0
     self._max_seconds = experiment.train.max_seconds
     self.count_seen = make_seen_counter(data.train, experiment.data)
+    self._is_whole = experiment.train.eval_batches is None
     self._sample_batches = count_sample_batches(data.heldout, experiment)
     self.tokens_per_second: float | None = None
     self.losses = array.array("f")  # a list would take eight times the memory
@@ -338,10 +339,10 @@ class Log:
   def find_whole_evaluation(self, step: int) -> HeldoutLoss | None:
     """Returns the held-out loss at a step.
 
-    None where this start did not evaluate it, or not over the whole held-out part.
+    None where this start did not evaluate it, or a number of batches was asked for, also if that is
+    the whole held-out part.
     """
-    heldout = self.find_heldout_loss(step)
-    return None if heldout is None or heldout.num_batches is not None else heldout
+    return self.find_heldout_loss(step) if self._is_whole else None
 
   def find_heldout_loss(self, step: int) -> HeldoutLoss | None:
     """Returns the held-out loss at a step; None where this start did not evaluate it."""

@@ -29,6 +29,7 @@ RUN = {
   "train__save_every": EVERY,
   "train__eval_every": 10,
   "train__keep_latest": 2,
+  "train__keep_best": 0,
 }
 
 
@@ -87,6 +88,25 @@ def test_row_03_killed_at(texts, expected, point, count, newest):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ("where", "there"),
+  [("save:3", {6, 12}), ("commit:3", {6, 12}), ("manifest:3", {6, 12}), ("manifest+:3", {10, 12})],
+)
+def test_row_03_killed_while_the_best_state_is_saved(texts, expected, where, there):
+  """It was held since step 10 and is saved after the state of step 12, which is there; the same
+  command goes on to the same bits.
+  """
+  args = children.arguments("names", texts / "run", **RUN | {"train__keep_best": 1})
+  killed = children.run("jgpt.run", *args, cwd=texts, fault=f"kill@{where}")
+  assert killed.status == KILLED and len(killed.fired) == 1, killed.out + killed.err
+  assert there <= set(read_as_others_do(texts / "run"))
+  again = children.train(*args, cwd=texts)
+  assert "going on from step 12" in again.out
+  children.assert_same(children.bits(texts / "run"), expected)
+  assert children.nothing_half_done(texts / "run") == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_row_03_killed_before_any_operation_on_a_file(tmp_path, monkeypatch):
   """Every folder that a SIGKILL between two operations could leave, of a whole run with three saves
@@ -100,10 +120,10 @@ def test_row_03_killed_before_any_operation_on_a_file(tmp_path, monkeypatch):
     "train.save_every": 4,
     "train.eval_every": 6,
     "train.keep_latest": 2,
+    "train.keep_best": 0,
   }
-  args = children.arguments(
-    "names", "run", train__steps=12, train__save_every=4, train__eval_every=6, train__keep_latest=2
-  )
+  settings_of_train = {k.replace(".", "__"): v for k, v in changes.items() if "train." in k}
+  args = children.arguments("names", "run", **settings_of_train)
   images = {}
 
   def copy(mark):
