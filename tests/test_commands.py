@@ -589,7 +589,7 @@ def test_the_console_script_dispatches(capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["jgpt", "run", "--list"])
   assert cli.main() == 0 and "names" in capsys.readouterr().out
   monkeypatch.setattr(sys, "argv", ["jgpt", "rnu"])
-  assert cli.main() == 2 and "there are run, sample, bench" in capsys.readouterr().err
+  assert cli.main() == 2 and "There are run, sample, bench" in capsys.readouterr().err
 
 
 @pytest.mark.slow
