@@ -18,6 +18,9 @@ from jgpt.keys import DATA, EVAL, derive_key
 from jgpt.sharding import constrain
 
 EVAL_DOCUMENTS = 256  # in a batch of evaluation
+# Documents that are short and few at once would take longer one by one: an evaluation of `names`
+# was the quickest with activations of this many numbers, 128 kB.
+MIN_ACTIVATION = 1 << 15
 
 
 class Batch(NamedTuple):
@@ -212,6 +215,31 @@ def make_seen_counter(corpus: Corpus, config: DataConfig) -> Callable[[int], See
   return count_seen
 
 
+def count_eval_rows(experiment: Experiment, num_devices: int) -> int:
+  """Counts the sequences that an evaluation computes at once: on each device those of training.
+
+  So a run that fits into memory for training also does for evaluation, which needs no gradients.
+  More documents are taken where that is no more than `MIN_ACTIVATION` numbers.
+
+  Args:
+    experiment: resolved. `mesh.data` is the number of devices of training; None is all of them.
+    num_devices: that the evaluation is divided over.
+
+  Returns:
+    A multiple of `num_devices`.
+  """
+  data, model = experiment.data, experiment.model
+  rows = experiment.train.micro_batch_size or data.batch_size
+  if experiment.compute.group_documents is True:
+    rows = data.batch_size // NUM_GROUPS
+  rows = max(1, rows // (experiment.mesh.data or jax.device_count()))
+  if data.batching == "documents":
+    widths = model.padded_vocab_size, model.d_ff, 3 * model.d_model, model.num_heads * data.seq_len
+    rows = max(rows, MIN_ACTIVATION // (data.seq_len * max(widths)))
+    rows = min(rows, -(-EVAL_DOCUMENTS // num_devices))
+  return rows * num_devices
+
+
 def next_documents(corpus: Documents, step: jax.Array, config: DataConfig) -> Batch:
   """Takes the next `batch_size` documents in order, starting over after the last.
 
@@ -334,6 +362,13 @@ def split(batch: Batch, micro_batch_size: int) -> Batch:
     return x.reshape(micro_batch_size, num_micro, *x.shape[1:]).swapaxes(0, 1)
 
   return jax.tree.map(take, batch)
+
+
+def split_padded(batch: Batch, num_rows: int) -> Batch:
+  """Splits a batch of any size like `split`; rows that it lacks have weight 0."""
+  num_missing = -batch.inputs_BT.shape[0] % num_rows
+  padded = jax.tree.map(lambda x: jnp.pad(x, ((0, num_missing), (0, 0))), batch)
+  return split(jax.tree.map(lambda x: constrain(x, ("batch", None)), padded), num_rows)
 
 
 def group_by_length(batch: Batch) -> Batch:

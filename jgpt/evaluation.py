@@ -6,6 +6,7 @@ Nothing is dropped out in evaluation. Batches are made in `batches.py`; what is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from functools import partial
@@ -22,23 +23,25 @@ from jgpt.batches import (
   Documents,
   Stream,
   count_eval_batches,
+  count_eval_rows,
   eval_batch,
+  split_padded,
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside
+from jgpt.sharding import beside, find_mesh
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
 
 class EvalSums(NamedTuple):
-  """Sums over the parts of an evaluation, each over a batch at most; `finish_evaluation` adds them.
+  """The sums of an evaluation over each part that it computed at once, a batch at most.
 
-  A sum in float32 over all of them would lose its last digits from 2^24 tokens on.
+  `finish_evaluation` adds them: a sum of all in float32 would lose digits from 2^24 tokens on.
 
   Attributes:
-    nats: float32 [parts], sums of -log p(target).
-    tokens: int32 [parts], the numbers of targets.
+    nats: float32 [batches, parts of a batch], sums of -log p(target).
+    tokens: int32, of the same shape, the numbers of targets.
   """
 
   nats: jax.Array
@@ -84,11 +87,17 @@ def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
   return EvalSums(nats, jnp.sum(batch.weights_BT > 0, dtype=jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("experiment", "num_batches", "whole"))
+@partial(jax.jit, static_argnames=("experiment", "num_batches", "whole", "num_rows"))
 def evaluate(
-  params: dict, corpus: Corpus, experiment: Experiment, *, num_batches: int, whole: bool
+  params: dict,
+  corpus: Corpus,
+  experiment: Experiment,
+  *,
+  num_batches: int,
+  whole: bool,
+  num_rows: int,
 ) -> EvalSums:
-  """Computes the sums of batches 0 to `num_batches` - 1.
+  """Computes the sums of batches 0 to `num_batches` - 1, one part after the other.
 
   Args:
     params: as `init_params` returns them; blocks stacked or a list.
@@ -96,10 +105,12 @@ def evaluate(
     experiment: resolved.
     num_batches: at least 1.
     whole: see `eval_batch`.
+    num_rows: sequences in a part, a multiple of the devices that the parameters lie on.
   """
 
   def compute(number: jax.Array) -> EvalSums:
-    return eval_step(params, eval_batch(corpus, number, experiment, whole=whole), experiment)
+    parts = split_padded(eval_batch(corpus, number, experiment, whole=whole), num_rows)
+    return jax.lax.map(lambda part: eval_step(params, part, experiment), parts)
 
   return jax.lax.map(compute, jnp.arange(num_batches, dtype=jnp.int32))
 
@@ -109,13 +120,19 @@ def begin_evaluation(
 ) -> EvalSums:
   """Starts to compute the loss over a corpus; `finish_evaluation` of what is returned waits for it.
 
+  Every batch is divided over devices and into parts as training's are, see `count_eval_rows`.
+
   Args:
-    params: as `init_params` returns them; blocks stacked or a list.
+    params: as `init_params` returns them; blocks stacked or a list. The devices that they lie on
+      divide each part.
     corpus: at least one prediction.
     experiment: resolved.
     num_batches: batches to take; None, or more than there are, takes every prediction once.
   """
-  return evaluate(params, corpus, experiment, **_choose_batches(corpus, experiment, num_batches))
+  with _use_mesh(params):
+    chosen = _choose_batches(corpus, experiment, num_batches)
+    rows = _count_rows(params, experiment)
+    return evaluate(params, corpus, experiment, **chosen, num_rows=rows)
 
 
 def finish_evaluation(sums: EvalSums) -> tuple[float, int]:
@@ -148,10 +165,12 @@ def begin_due_evaluation(
 
 def compile_evaluation(
   params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
-) -> None:
+) -> jax.stages.Compiled:
   """Compiles what `begin_evaluation` calls with such arguments, and runs nothing."""
-  chosen = _choose_batches(corpus, experiment, num_batches)
-  evaluate.lower(params, corpus, experiment, **chosen).compile()
+  with _use_mesh(params):
+    chosen = _choose_batches(corpus, experiment, num_batches)
+    rows = _count_rows(params, experiment)
+    return evaluate.lower(params, corpus, experiment, **chosen, num_rows=rows).compile()
 
 
 def schedule_evaluations(
@@ -193,8 +212,20 @@ def count_sample_batches(corpus: Corpus, experiment: Experiment) -> int | None:
   return None if chosen["whole"] else chosen["num_batches"]
 
 
+def _use_mesh(params: dict) -> contextlib.AbstractContextManager:
+  """Sets the mesh that parameters lie on, for `sharding.constrain`."""
+  mesh = find_mesh(params)
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _count_rows(params: dict, experiment: Experiment) -> int:
+  """Counts the sequences that the devices of the parameters compute at once."""
+  mesh = find_mesh(params)
+  return count_eval_rows(experiment, mesh.size if mesh else 1)
+
+
 def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | None) -> dict:
-  """Returns the static arguments of `evaluate`."""
+  """Returns which batches `evaluate` takes, as its arguments."""
   num_available = count_eval_batches(corpus, experiment.data)
   is_random = experiment.data.batching == "random"
   whole = num_batches is None or (num_batches >= num_available and not is_random)

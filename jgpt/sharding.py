@@ -55,6 +55,16 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
   )
 
 
+def find_mesh(tree: Any) -> Mesh | None:
+  """Returns the mesh that a pytree of arrays lies on; None where they lie on one device by itself.
+
+  Args:
+    tree: arrays of JAX or NumPy, or shapes with shardings.
+  """
+  place = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+  return place.mesh if isinstance(place, NamedSharding) else None
+
+
 def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   """Maps logical axes to a partition spec.
 

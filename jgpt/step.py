@@ -85,7 +85,7 @@ def loss_and_grads(
   The batch is taken at once, or in parts whose gradients are added: micro-batches, or with
   `compute.group_documents` groups of documents of like length, where a group of short ones is cut
   to half of the positions. Every part is divided by the whole batch's weight, so that the sum is
-  the whole batch's gradient.
+  the whole batch's gradient, with about the whole batch's rounding error.
 
   Args:
     params: as `init_params` returns them; blocks stacked or a list.
@@ -118,13 +118,13 @@ def loss_and_grads(
     half = jax.tree.map(lambda x: x[:, : x.shape[1] // 2], part)
     return jax.lax.cond(batches.needs_all_positions(part), compute, lambda _: compute(half), part)
 
-  def add(total: tuple, part_and_number: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
-    return jax.tree.map(jnp.add, total, compute_part(*part_and_number)), None
+  def add(total: dict, part_and_number: tuple[Batch, jax.Array]) -> tuple[dict, jax.Array]:
+    loss, grads = compute_part(*part_and_number)
+    return jax.tree.map(jnp.add, total, grads), loss
 
   numbers = jnp.arange(parts.inputs_BT.shape[0])
-  shapes = jax.eval_shape(compute_part, jax.tree.map(lambda x: x[0], parts), numbers[0])
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return jax.lax.scan(add, zeros, (parts, numbers))[0]
+  grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, numbers))
+  return jnp.sum(losses), grads
 
 
 def train_step(

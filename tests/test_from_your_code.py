@@ -437,7 +437,9 @@ def test_estimate_loss_on_given_windows(x64, batching):
     jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 120), jnp.int32)
   )
   num_batches, model = 3, make_torch_model().eval()
-  evaluate = partial(jgpt.evaluation.evaluate, num_batches=num_batches, whole=False)
+  evaluate = partial(
+    jgpt.evaluation.evaluate, num_batches=num_batches, whole=False, num_rows=BATCH_SIZE
+  )
   run = jax.jit(lambda params: evaluate(params, corpus, experiment), compiler_options=QUICK)
   sums = (run(cast(draw_params(CONFIG), "float64")) for _ in range(2))
   (loss, num_tokens), again = map(jgpt.evaluation.finish_evaluation, sums)

@@ -145,7 +145,8 @@ class DataConfig:
     source: name of a known text (see `jgpt.data.sources.SOURCES`).
     path: replaces `source` by a user's UTF-8 text, or by token files (*.bin of `prepare`, llm.c or
       nanoGPT): a file, a glob, or a folder of either *.txt or *.bin files.
-    tokenizer: "characters", "bytes", "bpe" (byte-level BPE trained on the training part) or "gpt2".
+    tokenizer: "characters", "bytes", "bpe" (byte-level BPE, trained on the training part alone) or
+      "gpt2".
     bpe_vocab_size: ids of a "bpe" tokenizer, at least 256.
     mark_paragraphs: whether GPT-2's end-of-text token is put before each paragraph (text between
       blank lines), as in llm.c.
@@ -290,7 +291,7 @@ class TrainConfig:
       folder or one of its checkpoints/STEP. Step, schedule and order of the data begin anew.
     micro_batch_size: sequences per forward and backward pass; None takes the whole batch.
       Gradients are accumulated inside the step, so the update is that of the whole batch, except
-      that dropout drops other entries.
+      that dropout drops other entries. Evaluation takes as many sequences at once.
     log_every: updates between two lines of progress.
     eval_every: updates between two evaluations on the held-out part, the first before any update;
       the last update is followed by one too. "auto" takes a fifth of `steps`, or with `epochs` an
