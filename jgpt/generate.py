@@ -17,7 +17,7 @@ from jgpt.config import ComputeConfig, Experiment, ModelConfig, SampleConfig
 from jgpt.config.experiment import PLAIN
 from jgpt.errors import UserError, show
 from jgpt.keys import SAMPLE, derive_key
-from jgpt.model import Cache, apply, embed, predict_logits, run_blocks
+from jgpt.model import Cache, embed, predict_logits, run_blocks
 from jgpt.sharding import beside, unstack_blocks
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
@@ -202,7 +202,9 @@ def generate(
   def slide(carry: tuple) -> tuple:
     n, text_BT, done_B = carry
     window_BS = jax.lax.dynamic_slice_in_dim(text_BT, n - S, S, axis=1)
-    return n + 1, *extend(text_BT, done_B, n, apply(params, window_BS, config, compute)[:, -1])
+    x_BSD, _ = run_blocks(params, embed(params, window_BS, 0, config), config, compute)
+    # The logits of all positions would take S times the memory.
+    return n + 1, *extend(text_BT, done_B, n, predict_logits(params, x_BSD[:, -1:], config)[:, 0])
 
   end = prompt_len + max_tokens
   fits = jnp.minimum(end, S + 1)  # the token at n is computed from n tokens
