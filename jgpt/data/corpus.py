@@ -43,8 +43,8 @@ class Data:
 
   Attributes:
     text: the text and its origin. For token files `kind` is "token files" and `text` is empty.
-    label: name of the source, followed by "(bundled)" for the list that comes with jgpt; None where
-      the user named a path.
+    label: the name under which the text is known by its digest, see `sources.find_label`; None for
+      any other text, and for token files.
     tokenizer: maps between the text and its ids.
     train: tokens of the training part (NumPy arrays).
     heldout: tokens of the held-out part (NumPy arrays).
@@ -133,13 +133,8 @@ def load_data(
   Raises:
     UserError: if there is too little text for a window, or too much for 32-bit positions.
   """
-  label = (
-    None
-    if config.path is not None
-    else config.source + (" (bundled)" if text.kind == "bundled" else "")
-  )
   load = _load_documents if config.batching == "documents" else _load_stream
-  return load(text, label, config, seed, tokenizer)
+  return load(text, sources.find_label(text), config, seed, tokenizer)
 
 
 # --- Documents ---
@@ -253,11 +248,46 @@ def _load_stream(
   with _explain_unknown(tokenizer, text.location):
     train, heldout = (_encode(part, made, config) for part in (train_text, heldout_text))
   if config.heldout_tokens is not None:
+    if tokenizer is None and config.tokenizer == "bpe":
+      made, train = _learn_beyond(text, made, train, config)
     heldout, train = train[: config.heldout_tokens], train[config.heldout_tokens :]
   _check_lengths(len(train), len(heldout), text.location, config)
   streams = Stream(train), Stream(heldout)
   summary = [f"{len(text.text):,} characters", _describe_parts(*streams, config)]
   return Data(text, label, made, *streams, documents=[], summary=summary)
+
+
+def _learn_beyond(
+  text: Text, tokenizer: Tokenizer, ids: np.ndarray, config: DataConfig
+) -> tuple[Tokenizer, np.ndarray]:
+  """Learns merges from what follows a text's first `heldout_tokens` tokens.
+
+  How many characters these tokens are depends on the merges. So merges are learnt beyond a cut, and
+  again beyond a later one while the tokens reach over it.
+
+  Args:
+    text: the whole text.
+    tokenizer: learnt from all of it, to find the first cut.
+    ids: of the text, by that tokenizer.
+    config: `heldout_tokens` and `bpe_vocab_size` are read.
+
+  Returns:
+    The tokenizer, and the ids of the whole text.
+  """
+  cut, num_heldout = 0, config.heldout_tokens
+  # Where nothing is left to learn from, `_check_lengths` says so.
+  while num_heldout < len(ids) and cut < (end := _count_chars(ids[:num_heldout], tokenizer)):
+    cut = end + end // 100  # a little further, so that the next merges hardly reach over it
+    tokenizer = _make_stream_tokenizer(text, text.text[cut:], config)
+    ids = _encode(text.text, tokenizer, config)
+  return tokenizer, ids
+
+
+def _count_chars(ids: np.ndarray, tokenizer: Tokenizer) -> int:
+  """Counts the characters that the first ids of a text reach into."""
+  content = b"".join(tokenizer.token_bytes[i] for i in ids.tolist())
+  whole = content.decode(errors="ignore")
+  return len(whole) + (len(whole.encode()) < len(content))
 
 
 def _make_stream_tokenizer(text: Text, train_text: str, config: DataConfig) -> Tokenizer:

@@ -33,9 +33,11 @@ class PinnedText(PinnedFile):
 
   Attributes:
     chars: its distinct characters. They give the size of the vocabulary without reading the text.
+    bundled_sha256: of the substitute in the package; None where there is none.
   """
 
   chars: str
+  bundled_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ SOURCES: dict[str, PinnedText | GeneratedText] = {
     num_bytes=228145,
     chars="\n" + string.ascii_lowercase,
     bundled=True,
+    bundled_sha256="f41db6ca320a2757aba9c320a4370138ff280b8dccfca0a8cebd14186d626ac6",
   ),
   "tiny_shakespeare": PinnedText(
     filename="tinyshakespeare.txt",
@@ -213,10 +216,29 @@ def get_source(name: str) -> PinnedText | GeneratedText:
   return SOURCES[name]
 
 
+def find_label(text: Text) -> str | None:
+  """Finds the name under which a text is known, whatever its path.
+
+  Returns:
+    The name of the source whose digest the text has, followed by "(bundled)" for the list that
+    comes with jgpt; for a text that jgpt makes, the name of that source. None for any other text.
+  """
+  for name, source in SOURCES.items():
+    if isinstance(source, GeneratedText):
+      if text.kind == source.kind:
+        return name
+    elif text.sha256 == source.sha256:
+      return name
+    elif text.sha256 == source.bundled_sha256:
+      return f"{name} (bundled)"
+  return None
+
+
 def expected_vocab_size(config: DataConfig) -> int:
   """Returns the size of the vocabulary that the data will have.
 
-  Needed to count parameters before a run; downloads nothing and reads no ids.
+  Needed to count parameters before a run; downloads nothing and reads no ids. A user's own file in
+  the place of a known text is read.
 
   Raises:
     UserError: if `data.path` or `data.source` names nothing, or a file cannot be read.
@@ -227,10 +249,13 @@ def expected_vocab_size(config: DataConfig) -> int:
     return {"bytes": 256, "bpe": config.bpe_vocab_size, "gpt2": 50257}[config.tokenizer]
   is_documents = config.batching == "documents"
   source = get_source(config.source) if config.path is None else None
-  if isinstance(source, PinnedText):
+  own = find_user_file(source) if isinstance(source, PinnedText) else None
+  if isinstance(source, PinnedText) and (
+    own is None or digest_bytes(_read_bytes(own)) == source.sha256
+  ):
     chars = set(source.chars) - set("\n" if is_documents else "")
   else:
-    text = find_text(config)
+    text = find_text(config) if own is None else read_text(own, "JGPT_DATA_DIR")
     chars = set().union(*text.documents()) if is_documents else set(text.text)
   return len(chars) + is_documents  # documents have a BOS
 

@@ -406,6 +406,37 @@ def test_merges_are_learned_from_the_training_part_alone():
   assert len(data.train.tokens) < 0.5 * len(text) * 0.9
 
 
+@pytest.mark.parametrize("num_heldout", [60, 700])
+def test_merges_are_learned_from_what_follows_the_first_tokens(num_heldout):
+  """The held-out tokens come first, and how many characters they are depends on the merges.
+
+  A run that goes on with the recorded tokenizer has the same parts.
+  """
+  pytest.importorskip(
+    "tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)"
+  )
+  text = "zyxwvüt " * (num_heldout // 8 + 1) + "the cat sat on the mat. " * 200
+  changes = {"tokenizer": "bpe", "bpe_vocab_size": 265, "heldout_tokens": num_heldout}
+  data = load_stream(text, **changes)
+  assert len(data.heldout.tokens) == num_heldout
+  assert not any(b"z" in token or b"xw" in token for token in data.tokenizer.token_bytes[256:])
+  ids = np.concatenate([data.heldout.tokens, data.train.tokens]).tolist()
+  assert data.tokenizer.decode(ids) == text and data.tokenizer.encode(text) == ids
+  config = dataclasses.replace(NAMES, batching="random", seq_len=8, heldout_fraction=0.0, **changes)
+  again = load_data(Text(text, "path", "play.txt", ""), config, 0, data.tokenizer)
+  np.testing.assert_array_equal(again.heldout.tokens, data.heldout.tokens)
+  np.testing.assert_array_equal(again.train.tokens, data.train.tokens)
+
+
+def test_too_many_tokens_held_out_leave_nothing_to_learn_merges_from():
+  pytest.importorskip(
+    "tokenizers", reason="byte-level BPE is trained by tokenizers (the extra bpe)"
+  )
+  text = "the cat sat on the mat. " * 200
+  with pytest.raises(UserError, match=r"takes .* of .* tokens"):
+    load_stream(text, tokenizer="bpe", bpe_vocab_size=257, heldout_tokens=10**6)
+
+
 def test_llm_cs_shakespeare_is_read_as_llm_c_does():
   """An end-of-text token before each paragraph.
 

@@ -23,6 +23,7 @@ from jgpt.data.sources import (
   Text,
   expected_vocab_size,
   find_gpt2_files,
+  find_label,
   find_text,
 )
 from jgpt.errors import UserError
@@ -359,6 +360,34 @@ def test_vocabulary_is_known_without_reading_a_source(places):
   assert (
     expected_vocab_size(data_config(path=str(places.mine), **stream)) == 6
   )  # a, b, c, the space, \r, \n
+
+
+def test_vocabulary_of_another_file_under_a_known_name_is_counted(places):
+  """Not every names.txt is the list of names: parameters are counted for the one that is there."""
+  places.data.write_bytes("Zoë\nan\n".encode())
+  assert expected_vocab_size(data_config()) == 6  # Z, o, ë, a, n and BOS
+  assert expected_vocab_size(data_config(batching="random")) == 6  # a newline for BOS
+  places.data.write_bytes(ORIGINAL)
+  assert expected_vocab_size(data_config()) == 27
+  assert places.downloads == 0
+
+
+def test_a_text_is_known_by_its_digest_whatever_its_path(places):
+  for path in (places.mine, places.data):
+    path.write_bytes(b"names of my own\n")
+  assert find_label(find_text(data_config())) is None
+  assert find_label(find_text(data_config(path=str(places.mine)))) is None
+  for path in (places.mine, places.data):
+    path.write_bytes(ORIGINAL)
+  assert find_label(find_text(data_config())) == "names"
+  assert find_label(find_text(data_config(path=str(places.mine)))) == "names"
+  bundled = BUNDLED.read_bytes()
+  places.mine.write_bytes(bundled)
+  assert find_label(find_text(data_config(path=str(places.mine)))) == "names (bundled)"
+  places.mine.write_bytes(bundled + b"zoe\n")
+  assert find_label(find_text(data_config(path=str(places.mine)))) is None
+  for source in ("hamlet", "python_docs"):
+    assert find_label(find_text(data_config(source=source))) == source
 
 
 def test_vocabulary_of_texts_that_are_made_is_counted(places):
