@@ -77,12 +77,12 @@ def describe_sequence(text: str, run: Run) -> str:
     if len(text) < seq_len:
       return whole
     return f"{whole}; cut after {seq_len} predictions, the context in training"
-  num_tokens, max_seq_len = len(run.tokenizer.encode(text)), run.experiment.model.max_seq_len
-  if num_tokens <= max_seq_len + 1:
+  num_tokens, seq_len = len(run.tokenizer.encode(text)), run.experiment.data.seq_len
+  if num_tokens <= seq_len + 1:
     return f"{num_tokens:,} tokens; each predicts the next, so the first has no row"
   return (
-    f"the first {max_seq_len + 1:,} of {num_tokens:,} tokens: the context is {max_seq_len:,}; each "
-    "predicts the next"
+    f"the first {seq_len + 1:,} of {num_tokens:,} tokens, one window: training has {seq_len:,} "
+    "positions; each predicts the next"
   )
 
 
@@ -112,14 +112,16 @@ def describe_loss(rows: Sequence[Prediction], run: Run) -> list[tuple[str, str]]
   from jgpt.report.console import format_perplexity, uniform_loss
 
   loss, model = mean_loss(rows), run.experiment.model
-  alone = "this document" if run.experiment.data.batching == "documents" else "this text"
-  dropped = ", if dropout dropped nothing" if model.dropout else ""
+  same = "evaluation of these tokens alone reports the same loss"
+  if run.experiment.data.batching == "documents":
+    dropped = ", if dropout dropped nothing" if model.dropout else ""
+    same = f"training on this document alone would report the same loss for these weights{dropped}"
   return [
     (
       "loss",
       f"{loss:.4f} nats per token: the mean of the column -log p over {len(rows):,} predictions",
     ),
-    ("", f"training on {alone} alone would report the same loss for these weights{dropped}"),
+    ("", same),
     (
       "perplexity",
       f"{format_perplexity(loss)}: on average as unsure as among so many tokens, all alike",

@@ -67,11 +67,11 @@ class Prediction:
 
 
 def make_text_batch(text: str, tokenizer: Tokenizer, experiment: Experiment) -> Batch:
-  """Makes the batch of one sequence that training would make of a text.
+  """Makes the batch of one sequence that training or evaluation would make of a text's beginning.
 
   Where batches are documents: BOS, characters, BOS, cut or padded to `data.seq_len` predictions;
   padding has weight zero. Otherwise each token of the text predicts the next one, for at most
-  `model.max_seq_len` predictions.
+  `data.seq_len` predictions: further positions were never trained.
 
   Args:
     text: one document, or a piece of a stream.
@@ -90,7 +90,7 @@ def make_text_batch(text: str, tokenizer: Tokenizer, experiment: Experiment) -> 
       f"the text {text!r} has {len(ids)} token{'s' * (len(ids) != 1)}, and each token predicts the "
       "next: it needs 2. Try a longer --text"
     )
-  tokens = np.asarray([ids[: experiment.model.max_seq_len + 1]], np.int32)
+  tokens = np.asarray([ids[: experiment.data.seq_len + 1]], np.int32)
   weights_BT = np.ones((1, tokens.shape[1] - 1), np.float32)
   return jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], weights_BT))
 
@@ -111,11 +111,11 @@ def predict(
     One prediction for each position whose weight is not zero.
   """
   log_probs_BTV = jax.device_get(_compute_log_probs(params, batch.inputs_BT, config))
-  log_probs_TV, batch = log_probs_BTV[0].astype(np.float64), jax.device_get(batch)
+  log_probs_TV, batch = log_probs_BTV[0], jax.device_get(batch)
   inputs, targets = batch.inputs_BT[0].tolist(), batch.targets_BT[0].tolist()
   rows = []
   for t in range(int(np.sum(batch.weights_BT))):
-    log_probs_V = log_probs_TV[t, : config.vocab_size]
+    log_probs_V = log_probs_TV[t, : config.vocab_size].astype(np.float64)
     best = np.argsort(-log_probs_V, kind="stable")[:num_guesses].tolist()
     rows.append(
       Prediction(

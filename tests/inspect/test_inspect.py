@@ -6,6 +6,7 @@ The first updates of a number, against training.
 import ast
 import functools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
 from jgpt.params import find_entry
 from jgpt.runs.folder import read_run_files
+from jgpt.runs.open import open_run
 from jgpt.sharding import stack_blocks
 from jgpt.step import loss_fn
 from jgpt.text.bpe import BpeTokenizer
@@ -72,9 +74,9 @@ FRAMED = {
   "–\n\0": ("verse", [0xE2, 0x80, 0x93, 0x0A], [0x80, 0x93, 0x0A, 0x00]),
   "to be that is the question": (
     "verse",
-    [*b"to be that is the qu"],
-    [*b"o be that is the que"],
-  ),  # 20 positions
+    [*b"to be that is th"],
+    [*b"o be that is the"],
+  ),  # 16 positions are trained, of the model's 20
 }
 
 
@@ -170,7 +172,19 @@ def test_what_is_cut_is_said(capsys, words, verse):
   assert "cut after 5 predictions" in call(capsys, "--run", words.workdir, "--text", "axrst")[1]
   assert "cut" not in call(capsys, "--run", words.workdir, "--text", "axr")[1]
   out = call(capsys, "--run", verse.workdir, "--text", "x" * 30)[1]
-  assert "the first 21 of 30 tokens: the context is 20" in out and "dropout" in out
+  assert "the first 17 of 30 tokens, one window: training has 16 positions" in out
+  assert (
+    "evaluation of these tokens alone reports the same loss" in out and "training on" not in out
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [2, 17, 30])
+def test_evaluation_of_the_tokens_in_the_table_has_their_loss(capsys, verse, num):
+  text = ("to be, or not" * 3)[:num]
+  out = call(capsys, "--run", verse.workdir, "--text", text)[1]
+  stated = float(re.search(r"loss +(\d+\.\d+) nats", out)[1])
+  assert stated == pytest.approx(open_run(verse.workdir).loss(text[:17]), abs=1e-4)
 
 
 def test_an_older_checkpoint(capsys, words):
