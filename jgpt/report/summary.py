@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jgpt import sharding
+from jgpt.batches import count_epoch_steps
 from jgpt.config import Experiment
 from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, list_settings
@@ -72,6 +73,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     ("optimizer", describe_groups(experiment)),
     ("training", describe_length(plan)),
     *(("", line) for line in describe_rates(experiment)),
+    *(("", line) for line in describe_untrained(plan)),
     ("compute", describe_compute(experiment, device.platform)),
     ("products", runtime.describe_precision(device)),
     (
@@ -169,23 +171,46 @@ def describe_compute(experiment: Experiment, platform: str) -> str:
 
 
 def describe_length(plan: Plan) -> str:
-  """Describes the number of updates, the batch, and the passes over the training part."""
+  """Describes the number of updates, the batch, and how much of the training part they take."""
   experiment, data = plan.experiment, plan.data
   batch_size, steps = experiment.data.batch_size, experiment.train.steps
+  num_batches = min(steps, experiment.data.num_batches or steps)
+  repeated = ""
+  if num_batches == 1 < steps:
+    repeated = "the same batch every time, "
+  elif num_batches < steps:
+    times = f"{steps / num_batches:,.1f}".removesuffix(".0")
+    repeated = f"the same {num_batches:,} batches {times} times, "
   if not data.documents:
     T, num_tokens = experiment.data.seq_len, len(data.train.tokens)
-    passes = steps / plan.epoch_steps if plan.epoch_steps else steps * batch_size * T / num_tokens
-    return f"{steps:,} steps of {batch_size} × {T} tokens: {passes:.2g} times the training part"
+    passes = num_batches * batch_size * T / num_tokens
+    if epoch_steps := count_epoch_steps(data.train, experiment.data):
+      passes = num_batches / epoch_steps
+    words = f"{steps:,} steps of {batch_size} × {T} tokens"
+    return f"{words}: {repeated}{_format_passes(passes)} the training part"
   tokens = data.train.lengths.mean() * batch_size
-  taken = min(steps, experiment.data.num_batches or steps) * batch_size
-  passes = taken / len(data.documents)
-  share = (
-    f"{passes:.1%} of the training documents"
-    if passes < 1
-    else f"{passes:.1f} times the training documents"
-  )
+  passes = num_batches * batch_size / len(data.documents)
   documents = f"{batch_size} document{'s' * (batch_size > 1)}"
-  return f"{steps:,} steps of {documents} ({tokens:.1f} tokens on average): {share}"
+  words = f"{steps:,} steps of {documents} ({tokens:.1f} tokens on average)"
+  return f"{words}: {repeated}{_format_passes(passes)} the training documents"
+
+
+def describe_untrained(plan: Plan) -> list[str]:
+  """Describes the positions of the model that no training window has; none where there are none."""
+  model, seq_len = plan.experiment.model, plan.experiment.data.seq_len
+  if seq_len == model.max_seq_len or plan.weights is not None:  # the weights may know them
+    return []
+  return [
+    f"positions {seq_len:,} to {model.max_seq_len - 1:,} are never trained, but sampled: "
+    f"data.seq_len={seq_len} is less than model.max_seq_len={model.max_seq_len}"
+  ]
+
+
+def _format_passes(passes: float) -> str:
+  """Formats a share or a multiple of the training part: "3.3% of", "1.9 times", "120 times"."""
+  if passes < 1:
+    return f"{passes:.1%} of" if passes >= 0.001 else f"{100 * passes:.1g}% of"
+  return f"{passes:.1f} times" if passes < 100 else f"{passes:,.0f} times"
 
 
 def describe_rates(experiment: Experiment) -> list[str]:

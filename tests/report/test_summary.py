@@ -1,8 +1,14 @@
 """The start and the end of a run's output: what is said about its settings, what is suggested."""
 
+import types
+
+import numpy as np
+import pytest
+
+from jgpt.batches import Documents, Stream
 from jgpt.config import catalog
 from jgpt.config.settings import change
-from jgpt.report.summary import describe_widths
+from jgpt.report.summary import describe_length, describe_untrained, describe_widths
 
 
 def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
@@ -14,3 +20,57 @@ def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
   assert line.startswith("model.d_ff=64 is 1.33 times model.d_model=48;")
   assert line.endswith("--set model.d_ff=192")
   assert describe_widths(change(wide, {"model.d_ff": 192})) == []
+
+
+def plan_of(name, weights=None, **changes):
+  """A plan on 20,001 tokens, or on 50 documents of 6 predictions."""
+  changes = {"data.batch_size": 4, "data.seq_len": 10} | changes
+  experiment = change(catalog.load_experiment(name), changes)
+  documents = ["abcde"] * 50 if experiment.data.batching == "documents" else []
+  stream = Stream(np.zeros(20_001, np.int32))
+  rows = Documents(np.zeros((50, 11), np.int32), np.full(50, 6))
+  data = types.SimpleNamespace(train=rows if documents else stream, documents=documents)
+  return types.SimpleNamespace(experiment=experiment, data=data, epoch_steps=None, weights=weights)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "words"),
+  [
+    ("shakespeare_bytes", {"train.steps": 950}, "1.9 times the training part"),
+    ("shakespeare_bytes", {"train.steps": 100}, "20.0% of the training part"),
+    (
+      "shakespeare_bytes",
+      {"train.steps": 950, "data.num_batches": 1},
+      "the same batch every time, 0.2% of the training part",
+    ),
+    (
+      "shakespeare_bytes",
+      {"train.steps": 950, "data.num_batches": 3},
+      "the same 3 batches 316.7 times, 0.6% of the training part",
+    ),
+    ("shakespeare_bytes", {"train.steps": 2, "data.num_batches": 3}, "0.4% of the training part"),
+    ("shakespeare_bytes", {"train.steps": 100_000}, "200 times the training part"),
+    (
+      "shakespeare_bytes",
+      {"train.steps": 1000, "data.batching": "epochs", "data.num_batches": 250},
+      "the same 250 batches 4 times, 50.0% of the training part",
+    ),
+    ("names", {"train.steps": 10}, "80.0% of the training documents"),
+    (
+      "names",
+      {"train.steps": 1000, "data.num_batches": 1},
+      "the same batch every time, 8.0% of the training documents",
+    ),
+    ("names", {"train.steps": 100}, "8.0 times the training documents"),
+  ],
+)
+def test_how_much_of_the_training_part_a_run_takes(name, changes, words):
+  assert describe_length(plan_of(name, **changes)).endswith(f": {words}")
+
+
+def test_positions_that_no_window_has_are_named():
+  (line,) = describe_untrained(plan_of("shakespeare_bytes", **{"model.max_seq_len": 64}))
+  assert line.startswith("positions 10 to 63 are never trained")
+  assert describe_untrained(plan_of("shakespeare_bytes", **{"model.max_seq_len": 10})) == []
+  # Weights that were found may have been trained there.
+  assert describe_untrained(plan_of("shakespeare_bytes", {"location": "gpt2"})) == []
