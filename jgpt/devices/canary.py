@@ -77,7 +77,8 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
   """Compares compiled loss and gradients with those computed in float64 without jit.
 
   The network has the experiment's sizes and switches, at most two layers and no dropout. The batch
-  has the experiment's length and at most 1,024 tokens (or one sequence), drawn uniformly.
+  has the experiment's length and at most a micro-batch or 1,024 tokens (or one sequence), drawn
+  uniformly.
 
   Args:
     experiment: resolved.
@@ -96,7 +97,7 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
     partial(init_params, config=as_run.model), compiler_options=choose_quick_options(as_run)
   )
   params = jax.device_get(draw(derive_key(experiment.train.seed, INIT, 0)))
-  batch = draw_batch(as_run)
+  batch = draw_batch(dataclasses.replace(as_run, train=experiment.train))
   expected = compute_in_float64(params, batch, plain)
 
   def compare_with(experiment: Experiment, options: dict) -> tuple[str, float]:
@@ -125,7 +126,8 @@ def draw_batch(experiment: Experiment) -> Batch:
     experiment: resolved.
   """
   T = experiment.data.seq_len
-  B = max(1, min(experiment.data.batch_size, MAX_TOKENS // T))
+  B = experiment.train.micro_batch_size or experiment.data.batch_size
+  B = max(1, min(B, MAX_TOKENS // T))
   if experiment.compute.group_documents is True:
     B = max(NUM_GROUPS, B - B % NUM_GROUPS)
   rng = np.random.default_rng(experiment.train.seed)

@@ -190,6 +190,12 @@ def test_the_batch_can_be_cut_into_groups_where_documents_are_grouped(seq_len, b
   assert float(batch.weights_BT.sum(axis=1).min()) >= 1
 
 
+def test_a_micro_batch_is_as_much_as_is_checked():
+  """The check after a run takes no more sequences at once than its updates."""
+  experiment = resolved("names", **{"data.batch_size": 8, "train.micro_batch_size": 2})
+  assert canary.draw_batch(resolve_compute(experiment, "cpu")).inputs_BT.shape == (2, 16)
+
+
 def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
   def out_of_memory(*args):
     raise MemoryError("no more")
