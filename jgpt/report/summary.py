@@ -198,7 +198,7 @@ def describe_length(plan: Plan) -> str:
 def describe_untrained(plan: Plan) -> list[str]:
   """Describes the positions of the model that no training window has; none where there are none."""
   model, seq_len = plan.experiment.model, plan.experiment.data.seq_len
-  if seq_len == model.max_seq_len or plan.weights is not None:  # the weights may know them
+  if seq_len == model.max_seq_len or plan.weights or plan.origin:  # which may know them
     return []
   return [
     f"positions {seq_len:,} to {model.max_seq_len - 1:,} are never trained, but sampled: "

@@ -30,7 +30,9 @@ def plan_of(name, weights=None, **changes):
   stream = Stream(np.zeros(20_001, np.int32))
   rows = Documents(np.zeros((50, 11), np.int32), np.full(50, 6))
   data = types.SimpleNamespace(train=rows if documents else stream, documents=documents)
-  return types.SimpleNamespace(experiment=experiment, data=data, epoch_steps=None, weights=weights)
+  return types.SimpleNamespace(
+    experiment=experiment, data=data, epoch_steps=None, weights=weights, origin=None
+  )
 
 
 @pytest.mark.parametrize(
