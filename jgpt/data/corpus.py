@@ -260,7 +260,7 @@ def _load_stream(
 def _learn_beyond(
   text: Text, tokenizer: Tokenizer, ids: np.ndarray, config: DataConfig
 ) -> tuple[Tokenizer, np.ndarray]:
-  """Learns merges from what follows a text's first `heldout_tokens` tokens.
+  """Trains a BPE on what follows a text's first `heldout_tokens` tokens.
 
   How many characters these tokens are depends on the merges. So merges are learnt beyond a cut, and
   again beyond a later one while the tokens reach over it.
