@@ -533,7 +533,10 @@ def test_weights_of_another_function_are_refused_and_the_advice_works(name, base
   other |= {"norm_final": False}
   source = resolve(change(base, {f"model.{name}": other[name]}), 256)
   params = draw(source.model)
-  mine = begin(base, save_run(tmp_path / "source", source, ByteTokenizer(), params))
+  path = save_run(tmp_path / "source", source, ByteTokenizer(), params)
+  if f"model.{name}" not in base.given:  # then it comes with the weights
+    assert equal_bits(plan_run(begin(base, path)).initial.params, params)
+  mine = begin(base, path, **{f"model__{name}": getattr(base.model, name)})
   message = refusal(mine)
   assert (
     f"model.{name}={str(other[name]).lower() if isinstance(other[name], bool) else other[name]} "
