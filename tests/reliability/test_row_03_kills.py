@@ -96,14 +96,15 @@ def test_row_03_killed_while_the_best_state_is_saved(texts, expected, where, the
   """It was held since step 10 and is saved after the state of step 12, which is there; the same
   command goes on to the same bits.
   """
-  args = children.arguments("names", texts / "run", **RUN | {"train__keep_best": 1})
-  killed = children.run("jgpt.run", *args, cwd=texts, fault=f"kill@{where}")
+  workdir = texts / f"best {where}"
+  args = children.arguments("names", workdir, **RUN | {"train__keep_best": 1})
+  killed = children.run("jgpt.run", *args, cwd=texts, fault=f"kill@{where}", folder=workdir.name)
   assert killed.status == KILLED and len(killed.fired) == 1, killed.out + killed.err
-  assert there <= set(read_as_others_do(texts / "run"))
+  assert there <= set(read_as_others_do(workdir))
   again = children.train(*args, cwd=texts)
   assert "going on from step 12" in again.out
-  children.assert_same(children.bits(texts / "run"), expected)
-  assert children.nothing_half_done(texts / "run") == []
+  children.assert_same(children.bits(workdir), expected)
+  assert children.nothing_half_done(workdir) == []
 
 
 @pytest.mark.slow
