@@ -35,7 +35,7 @@ from jgpt.config.synonyms import (
   synonym_names,
   translate,
 )
-from jgpt.errors import UserError, near_matches, show
+from jgpt.errors import UserError, near_matches, printable, show
 
 SECTIONS = {
   "model": ModelConfig,
@@ -243,9 +243,9 @@ def explain_unknown(
   words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
   text = f"{lead}{': ' if len(given) == 1 and notes else '. ' if notes else ''}{'. '.join(notes)}"
   if words:
-    return f"{text}. Try {shlex.join(words)}"
+    return printable(f"{text}. Try {shlex.join(words)}")
   if notes:
-    return text
+    return printable(text)
   return f"{text}.{near} All of them: {'--print-config' if '--set' in options else '--help'}"
 
 

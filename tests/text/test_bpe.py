@@ -314,7 +314,7 @@ def test_missing_tokenizers_is_said_with_what_to_install(monkeypatch):
     lambda: train_bpe_tokenizer("a", 256),
   ):
     with pytest.raises(
-      UserError, match=r"need the package `tokenizers`.*pip install tokenizers.*'jgpt\[bpe\]'"
+      UserError, match=r"need the package `tokenizers`.*pip install tokenizers.*with its extra bpe"
     ):
       need()
   assert absent.decode(ids) == "the cats"

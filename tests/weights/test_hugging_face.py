@@ -1084,7 +1084,7 @@ assert not any(sys.modules.get(name) for name in missing)
 def test_without_safetensors_the_extra_is_named(two_steps, tmp_path, capsys, monkeypatch):
   folder = write(tmp_path / "there", draw_params(ODD), ODD)
   monkeypatch.setitem(sys.modules, "safetensors", None)
-  with pytest.raises(UserError, match=r"pip install safetensors.*pip install 'jgpt\[hf\]'"):
+  with pytest.raises(UserError, match=r"pip install safetensors.*with its extra hf"):
     open_weights(str(folder))
   status, _, err = call(
     capsys, export.main, "--run", two_steps, "--format", "hf", "--out", tmp_path / "out"
