@@ -111,10 +111,14 @@ def keep_known_options(options: dict[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in options.items() if _are_known(((name, value),))}
 
 
+def probe_options() -> None:
+  """Computes nothing: the program that options are compiled with, to see whether they are known."""
+
+
 @functools.cache
 def _are_known(options: tuple[tuple[str, Any], ...]) -> bool:
   try:
-    jax.jit(lambda: None).lower().compile(compiler_options=dict(options))
+    jax.jit(probe_options).lower().compile(compiler_options=dict(options))
   except jax.errors.JaxRuntimeError:  # INVALID_ARGUMENT: No such compile option
     return False
   return True
