@@ -15,6 +15,7 @@ IN_CI = (
   "test_row_03_killed_at[leaf:5]",
   "test_row_03_killed_at[manifest:3]",
   "test_row_03_killed_at[deleting:3]",
+  "test_row_03_killed_while_the_best_state_is_saved[",
   "test_row_04_a_signal_at[save]",
   "test_row_04_a_signal_at[call=evaluation.evaluate_heldout]",
   "test_row_04_a_signal_while_something_takes_long_is_heard_at_once[compile-term]",
@@ -22,11 +23,17 @@ IN_CI = (
   "test_row_05_as_commands",
   "test_row_06_resume",
   "test_row_07_a_disk_that_is_full",
+  "test_row_07_a_result_that_cannot_be_written",
   "test_row_10_a_second_writer_is_refused",
+  "test_row_12_options_of_jax_in_the_environment_change_no_bit",
+  "test_row_13_a_run_that_gets_worse_keeps_its_best",
   "test_row_14_a_skipped_update_changes_nothing_but_step_and_rate[infinite loss]",
   "test_row_16_loss_and_gradients_are_one_whatever_the_way[documents, all at once]",
+  "test_row_18_one_program_trains_and_one_evaluates",
   "test_row_23_a_folder_that_lost",
   "test_row_26_names_that_are_no_words",
+  "test_row_28_every_transfer_is_explicit",
+  "test_row_28_without_jit_the_plain_functions_train",
 )
 # Whole files that the default run, which is to take less than five minutes, leaves to CI.
 SLOW_FILES = (

@@ -33,7 +33,7 @@ FILES = RunFiles(
 
 def expected_steps(losses, keep_latest, keep_best):
   """The rule, in other words than the code's: of (step, loss or None) saved one after the other,
-  which are left.
+  which are left, ascending.
   """
   left = []
   for saved in losses:
@@ -42,7 +42,7 @@ def expected_steps(losses, keep_latest, keep_best):
     rated = [(loss, -step) for step, loss in left if loss is not None and math.isfinite(loss)]
     best = [-step for _, step in sorted(rated)[:keep_best]]
     left = [(step, loss) for step, loss in left if step in newest or step in best]
-  return [step for step, _ in left]
+  return sorted(step for step, _ in left)
 
 
 def fake_step(workdir, step, loss):
