@@ -90,7 +90,7 @@ def advice(err: str) -> list[list[str]]:
   """
   ways = []
   for sentence in err.split("Try ")[1:]:
-    for way in re.split(r",? or (?=--set)", sentence):
+    for way in re.split(r",? or (?:for a new run )?(?=--set)", sentence):
       found = re.findall(r"--set ([\w.]+=[^\s,;'\"]+)", way)
       values = [word.rstrip(".") for word in found]
       if values and not any(value.partition("=")[2] in ("", "FILE", "TEXT") for value in values):

@@ -13,7 +13,11 @@ import small_runs
 
 from jgpt.runs import manifest
 
-LONG = {"train__steps": 200_000, "train__log_every": 100}
+LONG = {
+  "train__steps": 200_000,
+  "train__log_every": 100,
+  "optimizer__schedule": "constant",
+}
 
 
 @pytest.fixture
@@ -33,11 +37,7 @@ def test_row_10_a_second_writer_is_refused_and_the_first_goes_on(texts):
     first.wait_until(lambda: "\nstep" in first.out)
     os.symlink(texts / "run", texts / "link")
     others = [args, children.arguments("names", texts / "link", **LONG), [*args, "--fresh"]]
-    others.append(
-      children.arguments(
-        "names", "run", **(LONG | {"train__steps": 300_000, "optimizer__decay_steps": 200_000})
-      )
-    )
+    others.append(children.arguments("names", "run", **(LONG | {"train__steps": 300_000})))
     before = sorted(p.name for p in texts.iterdir())
     for number, other in enumerate(others):
       began = time.monotonic()

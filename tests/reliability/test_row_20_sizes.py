@@ -59,7 +59,11 @@ BEFORE_DEVICES = {
     "data.heldout_fraction=0",
   ): "takes 12,300 of 12,300 tokens",
   ("shakespeare_bytes", "sample.max_tokens=2147483647"): "must be at most 100000000",
-  ("microgpt", "train.init_from=weights"): "exclude each other. Try --set train.init=normal",
+  (
+    "microgpt",
+    "train.init=microgpt",
+    "train.init_from=weights",
+  ): "exclude each other. Try --set train.init=normal",
 }
 # On eight devices, which training would be divided over.
 DIVIDED = {
@@ -67,7 +71,7 @@ DIVIDED = {
     "names",
     "data.batch_size=6",
     "mesh.data=none",
-  ): "nearest: 8. Try --set data.batch_size=8 or --set mesh.data=6",
+  ): "nearest: 8. Try --set mesh.data=6, or for a new run --set data.batch_size=8",
   ("names", "mesh.data=none"): "data.batch_size=1 must be a multiple of the 8 devices",
   (
     "names",
@@ -81,7 +85,7 @@ DIVIDED = {
     "mesh.data=none",
   ): "train.micro_batch_size=6 must be",
   ("names", "data.batch_size=20", "train.micro_batch_size=5", "mesh.data=none"): (
-    "Try --set train.micro_batch_size=8 --set data.batch_size=24 or --set mesh.data=5"
+    "Try --set mesh.data=5, or for a new run --set train.micro_batch_size=8 --set data.batch_size=24"
   ),
   (
     "names",
@@ -93,7 +97,7 @@ DIVIDED = {
     "shakespeare_bytes",
     "data.batch_size=12",
     "mesh.data=none",
-  ): "nearest: 8 or 16. Try --set data.batch_size=16",
+  ): "nearest: 8 or 16. Try --set mesh.data=6, or for a new run --set data.batch_size=16",
   ("shakespeare_bytes", "data.batch_size=2147", *SMALL, "mesh.data=none"): "nearest: 2144 or 2152",
 }
 
