@@ -196,7 +196,7 @@ def test_row_07_a_result_that_cannot_be_written(texts, fault):
   """
   args = children.arguments("names", "run", **RUN)
   child = children.run("jgpt.run", *args, cwd=texts, fault=f"{fault}@result")
-  assert len(child.fired) == 1 and child.status == {"full": 0, "kill": -9}[fault], child.err
+  assert len(child.fired) == 1 and child.status == {"full": 0, "kill": 137}[fault], child.err
   if fault == "full":
     assert re.fullmatch(r"WARNING: run/result\.json was not written: .*space.*\n", child.err)
   assert manifest.list_steps(texts / "run")[-1] == 40

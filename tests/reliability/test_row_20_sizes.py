@@ -85,7 +85,7 @@ DIVIDED = {
     "mesh.data=none",
   ): "train.micro_batch_size=6 must be",
   ("names", "data.batch_size=20", "train.micro_batch_size=5", "mesh.data=none"): (
-    "Try --set mesh.data=5, or for a new run --set train.micro_batch_size=8 --set data.batch_size=24"
+    "mesh.data=5, or for a new run --set train.micro_batch_size=8 --set data.batch_size=24"
   ),
   (
     "names",
