@@ -53,7 +53,7 @@ RENAMED = {
   "mesh.scan_layers": ("compute.layers", {None: "auto", True: "scan", False: "unroll"}),
 }
 SIZE = "model.size"  # not a field: sets several fields
-MAX_SHOWN = 200  # characters of a value that an error repeats
+MAX_REPEATED = 200  # characters of a value that an error repeats
 SET_OPTIONS = ("--set", "--experiment", "--workdir")  # of `run`, beside a setting
 # Settings of the data that weights to begin from may decide, as they may those of the model.
 SEQUENCE_SETTINGS = frozenset(
@@ -239,7 +239,7 @@ def explain_unknown(
     if note:
       notes.append(f"{show(name)[1:-1]}: {note}" if len(given) > 1 else note)
     words += more
-    settings |= {n: text for n, text in changes.items() if len(text) <= MAX_SHOWN}
+    settings |= {n: text for n, text in changes.items() if len(text) <= MAX_REPEATED}
     experiment = experiment and _try_change(experiment, changes)
   words += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
   text = f"{lead}{': ' if len(given) == 1 and notes else '. ' if notes else ''}{'. '.join(notes)}"
