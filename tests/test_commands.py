@@ -196,6 +196,7 @@ def test_a_folder_that_was_named_refuses_another_run(folder, capsys):
   assert (folder / "here" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_steps_may_grow_in_a_named_folder_while_the_rate_lasts(folder, capsys):
   args = ["--experiment", "names", "--workdir", "here", "--set", "optimizer.decay_steps=100"]
   assert call(capsys, run.main, *args, "--steps", "20")[0] == 0

@@ -168,6 +168,7 @@ def test_sums_of_many_batches_lose_no_digit():
   assert loss == pytest.approx(float(nats) / size, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_sum_over_a_large_batch_keeps_its_digits():
   """262,144 equal losses: added one after the other in float32 they would be off by 2e-5."""
   experiment = make_experiment("shakespeare_bytes", 256, data__seq_len=16)
@@ -178,7 +179,7 @@ def test_the_sum_over_a_large_batch_keeps_its_digits():
   one = run(params, jax.tree.map(lambda x: x[:1], batch))
   nats, num_tokens = run(params, batch)
   assert num_tokens == 2**18 and nats.dtype == jnp.float32
-  assert float(nats) / 2**14 == pytest.approx(float(one.nats), rel=3e-7)
+  assert float(nats) / 2**14 == pytest.approx(float(one.nats), rel=2e-6)  # two programs
 
 
 @pytest.mark.slow

@@ -173,6 +173,7 @@ def test_a_seed_repeats_and_another_differs(params):
   assert texts(params) != texts(params, seed=1)
 
 
+@pytest.mark.slow
 def test_fewer_texts_are_the_first_of_more(params):
   assert texts(params, num=3) == texts(params, num=8)[:3]
 
@@ -247,6 +248,7 @@ def test_max_tokens_counts_new_tokens(params):
   assert max(len(t) for t in texts(params, num=200, max_tokens=17)) == CONFIG.max_seq_len + 1
 
 
+@pytest.mark.slow
 def test_a_prompt_shorter_by_limits_is_the_beginning_of_the_longer(params):
   short, long = texts(params, max_tokens=3), texts(params, max_tokens=9)
   assert all(b.startswith(a) for a, b in zip(short, long, strict=True))

@@ -54,6 +54,7 @@ def call(capsys, *args):
   return status, out, err
 
 
+@pytest.mark.slow
 def test_the_folder_alone_goes_on(stopped, capsys):
   """With the command that was printed when the run stopped, and from a text that was renamed."""
   line = signals.describe_stop(3, Path("run"))

@@ -67,7 +67,9 @@ def test_the_same_run_twice_is_equal_bit_by_bit(experiment):
   assert a.losses.tobytes() == b.losses.tobytes()
 
 
-@pytest.mark.parametrize("stops", [[1, 60], [20, 37, 60], [59, 60]])
+@pytest.mark.parametrize(
+  "stops", [[1, 60], [20, 37, 60], pytest.param([59, 60], marks=pytest.mark.slow)]
+)
 def test_stopping_and_resuming_changes_no_bit(experiment, tmp_path, stops):
   """Parameters, moments, step and every logged loss are those of the run that was never
   interrupted.

@@ -192,6 +192,7 @@ def test_the_best_state_is_saved_on_a_signal(experiment, finished, tmp_path):
     assert set(manifest.list_steps(tmp_path)) == {lowest, end}
 
 
+@pytest.mark.slow
 def test_without_room_a_new_best_is_saved_at_once_but_not_often(experiment, tmp_path, monkeypatch):
   """At most after every fifth evaluation; what was not saved is said."""
   monkeypatch.setattr(saving, "has_room", lambda tree: False)
@@ -273,6 +274,7 @@ def test_evaluating_changes_no_training_loss(finished, experiment):
 # --- Time ---
 
 
+@pytest.mark.slow
 def test_a_limit_of_time_stops_saves_and_evaluates_and_the_same_plan_goes_on(
   experiment, finished, tmp_path
 ):
