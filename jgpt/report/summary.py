@@ -31,10 +31,11 @@ from jgpt.plan import Plan
 from jgpt.report.console import draw_curve, format_perplexity, format_samples, indent, uniform_loss
 from jgpt.report.verdict import (
   LAST,
-  compare_expected,
   count_idle_updates,
+  describe_expected,
   diagnose_losses,
   final_loss,
+  match_expected,
 )
 from jgpt.system.command import python_command
 from jgpt.weights.initial import InitialParams
@@ -318,7 +319,8 @@ def describe_end(plan: Plan, result: Result) -> str:
       f"{train.steps:,}, which is saved in {plan.workdir}; the same command goes on from there"
     )
   expected = result.experiment.expected
-  return compare_expected(expected, plan.data.label, result.losses, result.heldout_loss)
+  found = match_expected(expected, plan.data.label, result.losses, result.heldout_loss)
+  return describe_expected(found) if found else ""
 
 
 def print_next(plan: Plan, texts: list[str], again: str | None) -> None:

@@ -310,25 +310,7 @@ def match_expected(
   return None
 
 
-def compare_expected(
-  expected: Sequence[Expected],
-  label: str | None,
-  losses: Sequence[float],
-  heldout_loss: float | None,
-) -> str:
-  """Compares a finished run with the result that its experiment expects on this data.
-
-  Args:
-    expected: of the experiment.
-    label: of the data, `data.corpus.Data.label`.
-    losses: of each update, nats per token.
-    heldout_loss: over the whole held-out part, nats per token.
-
-  Returns:
-    For example "as expected: training loss 2.37 (2.37 ± 0.05)"; "" where nothing is expected.
-  """
-  found = match_expected(expected, label, losses, heldout_loss)
-  if found is None:
-    return ""
+def describe_expected(found: dict[str, str | float | bool]) -> str:
+  """Describes what `match_expected` found: "as expected: training loss 2.37 (2.37 ± 0.05)"."""
   words = "as expected" if found["is_inside"] else "outside the expected band"
   return f"{words}: {found['what']} {found['got']:.2f} ({found['loss']:.2f} ± {found['band']:.2f})"
