@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
   session = Session(
     args.rounds,
     tuple(dict.fromkeys(args.peer)),
-    Results(peak=limits.find_bf16_peak(device.device_kind), accelerated=device.platform != "cpu"),
+    Results(
+      peak=limits.find_peak(device.device_kind, "bfloat16"), accelerated=device.platform != "cpu"
+    ),
   )
   failures: list[str] = []
   for name in chosen:

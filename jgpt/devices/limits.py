@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of a step, and the peak rates of known accelerators.
+"""Floating-point operations and bytes of a step, and the rates and memory of known accelerators.
 
 Pure arithmetic on sizes, without jax. What a device reaches is measured in `bench/timing.py`.
 """
@@ -12,22 +12,77 @@ from jgpt.params import count_params
 
 FLOAT_BYTES = 4  # of a float32
 
-# Dense bfloat16 peaks in TFLOP/s, by the beginning of a device's kind; the first match counts. H100
-# and H200 are the SXM modules. The slower PCIe and NVL cards have no entry, so that no share is
-# printed relative to a wrong peak.
-BF16_PEAKS = (
-  ("NVIDIA A100", 312.0),
-  ("NVIDIA H100 80GB HBM3", 989.0),
-  ("NVIDIA H200 NVL", None),
-  ("NVIDIA H200", 989.0),
-  ("TPU v4 lite", None),  # an inference chip; "TPU v4" would match it
-  ("TPU v4", 275.0),
-  ("TPU v5 lite", 197.0),
-  ("TPU v5e", 197.0),
-  ("TPU v5", 459.0),  # v5p says "TPU v5" or "TPU v5p"
-  ("TPU v6 lite", 918.0),
-  ("TPU v6e", 918.0),
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+  """The rates and the memory of a kind of device; one of jax's devices is half a TPU v7x.
+
+  Attributes:
+    kind: with what jax's `device_kind` begins.
+    bf16: peak of dense products of bfloat16, FLOP/s; None where it has no units for them.
+    tf32: the same of TF32; None where it has none.
+    float32: the same of float32 by the ordinary units; None for TPUs, which have bfloat16's alone.
+    memory: bytes that programs can have in all.
+    bandwidth: of its memory, bytes/s.
+  """
+
+  kind: str
+  bf16: float | None
+  tf32: float | None
+  float32: float | None
+  memory: int
+  bandwidth: float
+
+
+def _list_accelerators() -> tuple[Accelerator, ...]:
+  """Lists what is known, from rows of TFLOP/s, GiB and GB/s; of two that match, the first counts.
+
+  Sources: peaks and bandwidth are the makers' (NVIDIA's datasheets, without sparsity; Google
+  Cloud's pages on each TPU). Memory: of TPUs what libtpu 0.0.42 names when it refuses a program
+  ("exceeds available HBM"), of NVIDIA's what CUDA reports, rounded down, as in the descriptions in
+  XLA's repository (xla/backends/gpu/target_config/specs), or PyTorch's errors (T4, L4, H200).
+  """
+  rows = (
+    # kind, bfloat16, TF32, float32, memory, bandwidth
+    ("Tesla T4", None, None, 8.1, 14.7, 320),
+    ("NVIDIA L4", 121, 60, 30.3, 22.1, 300),
+    ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5, 79.2, 2039),
+    ("NVIDIA A100 80GB", 312, 156, 19.5, 79.2, 1935),
+    ("NVIDIA A100-SXM4-40GB", 312, 156, 19.5, 39.3, 1555),
+    ("NVIDIA A100-PCIE-40GB", 312, 156, 19.5, 39.3, 1555),
+    ("NVIDIA H100 80GB HBM3", 989, 494, 67, 79.1, 3350),
+    ("NVIDIA H100 PCIe", 756, 378, 51, 79.1, 2000),
+    ("NVIDIA H200 NVL", 835, 417, 60, 139.0, 4800),
+    ("NVIDIA H200", 989, 494, 67, 139.0, 4800),
+    ("NVIDIA B200", 2250, 1100, 80, 178.3, 7700),
+    ("TPU v4", 275, None, None, 30.75, 1200),
+    ("TPU v5 lite", 197, None, None, 15.75, 819),
+    ("TPU v5e", 197, None, None, 15.75, 819),
+    ("TPU v5", 459, None, None, 95.74, 2765),  # v5p says "TPU v5" or "TPU v5p"
+    ("TPU v6 lite", 918, None, None, 31.25, 1640),
+    ("TPU v6e", 918, None, None, 31.25, 1640),
+    ("TPU7x", 1153.5, None, None, 94.75, 3690),  # a chip is two of jax's devices
+  )
+  return tuple(
+    Accelerator(
+      kind,
+      *(None if tera is None else tera * 1e12 for tera in peaks),
+      memory=int(gibi * 2**30),
+      bandwidth=giga * 1e9,
+    )
+    for kind, *peaks, gibi, giga in rows
+  )
+
+
+ACCELERATORS = _list_accelerators()
+WITHOUT_ENTRY = (  # kinds that begin as another's and are none: a chip for inference; L40 and L40S
+  "TPU v4 lite",
+  "NVIDIA L40",
 )
+# Of a GPU's memory jax takes this much, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPU_SHARE = 0.75
+# Products of bfloat16 in a TPU's product of float32, by precision (`jax.lax.Precision`).
+TPU_PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +165,45 @@ def count_train_flops(config: ModelConfig, seq_len: int) -> int:
   return 6 * count_matmul_params(config) + 6 * config.num_layers * config.d_model * seq_len
 
 
-def find_bf16_peak(device_kind: str) -> float | None:
-  """Returns the dense bfloat16 peak of a device in FLOP/s, or None where its kind is not known.
+def find_accelerator(device_kind: str) -> Accelerator | None:
+  """Finds what is known of a device; None for CPUs and unknown kinds.
 
   Args:
     device_kind: as jax names it.
   """
-  for begins, tera in BF16_PEAKS:
-    if device_kind.startswith(begins):
-      return None if tera is None else tera * 1e12
-  return None
+  if device_kind.startswith(WITHOUT_ENTRY):
+    return None
+  return next((a for a in ACCELERATORS if device_kind.startswith(a.kind)), None)
+
+
+def find_peak(device_kind: str, dtype: str, precision: str = "default") -> float | None:
+  """Finds the peak rate of dense products of a device, in FLOP/s.
+
+  Args:
+    device_kind: as jax names it.
+    dtype: "bfloat16" or "float32", of the products' operands.
+    precision: of float32 products: "default", "high" or "highest". Below the highest, NVIDIA's GPUs
+      that have TF32 multiply in it; a TPU multiplies float32 as 1, 3 or 6 products of bfloat16.
+
+  Returns:
+    None where the device is not known, or has no units for the dtype.
+
+  Source: JAX's documentation of `jax.lax.Precision`.
+  """
+  device = find_accelerator(device_kind)
+  if device is None or dtype == "bfloat16":
+    return device and device.bf16
+  if device.float32 is None:
+    return device.bf16 / TPU_PASSES[precision]
+  return device.float32 if device.tf32 is None or precision == "highest" else device.tf32
+
+
+def find_memory_limit(device_kind: str) -> int | None:
+  """Finds how many bytes jax's programs have on a device that does not say; None if not known."""
+  device = find_accelerator(device_kind)
+  if device is None:
+    return None
+  return device.memory if device.float32 is None else int(GPU_SHARE * device.memory)
 
 
 def count_cache_bytes(config: ModelConfig) -> int:

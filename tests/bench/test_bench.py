@@ -106,27 +106,42 @@ def test_operands_of_a_product_and_its_gradient_give_the_shapes_of_result_inputs
 
 
 @pytest.mark.parametrize(
-  ("kind", "tera"),
+  ("kind", "bf16", "default", "highest", "gibi"),
   [
-    ("NVIDIA A100-SXM4-40GB", 312),
-    ("NVIDIA H100 80GB HBM3", 989),
-    ("NVIDIA H200", 989),
-    ("TPU v4", 275),
-    ("TPU v5 lite", 197),
-    ("TPU v5e", 197),
-    ("TPU v5p", 459),
-    ("TPU v5", 459),
-    ("TPU v6 lite", 918),
-    ("TPU v6e", 918),
-    ("TPU v4 lite", None),
-    ("NVIDIA H100 PCIe", None),
-    ("NVIDIA H200 NVL", None),
-    ("NVIDIA GeForce RTX 4090", None),
-    ("cpu", None),
+    ("Tesla T4", None, 8.1, 8.1, 0.75 * 14.7),
+    ("NVIDIA L4", 121, 60, 30.3, 0.75 * 22.1),
+    ("NVIDIA A100-SXM4-40GB", 312, 156, 19.5, 0.75 * 39.3),
+    ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5, 0.75 * 79.2),
+    ("NVIDIA A100 80GB PCIe", 312, 156, 19.5, 0.75 * 79.2),
+    ("NVIDIA H100 80GB HBM3", 989, 494, 67, 0.75 * 79.1),
+    ("NVIDIA H100 PCIe", 756, 378, 51, 0.75 * 79.1),
+    ("NVIDIA H200", 989, 494, 67, 0.75 * 139),
+    ("NVIDIA H200 NVL", 835, 417, 60, 0.75 * 139),
+    ("NVIDIA B200", 2250, 1100, 80, 0.75 * 178.3),
+    ("TPU v4", 275, 275, 275 / 6, 30.75),
+    ("TPU v5 lite", 197, 197, 197 / 6, 15.75),
+    ("TPU v5e", 197, 197, 197 / 6, 15.75),
+    ("TPU v5p", 459, 459, 459 / 6, 95.74),
+    ("TPU v5", 459, 459, 459 / 6, 95.74),
+    ("TPU v6 lite", 918, 918, 918 / 6, 31.25),
+    ("TPU v6e", 918, 918, 918 / 6, 31.25),
+    ("TPU7x", 1153.5, 1153.5, 1153.5 / 6, 94.75),
+    ("TPU v4 lite", None, None, None, None),
+    ("NVIDIA L40S", None, None, None, None),
+    ("NVIDIA GeForce RTX 4090", None, None, None, None),
+    ("cpu", None, None, None, None),
   ],
 )
-def test_peaks_of_devices(kind, tera):
-  assert limits.find_bf16_peak(kind) == (None if tera is None else tera * 1e12)
+def test_peaks_and_memory_of_devices(kind, bf16, default, highest, gibi):
+  found = (
+    limits.find_peak(kind, "bfloat16", "highest"),  # precision is of float32's products alone
+    limits.find_peak(kind, "float32"),
+    limits.find_peak(kind, "float32", "highest"),
+  )
+  expected = tuple(None if tera is None else tera * 1e12 for tera in (bf16, default, highest))
+  assert found == pytest.approx(expected)
+  memory = limits.find_memory_limit(kind)
+  assert memory == (None if gibi is None else pytest.approx(gibi * 2**30, abs=2))
 
 
 def test_the_limit_of_decoding_is_the_bandwidth_over_what_a_token_reads():
