@@ -24,7 +24,7 @@ def attention(
   *,
   is_causal: bool = True,
   rate: float = 0.0,
-  key: jax.Array | None = None,
+  keys_B: jax.Array | None = None,
   implementation: str = "plain",
 ) -> jax.Array:
   """Computes softmax(q k^T / sqrt(H)) v.
@@ -35,7 +35,7 @@ def attention(
     v_BSNH: values, same dtype.
     is_causal: whether a query sees only the keys at its own and earlier positions; then S = T.
     rate: of dropout on the softmax's probabilities.
-    key: of dropout, consumed; None drops nothing.
+    keys_B: of dropout, one for each sequence, consumed; None drops nothing.
     implementation: "blocks" computes causal attention by `attend_in_blocks` where T is a multiple
       of `NUM_BLOCKS`. Every other value is the definition.
 
@@ -44,10 +44,10 @@ def attention(
   """
   T, S = q_BTNH.shape[1], k_BSNH.shape[1]
   if implementation == "blocks" and is_causal and T % NUM_BLOCKS == 0:
-    return attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, rate=rate, key=key)
+    return attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, rate=rate, keys_B=keys_B)
   visible_TS = jnp.tril(jnp.ones((T, S), bool)) if is_causal else jnp.ones((T, S), bool)
   weights_BNTS = attention_weights(q_BTNH, k_BSNH, visible_TS).astype(v_BSNH.dtype)
-  return jnp.einsum("BNTS,BSNH->BTNH", dropout(weights_BNTS, rate, key), v_BSNH)
+  return jnp.einsum("BNTS,BSNH->BTNH", dropout(weights_BNTS, rate, keys_B), v_BSNH)
 
 
 def attention_weights(q_BTNH: jax.Array, k_BSNH: jax.Array, visible_TS: jax.Array) -> jax.Array:
@@ -74,7 +74,7 @@ def attend_in_blocks(
   v_BTNH: jax.Array,
   *,
   rate: float = 0.0,
-  key: jax.Array | None = None,
+  keys_B: jax.Array | None = None,
 ) -> jax.Array:
   """Computes causal attention a block of queries at a time, without the keys after the block.
 
@@ -83,7 +83,7 @@ def attend_in_blocks(
   """
   B, T, N, _ = q_BTNH.shape
   size = T // NUM_BLOCKS
-  kept_BNTS = dropout(jnp.ones((B, N, T, T), v_BTNH.dtype), rate, key)
+  kept_BNTS = dropout(jnp.ones((B, N, T, T), v_BTNH.dtype), rate, keys_B)
   blocks = []
   for begin in range(0, T, size):
     end = begin + size

@@ -6,7 +6,7 @@ iterator, and so none in a checkpoint. Tokens are made in `data/corpus.py` and r
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -350,25 +350,25 @@ def _documents_batch(tokens: jax.Array, lengths_B: jax.Array) -> Batch:
 # --- Parts of a batch ---
 
 
-def split(batch: Batch, micro_batch_size: int) -> Batch:
-  """Splits a batch into micro-batches, [B / micro_batch_size, micro_batch_size, T].
+def split(rows: Any, num_parts: int) -> Any:
+  """Splits arrays [B, ...] into parts, [num_parts, B / num_parts, ...].
 
-  Each takes every (B / micro_batch_size)-th sequence, so that it lies on all devices that the batch
-  is divided over.
+  Each takes every `num_parts`-th row, so that it lies on all devices that the rows are divided
+  over.
   """
-  num_micro = batch.inputs_BT.shape[0] // micro_batch_size
 
   def take(x: jax.Array) -> jax.Array:
-    return x.reshape(micro_batch_size, num_micro, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
 
-  return jax.tree.map(take, batch)
+  return jax.tree.map(take, rows)
 
 
 def split_padded(batch: Batch, num_rows: int) -> Batch:
   """Splits a batch of any size like `split`; rows that it lacks have weight 0."""
   num_missing = -batch.inputs_BT.shape[0] % num_rows
   padded = jax.tree.map(lambda x: jnp.pad(x, ((0, num_missing), (0, 0))), batch)
-  return split(jax.tree.map(lambda x: constrain(x, ("batch", None)), padded), num_rows)
+  num_parts = padded.inputs_BT.shape[0] // num_rows
+  return split(jax.tree.map(lambda x: constrain(x, ("batch", None)), padded), num_parts)
 
 
 def group_by_length(batch: Batch) -> Batch:

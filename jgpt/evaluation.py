@@ -29,7 +29,7 @@ from jgpt.batches import (
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside, find_mesh
+from jgpt.sharding import beside, find_mesh, sum_over_data
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -83,8 +83,12 @@ def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
 
   Weights are 0 or 1.
   """
-  nats = loss_fn(params, batch, experiment, total_weight=jnp.float32(1))
-  return EvalSums(nats, jnp.sum(batch.weights_BT > 0, dtype=jnp.int32))
+
+  def compute(params: dict, batch: Batch) -> EvalSums:
+    nats = loss_fn(params, batch, experiment, total_weight=jnp.float32(1))
+    return EvalSums(nats, jnp.sum(batch.weights_BT > 0, dtype=jnp.int32))
+
+  return sum_over_data(compute, params, batch)
 
 
 @partial(jax.jit, static_argnames=("experiment", "num_batches", "whole", "num_rows"))

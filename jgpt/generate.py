@@ -17,6 +17,7 @@ from jgpt.config import ComputeConfig, Experiment, ModelConfig, SampleConfig
 from jgpt.config.experiment import PLAIN
 from jgpt.errors import UserError, show
 from jgpt.keys import SAMPLE, derive_key
+from jgpt.layers import store
 from jgpt.model import Cache, embed, predict_logits, run_blocks
 from jgpt.sharding import beside, unstack_blocks
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
@@ -24,10 +25,12 @@ from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 # --- The cache ---
 
 
-def init_cache(params: dict, batch_size: int, length: int, config: ModelConfig) -> Cache:
-  """Makes a cache of zeros for `length` positions, in the parameters' dtype."""
+def init_cache(
+  params: dict, batch_size: int, length: int, config: ModelConfig, compute: ComputeConfig = PLAIN
+) -> Cache:
+  """Makes a cache of zeros for `length` positions, in the dtype of the activations."""
   shape = (batch_size, config.num_heads, length, config.head_dim)
-  zeros = jnp.zeros(shape, params["tok_embed"].dtype)
+  zeros = store(jnp.zeros(shape, params["tok_embed"].dtype), compute)
   caches = [KVCache(zeros, zeros)] * config.num_layers
   if isinstance(params["blocks"], dict):
     return jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
@@ -50,8 +53,8 @@ def prefill(
     config: of the network.
     compute: how to compute.
   """
-  cache = init_cache(params, tokens_BT.shape[0], length, config)
-  x_BTD = embed(params, tokens_BT, 0, config)
+  cache = init_cache(params, tokens_BT.shape[0], length, config, compute)
+  x_BTD = embed(params, tokens_BT, 0, config, compute)
   return run_blocks(params, x_BTD, config, compute, cache=cache)[1]
 
 
@@ -76,9 +79,9 @@ def decode_step(
   Returns:
     Logits [B, V] as from `apply` at that position, and the cache with the position added.
   """
-  x_BTD = embed(params, tokens_B[:, None], position, config)
+  x_BTD = embed(params, tokens_B[:, None], position, config, compute)
   x_BTD, cache = run_blocks(params, x_BTD, config, compute, cache=cache, position=position)
-  return predict_logits(params, x_BTD, config)[:, 0], cache
+  return predict_logits(params, x_BTD, config, compute)[:, 0], cache
 
 
 # --- Tokens and texts ---
@@ -179,7 +182,7 @@ def generate(
   params = unstack_blocks(params)
   length = min(S, P + max_tokens)  # a shorter cache is read faster
   if P == 1:
-    cache = init_cache(params, num, length, config)
+    cache = init_cache(params, num, length, config, compute)
   else:  # entries past the prompt are overwritten before they are read
     cache = jax.tree.map(
       lambda c: jnp.repeat(c, num, axis=0), prefill(params, prompt_P[None], length, config, compute)
@@ -202,9 +205,11 @@ def generate(
   def slide(carry: tuple) -> tuple:
     n, text_BT, done_B = carry
     window_BS = jax.lax.dynamic_slice_in_dim(text_BT, n - S, S, axis=1)
-    x_BSD, _ = run_blocks(params, embed(params, window_BS, 0, config), config, compute)
+    x_BSD = embed(params, window_BS, 0, config, compute)
+    x_BSD, _ = run_blocks(params, x_BSD, config, compute)
     # The logits of all positions would take S times the memory.
-    return n + 1, *extend(text_BT, done_B, n, predict_logits(params, x_BSD[:, -1:], config)[:, 0])
+    logits_BV = predict_logits(params, x_BSD[:, -1:], config, compute)[:, 0]
+    return n + 1, *extend(text_BT, done_B, n, logits_BV)
 
   end = prompt_len + max_tokens
   fits = jnp.minimum(end, S + 1)  # the token at n is computed from n tokens

@@ -1,32 +1,47 @@
-"""The parts of a block: norms, activations, positions, products and dropout.
+"""The parts of a block: norms, activations, positions and dropout.
 
-Pure functions of arrays. Attention is in `attention.py`; how the parts make a network is in
-`model.py`.
+Pure functions of arrays. Products by weights are in `products.py`, attention is in `attention.py`;
+how the parts make a network is in `model.py`.
+
+With `compute.dtype` "bfloat16" arrays between the parts are bfloat16 (`store`) and what happens
+inside a part is float32.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgpt.config import ModelConfig
+from jgpt.config import ComputeConfig, ModelConfig
 from jgpt.config.experiment import DROPOUT_PLACES
 
 NORM_EPS = 1e-5
 
 
+def store(x: jax.Array, compute: ComputeConfig) -> jax.Array:
+  """Converts an activation to the dtype in which activations lie in memory, `compute.dtype`."""
+  return x.astype(jnp.bfloat16) if compute.dtype == "bfloat16" else x
+
+
+def widen(x: jax.Array) -> jax.Array:
+  """Returns an activation in the dtype of arithmetic: float32, or float64 for float64."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def rms_norm(x_BTD: jax.Array) -> jax.Array:
-  """Computes x / sqrt(mean(x^2) + 1e-5) over the last dimension, without a gain.
+  """Computes x / sqrt(mean(x^2) + 1e-5) over the last dimension, without a gain, in float32.
 
   Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
   """
+  x_BTD = widen(x_BTD)
   return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD**2, axis=-1, keepdims=True) + NORM_EPS)
 
 
 def layer_norm(x_BTD: jax.Array, gain_D: jax.Array, bias_D: jax.Array | None) -> jax.Array:
   """Computes (x - mean) / sqrt(variance + 1e-5) * gain + bias over the last dimension.
+
+  The result is float32, or float64 for float64.
 
   Args:
     x_BTD: floating point.
@@ -35,10 +50,18 @@ def layer_norm(x_BTD: jax.Array, gain_D: jax.Array, bias_D: jax.Array | None) ->
 
   Source: Ba et al. 2016, "Layer Normalization", equation 4.
   """
+  x_BTD = widen(x_BTD)
   centred_BTD = x_BTD - jnp.mean(x_BTD, axis=-1, keepdims=True)
   variance_BT1 = jnp.mean(centred_BTD**2, axis=-1, keepdims=True)
   y_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + NORM_EPS) * gain_D[None, None]
   return y_BTD if bias_D is None else y_BTD + bias_D[None, None]
+
+
+def norm(x_BTD: jax.Array, params: dict, name: str, config: ModelConfig) -> jax.Array:
+  """Applies the norm called `name`: RMSNorm, or LayerNorm with the gain and bias in `params`."""
+  if config.norm == "rms":
+    return rms_norm(x_BTD)
+  return layer_norm(x_BTD, params[f"{name}_gain"], params.get(f"{name}_bias"))
 
 
 def gelu_erf(x: jax.Array) -> jax.Array:
@@ -71,55 +94,40 @@ def sinusoidal_positions(num_positions: int, d_model: int) -> np.ndarray:
   return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(num_positions, d_model)
 
 
-def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-  """Adds a bias to the dimensions of x after batch and position; None adds nothing."""
-  return x if bias is None else x + bias[None, None]
-
-
-def project(equation: str, x: jax.Array, w: jax.Array, matmul: str = "einsum") -> jax.Array:
-  """Computes `einsum(equation, x, w)`, contracting x's dimensions after batch and position.
-
-  Args:
-    equation: contracts the last dimensions of x with the first of w, in their order.
-    x: [B, T, ...].
-    w: weights.
-    matmul: "flat" computes one plain product of two matrices: on a CPU einsum's gradients take a
-      tenth of a small model's step longer, and a single token's product copies the whole matrix
-      first. Every other value is einsum, which keeps sharded dimensions apart.
-  """
-  if matmul != "flat":
-    return jnp.einsum(equation, x, w)
-  num = x.ndim - 2
-  y = x.reshape(-1, math.prod(w.shape[:num])) @ w.reshape(-1, math.prod(w.shape[num:]))
-  return y.reshape(*x.shape[:2], *w.shape[num:])
-
-
 def dropout_at(
-  place: str, config: ModelConfig, key: jax.Array | None
+  place: str, config: ModelConfig, keys_B: jax.Array | None
 ) -> tuple[float, jax.Array | None]:
-  """Returns the dropout rate at a place and the key of its mask; (0.0, None) drops nothing.
+  """Returns the dropout rate at a place and the keys of its masks; (0.0, None) drops nothing.
 
   Args:
     place: one of `DROPOUT_PLACES`.
     config: names the places at which entries are dropped.
-    key: of this layer and step; None drops nothing, as in evaluation.
+    keys_B: of this layer and step, one for each sequence; None drops nothing, as in evaluation.
   """
-  if key is None or not config.dropout or place not in config.dropout_places:
+  if keys_B is None or not config.dropout or place not in config.dropout_places:
     return 0.0, None
-  return config.dropout, jax.random.fold_in(key, DROPOUT_PLACES.index(place))
+  return config.dropout, fold_in_rows(keys_B, DROPOUT_PLACES.index(place))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def fold_in_rows(keys_B: jax.Array, number: int | jax.Array) -> jax.Array:
+  """Derives a key for each sequence from its own and a number."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys_B, number)
+
+
+def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
   """Sets entries to zero with probability `rate`, and scales the others by 1 / (1 - rate).
 
+  A sequence's mask is a function of its key alone, so that it is the same however a batch is
+  divided over devices and micro-batches.
+
   Args:
-    x: floating point.
+    x: floating point [B, ...].
     rate: 0 <= rate < 1.
-    key: consumed; None returns x.
+    keys_B: one for each sequence, consumed; None returns x.
 
   Source: Srivastava et al. 2014, "Dropout", scaled in training instead of in evaluation.
   """
-  if key is None:
+  if keys_B is None:
     return x
-  kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
-  return jnp.where(kept, x / (1 - rate), 0)
+  draw = partial(jax.random.bernoulli, p=jnp.float32(1 - rate), shape=x.shape[1:])
+  return jnp.where(jax.vmap(draw)(keys_B), x / (1 - rate), 0)

@@ -1,8 +1,8 @@
 """The network, written once: initial values, and the logits of each position's next token.
 
-Pure functions of parameters and tokens, computed in the parameters' dtype. What the parameters are
-is in `params.py`, the parts of a block are in `layers.py` and `attention.py`, the loss in
-`step.py`, decoding with a cache in `generate.py`.
+Pure functions of parameters and tokens. What the parameters are is in `params.py`, the parts of a
+block are in `layers.py`, `products.py` and `attention.py`, logits and loss in
+`loss.py`, decoding with a cache in `generate.py`.
 
 Blocks are stacked (a dict of arrays with the layers in front, run by `lax.scan`) or a list with a
 dict for each layer (then they are written out one after the other). Both are the same network.
@@ -21,15 +21,18 @@ from jgpt.config import ComputeConfig, ModelConfig
 from jgpt.config.experiment import DROPOUT_PLACES, PLAIN
 from jgpt.layers import (
   ACTIVATIONS,
-  add_bias,
   dropout,
   dropout_at,
-  layer_norm,
-  project,
+  fold_in_rows,
+  norm,
   rms_norm,
   sinusoidal_positions,
+  store,
+  widen,
 )
+from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
+from jgpt.products import linear
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -70,7 +73,7 @@ def apply(
   tokens_BT: jax.Array,
   config: ModelConfig,
   compute: ComputeConfig = PLAIN,
-  key: jax.Array | None = None,
+  keys_B: jax.Array | None = None,
 ) -> jax.Array:
   """Computes the logits of each position's next token.
 
@@ -79,28 +82,54 @@ def apply(
     tokens_BT: int32 ids [B, T], T <= `config.max_seq_len`, each below `config.vocab_size`.
     config: of the network.
     compute: how to compute; what is left at "auto" is computed plainly.
-    key: of dropout, consumed; None drops nothing, as in evaluation.
+    keys_B: of dropout, one for each sequence, consumed; None drops nothing, as in evaluation.
 
   Returns:
-    Logits [B, T, V] in the parameters' dtype; V is `config.padded_vocab_size`, padding is -inf.
+    Logits [B, T, V], float32, or float64 for float64 parameters; V is `config.padded_vocab_size`,
+    padding is -inf.
   """
-  x_BTD = embed(params, tokens_BT, 0, config, key)
-  x_BTD, _ = run_blocks(params, x_BTD, config, compute, key)
-  return predict_logits(params, x_BTD, config)
+  x_BTD = run_network(params, tokens_BT, config, compute, keys_B)
+  return compute_logits(x_BTD, find_head(params, config), config, compute)
 
 
+def predict_logits(
+  params: dict, x_BTD: jax.Array, config: ModelConfig, compute: ComputeConfig = PLAIN
+) -> jax.Array:
+  """Computes the logits [B, T, V] from the residual stream after the last block."""
+  x_BTD = finish_blocks(params, x_BTD, config, compute)
+  return compute_logits(x_BTD, find_head(params, config), config, compute)
+
+
+def run_network(
+  params: dict,
+  tokens_BT: jax.Array,
+  config: ModelConfig,
+  compute: ComputeConfig = PLAIN,
+  keys_B: jax.Array | None = None,
+) -> jax.Array:
+  """Computes what the head multiplies: the residual stream [B, T, D] after the last norm.
+
+  Arguments are those of `apply`.
+  """
+  x_BTD = embed(params, tokens_BT, 0, config, compute, keys_B)
+  x_BTD, _ = run_blocks(params, x_BTD, config, compute, keys_B)
+  return finish_blocks(params, x_BTD, config, compute)
+
+
+@jax.named_scope("embed")
 def embed(
   params: dict,
   tokens_BT: jax.Array,
   position: int | jax.Array,
   config: ModelConfig,
-  key: jax.Array | None = None,
+  compute: ComputeConfig = PLAIN,
+  keys_B: jax.Array | None = None,
 ) -> jax.Array:
   """Computes the residual stream [B, T, D] before the first block.
 
   `position` is the first token's.
   """
-  x_BTD = params["tok_embed"][tokens_BT]
+  x_BTD = widen(params["tok_embed"][tokens_BT])
   if config.scale_embed:
     x_BTD = x_BTD * config.d_model**0.5
   if config.positions == "sinusoidal":
@@ -109,8 +138,8 @@ def embed(
     table_SD = params["pos_embed"]
   # A slice and not a gather, whose gradient is a scatter: a tenth of a step of `names`.
   positions_TD = jax.lax.dynamic_slice_in_dim(table_SD, position, tokens_BT.shape[1])
-  x_BTD = dropout(x_BTD + positions_TD[None], *dropout_at("embedding", config, key))
-  return rms_norm(x_BTD) if config.norm_embed else x_BTD
+  x_BTD = dropout(x_BTD + positions_TD[None], *dropout_at("embedding", config, keys_B))
+  return store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)
 
 
 def run_blocks(
@@ -118,7 +147,7 @@ def run_blocks(
   x_BTD: jax.Array,
   config: ModelConfig,
   compute: ComputeConfig = PLAIN,
-  key: jax.Array | None = None,
+  keys_B: jax.Array | None = None,
   cache: Cache | None = None,
   position: int | jax.Array = 0,
 ) -> tuple[jax.Array, Cache | None]:
@@ -129,29 +158,30 @@ def run_blocks(
     x_BTD: the residual stream after `embed`.
     config: of the network.
     compute: how to compute.
-    key: of dropout, consumed; None drops nothing.
+    keys_B: of dropout, one for each sequence, consumed; None drops nothing.
     cache: keys and values before `position`, arranged as the blocks are; None attends causally.
     position: of the first of the T positions, where there is a cache.
 
   Returns:
     The residual stream after the last block, and the cache with the T positions.
   """
-  blocks, L = params["blocks"], config.num_layers
-  # Folded with a number that no dropout place has, so that no layer's key is a place's key.
-  keys_L = (
-    None if key is None else jax.random.split(jax.random.fold_in(key, len(DROPOUT_PLACES)), L)
-  )
+  blocks = params["blocks"]
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, KVCache | None]:
-    p, key, cache = inputs
-    return block(x_BTD, p, config, compute, key, cache, position)
+    p, number, cache = inputs
+    # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
+    keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
+    return block(x_BTD, p, config, compute, keys, cache, position)
 
+  if compute.remat == "block" and cache is None:
+    # Under a scan nothing can be merged with what is computed again.
+    layer = jax.checkpoint(layer, prevent_cse=isinstance(blocks, list))
   if isinstance(blocks, dict):
-    return jax.lax.scan(layer, x_BTD, (blocks, keys_L, cache))
+    return jax.lax.scan(layer, x_BTD, (blocks, jnp.arange(config.num_layers), cache))
   caches = []
   for i, p in enumerate(blocks):
-    inputs = p, None if keys_L is None else keys_L[i], None if cache is None else cache[i]
-    x_BTD, new = layer(x_BTD, inputs)
+    with jax.named_scope(f"layer_{i}"):
+      x_BTD, new = layer(x_BTD, (p, i, None if cache is None else cache[i]))
     caches.append(new)
   return x_BTD, None if cache is None else caches
 
@@ -161,7 +191,7 @@ def block(
   p: dict,
   config: ModelConfig,
   compute: ComputeConfig = PLAIN,
-  key: jax.Array | None = None,
+  keys_B: jax.Array | None = None,
   cache: KVCache | None = None,
   position: int | jax.Array = 0,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -172,47 +202,45 @@ def block(
     p: the parameters of this layer.
     config: of the network.
     compute: how to compute.
-    key: of dropout in this layer, consumed; None drops nothing.
+    keys_B: of dropout in this layer, one for each sequence, consumed; None drops nothing.
     cache: this layer's keys and values before `position`; None attends causally.
     position: of the first of the T positions, where there is a cache.
 
   Returns:
     The residual stream after the block, and the cache with the T positions.
   """
-  h_BTD = norm(x_BTD, p, "norm_attn", config)
-  qkv_BTCNH = project("BTD,DCNH->BTCNH", h_BTD, p["w_qkv"], compute.matmul)
-  q_BTNH, k_BTNH, v_BTNH = jnp.unstack(add_bias(qkv_BTCNH, p.get("b_qkv")), axis=2)
-  if cache is None:
-    rate, drop_key = dropout_at("attention", config, key)
-    y_BTNH = attention(
-      q_BTNH, k_BTNH, v_BTNH, rate=rate, key=drop_key, implementation=compute.attention
-    )
-  else:
-    y_BTNH, cache = attend_to_cache(q_BTNH, k_BTNH, v_BTNH, cache, position, compute.attention)
-  y_BTD = add_bias(project("BTNH,NHD->BTD", y_BTNH, p["w_out"], compute.matmul), p.get("b_out"))
-  x_BTD = x_BTD + dropout(y_BTD, *dropout_at("attention_out", config, key))
+  with jax.named_scope("attention"):
+    h_BTD = store(norm(x_BTD, p, "norm_attn", config), compute)
+    qkv_BTCNH = store(linear("BTD,DCNH->BTCNH", h_BTD, p, "qkv", compute), compute)
+    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BTCNH, axis=2)
+    if cache is None:
+      rate, drop_keys_B = dropout_at("attention", config, keys_B)
+      y_BTNH = attention(
+        q_BTNH, k_BTNH, v_BTNH, rate=rate, keys_B=drop_keys_B, implementation=compute.attention
+      )
+    else:
+      y_BTNH, cache = attend_to_cache(q_BTNH, k_BTNH, v_BTNH, cache, position, compute.attention)
+    y_BTD = linear("BTNH,NHD->BTD", y_BTNH, p, "out", compute)
+    x_BTD = store(x_BTD + dropout(y_BTD, *dropout_at("attention_out", config, keys_B)), compute)
 
-  h_BTD = norm(x_BTD, p, "norm_mlp", config)
-  h_BTF = add_bias(project("BTD,DF->BTF", h_BTD, p["w_up"], compute.matmul), p.get("b_up"))
-  h_BTF = dropout(ACTIVATIONS[config.activation](h_BTF), *dropout_at("activation", config, key))
-  y_BTD = add_bias(project("BTF,FD->BTD", h_BTF, p["w_down"], compute.matmul), p.get("b_down"))
-  return x_BTD + dropout(y_BTD, *dropout_at("mlp_out", config, key)), cache
-
-
-def norm(x_BTD: jax.Array, params: dict, name: str, config: ModelConfig) -> jax.Array:
-  """Applies the norm called `name`: RMSNorm, or LayerNorm with the gain and bias in `params`."""
-  if config.norm == "rms":
-    return rms_norm(x_BTD)
-  return layer_norm(x_BTD, params[f"{name}_gain"], params.get(f"{name}_bias"))
+  with jax.named_scope("mlp"):
+    h_BTD = store(norm(x_BTD, p, "norm_mlp", config), compute)
+    h_BTF = store(linear("BTD,DF->BTF", h_BTD, p, "up", compute), compute)
+    h_BTF = ACTIVATIONS[config.activation](widen(h_BTF))
+    h_BTF = store(dropout(h_BTF, *dropout_at("activation", config, keys_B)), compute)
+    y_BTD = linear("BTF,FD->BTD", h_BTF, p, "down", compute)
+    return store(x_BTD + dropout(y_BTD, *dropout_at("mlp_out", config, keys_B)), compute), cache
 
 
-def predict_logits(params: dict, x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
-  """Computes the logits [B, T, V] from the residual stream after the last block."""
-  if config.norm_final:
-    x_BTD = norm(x_BTD, params, "norm_final", config)
-  head_VD = params["tok_embed"] if config.tied_head else params["unembed"]
-  logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD)
-  if config.padded_vocab_size == config.vocab_size:
-    return logits_BTV
-  real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
-  return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
+def finish_blocks(
+  params: dict, x_BTD: jax.Array, config: ModelConfig, compute: ComputeConfig = PLAIN
+) -> jax.Array:
+  """Applies the norm after the last block, where the network has one."""
+  if not config.norm_final:
+    return x_BTD
+  return store(norm(x_BTD, params, "norm_final", config), compute)
+
+
+def find_head(params: dict, config: ModelConfig) -> jax.Array:
+  """Returns the weights of the head [V, D]: the token embedding's where they are tied."""
+  return params["tok_embed"] if config.tied_head else params["unembed"]

@@ -291,7 +291,7 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
     "settings": {
       name: value for name, value in list_settings(plan.experiment).items() if is_circumstance(name)
     },
-    "compute": dataclasses.asdict(resolve_compute(plan.experiment, devices[0].platform).compute),
+    "compute": dataclasses.asdict(resolve_compute(plan.experiment, devices[0]).compute),
   }
   append_env(plan.workdir, entry)
 

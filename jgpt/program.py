@@ -83,7 +83,7 @@ def compile_program(
     UserError: if the devices do not fit the settings, or the weights to begin from are missing.
   """
   mesh = sharding.make_mesh(experiment, runtime.devices())
-  experiment = resolve_compute(experiment, mesh.devices.flat[0].platform)
+  experiment = resolve_compute(experiment, mesh.devices.flat[0])
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
   heldout = jax.device_put(data.heldout, whole)

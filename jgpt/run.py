@@ -506,7 +506,7 @@ def print_compiler_check(plan: Plan) -> None:
 
   print(end="", flush=True)
   try:
-    comparison = canary.compare_once(plan.experiment, runtime.devices()[0].platform)
+    comparison = canary.compare_once(plan.experiment, runtime.devices()[0])
   except (RuntimeError, MemoryError) as error:  # the run itself is finished and saved
     print(f"\nthe compiler could not be checked: {first_line(error)[:200]}", file=sys.stderr)
     return

@@ -4,7 +4,7 @@ Logical axes, those of `param_table` and of the batch, are mapped to mesh axes b
 is moved here: functions return shardings, or constrain traced arrays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,30 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
+
+
+def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
+  """Computes `function(whole, rows)` on each device of its own rows, and sums over the devices.
+
+  Without this XLA would sum gradients where they arise: a tied embedding's twice, and every one
+  again in each micro-batch. Without a mesh of several devices the function is called.
+
+  Args:
+    function: returns a pytree of arrays, which sum over the rows.
+    whole: a pytree of arrays, all of which every device gets.
+    rows: a pytree of arrays, of which each device gets its part of dimension 0; the number of
+      devices divides it.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(whole, rows)
+  axis = RULES["batch"]
+  return jax.shard_map(
+    lambda whole, rows: jax.lax.psum(function(whole, rows), axis),
+    in_specs=(P(), P(axis)),
+    out_specs=P(),
+    check_vma=False,  # with it gradients of what every device has would be summed where they arise
+  )(whole, rows)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,8 +14,10 @@ from jgpt import batches
 from jgpt.batches import Batch, Corpus
 from jgpt.config import Experiment, Hyper
 from jgpt.keys import DROPOUT, derive_key
-from jgpt.model import apply, init_params
+from jgpt.loss import sum_nats
+from jgpt.model import find_head, init_params, run_network
 from jgpt.optim import make_optimizer, make_schedule, select_tree, z_score
+from jgpt.sharding import sum_over_data
 
 MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
 
@@ -52,7 +54,7 @@ def loss_fn(
   params: dict,
   batch: Batch,
   experiment: Experiment,
-  key: jax.Array | None = None,
+  keys_B: jax.Array | None = None,
   total_weight: jax.Array | None = None,
 ) -> jax.Array:
   """Computes the mean cross-entropy of the next token: sum(w * -log p(target)) / sum(w).
@@ -61,16 +63,17 @@ def loss_fn(
     params: as `init_params` returns them; blocks stacked or a list.
     batch: B sequences of T positions; at least one weight must be positive.
     experiment: `model` and `compute` are read.
-    key: of dropout, consumed; None drops nothing.
+    keys_B: of dropout, one for each sequence, consumed; None drops nothing.
     total_weight: divisor in place of sum(w): that of the batch which this is a part of.
 
   Returns:
     Scalar, nats per token.
   """
-  logits_BTV = apply(params, batch.inputs_BT, experiment.model, experiment.compute, key)
-  nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT)
+  config, compute = experiment.model, experiment.compute
+  x_BTD = run_network(params, batch.inputs_BT, config, compute, keys_B)
   total_weight = jnp.sum(batch.weights_BT) if total_weight is None else total_weight
-  return jnp.sum(nats_BT * batch.weights_BT) / total_weight
+  head_VD, (_, targets_BT, weights_BT) = find_head(params, config), batch
+  return sum_nats(x_BTD, head_VD, targets_BT, weights_BT, config, compute) / total_weight
 
 
 def loss_and_grads(
@@ -85,46 +88,48 @@ def loss_and_grads(
   The batch is taken at once, or in parts whose gradients are added: micro-batches, or with
   `compute.group_documents` groups of documents of like length, where a group of short ones is cut
   to half of the positions. Every part is divided by the whole batch's weight, so that the sum is
-  the whole batch's gradient, with about the whole batch's rounding error.
+  the whole batch's gradient, with about the whole batch's rounding error. Each device adds its own
+  rows' parts, and then loss and gradients are summed over the devices, once.
 
   Args:
     params: as `init_params` returns them; blocks stacked or a list.
     batch: B sequences of T positions.
-    step: updates applied before; with the seed it decides what dropout drops.
+    step: updates applied before; with the seed and a row's number it decides what dropout drops.
     experiment: a static value.
     hyper: numbers in place of the experiment's; only `seed` is read.
 
   Returns:
     The loss in nats per token, and gradients shaped like `params`.
   """
-  seed = experiment.train.seed if hyper is None else hyper.seed
-  key = derive_key(seed, DROPOUT, step) if experiment.model.dropout else None
-  micro_batch_size = experiment.train.micro_batch_size
-  is_grouped = experiment.compute.group_documents is True
-  value_and_grad = jax.value_and_grad(loss_fn)
-  if not is_grouped and not micro_batch_size:
-    return value_and_grad(params, batch, experiment, key)
-  parts = batches.group_by_length(batch) if is_grouped else batches.split(batch, micro_batch_size)
-  total_weight = jnp.sum(batch.weights_BT)
+  B, micro_batch_size = batch.inputs_BT.shape[0], experiment.train.micro_batch_size
+  num_parts, keys_B = B // (micro_batch_size or B), None
+  if experiment.model.dropout:
+    seed = experiment.train.seed if hyper is None else hyper.seed
+    key = derive_key(seed, DROPOUT, step)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 
-  def compute_part(part: Batch, number: jax.Array) -> tuple[jax.Array, dict]:
-    part_key = None if key is None else jax.random.fold_in(key, number)
+  def add_parts(whole: tuple, rows: tuple) -> tuple[jax.Array, dict]:
+    params, total_weight = whole
 
-    def compute(part: Batch) -> tuple[jax.Array, dict]:
-      return value_and_grad(params, part, experiment, part_key, total_weight)
+    def compute(part: Batch, keys_B: jax.Array | None = None) -> tuple[jax.Array, dict]:
+      return jax.value_and_grad(loss_fn)(params, part, experiment, keys_B, total_weight)
 
-    if not is_grouped:
-      return compute(part)
-    half = jax.tree.map(lambda x: x[:, : x.shape[1] // 2], part)
-    return jax.lax.cond(batches.needs_all_positions(part), compute, lambda _: compute(half), part)
+    def compute_group(part: Batch) -> tuple[jax.Array, dict]:
+      half = jax.tree.map(lambda x: x[:, : x.shape[1] // 2], part)
+      return jax.lax.cond(batches.needs_all_positions(part), compute, lambda _: compute(half), part)
 
-  def add(total: dict, part_and_number: tuple[Batch, jax.Array]) -> tuple[dict, jax.Array]:
-    loss, grads = compute_part(*part_and_number)
-    return jax.tree.map(jnp.add, total, grads), loss
+    def add(total: dict, part: tuple) -> tuple[dict, jax.Array]:
+      loss, grads = compute_group(part[0]) if is_grouped else compute(*part)
+      return jax.tree.map(jnp.add, total, grads), loss
 
-  numbers = jnp.arange(parts.inputs_BT.shape[0])
-  grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, numbers))
-  return jnp.sum(losses), grads
+    is_grouped = experiment.compute.group_documents is True
+    if not is_grouped and num_parts == 1:
+      return compute(*rows)
+    parts = (batches.group_by_length(rows[0]),) if is_grouped else batches.split(rows, num_parts)
+    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    return jnp.sum(losses), grads
+
+  return sum_over_data(add_parts, (params, jnp.sum(batch.weights_BT)), (batch, keys_B))
 
 
 def train_step(
@@ -152,8 +157,9 @@ def train_step(
   if experiment.optimizer.skip_spikes is not None:
     ok &= z_score(state.opt_state["spikes"], loss) <= experiment.optimizer.skip_spikes
   optimizer = make_optimizer(experiment, hyper)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss, ok=ok)
-  params = select_tree(ok, optax.apply_updates(state.params, updates), state.params)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss, ok=ok)
+    params = select_tree(ok, optax.apply_updates(state.params, updates), state.params)
   metrics = {"train/loss": loss, "train/grad_norm": grad_norm}
   metrics["train/lr"] = make_schedule(experiment.optimizer, hyper)(state.step)
   metrics["train/skipped"] = jnp.int32(~ok)

@@ -5,6 +5,7 @@ what was measured.
 test_planted_errors.py plants errors in jgpt and expects the very same functions to fail.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -37,6 +38,12 @@ TOKENIZER = CharTokenizer(string.ascii_lowercase, bos=True)
 GRADIENT_TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 NUM_STEPS = 20
+# What `resolve_compute` reads of a device.
+Device = collections.namedtuple("Device", "platform device_kind")
+CPU = Device("cpu", "cpu")
+GPU = Device("gpu", "NVIDIA H100 80GB HBM3")
+OLD_GPU = Device("gpu", "Tesla T4")
+TPU = Device("tpu", "TPU v5 lite")
 # Where the options are not the point: what runs for milliseconds need not be compiled for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):  # later versions do not know it

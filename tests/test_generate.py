@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equivalence import QUICK
+from equivalence import CPU, QUICK
 
 from jgpt.config import SampleConfig
 from jgpt.config.catalog import load_experiment
@@ -200,7 +200,7 @@ def test_greedy_decoding_equals_full_passes(params, how, prompt):
     text.append(int(jnp.argmax(full_pass(params, text))))
     if text[-1] == BOS:
       break
-  experiment = EXPERIMENT if how == "plain" else resolve_compute(EXPERIMENT, "cpu")
+  experiment = EXPERIMENT if how == "plain" else resolve_compute(EXPERIMENT, CPU)
   params = arrange_blocks(params, experiment.compute.layers)
   assert isinstance(params["blocks"], dict) == (how == "plain")
   drawn = texts(params, num=1, temperature=0.0, experiment=experiment, prompt=prompt)

@@ -10,6 +10,7 @@ import jax.test_util
 import numpy as np
 import pytest
 from equivalence import (
+  CPU,
   GRADIENT_TOLERANCE,
   LOSS_TOLERANCE,
   NAMES,
@@ -236,7 +237,7 @@ def test_any_split_into_calls_gives_the_same_bits(batch_size, options):
   """
   experiment, num_steps = names_experiment(data__batch_size=batch_size), 20
   if options == "shipped":
-    experiment = resolve_compute(experiment, "cpu")
+    experiment = resolve_compute(experiment, CPU)
     assert experiment.compute.group_documents == (batch_size == 16)
   corpus, start = corpus_of(DOCUMENTS, experiment), initial_state(experiment)
   jit = partial(jax.jit, compiler_options=options_of(options))
@@ -288,7 +289,7 @@ def test_the_members_of_a_sweep_are_single_runs(x64, batching):
   num_steps, settings = 10, settings | SWEEPS[batching]
   experiment = names_experiment(optimizer__decay_steps=num_steps, **settings)
   if batching == "random":
-    experiment = resolve_compute(experiment, "cpu")
+    experiment = resolve_compute(experiment, CPU)
   params = cast(initial_params(experiment.model), "float64")
   ids = np.random.default_rng(0).integers(0, 27, 16 * 11 + 1)
   corpus = batches.Stream(jnp.asarray(ids, jnp.int32))

@@ -3,7 +3,7 @@ at a time.
 """
 
 import pytest
-from equivalence import NAMES, check_gradients, check_training, names_experiment, options_of
+from equivalence import CPU, NAMES, check_gradients, check_training, names_experiment, options_of
 
 from jgpt.devices.compute import resolve_compute
 
@@ -36,7 +36,7 @@ def test_loss_and_every_gradient_entry_in_float32(options):
   """
   experiment = names_experiment()
   if options == "shipped":
-    experiment = resolve_compute(experiment, "cpu")
+    experiment = resolve_compute(experiment, CPU)
   check_gradients(experiment, "float32", compiler_options=options_of(options))
 
 
@@ -60,7 +60,7 @@ def test_twenty_losses_in_float32(schedule, options):
   """
   experiment = names_experiment(optimizer__decay_steps=SCHEDULES[schedule])
   if options == "shipped":
-    experiment = resolve_compute(experiment, "cpu")
+    experiment = resolve_compute(experiment, CPU)
   check_training(experiment, "float32", options_of(options))
 
 

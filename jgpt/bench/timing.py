@@ -146,7 +146,7 @@ def find_memory(compiled: Any) -> int | None:
 
 def resolve_plan(plan: Plan) -> Experiment:
   """Returns the plan's experiment with `compute` resolved for the first device."""
-  return resolve_compute(plan.experiment, jax.devices()[0].platform)
+  return resolve_compute(plan.experiment, jax.devices()[0])
 
 
 # --- Its parts ---

@@ -416,11 +416,21 @@ class ComputeConfig:
   Attributes:
     tricks: what "auto" resolves to: true takes what was measured to be faster, false the plain
       definition of every field.
+    dtype: of activations and of the operands of products, which are summed in float32. Parameters,
+      moments, gradients, the statistics of norms, softmax and loss are float32 always. "auto" is
+      bfloat16 on TPUs and on GPUs that multiply it, else float32. What it resolves to at a run's
+      first start is a part of the run's identity, unlike every other field here.
+    precision: of float32 products: "default" is JAX's for the device, "high" and "highest" take
+      more passes (`jax.lax.Precision`).
     attention: "plain" is the definition; "blocks" skips the keys after each block of queries.
     matmul: "einsum" is the definition of the projections; "flat" computes each as one product of
       two matrices.
     layers: "scan" loops over stacked layers, which is quick to compile; "unroll" writes the layers
       out, which is quick to run on a CPU.
+    remat: what the backward pass computes again instead of reading it from memory: "none", or
+      "block", whose residual stream alone is kept.
+    loss_chunks: pieces of a batch's tokens, one after the other, in which the logits and the loss
+      are computed; 1 holds the logits of all tokens at once.
     group_documents: whether the documents of a batch are grouped by length, so that groups of
       short ones are computed at half of the positions; false is the definition.
     select: how a skipped update is undone: "plain" selects between the old and the new moments of
@@ -431,9 +441,13 @@ class ComputeConfig:
   """
 
   tricks: bool = True
+  dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+  precision: Literal["default", "high", "highest"] = "default"
   attention: Literal["auto", "plain", "blocks"] = "auto"
   matmul: Literal["auto", "einsum", "flat"] = "auto"
   layers: Literal["auto", "scan", "unroll"] = "auto"
+  remat: Literal["none", "block"] = "none"
+  loss_chunks: int | Literal["auto"] = ranged("auto", least=1)
   group_documents: bool | Literal["auto"] = "auto"
   select: Literal["auto", "plain", "ordered"] = "auto"
   compiler_options: Literal["auto", "none"] = "auto"
@@ -445,9 +459,11 @@ class ComputeConfig:
 # The plain definition in every field.
 PLAIN = ComputeConfig(
   tricks=False,
+  dtype="float32",
   attention="plain",
   matmul="einsum",
   layers="scan",
+  loss_chunks=1,
   group_documents=False,
   select="plain",
   compiler_options="none",

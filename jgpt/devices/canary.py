@@ -73,7 +73,7 @@ class Comparison:
     return self.difference <= TOLERANCE
 
 
-def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
+def compare_compiled(experiment: Experiment, device: jax.Device) -> Comparison:
   """Compares compiled loss and gradients with those computed in float64 without jit.
 
   The network has the experiment's sizes and switches, at most two layers and no dropout. The batch
@@ -82,13 +82,13 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
 
   Args:
     experiment: resolved.
-    platform: of the devices: "cpu", "gpu", "tpu".
+    device: one of those that the run takes.
   """
   began = time.perf_counter()
   layers = min(MAX_LAYERS, experiment.model.num_layers)
   changes = {"num_layers": layers, "dropout": 0.0, "dropout_places": ()}
   as_run = dataclasses.replace(
-    resolve_compute(experiment, platform),
+    resolve_compute(experiment, device),
     model=dataclasses.replace(experiment.model, **changes),
     train=dataclasses.replace(experiment.train, micro_batch_size=None),
   )
@@ -108,7 +108,7 @@ def compare_compiled(experiment: Experiment, platform: str) -> Comparison:
     loss, grads = compiled(arrange(jax.device_put(params)), batch)
     return find_worst(expected, jax.device_get({"loss": loss, **stack_blocks(grads)}))
 
-  options = choose_step_options(resolve_compute(experiment, platform))  # of all layers
+  options = choose_step_options(resolve_compute(experiment, device))  # of all layers
   leaf, difference = compare_with(as_run, options)
   others = {"plain": (plain, {})}
   if without_fusions := keep_known_options({FUSIONS: ""}):
@@ -179,7 +179,7 @@ def find_worst(expected: dict, got: dict) -> tuple[str, float]:
 # --- Once for each machine ---
 
 
-def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
+def compare_once(experiment: Experiment, device: jax.Device) -> Comparison | None:
   """Calls `compare_compiled` unless it has passed before with this compiler and processor.
 
   Small models are skipped, because their training step has no fusions, and so are other platforms;
@@ -187,14 +187,14 @@ def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
 
   Args:
     experiment: resolved.
-    platform: of the devices: "cpu", "gpu", "tpu".
+    device: one of those that the run takes.
 
   Returns:
     The comparison, or None where it was skipped.
   """
   if (
     jax.config.jax_disable_jit
-    or platform != "cpu"
+    or device.platform != "cpu"
     or count_params(experiment.model) <= SMALL_MODEL_PARAMS
   ):
     return None
@@ -206,7 +206,7 @@ def compare_once(experiment: Experiment, platform: str) -> Comparison | None:
   sound = _read_sound(path)
   if key in sound:
     return None
-  comparison = compare_compiled(experiment, platform)
+  comparison = compare_compiled(experiment, device)
   if comparison.passed:
     write_sound(path, sound | {key: f"{comparison.difference:.1e} in {comparison.leaf}"})
   return comparison

@@ -25,31 +25,45 @@ FUSIONS = "xla_cpu_experimental_ynn_fusion_type"  # names XLA's YNNPACK fusions;
 QUICK_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
-def resolve_compute(experiment: Experiment, platform: str) -> Experiment:
+def resolve_compute(experiment: Experiment, device: jax.Device) -> Experiment:
   """Returns the experiment with every "auto" of `compute` replaced; a value that is given stays.
 
   Only `compiler_options` may be left at "auto", where there are any to choose.
 
   Args:
     experiment: resolved otherwise.
-    platform: of the devices: "cpu", "gpu" or "tpu".
+    device: one of those that compute; its `platform` and `device_kind` are read.
   """
-  given = experiment.compute
-  chosen = PLAIN
-  if given.tricks and platform == "cpu":
+  given, chosen = experiment.compute, PLAIN
+  if given.tricks and device.platform == "cpu":
     chosen = ComputeConfig(
+      dtype="float32",
       attention="blocks" if is_context_long(experiment) else "plain",
       matmul="flat",
       layers="scan" if experiment.model.num_layers == 1 else "unroll",
+      loss_chunks=1,
       group_documents=is_grouping_worthwhile(experiment),
       select="ordered",
     )
+  elif given.tricks:
+    dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    chosen = dataclasses.replace(PLAIN, tricks=True, dtype=dtype)
   values = {
     field.name: getattr(chosen, field.name)
     for field in dataclasses.fields(given)
     if getattr(given, field.name) == "auto"
   }
   return dataclasses.replace(experiment, compute=dataclasses.replace(given, **values))
+
+
+def multiplies_bfloat16(device: jax.Device) -> bool:
+  """Returns whether an accelerator multiplies bfloat16 faster than float32.
+
+  TPUs do, and NVIDIA's GPUs from compute capability 8.0 on, which are those with TF32.
+  """
+  return device.platform == "tpu" or (
+    device.platform == "gpu" and not WITHOUT_TF32.search(device.device_kind)
+  )
 
 
 def is_context_long(experiment: Experiment) -> bool:

@@ -75,7 +75,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     ("training", describe_length(plan)),
     *(("", line) for line in describe_rates(experiment)),
     *(("", line) for line in describe_untrained(plan)),
-    ("compute", describe_compute(experiment, device.platform)),
+    ("compute", describe_compute(experiment, device)),
     ("products", runtime.describe_precision(device)),
     (
       "baseline",
@@ -165,9 +165,9 @@ def describe_groups(experiment: Experiment) -> str:
   return f"{line}; none on {describe_group(rest)}" if rest else line
 
 
-def describe_compute(experiment: Experiment, platform: str) -> str:
-  """Describes how a run computes on a platform, each choice as `--set compute.` takes it."""
-  chosen = dataclasses.asdict(resolve_compute(experiment, platform).compute)
+def describe_compute(experiment: Experiment, device: jax.Device) -> str:
+  """Describes how a run computes on a device, each choice as `--set compute.` takes it."""
+  chosen = dataclasses.asdict(resolve_compute(experiment, device).compute)
   return " ".join(f"{name}={format_value(value)}" for name, value in chosen.items())
 
 

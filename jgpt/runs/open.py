@@ -233,5 +233,5 @@ def _open_step(workdir: Path, step: int) -> Run:
   shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), files.experiment.model))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   params = checkpoint.restore_items(folder, {"params": target})["params"]
-  experiment = resolve_compute(files.experiment, device.platform)
+  experiment = resolve_compute(files.experiment, device)
   return Run(params, files.tokenizer, experiment, step, workdir)

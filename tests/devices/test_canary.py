@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equivalence import CPU, GPU
 from small_runs import compiled_quickly
 
 from jgpt import run
@@ -51,7 +52,7 @@ def miscompile(wrong):
 
 @pytest.mark.slow
 def test_a_sound_compiler_passes():
-  check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), "cpu")
+  check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), CPU)
   assert check.passed and check.difference < 1e-5 and check.sound == ()
   assert "gradients agree with float64" in canary.describe_comparison(check)
 
@@ -69,7 +70,7 @@ def test_a_sound_compiler_passes():
 @pytest.mark.slow
 def test_a_wrong_gradient_is_found_and_what_helps_is_named(monkeypatch, wrong):
   monkeypatch.setattr(canary, "loss_and_grads", miscompile(wrong))
-  check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), "cpu")
+  check = canary.compare_compiled(resolved("shakespeare_bytes", **CHANGES), CPU)
   assert not check.passed and check.leaf == "tok_embed" and check.sound == ("plain",)
   words = canary.describe_comparison(check)
   assert (
@@ -85,7 +86,7 @@ def test_it_is_compiled_as_a_run_of_all_layers_is(monkeypatch):
   monkeypatch.setattr(
     canary, "choose_step_options", lambda chosen: seen.append(chosen) or right(chosen)
   )
-  canary.compare_compiled(experiment, "cpu")
+  canary.compare_compiled(experiment, CPU)
   assert [right(chosen) for chosen in seen] == [{}] and seen[0].model.num_layers == 40
 
 
@@ -103,20 +104,20 @@ def test_the_flag_that_it_advises_is_one_that_the_compiler_knows():
 
 def test_it_is_made_once_and_again_for_another_version(cache, monkeypatch):
   experiment, sound = resolved("shakespeare_char_cpu"), canary.Comparison(1e-7, "unembed", (), 0.1)
-  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: sound)
-  assert canary.compare_once(experiment, "cpu") is sound
-  assert canary.compare_once(experiment, "cpu") is None
+  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, device: sound)
+  assert canary.compare_once(experiment, CPU) is sound
+  assert canary.compare_once(experiment, CPU) is None
   assert len(json.loads(cache.read_text(encoding="utf-8"))) == 1
   monkeypatch.setattr(canary.jaxlib, "__version__", "99.0")
-  assert canary.compare_once(experiment, "cpu") is sound
+  assert canary.compare_once(experiment, CPU) is sound
   assert len(json.loads(cache.read_text(encoding="utf-8"))) == 2
 
 
 def test_what_failed_is_checked_again(cache, monkeypatch):
   failed = canary.Comparison(1.0, "unembed", (), 0.1)
-  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: failed)
+  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, device: failed)
   for _ in range(2):
-    assert canary.compare_once(resolved("shakespeare_char_cpu"), "cpu") is failed
+    assert canary.compare_once(resolved("shakespeare_char_cpu"), CPU) is failed
   assert not cache.exists()
 
 
@@ -125,17 +126,16 @@ def test_a_damaged_record_is_no_record(cache, monkeypatch, content):
   cache.parent.mkdir()
   cache.write_bytes(content)
   sound = canary.Comparison(1e-7, "unembed", (), 0.1)
-  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, platform: sound)
+  monkeypatch.setattr(canary, "compare_compiled", lambda experiment, device: sound)
   experiment = resolved("shakespeare_char_cpu")
   assert (
-    canary.compare_once(experiment, "cpu") is sound
-    and canary.compare_once(experiment, "cpu") is None
+    canary.compare_once(experiment, CPU) is sound and canary.compare_once(experiment, CPU) is None
   )
 
 
 def test_what_has_no_fusions_is_not_checked(cache):
-  assert canary.compare_once(resolved("names"), "cpu") is None
-  assert canary.compare_once(resolved("gpt2_shakespeare"), "gpu") is None
+  assert canary.compare_once(resolved("names"), CPU) is None
+  assert canary.compare_once(resolved("gpt2_shakespeare"), GPU) is None
   assert not cache.exists()
 
 
@@ -180,7 +180,7 @@ def test_the_first_run_with_fusions_says_what_was_found(
 )
 def test_the_batch_can_be_cut_into_groups_where_documents_are_grouped(seq_len, batch_size):
   changes = {"data.seq_len": seq_len, "model.max_seq_len": 1024, "data.batch_size": batch_size}
-  experiment = resolve_compute(resolved("names", **changes), "cpu")
+  experiment = resolve_compute(resolved("names", **changes), CPU)
   assert experiment.compute.group_documents == (batch_size >= 16)
   batch = canary.draw_batch(experiment)
   assert batch.inputs_BT.shape[1] == seq_len and batch.inputs_BT.size <= max(
@@ -193,7 +193,7 @@ def test_the_batch_can_be_cut_into_groups_where_documents_are_grouped(seq_len, b
 def test_a_micro_batch_is_as_much_as_is_checked():
   """The check after a run takes no more sequences at once than its updates."""
   experiment = resolved("names", **{"data.batch_size": 8, "train.micro_batch_size": 2})
-  assert canary.draw_batch(resolve_compute(experiment, "cpu")).inputs_BT.shape == (2, 16)
+  assert canary.draw_batch(resolve_compute(experiment, CPU)).inputs_BT.shape == (2, 16)
 
 
 def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
@@ -207,7 +207,7 @@ def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_grouped_documents_pass_too():
-  assert canary.compare_compiled(resolved("names", **{"data.batch_size": 16}), "cpu").passed
+  assert canary.compare_compiled(resolved("names", **{"data.batch_size": 16}), CPU).passed
 
 
 def test_a_difference_that_is_not_a_number_is_the_worst():
@@ -234,5 +234,5 @@ def test_this_compiler_is_sound_at_every_experiments_shapes(name):
   """
   experiment = resolved(name)
   for on in (True, False):
-    check = canary.compare_compiled(change(experiment, {"compute.tricks": on}), "cpu")
+    check = canary.compare_compiled(change(experiment, {"compute.tricks": on}), CPU)
     assert check.difference < 1e-5, check

@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 import switches
 from equivalence import (
+  CPU,
+  GPU,
   GRADIENT_TOLERANCE,
   LOSS_TOLERANCE,
   NAMES,
+  OLD_GPU,
   QUICK,
+  TPU,
   batch_of,
   cast,
   compare,
@@ -59,7 +63,7 @@ from jgpt.train import train_run
 # Four groups of documents: cut at the context, shorter than half of it, and one that fits half of
 # it exactly.
 DOCUMENTS = (*NAMES, "a", "ab", "abcdefg", "abcdefgh", "zoe", "o", "mary", "bartholomewjames")
-PLATFORMS = ("cpu", "gpu", "tpu")
+DEVICES = (CPU, GPU, OLD_GPU, TPU)
 # Of loss and gradients, relative to the leaf's largest entry, in float64.
 TOLERANCE = 1e-10
 
@@ -139,28 +143,29 @@ def test_one_setting_turns_all_of_them_off(name):
   for batch_size in (1, 64):
     changes = {"data__batch_size": batch_size, "train__micro_batch_size": None}
     experiment = resolved(name, **changes, compute__tricks=False)
-    for platform in PLATFORMS:
-      chosen = resolve_compute(experiment, platform)
+    for device in DEVICES:
+      chosen = resolve_compute(experiment, device)
       assert chosen == dataclasses.replace(experiment, compute=PLAIN)
       assert choose_step_options(chosen) == choose_quick_options(chosen) == {}
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_they_switch_themselves_off_where_they_were_not_measured(platform):
+@pytest.mark.parametrize("device", [GPU, OLD_GPU, TPU], ids=lambda device: device.device_kind)
+def test_they_switch_themselves_off_where_they_were_not_measured(device):
   for name in list_experiments():
-    chosen = resolve_compute(resolved(name), platform)
-    assert chosen.compute == dataclasses.replace(PLAIN, tricks=True)
+    chosen = resolve_compute(resolved(name), device)
+    dtype = "float32" if device is OLD_GPU else "bfloat16"
+    assert chosen.compute == dataclasses.replace(PLAIN, tricks=True, dtype=dtype)
     assert choose_step_options(chosen) == choose_quick_options(chosen) == {}
 
 
 @pytest.mark.parametrize("name", list_experiments())
 def test_only_compute_is_resolved_and_no_auto_is_left(name):
   """Resolving again changes nothing, and but for the compiler's options every choice is a value."""
-  for tricks, platform in itertools.product((True, False), PLATFORMS):
+  for tricks, device in itertools.product((True, False), DEVICES):
     experiment = resolved(name, compute__tricks=tricks)
-    chosen = resolve_compute(experiment, platform)
+    chosen = resolve_compute(experiment, device)
     assert chosen == dataclasses.replace(experiment, compute=chosen.compute)
-    assert resolve_compute(chosen, platform) == chosen
+    assert resolve_compute(chosen, device) == chosen
     fields = dataclasses.asdict(chosen.compute)
     assert [field for field, value in fields.items() if value == "auto"] in (
       [],
@@ -174,7 +179,7 @@ def test_each_is_chosen_where_it_helps():
     "batch": resolved("names", data__batch_size=16),
     "gpt2": resolved("gpt2_shakespeare"),
   }
-  chosen = {name: resolve_compute(experiment, "cpu") for name, experiment in chosen.items()}
+  chosen = {name: resolve_compute(experiment, CPU) for name, experiment in chosen.items()}
   layers = {name: experiment.compute.layers for name, experiment in chosen.items()}
   assert layers == {"names": "scan", "batch": "scan", "gpt2": "unroll"}
   groups = {name: experiment.compute.group_documents for name, experiment in chosen.items()}
@@ -187,7 +192,7 @@ def test_each_is_chosen_where_it_helps():
   assert all(choose_quick_options(experiment) for experiment in chosen.values())
   for seq_len, way in ((64, "plain"), (254, "plain"), (256, "blocks")):
     experiment = resolved("shakespeare_char", data__seq_len=seq_len)
-    assert resolve_compute(experiment, "cpu").compute.attention == way
+    assert resolve_compute(experiment, CPU).compute.attention == way
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_options_that_the_compiler_does_not_know_are_left_out(unknown):
 )
 def test_a_value_that_is_given_wins(field, value):
   """With tricks and without, on every platform; the other fields are chosen as before."""
-  for tricks, platform in itertools.product((True, False), PLATFORMS):
+  for tricks, device in itertools.product((True, False), DEVICES):
     # "auto" would be: blocks, unroll and, of the second, groups.
     for name, changes in (
       ("gpt2_shakespeare", {"data__seq_len": 256}),
@@ -216,8 +221,8 @@ def test_a_value_that_is_given_wins(field, value):
         continue
       experiment = resolved(name, **changes, compute__tricks=tricks)
       given = change(experiment, {f"compute.{field}": value})
-      chosen = resolve_compute(given, platform).compute
-      others = resolve_compute(experiment, platform).compute
+      chosen = resolve_compute(given, device).compute
+      others = resolve_compute(experiment, device).compute
       assert chosen == dataclasses.replace(others, **{field: value})
 
 
@@ -238,7 +243,7 @@ def test_documents_are_not_grouped_where_that_would_be_wrong_or_slower(changes):
   assert is_grouping_worthwhile(resolved("names", data__batch_size=16))
   experiment = resolved("names", **{"data__batch_size": 16} | changes)
   assert not is_grouping_worthwhile(experiment)
-  assert resolve_compute(experiment, "cpu").compute.group_documents is False
+  assert resolve_compute(experiment, CPU).compute.group_documents is False
   asked = {"compute.group_documents": True}
   if changes == {"data__batch_size": 8}:
     assert may_group_documents(change(experiment, asked))
@@ -258,7 +263,7 @@ def test_what_was_chosen_is_printed_and_recorded(tricks, tmp_path):
   changes = {"train.steps": 1, "compute.tricks": tricks, "compute.attention": "blocks"}
   planned = plan_run(change(load_experiment("names"), changes), workdir=tmp_path)
   assert planned.experiment.compute.matmul == "auto"
-  chosen = dataclasses.asdict(resolve_compute(planned.experiment, "cpu").compute)
+  chosen = dataclasses.asdict(resolve_compute(planned.experiment, CPU).compute)
   matmul = "flat" if tricks else "einsum"
   assert (chosen["matmul"], chosen["attention"], chosen["tricks"]) == (matmul, "blocks", tricks)
   line = dict(describe_plan(planned))["compute"]
@@ -563,7 +568,7 @@ def test_a_run_with_attention_in_blocks_is_one_run():
   changes |= {"model.dropout": 0.2, "model.dropout_places": ("attention", "mlp_out")}
   changes |= {"model.max_seq_len": 256, "data.seq_len": 256}
   fast = change(load_experiment("shakespeare_bytes"), changes)
-  assert resolve_compute(resolve(fast, 256, 10), "cpu").compute.attention == "blocks"
+  assert resolve_compute(resolve(fast, 256, 10), CPU).compute.attention == "blocks"
   with compiled_quickly():
     losses = [
       train_run(plan_run(change(fast, {"compute.tricks": on}))).losses for on in (True, False)
@@ -596,7 +601,7 @@ def test_the_program_is_made_as_chosen(monkeypatch):
   for on, kind in ((True, list), (False, dict)):
     planned = plan_run(change(experiment, {"compute.tricks": on}))
     compiled = program.compile_program(planned.experiment, planned.data)
-    assert compiled.experiment == resolve_compute(planned.experiment, "cpu")
+    assert compiled.experiment == resolve_compute(planned.experiment, CPU)
     assert (compiled.experiment.compute == PLAIN) == (not on)
     assert isinstance(compiled.state.params["blocks"], kind)
     assert asked.pop() == compiled.experiment and not asked

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import small_runs
 from equivalence import (
+  CPU,
   NAMES,
   QUICK,
   compare,
@@ -122,7 +123,7 @@ def test_row_14_every_way_to_compute_skips_the_same(monkeypatch):
   bad_numbers.plant(monkeypatch.setattr, "nan in one gradient", [3, 4, 9])
   found = []
   for tricks in (True, False):
-    chosen = resolve_compute(change(experiment, {"compute.tricks": tricks}), "cpu")
+    chosen = resolve_compute(change(experiment, {"compute.tricks": tricks}), CPU)
     assert chosen.compute.group_documents is tricks
     assert chosen.compute.select == ("ordered" if tricks else "plain")
     state = arrange_blocks(initial_state(chosen), chosen.compute.layers)

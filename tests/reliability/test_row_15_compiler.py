@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from equivalence import CPU
 
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import PLAIN
@@ -53,7 +54,7 @@ def small(name):
   "name", ["names", "shakespeare_bytes", "shakespeare_char_cpu", "gpt2_shakespeare"]
 )
 def test_row_15_eager_and_compiled_without_fusions_are_float64(name):
-  experiment = resolve_compute(small(name), "cpu")
+  experiment = resolve_compute(small(name), CPU)
   init = jax.jit(
     partial(init_params, config=experiment.model), compiler_options=choose_quick_options(experiment)
   )

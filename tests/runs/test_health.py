@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
-from equivalence import NAMES, corpus_of, initial_state, names_experiment
+from equivalence import CPU, NAMES, corpus_of, initial_state, names_experiment
 
 from jgpt.config.settings import change
 from jgpt.devices.compute import resolve_compute
@@ -200,7 +200,7 @@ def explained(alter, monkeypatch, **changes):
   right = health.loss_and_grads
   monkeypatch.setattr(health, "loss_and_grads", lambda *args: alter(*right(*args)))
   experiment = change(names_experiment(), {"mesh.data": 1} | changes)
-  experiment = resolve_compute(experiment, "cpu")
+  experiment = resolve_compute(experiment, CPU)
   return explain_skip(experiment, initial_state(experiment), corpus_of(NAMES, experiment), 3)
 
 
