@@ -19,7 +19,7 @@ from jgpt.plan import SECONDS_PER_CALL, Plan, claim_folder, is_sample_due, next_
 from jgpt.program import Program, compile_program
 from jgpt.report.outcome import conclude_run
 from jgpt.runs import checkpoint
-from jgpt.runs.clock import Clock
+from jgpt.runs.clock import start_clock
 from jgpt.runs.health import explain_stop
 from jgpt.runs.log import Call, JsonlWriter, Log, Writer, close_quietly
 from jgpt.runs.result import Result, remove_result
@@ -60,7 +60,7 @@ def train_run(
   workdir, train = plan.workdir, plan.experiment.train
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
-    saved_step, manager, rows, clock = None, None, (), Clock()
+    saved_step, manager, rows, clock = None, None, (), stack.enter_context(start_clock())
     for writer in writers:
       stack.callback(close_quietly, writer)
     if workdir is not None:

@@ -21,6 +21,9 @@
                        is_inside; null where it expects nothing
     seconds            of this start by part: planning, compiling (with restoring), training,
                        evaluating, sampling, saving (while training waits)
+    compiled           programs that this start needed, how many of them were from_cache (jax's
+                       persistent cache), and seconds: of XLA and of reading that cache, added up
+                       over programs, of which two compile at once
     tokens_per_second  this start's tokens over its seconds of training; null without updates
     peak_memory_bytes  of this process (host), and the largest of a device; null where not known
     time               when it was written, UTC
@@ -30,6 +33,7 @@ Numbers that JSON cannot hold (NaN, infinity) are null.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 from typing import Any
@@ -108,6 +112,7 @@ def conclude_run(
     seen=log.count_seen(step),
     seconds=log.clock.seconds | {"planning": plan.seconds},
     seen_here=log.count_seen(step).tokens - log.count_seen(plan.start_step).tokens,
+    compilations=dataclasses.replace(log.clock.compilations),  # which counts on
   )
   write_outcome(plan, result)
   return result
@@ -161,6 +166,7 @@ def describe_outcome(plan: Plan, result: Result) -> dict[str, Any]:
       "verdict": verdict,
       "expected": expected,
       "seconds": {part: round(seconds, 6) for part, seconds in result.seconds.items()},
+      "compiled": dataclasses.asdict(result.compilations),
       "tokens_per_second": result.seen_here / trained if result.seen_here else None,
       "peak_memory_bytes": {"host": measure_peak_memory(), "device": _measure_device_peak()},
       "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from jgpt.devices.compilations import Compilations, count_compilations
 
 RUN_PARTS = ("planning", "compiling", "training", "evaluating", "sampling", "saving")
 WINDOW_SECONDS = 10.0  # of training that a rate is over; a single short call says nothing
@@ -33,10 +37,12 @@ class Clock:
 
   Attributes:
     seconds: by part, one of `RUN_PARTS`.
+    compilations: what jax compiled meanwhile; nothing where that is not counted.
   """
 
-  def __init__(self):
+  def __init__(self, compilations: Compilations | None = None):
     """Starts the clock."""
+    self.compilations = compilations or Compilations()
     self.seconds = dict.fromkeys(RUN_PARTS, 0.0)
     self._began = self._last = time.perf_counter()
 
@@ -55,6 +61,13 @@ class Clock:
   def elapsed(self) -> float:
     """Returns the seconds since the clock was started, as of the last look."""
     return self._last - self._began
+
+
+@contextlib.contextmanager
+def start_clock() -> Iterator[Clock]:
+  """Starts a clock that counts compilations until the context ends."""
+  with count_compilations() as counts:
+    yield Clock(counts)
 
 
 class Pace:

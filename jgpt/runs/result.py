@@ -19,6 +19,7 @@ import numpy as np
 from jgpt import sharding
 from jgpt.batches import Seen
 from jgpt.config import Experiment
+from jgpt.devices.compilations import Compilations
 from jgpt.errors import UserError, show
 from jgpt.evaluation import HeldoutLoss
 from jgpt.runs.folder import check_no_link, read_run_json
@@ -55,6 +56,7 @@ class Result:
     seen: what the run was trained on since it first began.
     seconds: of this start, by part of the run.
     seen_here: tokens that this start trained on.
+    compilations: of this start.
   """
 
   state: TrainState
@@ -73,6 +75,7 @@ class Result:
   seen: Seen
   seconds: dict[str, float]
   seen_here: int
+  compilations: Compilations
 
   @property
   def params(self) -> dict:

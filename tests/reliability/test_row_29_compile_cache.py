@@ -19,6 +19,7 @@ from bad_input import Case, give
 from children import arguments, write_texts
 
 from jgpt.devices import runtime
+from jgpt.runs.result import read_result
 
 NUM_SEEDS = 2
 
@@ -113,6 +114,11 @@ def test_row_29_whatever_is_wrong_with_a_cache_losses_are_the_same(train, tmp_pa
   assert (
     again == losses and second.err == "" and second.num_cached > first.num_cached == 0
   )  # it is used
+  compiled_first, compiled_again = (
+    read_result(tmp_path / run)["compiled"] for run in ("run0", "run1")
+  )
+  assert compiled_first["from_cache"] == 0 < compiled_first["programs"]
+  assert compiled_again["from_cache"] == compiled_again["programs"] == compiled_first["programs"]
   assert set(json.loads((compiled / "digests.json").read_text())) == set(entries)
 
   def replace(change):

@@ -104,6 +104,8 @@ def test_the_end_of_a_run_is_in_result_json(finished):
   here = found["tokens"] / found["seconds"]["training"]
   assert found["tokens_per_second"] == pytest.approx(here, rel=1e-3)
   assert found["peak_memory_bytes"]["host"] > 10**8
+  assert found["compiled"]["programs"] >= max(2, found["compiled"]["from_cache"])
+  assert found["compiled"]["seconds"] > 0
 
 
 def test_rows_of_time_add_up_to_the_seconds_of_training(finished):

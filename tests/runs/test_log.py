@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import time
 import tracemalloc
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -23,7 +25,7 @@ from jgpt.report.console import (
   format_perplexity,
   format_step,
 )
-from jgpt.runs.clock import WINDOW_SECONDS, Clock, Pace, Perf
+from jgpt.runs.clock import WINDOW_SECONDS, Clock, Pace, Perf, start_clock
 from jgpt.runs.log import (
   MAX_LINE,
   Call,
@@ -432,6 +434,26 @@ def test_seconds_are_counted_for_one_part_each(monkeypatch):
     "saving": 2.0,
   }
   assert clock.elapsed == sum(clock.seconds.values()) == 4.0
+
+
+def test_compilations_are_counted_until_the_clock_is_closed():
+  """Programs in all, and those that jax read from its persistent cache; each clock for itself."""
+  number = time.time_ns()  # in the program, so that no earlier one is the same
+
+  def compile_it():
+    jax.jit(lambda x: x * float(number)).lower(np.float32(1)).compile()
+
+  with start_clock() as outer:
+    compile_it()
+    first = dataclasses.replace(outer.compilations)
+    with start_clock() as inner:
+      compile_it()
+    compile_it()
+  compile_it()
+  assert (first.programs, first.from_cache) == (1, 0) and first.seconds > 0
+  assert (inner.compilations.programs, inner.compilations.from_cache) == (1, 1)
+  assert (outer.compilations.programs, outer.compilations.from_cache) == (3, 2)
+  assert outer.compilations.seconds > inner.compilations.seconds > 0
 
 
 def test_terminal_has_whole_lines_with_samples_as_they_are(capsys):
