@@ -53,7 +53,7 @@ def project(equation: str, x: jax.Array, w: jax.Array, compute: ComputeConfig) -
   return y_MN.reshape(*x.shape[:2], *w.shape[num:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum_bfloat16(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """Computes `einsum(equation, x, w)` of operands rounded to bfloat16, summed in float32.
 
