@@ -273,6 +273,7 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
       ),
     )
   devices = mesh.devices.flatten()
+  compute = resolve_compute(plan.experiment, devices[0]).compute
   entry = {
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "start_step": plan.start_step,
@@ -287,11 +288,11 @@ def _record_start(plan: Plan, mesh: jax.sharding.Mesh) -> None:
     "keys": IMPLEMENTATION,
     "numeric_options": runtime.find_numeric_options(),
     "devices": [f"{d.platform} {d.device_kind}" for d in devices],
-    "products": runtime.describe_precision(devices[0]),
+    "products": runtime.describe_precision(devices[0], compute),
     "settings": {
       name: value for name, value in list_settings(plan.experiment).items() if is_circumstance(name)
     },
-    "compute": dataclasses.asdict(resolve_compute(plan.experiment, devices[0]).compute),
+    "compute": dataclasses.asdict(compute),
   }
   append_env(plan.workdir, entry)
 

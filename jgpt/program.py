@@ -54,6 +54,11 @@ class Program:
   feed: Feed
   heldout: Corpus
 
+  @property
+  def peak(self) -> float | None:
+    """Returns the peak rate of the devices together in FLOP/s; None where it is not known."""
+    return runtime.find_peaks(self.state.step.devices(), self.experiment.compute)
+
   def advance(self, state: TrainState, step: int, num_steps: int) -> tuple[TrainState, dict]:
     """Starts `num_steps` updates of a state after `step` of them; see `run_steps`."""
     count = jax.device_put(np.int32(num_steps), sharding.beside(state))

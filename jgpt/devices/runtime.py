@@ -12,12 +12,15 @@ import stat
 import sys
 import warnings
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jgpt.devices.compute import describe_products
+from jgpt.config import ComputeConfig
+from jgpt.devices.compute import PRECISIONS, describe_products
+from jgpt.devices.limits import TPU_PASSES, find_peak
 from jgpt.errors import UserError, first_line
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, digest_bytes, make_private
@@ -221,7 +224,37 @@ def devices() -> list[jax.Device]:
     ) from error
 
 
-def describe_precision(device: jax.Device) -> str:
-  """Describes in which precision a device multiplies, as jax is configured."""
-  precision = jax.config.jax_default_matmul_precision
+def describe_precision(device: jax.Device, compute: ComputeConfig) -> str:
+  """Describes in which precision a device multiplies, as a run and jax are configured.
+
+  Args:
+    device: one of those that compute.
+    compute: from `resolve_compute`.
+  """
+  if compute.dtype == "bfloat16":
+    return "bfloat16, summed in float32"
+  precision = _find_precision(compute)
   return describe_products(device.platform, device.device_kind, precision)
+
+
+def find_peaks(devices: Collection[jax.Device], compute: ComputeConfig) -> float | None:
+  """Finds the peak rate of devices together, in FLOP/s, for the products that a run computes.
+
+  Args:
+    devices: of one kind.
+    compute: from `resolve_compute`.
+
+  Returns:
+    None where it is not known, as of a CPU.
+  """
+  precision = PRECISIONS.get(chosen := _find_precision(compute), chosen)
+  if compute.dtype == "float32" and precision not in TPU_PASSES:  # a `DotAlgorithmPreset`
+    return None
+  peak = find_peak(next(iter(devices)).device_kind, compute.dtype, precision)
+  return None if peak is None else len(devices) * peak
+
+
+def _find_precision(compute: ComputeConfig) -> str | None:
+  """Returns `compute.precision`, or how jax is configured where that is its default."""
+  is_default = compute.precision == "default"
+  return jax.config.jax_default_matmul_precision if is_default else compute.precision

@@ -141,7 +141,8 @@ def format_duration(seconds: float) -> str:
 def format_line(chunk: Chunk, where: str, loss: float | None, clock: str = "") -> str:
   """Formats a line of progress.
 
-  For example `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`.
+  For example `step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s`, and
+  where the devices' peak is known `| 412,000 tokens/s, MFU 41.2%`.
 
   Args:
     chunk: the last; its held-out loss and first text are added if it has them.
@@ -160,6 +161,8 @@ def format_line(chunk: Chunk, where: str, loss: float | None, clock: str = "") -
   if chunk.perf is not None:
     rate = chunk.perf.steps_per_second
     parts.append(f"{rate:,.0f} steps/s" if rate >= 10 else f"{rate:.2f} steps/s")
+    if chunk.perf.mfu is not None:
+      parts.append(f"{chunk.perf.tokens_per_second:,.0f} tokens/s, MFU {chunk.perf.mfu:.1%}")
   parts += [clock] if clock else []
   if not chunk.texts:
     return " | ".join(parts)

@@ -24,7 +24,11 @@
     compiled           programs that this start needed, how many of them were from_cache (jax's
                        persistent cache), and seconds: of XLA and of reading that cache, added up
                        over programs, of which two compile at once
-    tokens_per_second  this start's tokens over its seconds of training; null without updates
+    tokens_per_second  this start's tokens, padding not counted, over its seconds of training; null
+                       without updates
+    mfu                of these the share of the devices' peak (`limits.find_peak`), a token taking
+                       6 P + 6 L D T floating-point operations (`limits.count_train_flops`); null
+                       where no peak is known
     peak_memory_bytes  of this process (host), and the largest of a device; null where not known
     time               when it was written, UTC
 
@@ -95,6 +99,8 @@ def conclude_run(
   ended_by = "finished" if step == steps else "max_seconds"
   if log.health.exhausted or stop:
     ended_by = "skipped updates" if log.health.exhausted else "signal"
+  here = log.count_seen(step).tokens - log.count_seen(plan.start_step).tokens
+  rate = here / log.clock.seconds["training"] if here else None
   result = Result(
     state=state,
     step=step,
@@ -111,7 +117,8 @@ def conclude_run(
     best_saved=saver.find_best_saved(),
     seen=log.count_seen(step),
     seconds=log.clock.seconds | {"planning": plan.seconds},
-    seen_here=log.count_seen(step).tokens - log.count_seen(plan.start_step).tokens,
+    tokens_per_second=rate,
+    mfu=rate and log.compute_mfu(rate),
     compilations=dataclasses.replace(log.clock.compilations),  # which counts on
   )
   write_outcome(plan, result)
@@ -147,7 +154,6 @@ def describe_outcome(plan: Plan, result: Result) -> dict[str, Any]:
     verdict = {"verdict": found.verdict, "evidence": found.evidence}
   of_finished = experiment.expected if result.ended_by == "finished" else ()
   expected = match_expected(of_finished, plan.data.label, result.losses, result.heldout_loss)
-  trained = result.seconds["training"]
   return _drop_nonfinite(
     {
       "name": plan.name,
@@ -167,7 +173,8 @@ def describe_outcome(plan: Plan, result: Result) -> dict[str, Any]:
       "expected": expected,
       "seconds": {part: round(seconds, 6) for part, seconds in result.seconds.items()},
       "compiled": dataclasses.asdict(result.compilations),
-      "tokens_per_second": result.seen_here / trained if result.seen_here else None,
+      "tokens_per_second": result.tokens_per_second,
+      "mfu": result.mfu,
       "peak_memory_bytes": {"host": measure_peak_memory(), "device": _measure_device_peak()},
       "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,6 +25,7 @@ from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, list_settings
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
+from jgpt.devices.limits import count_train_flops
 from jgpt.errors import UserError, printable
 from jgpt.params import count_params, walk
 from jgpt.plan import Plan
@@ -76,7 +77,8 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     *(("", line) for line in describe_rates(experiment)),
     *(("", line) for line in describe_untrained(plan)),
     ("compute", describe_compute(experiment, device)),
-    ("products", runtime.describe_precision(device)),
+    ("products", runtime.describe_precision(device, resolve_compute(experiment, device).compute)),
+    ("throughput", describe_throughput(experiment, mesh.devices.flatten())),
     (
       "baseline",
       f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token",
@@ -171,6 +173,23 @@ def describe_compute(experiment: Experiment, device: jax.Device) -> str:
   return " ".join(f"{name}={format_value(value)}" for name, value in chosen.items())
 
 
+def describe_throughput(experiment: Experiment, devices: Sequence[jax.Device]) -> str:
+  """Describes what rates count, and the formula and the peak of the share of it (MFU).
+
+  Args:
+    experiment: `compute` may hold "auto".
+    devices: that the run uses.
+  """
+  flops = count_train_flops(experiment.model, experiment.data.seq_len)
+  compute = resolve_compute(experiment, devices[0]).compute
+  peak = runtime.find_peaks(devices, compute)
+  words = f"of tokens without padding, each 6 P + 6 L D T = {flops:,} FLOPs"
+  if peak is None:
+    return f"{words}; MFU n/a: no peak of {devices[0].device_kind} is known"
+  number = f"{len(devices)} x " if len(devices) > 1 else ""
+  return f"{words}; MFU is the share of {number}{peak / len(devices) / 1e12:.4g} TFLOP/s"
+
+
 def describe_length(plan: Plan) -> str:
   """Describes the number of updates, the batch, and how much of the training part they take."""
   experiment, data = plan.experiment, plan.data
@@ -259,6 +278,9 @@ def print_result(plan: Plan, result: Result, texts: list[str], seconds: float) -
     )
     num = min(LAST, len(result.losses))
     print(f"training loss {final_loss(result.losses):.4f} (mean of the last {num} updates){took}")
+    if result.tokens_per_second is not None:
+      mfu = "n/a" if result.mfu is None else f"{result.mfu:.1%}"
+      print(f"throughput {result.tokens_per_second:,.0f} tokens/s in training, MFU {mfu}")
   if result.heldout_loss is not None:
     perplexity = format_perplexity(result.heldout_loss)
     documents = f"{len(plan.data.heldout.tokens):,} documents, " if plan.data.documents else ""

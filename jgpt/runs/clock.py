@@ -24,12 +24,15 @@ class Perf(NamedTuple):
       devices warm up, counts only for its own rate.
     tokens_per_second: the same, of tokens trained on.
     elapsed: seconds since the first call of this start was made, everything counted.
+    mfu: share of the devices' peak that `tokens_per_second` takes by `limits.count_train_flops`;
+      None where no peak is known.
   """
 
   seconds: float
   steps_per_second: float
   tokens_per_second: float
   elapsed: float
+  mfu: float | None = None
 
 
 class Clock:

@@ -26,6 +26,7 @@ import numpy as np
 from jgpt.batches import make_seen_counter
 from jgpt.config import Experiment
 from jgpt.data.corpus import Data
+from jgpt.devices.limits import count_train_flops
 from jgpt.evaluation import (
   EvalSums,
   HeldoutLoss,
@@ -87,7 +88,8 @@ class JsonlWriter:
 
     each call        {"step": 100, "perf/seconds": 0.003, "perf/tokens_per_second": 2e5, "tokens":
                      710}: the only ones that are not the same in a run that is resumed, or run
-                     again. tokens: trained on since the run first began, repetitions counted
+                     again. tokens: trained on since the run first began, repetitions counted,
+                     without padding. "perf/mfu" too where the devices' peak is known
     each evaluation  {"step": 100, "heldout/loss": 2.41, "heldout/tokens": 1573}, and
                      "heldout/batches" where it is over a sample of so many batches
     the end          {"step": 1000, "heldout/loss": 2.39, "heldout/tokens": 1573,
@@ -145,6 +147,8 @@ class JsonlWriter:
     if chunk.perf is not None:
       seconds, rate = chunk.perf.seconds, chunk.perf.tokens_per_second
       timed = {TIMED: float(f"{seconds:.6g}"), "perf/tokens_per_second": float(f"{rate:.6g}")}
+      if chunk.perf.mfu is not None:
+        timed["perf/mfu"] = float(f"{chunk.perf.mfu:.4g}")
       rows.append({"step": chunk.step, **timed, "tokens": chunk.tokens})
     if chunk.heldout_loss is not None:
       row = {"step": chunk.step, "heldout/loss": chunk.heldout_loss}
@@ -309,6 +313,7 @@ class Log:
     experiment: Experiment,
     data: Data,
     clock: Clock,
+    peak: float | None = None,
   ):
     """Begins a start of the run.
 
@@ -318,11 +323,14 @@ class Log:
       experiment: resolved.
       data: of the run.
       clock: has counted what came before the first call, so that compiling counts for no step.
+      peak: rate of the devices together, FLOP/s; None where it is not known.
     """
     self._writers, self._data, self._pace = writers, data, Pace()
     self.clock, self._before, self._seconds_per_step = clock, clock.elapsed, 0.0
     self._max_seconds = experiment.train.max_seconds
     self.count_seen = make_seen_counter(data.train, experiment.data)
+    self._flops = count_train_flops(experiment.model, experiment.data.seq_len)
+    self._peak = peak
     self._is_whole = experiment.train.eval_batches is None
     self._sample_batches = count_sample_batches(data.heldout, experiment)
     self.tokens_per_second: float | None = None
@@ -406,7 +414,12 @@ class Log:
     # A call that was done before the host asked for it seems to have taken no time.
     self._seconds_per_step = max(seconds / call.num_steps, 1 / steps_per_second)
     elapsed = self.clock.elapsed - self._before
-    return Perf(seconds, steps_per_second, self.tokens_per_second, elapsed)
+    mfu = self.compute_mfu(self.tokens_per_second)
+    return Perf(seconds, steps_per_second, self.tokens_per_second, elapsed, mfu)
+
+  def compute_mfu(self, tokens_per_second: float) -> float | None:
+    """Computes the share of the devices' peak that a rate takes; None where no peak is known."""
+    return None if self._peak is None else tokens_per_second * self._flops / self._peak
 
   def write_final(self, step: int, heldout: HeldoutLoss, bits_per_byte: float) -> None:
     """Writes the loss over the whole held-out part to metrics.jsonl, once the run has ended."""

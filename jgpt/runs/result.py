@@ -55,7 +55,8 @@ class Result:
     best_saved: the same of those whose state is saved.
     seen: what the run was trained on since it first began.
     seconds: of this start, by part of the run.
-    seen_here: tokens that this start trained on.
+    tokens_per_second: that this start trained on, over its seconds of training; None without any.
+    mfu: share of the devices' peak that this rate takes; None where no peak is known.
     compilations: of this start.
   """
 
@@ -74,7 +75,8 @@ class Result:
   best_saved: tuple[int, HeldoutLoss] | None
   seen: Seen
   seconds: dict[str, float]
-  seen_here: int
+  tokens_per_second: float | None
+  mfu: float | None
   compilations: Compilations
 
   @property

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import typing
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -662,4 +663,16 @@ def test_it_is_said_in_which_precision_products_run(platform, kind, precision, w
   assert describe_products(platform, kind, precision) == words
   with jax.default_matmul_precision(precision):  # jax knows it
     assert jax.config.jax_default_matmul_precision == precision
-    assert runtime.describe_precision(jax.devices()[0]).startswith("float32")
+    assert runtime.describe_precision(jax.devices()[0], PLAIN).startswith("float32")
+    # A setting of the run counts more than jax's, and a run in bfloat16 has no products of float32.
+    high = dataclasses.replace(PLAIN, precision="highest")
+    device = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    assert runtime.describe_precision(device, high) == "float32"
+    assert runtime.find_peaks([device] * 4, high) == pytest.approx(4 * 197e12 / 6)
+    low = dataclasses.replace(PLAIN, dtype="bfloat16")
+    assert runtime.describe_precision(device, low) == "bfloat16, summed in float32"
+    assert runtime.find_peaks([device] * 4, low) == 4 * 197e12
+    passes = {"high": 3, "tensorfloat32": 3, "bfloat16_3x": 3, "highest": 6, "float32": 6}
+    peak = runtime.find_peaks([device], PLAIN)
+    is_preset = precision is not None and precision.isupper()
+    assert peak == (None if is_preset else pytest.approx(197e12 / passes.get(precision, 1)))

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from jgpt import train
 from jgpt.batches import Documents, Stream, count_eval_batches
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, parse_setting, resolve
+from jgpt.devices import limits
 from jgpt.errors import UserError
 from jgpt.evaluation import HeldoutLoss, schedule_evaluations
 from jgpt.plan import plan_run
@@ -28,6 +30,7 @@ from jgpt.runs.result import find_best, read_result, write_result
 pytestmark = pytest.mark.usefixtures("quick")
 
 STEPS = 40
+PEAK = 1e9  # FLOP/s that the CPU of the finished run is said to reach
 # A rate so high that the loss on the held-out part rises after a few updates.
 CHANGES = {
   "train.steps": STEPS,
@@ -68,7 +71,8 @@ class Interrupter:
 def finished(experiment, tmp_path_factory):
   """A finished run's folder and what training returned."""
   workdir = tmp_path_factory.mktemp("run") / "run"
-  with small_runs.compiled_quickly():
+  cpu = limits.Accelerator("cpu", *3 * (PEAK,), memory=2**40, bandwidth=1e9)
+  with small_runs.compiled_quickly(), mock.patch.object(limits, "ACCELERATORS", (cpu,)):
     return workdir, run(experiment, workdir)
 
 
@@ -103,6 +107,8 @@ def test_the_end_of_a_run_is_in_result_json(finished):
   assert all(found["seconds"][part] > 0 for part in ("planning", "compiling", "training", "saving"))
   here = found["tokens"] / found["seconds"]["training"]
   assert found["tokens_per_second"] == pytest.approx(here, rel=1e-3)
+  flops = limits.count_train_flops(result.experiment.model, 16)
+  assert found["mfu"] == pytest.approx(here * flops / PEAK, rel=1e-3)
   assert found["peak_memory_bytes"]["host"] > 10**8
   assert found["compiled"]["programs"] >= max(2, found["compiled"]["from_cache"])
   assert found["compiled"]["seconds"] > 0
@@ -111,6 +117,9 @@ def test_the_end_of_a_run_is_in_result_json(finished):
 def test_rows_of_time_add_up_to_the_seconds_of_training(finished):
   workdir, result = finished
   metrics = open_run(workdir).metrics
+  flops = limits.count_train_flops(result.experiment.model, 16)
+  expected = metrics["perf/tokens_per_second"].values * flops / PEAK
+  np.testing.assert_allclose(metrics["perf/mfu"].values, expected, rtol=1e-3)
   assert metrics["perf/seconds"].values.sum() == pytest.approx(result.seconds["training"], rel=0.05)
   assert metrics["tokens"].values[-1] == result.seen.tokens
   assert (np.diff(metrics["tokens"].values) > 0).all()

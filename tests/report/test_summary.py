@@ -2,13 +2,19 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from jgpt.batches import Documents, Stream
 from jgpt.config import catalog
-from jgpt.config.settings import change
-from jgpt.report.summary import describe_length, describe_untrained, describe_widths
+from jgpt.config.settings import change, resolve
+from jgpt.report.summary import (
+  describe_length,
+  describe_throughput,
+  describe_untrained,
+  describe_widths,
+)
 
 
 def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
@@ -20,6 +26,23 @@ def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
   assert line.startswith("model.d_ff=64 is 1.33 times model.d_model=48;")
   assert line.endswith("--set model.d_ff=192")
   assert describe_widths(change(wide, {"model.d_ff": 192})) == []
+
+
+def test_the_start_names_the_formula_and_the_peak_of_the_mfu():
+  """What is computed decides the peak; padding is no token; an unknown device has no peak."""
+  experiment = resolve(catalog.load_experiment("gpt2_shakespeare"), 50257)
+  experiment = change(experiment, {"data.seq_len": 1024})
+  chips = [types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")] * 8
+  line = describe_throughput(experiment, chips)
+  assert "without padding, each 6 P + 6 L D T = 797,815,296 FLOPs" in line
+  assert line.endswith("; MFU is the share of 8 x 197 TFLOP/s")
+  card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB")
+  assert describe_throughput(experiment, [card]).endswith("of 312 TFLOP/s")
+  float32 = change(experiment, {"compute.dtype": "float32"})
+  assert describe_throughput(float32, [card]).endswith("of 156 TFLOP/s")
+  float32 = change(float32, {"compute.precision": "highest"})
+  assert describe_throughput(float32, [card]).endswith("of 19.5 TFLOP/s")
+  assert "MFU n/a: no peak of cpu is known" in describe_throughput(experiment, jax.devices()[:1])
 
 
 def plan_of(name, weights=None, **changes):

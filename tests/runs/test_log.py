@@ -357,6 +357,10 @@ def test_line_has_the_format_that_is_documented():
   chunk = Chunk(100, metrics, 1.0, perf=Perf(1.0, 21_000.4, 0.0, 0.0))
   line = format_line(chunk, format_step(100, 1000, None), 2.43214)
   assert line == "step  100/1000 | loss 2.4321 | grad norm 1.02 | lr 9.0e-03 | 21,000 steps/s"
+  fast = dataclasses.replace(chunk, perf=Perf(1.0, 21_000.4, 412_345.6, 0.0, 0.4123))
+  assert format_line(fast, "step 1/1", 2.43214).endswith(
+    "| 21,000 steps/s | 412,346 tokens/s, MFU 41.2%"
+  )
   chunk = Chunk(7, metrics, 1.0, 2.5, ("emma",), perf=Perf(1.0, 0.251, 0.0, 0.0))
   line = format_line(chunk, format_step(7, 9, None), math.nan)
   assert (
