@@ -7,6 +7,7 @@ JAX_ENABLE_X64 changes a number.
 """
 
 import jax
+import jax.numpy as jnp
 
 # Purposes. Never renumber them: that would change every run.
 INIT = 0
@@ -29,6 +30,11 @@ def derive_key(seed: int, purpose: int, step: int | jax.Array = 0) -> jax.Array:
     step: updates applied before, or the number of the draw.
   """
   return _derive_key(*jax.device_put((seed, purpose, step)))
+
+
+def derive_row_keys(key: jax.Array, num_rows: int) -> jax.Array:
+  """Derives a key for each row of a batch [num_rows]: `fold_in(key, row)`."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows, dtype=jnp.int32))
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from flax import struct
 from jgpt import batches
 from jgpt.batches import Batch, Corpus
 from jgpt.config import Experiment, Hyper
-from jgpt.keys import DROPOUT, derive_key
+from jgpt.keys import DROPOUT, derive_key, derive_row_keys
 from jgpt.loss import sum_nats
 from jgpt.model import find_head, init_params, run_network
 from jgpt.optim import make_optimizer, make_schedule, select_tree, z_score
@@ -105,8 +105,7 @@ def loss_and_grads(
   num_parts, keys_B = B // (micro_batch_size or B), None
   if experiment.model.dropout:
     seed = experiment.train.seed if hyper is None else hyper.seed
-    key = derive_key(seed, DROPOUT, step)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    keys_B = derive_row_keys(derive_key(seed, DROPOUT, step), B)
 
   def add_parts(whole: tuple, rows: tuple) -> tuple[jax.Array, dict]:
     params, total_weight = whole

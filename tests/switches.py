@@ -24,6 +24,7 @@ from reference import numpy_gpt
 
 import jgpt.attention
 import jgpt.batches
+import jgpt.keys
 import jgpt.model
 import jgpt.optim
 import jgpt.sharding
@@ -532,18 +533,20 @@ def every_drop(visit: Callable[[str, Callable, jax.Array], jax.Array]) -> Iterat
   class Rate(float):
     place: str
 
-  def dropout_at(place: str, config: ModelConfig, key: jax.Array | None) -> tuple:
-    rate, place_key = right_at(place, config, key)
+  def dropout_at(place: str, config: ModelConfig, keys_B: jax.Array | None) -> tuple:
+    rate, place_keys = right_at(place, config, keys_B)
     rate = Rate(rate)
     rate.place = place
-    return rate, place_key
+    return rate, place_keys
 
   def visiting(right: Callable) -> Callable:
-    def dropout(x: jax.Array, rate: Rate, key: jax.Array | None) -> jax.Array:
+    def dropout(x: jax.Array, rate: Rate, keys_B: jax.Array | None) -> jax.Array:
       nonlocal layer
       if rate.place in ("embedding", "attention"):  # the first of a pass and the first of a block
         layer = -1 if rate.place == "embedding" else layer + 1
-      return visit(ORACLE_PLACES[rate.place].format(layer), lambda x: right(x, float(rate), key), x)
+      return visit(
+        ORACLE_PLACES[rate.place].format(layer), lambda x: right(x, float(rate), keys_B), x
+      )
 
     return dropout
 
@@ -581,7 +584,8 @@ def masks_drawn(config: ModelConfig, tokens_BT: jax.Array, key: jax.Array) -> di
       return drop(x)
 
     with every_drop(record):
-      jgpt.model.apply(jgpt.sharding.unstack_blocks(params), tokens_BT, config, key=key)
+      keys_B = jgpt.keys.derive_row_keys(key, len(tokens_BT))
+      jgpt.model.apply(jgpt.sharding.unstack_blocks(params), tokens_BT, config, keys_B=keys_B)
     return masks
 
   return jax.tree.map(np.asarray, jax.jit(run, compiler_options=QUICK)(params, tokens_BT, key))

@@ -24,7 +24,7 @@ from jgpt.batches import (
 )
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import NUM_GROUPS, Hyper
-from jgpt.keys import DROPOUT, derive_key
+from jgpt.keys import DROPOUT, derive_key, derive_row_keys
 from jgpt.layers import dropout
 from jgpt.system.precision import enable_x64
 
@@ -304,7 +304,7 @@ LENGTHS = [7, 1, 3, 4, 2, 7, 1, 3, 5, 2, 3, 6]
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 12])
 def test_micro_batches_take_turns(micro_batch_size):
-  parts = batches.split(make_documents(LENGTHS), micro_batch_size)
+  parts = batches.split(make_documents(LENGTHS), 12 // micro_batch_size)
   num_micro = 12 // micro_batch_size
   assert rows_of(parts) == [list(range(i, 12, num_micro)) for i in range(num_micro)]
 
@@ -333,7 +333,7 @@ def test_draws_are_the_same_with_64_bit_types_and_another_default_of_keys():
     key = derive_key(5, DROPOUT, jnp.int32(3))
     starts, _ = batches.window_starts(1000, jnp.int32(7), 5, make_config("random"))
     order = batches.epoch_order(37, jnp.int32(2), 5)
-    kept = dropout(jnp.ones((4, 33), jnp.float32), 0.3, key)
+    kept = dropout(jnp.ones((4, 33), jnp.float32), 0.3, derive_row_keys(key, 4))
     return jax.random.key_data(key), starts, order, kept
 
   expected = [np.asarray(x) for x in draw()]

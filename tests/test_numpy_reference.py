@@ -44,7 +44,7 @@ from jgpt.config.catalog import list_experiments, load_experiment
 from jgpt.config.checks import alternatives, choices
 from jgpt.config.experiment import DROPOUT_PLACES, PARAM_KINDS, Hyper
 from jgpt.config.settings import resolve
-from jgpt.keys import DROPOUT, derive_key
+from jgpt.keys import DROPOUT, derive_key, derive_row_keys
 from jgpt.optim import make_schedule
 
 # Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it
@@ -320,14 +320,9 @@ def test_gradient_through_drawn_masks(x64):
 
 
 def test_gradient_through_drawn_masks_of_micro_batches(x64):
-  """Each micro-batch folds its number into the key, as `loss_and_grads` says: the parts' masks are
-  the batch's.
-  """
-  key, batch = derive_key(0, DROPOUT, 0), draw_batch(DROPPING, batch_size=4)
-  parts = [
-    masks_drawn(DROPPING, batch.inputs_BT[i::2], jax.random.fold_in(key, i)) for i in range(2)
-  ]
-  masks = {name: np.stack([parts[i % 2][name][i // 2] for i in range(4)]) for name in parts[0]}
+  """A sequence's masks depend on its place in the whole batch: micro-batches drop the same."""
+  batch = draw_batch(DROPPING, batch_size=4)
+  masks = masks_drawn(DROPPING, batch.inputs_BT, derive_key(0, DROPOUT, 0))
   settings = {"batch": batch, "masks": masks, "micro_batch_size": 2}
   check_network(DROPPING, what="GPT-2, drawn masks of micro-batches", **settings)
 
@@ -368,7 +363,8 @@ def test_without_a_key_or_a_probability_nothing_is_dropped(x64):
   logits = []
   for config, key in ((plain, None), (DROPPING, None), (plain, jax.random.key(0))):
     apply = jax.jit(partial(jgpt.model.apply, config=config), compiler_options=QUICK)
-    logits.append(apply(params, tokens_BT, key=key))
+    keys_B = None if key is None else derive_row_keys(key, len(tokens_BT))
+    logits.append(apply(params, tokens_BT, keys_B=keys_B))
   np.testing.assert_array_equal(logits[0], logits[1])
   np.testing.assert_array_equal(logits[0], logits[2])
   check_network(DROPPING, what="GPT-2, evaluation with dropout")

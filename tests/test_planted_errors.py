@@ -90,7 +90,8 @@ def norm_epsilon_ten_times_smaller(put):
 
 def norm_not_differentiated(put):  # the loss stays right: only gradients can show it
   right = jgpt.layers.rms_norm
-  put(jgpt.model, "rms_norm", lambda x_BTD: x_BTD * jax.lax.stop_gradient(right(x_BTD) / x_BTD))
+  for module in (jgpt.model, jgpt.layers):
+    put(module, "rms_norm", lambda x_BTD: x_BTD * jax.lax.stop_gradient(right(x_BTD) / x_BTD))
 
 
 # --- Errors in the update ---

@@ -30,13 +30,15 @@ from switches import (
 )
 
 import jgpt.attention
+import jgpt.keys
 import jgpt.layers
+import jgpt.loss
 import jgpt.model
 import jgpt.optim
 import jgpt.step
 from jgpt.config import OptimizerConfig
 from jgpt.config.experiment import DROPOUT_PLACES
-from jgpt.keys import DROPOUT, derive_key
+from jgpt.keys import DROPOUT, derive_key, derive_row_keys
 
 # Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it
 # compiles instead.
@@ -67,9 +69,9 @@ def change_nats(put, change):
 def micro_batches_are_averaged(put):  # right where all of them weigh the same
   right = jgpt.step.loss_fn
 
-  def loss_fn(params, batch, experiment, key=None, total_weight=None):
-    loss = right(params, batch, experiment, key)
-    return loss if total_weight is None else loss / 2
+  def loss_fn(params, batch, experiment, keys_B, total_weight):
+    loss = right(params, batch, experiment, keys_B)
+    return loss / 2 if experiment.train.micro_batch_size else loss
 
   put(jgpt.step, "loss_fn", loss_fn)
 
@@ -97,7 +99,7 @@ def norm_epsilon_of_1e_6(put):
 def no_gradient_for_the_bias_of_a_norm(put):  # the loss stays right: only gradients can show it
   right = jgpt.layers.layer_norm
   put(
-    jgpt.model,
+    jgpt.layers,
     "layer_norm",
     lambda x, gain, bias: right(x, gain, bias if bias is None else stop(bias)),
   )
@@ -109,11 +111,11 @@ def no_gradient_through_the_mean_of_a_norm(put):
     scale_BT1 = jax.lax.rsqrt(jnp.mean(y_BTD**2, axis=-1, keepdims=True) + jgpt.layers.NORM_EPS)
     return y_BTD * scale_BT1 * gain_D[None, None] + bias_D[None, None]
 
-  put(jgpt.model, "layer_norm", layer_norm)
+  put(jgpt.layers, "layer_norm", layer_norm)
 
 
 def final_norm_missing(put):
-  change_logits(put, lambda params, config: (params, dataclasses.replace(config, norm_final=False)))
+  put(jgpt.model, "finish_blocks", lambda params, x_BTD, config, compute: x_BTD)
 
 
 def norm_after_the_embedding_missing(put):
@@ -162,9 +164,7 @@ def scale_left_out(put):
 
 
 def no_gradient_for_the_tied_head(put):
-  change_logits(
-    put, lambda params, config: (params | {"tok_embed": stop(params["tok_embed"])}, config)
-  )
+  put(jgpt.step, "find_head", lambda params, config: stop(params["tok_embed"]))
 
 
 def no_gradient_for_the_tied_embedding(put):
@@ -174,66 +174,61 @@ def no_gradient_for_the_tied_embedding(put):
 
 
 def padding_in_the_softmax(put):
-  change_logits(
-    put,
-    lambda params, config: (
-      params,
-      dataclasses.replace(config, vocab_size=config.padded_vocab_size),
-    ),
-  )
+  right = jgpt.loss.compute_logits
+
+  def compute_logits(x_BTD, head_VD, config, compute):
+    whole = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
+    return right(x_BTD, head_VD, whole, compute)
+
+  put(jgpt.loss, "compute_logits", compute_logits)
 
 
 def a_padded_row_gets_a_gradient(put):  # the loss stays right, and so does every other gradient
-  right = jgpt.model.predict_logits
+  right = jgpt.loss.compute_logits
 
-  def predict_logits(params, x_BTD, config):
-    row = jnp.sum(params["tok_embed"][-1])
-    return right(params, x_BTD, config).at[..., 0].add(row - stop(row))
+  def compute_logits(x_BTD, head_VD, config, compute):
+    row = jnp.sum(head_VD[-1])
+    return right(x_BTD, head_VD, config, compute).at[..., 0].add(row - stop(row))
 
-  put(jgpt.model, "predict_logits", predict_logits)
-
-
-def change_logits(put, change):
-  right = jgpt.model.predict_logits
-
-  def predict_logits(params, x_BTD, config):
-    params, config = change(params, config)
-    return right(params, x_BTD, config)
-
-  put(jgpt.model, "predict_logits", predict_logits)
+  put(jgpt.loss, "compute_logits", compute_logits)
 
 
 def change_embed(put, change):
   right = jgpt.model.embed
 
-  def embed(params, tokens_BT, position, config, key=None):
+  def embed(params, tokens_BT, position, config, *rest):
     params, config = change(params, config)
-    return right(params, tokens_BT, position, config, key)
+    return right(params, tokens_BT, position, config, *rest)
 
   put(jgpt.model, "embed", embed)
 
 
 def bias_of_attention_left_out(put):
-  right = jgpt.model.add_bias
-  put(jgpt.model, "add_bias", lambda x, bias: right(x, None if x.ndim == 5 else bias))
+  right = jgpt.model.linear
+
+  def linear(equation, x, p, name, compute):
+    return right(equation, x, {"w_qkv": p["w_qkv"]} if name == "qkv" else p, name, compute)
+
+  put(jgpt.model, "linear", linear)
 
 
 # --- Errors in dropout ---
 
 
 def dropout_kept_at_evaluation(put):
-  right = jgpt.layers.dropout_at
+  right = jgpt.step.run_network
 
-  def dropout_at(place, config, key):
-    return right(place, config, jax.random.key(0) if key is None else key)
+  def run_network(params, tokens_BT, config, compute, keys_B):
+    keys_B = derive_row_keys(jax.random.key(0), len(tokens_BT)) if keys_B is None else keys_B
+    return right(params, tokens_BT, config, compute, keys_B)
 
-  put(jgpt.model, "dropout_at", dropout_at)
+  put(jgpt.step, "run_network", run_network)
 
 
 def attention_dropped_before_the_softmax(put):  # a score of 0 is no probability of 0
-  def attention(q_BTNH, k_BSNH, v_BSNH, *, rate, key, implementation):
+  def attention(q_BTNH, k_BSNH, v_BSNH, *, rate, keys_B, implementation):
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
-    scores_BNTS = jgpt.attention.dropout(scores_BNTS, rate, key)
+    scores_BNTS = jgpt.attention.dropout(scores_BNTS, rate, keys_B)
     visible_TS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
     weights_BNTS = jax.nn.softmax(jnp.where(visible_TS[None, None], scores_BNTS, -jnp.inf))
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
@@ -244,15 +239,15 @@ def attention_dropped_before_the_softmax(put):  # a score of 0 is no probability
 def dropped_after_the_residual_sum(put):
   right = jgpt.model.block
 
-  def block(x_BTD, p, config, compute, key, *rest):
+  def block(x_BTD, p, config, compute, keys_B, *rest):
     drop = jgpt.model.dropout  # that of `masks_given`, whose rates know their places
 
-    def drop_elsewhere(x, rate, key):
-      return x if rate.place == "mlp_out" else drop(x, rate, key)
+    def drop_elsewhere(x, rate, keys_B):
+      return x if rate.place == "mlp_out" else drop(x, rate, keys_B)
 
     with mock.patch.object(jgpt.model, "dropout", drop_elsewhere):
-      x_BTD, cache = right(x_BTD, p, config, compute, key, *rest)
-    return drop(x_BTD, *jgpt.model.dropout_at("mlp_out", config, key)), cache
+      x_BTD, cache = right(x_BTD, p, config, compute, keys_B, *rest)
+    return drop(x_BTD, *jgpt.model.dropout_at("mlp_out", config, keys_B)), cache
 
   put(jgpt.model, "block", block)
 
@@ -266,7 +261,7 @@ def survivors_not_scaled(put):
 
 
 def one_mask_for_all_sequences(put):
-  change_drop(put, lambda drop, x: x * drop(jnp.ones_like(x[:1])))
+  change_drop(put, lambda drop, x: x * drop(jnp.ones_like(x))[:1])
 
 
 def a_place_forgotten(put):
@@ -286,19 +281,23 @@ def a_tenth_more_dropped_than_asked_for(put):
 def change_drop(put, change):
   right = jgpt.layers.dropout
 
-  def dropout(x, rate, key):
-    return change(lambda x: right(x, rate, key), x)
+  def dropout(x, rate, keys_B):
+    return change(lambda x: right(x, rate, keys_B), x)
 
   for module in (jgpt.model, jgpt.attention):
     put(module, "dropout", dropout)
 
 
 def one_mask_for_all_layers(put):
-  put(jax.random, "split", lambda key, num: jnp.stack([key] * num))
+  put(jgpt.model, "fold_in_rows", lambda keys_B, number: keys_B)
 
 
 def one_key_for_all_places(put):
-  put(jax.random, "fold_in", lambda key, number: key)
+  put(jgpt.layers, "fold_in_rows", lambda keys_B, number: keys_B)
+
+
+def one_mask_for_all_rows(put):
+  put(jgpt.keys, "derive_row_keys", lambda key, num_rows: jnp.stack([key] * num_rows))
 
 
 # --- Errors in the update ---
@@ -471,6 +470,7 @@ CAUGHT_BY_MASKS = {  # and by which of its assertions
   a_tenth_more_dropped_than_asked_for: "dropped: 0.",
   one_mask_for_all_layers: "h.0.activation and h.1.activation agree: 1.0",
   one_key_for_all_places: "h.0.activation and h.0.attention agree: 1.0",
+  one_mask_for_all_rows: "embed: the first and second of axis 0 agree: 1.0",
 }
 
 

@@ -70,15 +70,16 @@ TOLERANCE = 1e-10
 
 
 def values_of(hint):
-  """Every value that a field of this type takes."""
+  """Every value that a field of this type takes; of numbers two."""
   words = choices(hint)
-  return [*words, *((True, False) if bool in alternatives(hint) else ())]
+  numbers = (1, 4) if int in alternatives(hint) else ()
+  return [*words, *numbers, *((True, False) if bool in alternatives(hint) else ())]
 
 
 VALUES = {
   name: values_of(hint)
   for name, hint in typing.get_type_hints(ComputeConfig).items()
-  if name != "tricks"
+  if name not in ("tricks", "dtype")  # bfloat16 has digits of its own: `test_bfloat16.py`
 }
 # What differs from the definition: "auto" stays in one field only, where it stands for options.
 FASTER = [
@@ -121,9 +122,13 @@ def test_every_field_has_a_definition_and_another_way():
   assert {name for name, _ in FASTER} == set(VALUES) == set(ALL_FASTER)
   assert "auto" not in dataclasses.asdict(PLAIN).values() and PLAIN.tricks is False
   assert FASTER == [
+    ("precision", "high"),
+    ("precision", "highest"),
     ("attention", "blocks"),
     ("matmul", "flat"),
     ("layers", "unroll"),
+    ("remat", "block"),
+    ("loss_chunks", 4),
     ("group_documents", True),
     ("select", "ordered"),
     ("compiler_options", "auto"),
@@ -132,8 +137,9 @@ def test_every_field_has_a_definition_and_another_way():
 
 def test_every_field_is_auto_unless_it_is_set():
   """No experiment that comes with jgpt chooses for the platform."""
-  autos = dict.fromkeys(VALUES, "auto")
-  assert dataclasses.asdict(ComputeConfig()) == {"tricks": True} | autos
+  autos = {"dtype": "auto"} | dict.fromkeys(VALUES, "auto")
+  chosen = {"tricks": True, "precision": "default", "remat": "none"}
+  assert dataclasses.asdict(ComputeConfig()) == autos | chosen
   for name in list_experiments():
     assert load_experiment(name).compute == ComputeConfig()
 
