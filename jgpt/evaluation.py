@@ -6,7 +6,6 @@ Nothing is dropped out in evaluation. Batches are made in `batches.py`; what is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from functools import partial
@@ -29,7 +28,7 @@ from jgpt.batches import (
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside, find_mesh, sum_over_data
+from jgpt.sharding import beside, find_mesh, sum_over_data, use_mesh
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -133,7 +132,7 @@ def begin_evaluation(
     experiment: resolved.
     num_batches: batches to take; None, or more than there are, takes every prediction once.
   """
-  with _use_mesh(params):
+  with use_mesh(params):
     chosen = _choose_batches(corpus, experiment, num_batches)
     rows = _count_rows(params, experiment)
     return evaluate(params, corpus, experiment, **chosen, num_rows=rows)
@@ -167,14 +166,14 @@ def begin_due_evaluation(
   return begin_evaluation(params, heldout, experiment, train.eval_batches)
 
 
-def compile_evaluation(
+def lower_evaluation(
   params: dict, corpus: Corpus, experiment: Experiment, num_batches: int | None = None
-) -> jax.stages.Compiled:
-  """Compiles what `begin_evaluation` calls with such arguments, and runs nothing."""
-  with _use_mesh(params):
+) -> jax.stages.Lowered:
+  """Traces what `begin_evaluation` calls with such arguments, which may be shapes."""
+  with use_mesh(params):
     chosen = _choose_batches(corpus, experiment, num_batches)
     rows = _count_rows(params, experiment)
-    return evaluate.lower(params, corpus, experiment, **chosen, num_rows=rows).compile()
+    return evaluate.lower(params, corpus, experiment, **chosen, num_rows=rows)
 
 
 def schedule_evaluations(
@@ -214,12 +213,6 @@ def count_sample_batches(corpus: Corpus, experiment: Experiment) -> int | None:
   """Returns how many batches of a corpus `train.eval_batches` takes; None for all of the corpus."""
   chosen = _choose_batches(corpus, experiment, experiment.train.eval_batches)
   return None if chosen["whole"] else chosen["num_batches"]
-
-
-def _use_mesh(params: dict) -> contextlib.AbstractContextManager:
-  """Sets the mesh that parameters lie on, for `sharding.constrain`."""
-  mesh = find_mesh(params)
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _count_rows(params: dict, experiment: Experiment) -> int:

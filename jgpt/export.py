@@ -20,6 +20,8 @@ from jgpt import cli
 from jgpt.errors import UserError
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  import jax
+
   from jgpt.batches import Batch
   from jgpt.config import Experiment
   from jgpt.data.corpus import Data
@@ -177,7 +179,8 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
 
   changes = {"model.dropout": 0.0, "train.micro_batch_size": None}
   experiment = dataclasses.replace(change(run.experiment, changes), compute=PLAIN)
-  config, batch = experiment.model, make_next_batch(run.experiment, data, run.step)
+  (device,) = jax.tree.leaves(run.params)[0].devices()
+  config, batch = experiment.model, make_next_batch(run.experiment, data, run.step, device)
   step = jax.device_put(np.int32(run.step))
   loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, step, experiment)
   logits_BTV = jax.jit(
@@ -194,7 +197,7 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
   return [out]
 
 
-def make_next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
+def make_next_batch(experiment: Experiment, data: Data, step: int, device: jax.Device) -> Batch:
   """Makes the batch of the update after `step`, without rows of weight zero.
 
   The last batch of an epoch may have such rows.
@@ -203,6 +206,7 @@ def make_next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
     experiment: resolved.
     data: the run's, a stream.
     step: updates applied before.
+    device: to place it on.
   """
   import jax
   import numpy as np
@@ -212,7 +216,7 @@ def make_next_batch(experiment: Experiment, data: Data, step: int) -> Batch:
   from jgpt.sharding import make_mesh, replicated
 
   alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
-  mesh = make_mesh(alone, jax.devices()[:1])
+  mesh = make_mesh(alone, [device])
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   make_batch = jax.jit(batches.batch, static_argnums=2)
   count = jax.device_put(np.int32(step), replicated(mesh))

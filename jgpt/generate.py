@@ -285,8 +285,10 @@ def begin_texts(
 ) -> Callable[[], list[str]]:
   """Starts `generate_texts`; calling what is returned waits for the device and gives the texts."""
   sample = sample or experiment.sample
-  args, settings, max_tokens = _arguments(params, tokenizer, key, experiment, sample)
-  new = generate(*args, **settings)
+  ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), experiment.model)
+  settings, max_tokens = _settings(ids, tokenizer, experiment, sample)
+  others = (*_prompt_arrays(ids, experiment.model), key, np.float32(sample.temperature))
+  new = generate(params, *jax.device_put(others, beside(params)), **settings)
 
   def texts() -> list[str]:
     # Where memory runs out, waiting raises an error; reading would abort the process.
@@ -296,16 +298,29 @@ def begin_texts(
   return texts
 
 
-def compile_texts(
+def lower_texts(
   params: dict,
-  tokenizer: Tokenizer,
-  key: jax.Array,
+  tokenizer: Tokenizer | None,
   experiment: Experiment,
   sample: SampleConfig | None = None,
-) -> None:
-  """Compiles what `generate_texts` calls with such arguments, and runs nothing."""
-  args, settings, _ = _arguments(params, tokenizer, key, experiment, sample or experiment.sample)
-  generate.lower(*args, **settings).compile()
+) -> jax.stages.Lowered:
+  """Traces what `generate_texts` calls with such arguments.
+
+  Args:
+    params: arrays, or shapes with shardings.
+    tokenizer: of the run; None samples without a prompt and without a token that ends a text.
+    experiment: `model` and `compute` are read.
+    sample: None takes `experiment.sample`.
+  """
+  config, sample = experiment.model, sample or experiment.sample
+  ids = [0] if tokenizer is None else fit_prompt(tokenizer.encode_prompt(sample.prompt), config)[0]
+  settings, _ = _settings(ids, tokenizer, experiment, sample)
+  key = jax.eval_shape(partial(derive_key, experiment.train.seed, SAMPLE, 0))
+  others = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside(params)),
+    (*_prompt_arrays(ids, config), key, np.float32(sample.temperature)),
+  )
+  return generate.lower(params, *others, **settings)
 
 
 def sample_texts(
@@ -323,16 +338,22 @@ def begin_samples(
   return begin_texts(params, tokenizer, key, experiment)
 
 
-def _arguments(
-  params: dict, tokenizer: Tokenizer, key: jax.Array, experiment: Experiment, sample: SampleConfig
-) -> tuple[tuple, dict, int]:
-  """Returns the arguments of `generate`, by position and keyword, and the tokens wanted of it."""
-  config = experiment.model
-  ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), config)
-  # Filled up to a power of two: prompts of many lengths share an executable. A single token needs
-  # no prefill.
+def _prompt_arrays(ids: list[int], config: ModelConfig) -> tuple[np.ndarray, np.int32]:
+  """Returns a prompt and its length as `generate` takes them, on the host.
+
+  It is filled up to a power of two: prompts of many lengths share an executable. A single token
+  needs no prefill.
+  """
   prompt_P = np.zeros(min(config.max_seq_len, 1 << (len(ids) - 1).bit_length()), np.int32)
   prompt_P[: len(ids)] = ids
+  return prompt_P, np.int32(len(ids))
+
+
+def _settings(
+  ids: list[int], tokenizer: Tokenizer | None, experiment: Experiment, sample: SampleConfig
+) -> tuple[dict, int]:
+  """Returns the keyword arguments of `generate`, and the tokens wanted of it."""
+  config = experiment.model
   room = config.max_seq_len - len(ids) + 1
   max_tokens = room if sample.max_tokens is None else sample.max_tokens
   settings = {
@@ -342,13 +363,12 @@ def _arguments(
     # Without a limit computed for the whole context, and cut by the caller: one executable for
     # every prompt length.
     "max_tokens": config.max_seq_len if sample.max_tokens is None else max_tokens,
-    "stop_id": tokenizer.stop_id,
+    "stop_id": None if tokenizer is None else tokenizer.stop_id,
     "top_k": sample.top_k,
     "top_p": sample.top_p,
     "past_context": max_tokens > room,
   }
-  others = prompt_P, np.int32(len(ids)), key, np.float32(sample.temperature)
-  return (params, *jax.device_put(others, beside(params))), settings, max_tokens
+  return settings, max_tokens
 
 
 def _until(ids: list[int], stop_id: int | None) -> list[int]:

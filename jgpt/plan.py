@@ -17,7 +17,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,9 @@ def _load_initial(
   )
 
 
-def claim_folder(plan: Plan, stack: contextlib.ExitStack) -> int | None:
+def claim_folder(
+  plan: Plan, devices: Sequence[jax.Device], stack: contextlib.ExitStack
+) -> int | None:
   """Locks a run folder until the stack closes, and records this start in it.
 
   Damaged checkpoints are renamed, with a warning.
@@ -229,7 +231,7 @@ def claim_folder(plan: Plan, stack: contextlib.ExitStack) -> int | None:
   Raises:
     UserError: if another process writes to the folder, or it changed since the plan was made.
   """
-  mesh = make_mesh(plan.experiment, runtime.devices())
+  mesh = make_mesh(plan.experiment, devices)
   workdir = plan.workdir
   workdir.mkdir(parents=True, exist_ok=True)
   stack.enter_context(locks.hold(workdir))

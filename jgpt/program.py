@@ -6,7 +6,7 @@ What the programs compute is in the pure files; when they are called is decided 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgpt import sharding
-from jgpt.batches import Corpus
+from jgpt.batches import Corpus, Documents, Stream
 from jgpt.config import Experiment
 from jgpt.data.corpus import Data
 from jgpt.data.feed import Feed, make_feed
-from jgpt.devices import runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.errors import UserError
-from jgpt.evaluation import compile_evaluation
-from jgpt.generate import compile_texts
-from jgpt.keys import INIT, SAMPLE, derive_key
+from jgpt.evaluation import lower_evaluation
+from jgpt.generate import lower_texts
+from jgpt.keys import INIT, derive_key
 from jgpt.optim import AdamState
 from jgpt.runs import checkpoint
 from jgpt.runs.origin import Origin
 from jgpt.step import TrainState, begin_state, init_state, train_steps
+from jgpt.text.tokenizer import Tokenizer
 from jgpt.weights.initial import InitialParams, draw_microgpt_params
+
+NUM_COMPILERS = 2  # threads in which programs compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Program:
 
 def compile_program(
   experiment: Experiment,
+  devices: Sequence[jax.Device],
   data: Data,
   initial: InitialParams | Origin | None = None,
   *,
@@ -78,6 +81,7 @@ def compile_program(
 
   Args:
     experiment: resolved; `compute` may hold "auto".
+    devices: those there are, as `runtime.devices` finds them.
     data: loaded.
     initial: parameters to begin from, or the checkpoint to continue; None draws parameters.
     manager: where checkpoints are.
@@ -87,45 +91,129 @@ def compile_program(
   Raises:
     UserError: if the devices do not fit the settings, or the weights to begin from are missing.
   """
-  mesh = sharding.make_mesh(experiment, runtime.devices())
-  experiment = resolve_compute(experiment, mesh.devices.flat[0])
+  mesh, experiment = _choose_mesh(experiment, devices)
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
   heldout = jax.device_put(data.heldout, whole)
   key = jax.device_put(derive_key(experiment.train.seed, INIT, 0), whole)
   init = jax.jit(partial(init_state, experiment=experiment))  # traced once, for shapes and values
-  arrange = partial(sharding.arrange_blocks, layers=experiment.compute.layers)
-  stacked = _place_shapes(jax.eval_shape(init, key), experiment, mesh)
-  placed = _place_shapes(jax.eval_shape(arrange, stacked), experiment, mesh)
+  stacked, placed = _shape_states(init, key, experiment, mesh)
   is_read = saved_step is not None or isinstance(initial, Origin)
   source = initial if saved_step is None else manager.folder / str(saved_step)
   make, shapes, make_argument = _choose_state(experiment, data, source, init, key, stacked, mesh)
-  make_state = jax.jit(
-    lambda x: arrange(make(x)),
-    out_shardings=jax.tree.map(lambda x: x.sharding, placed),
-    compiler_options=choose_quick_options(experiment),
-    # Arrays that keep their shape need no second copy.
-    donate_argnums=0 if is_read and experiment.compute.layers != "unroll" else (),
-  )
+  make_state = _jit_state(make, placed, experiment, is_read=is_read)
   if jax.config.jax_disable_jit:  # nothing is traced: each function computes as it is called
     run_steps = jit_steps(experiment, placed, mesh) if num_steps > 0 else None
     return Program(experiment, make_state(make_argument()), run_steps, feed, heldout)
   # Tracing holds Python's lock and compiling does not: all is traced in this thread, and what is
   # traced compiles meanwhile.
-  with ThreadPoolExecutor(2) as pool:
+  with ThreadPoolExecutor(NUM_COMPILERS) as pool:
     lowered = make_state.lower(shapes)
     state = pool.submit(lambda: lowered.compile()(make_argument()))
-    run_steps, surveyed = None, None
+    run_steps, ahead = None, []
     if num_steps > 0:
       corpus = feed.corpus_at(saved_step or 0)
       run_steps = pool.submit(lower_steps(experiment, corpus, placed, mesh).compile)
     if manager is not None:
-      surveyed = pool.submit(checkpoint.compile_save(stacked))
-    compile_ahead(experiment, data, placed.params, heldout)
-    if surveyed is not None:
-      surveyed.result()
+      ahead += [pool.submit(saving.compile) for _, saving in lower_saving(stacked, placed)]
+    for _, later in lower_ahead(experiment, data.tokenizer, placed.params, heldout):
+      ahead.append(pool.submit(later.compile))
+    for compiled in ahead:  # later calls find them done
+      compiled.result()
     run_steps = run_steps.result() if run_steps else None
     return Program(experiment, state.result(), run_steps, feed, heldout)
+
+
+def lower_programs(
+  experiment: Experiment,
+  devices: Sequence[jax.Device],
+  num_tokens: int,
+  *,
+  num_heldout: int | None = None,
+  tokenizer: Tokenizer | None = None,
+) -> dict[str, jax.stages.Lowered]:
+  """Traces every program of a run from shapes, for devices that are there or not.
+
+  `compile_program` compiles the same ones, but for a run that does not draw its parameters or whose
+  tokens stay in files.
+
+  Args:
+    experiment: resolved; `compute` may hold "auto".
+    devices: of one platform; they may be those of a topology, see `devices/topology.py`.
+    num_tokens: in the training part; of documents, with their padding.
+    num_heldout: in the held-out part, likewise; 0 evaluates nothing, None is a tenth of
+      `num_tokens`.
+    tokenizer: of the run; None samples without a prompt and without a token that ends a text.
+
+  Returns:
+    Name -> traced program; `.compile()` compiles it for the devices. The names: "init" makes the
+    state, "steps" applies updates, "stack" arranges a state for saving, where its blocks are a
+    list, "save" computes its digests, "evaluation" and "evaluation of N batches" the held-out loss,
+    "sampling" draws texts.
+
+  Raises:
+    UserError: if the devices do not fit the settings.
+  """
+  mesh, experiment = _choose_mesh(experiment, devices)
+  num_heldout = num_tokens // 10 if num_heldout is None else num_heldout
+  corpus, heldout = (shape_corpus(experiment, num, mesh) for num in (num_tokens, num_heldout))
+  key = jax.eval_shape(partial(derive_key, experiment.train.seed, INIT, 0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+  init = jax.jit(partial(init_state, experiment=experiment))
+  stacked, placed = _shape_states(init, key, experiment, mesh)
+  programs = {
+    "init": _jit_state(init, placed, experiment).lower(key),
+    "steps": lower_steps(experiment, corpus, placed, mesh),
+  }
+  programs |= dict(lower_saving(stacked, placed))
+  return programs | dict(lower_ahead(experiment, tokenizer, placed.params, heldout))
+
+
+def shape_corpus(experiment: Experiment, num_tokens: int, mesh: jax.sharding.Mesh) -> Corpus:
+  """Returns the shapes of a corpus of so many tokens, whole on every device of a mesh."""
+  place = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=sharding.replicated(mesh))
+  if experiment.data.batching != "documents":
+    return Stream(place((num_tokens,)))
+  length = experiment.data.seq_len + 1
+  return Documents(place((num_tokens // length, length)), place((num_tokens // length,)))
+
+
+def _choose_mesh(
+  experiment: Experiment, devices: Sequence[jax.Device]
+) -> tuple[jax.sharding.Mesh, Experiment]:
+  """Makes the mesh, and resolves `compute` for its devices."""
+  mesh = sharding.make_mesh(experiment, devices)
+  return mesh, resolve_compute(experiment, mesh.devices.flat[0])
+
+
+def _shape_states(
+  init: Callable[[jax.Array], TrainState],
+  key: jax.Array,
+  experiment: Experiment,
+  mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, TrainState]:
+  """Returns the shapes of the state with stacked blocks, and with blocks arranged as in a run."""
+  arrange = partial(sharding.arrange_blocks, layers=experiment.compute.layers)
+  stacked = _place_shapes(jax.eval_shape(init, key), experiment, mesh)
+  return stacked, _place_shapes(jax.eval_shape(arrange, stacked), experiment, mesh)
+
+
+def _jit_state(
+  make: Callable[[Any], TrainState],
+  placed: TrainState,
+  experiment: Experiment,
+  *,
+  is_read: bool = False,
+) -> Callable[[Any], TrainState]:
+  """Jits what makes a state, its blocks arranged as in a run and sharded from the start."""
+  layers = experiment.compute.layers
+  return jax.jit(
+    lambda x: sharding.arrange_blocks(make(x), layers),
+    out_shardings=jax.tree.map(lambda x: x.sharding, placed),
+    compiler_options=choose_quick_options(experiment),
+    # Arrays that keep their shape need no second copy.
+    donate_argnums=0 if is_read and layers != "unroll" else (),
+  )
 
 
 def _choose_state(
@@ -227,9 +315,27 @@ def _place_shapes(state: TrainState, experiment: Experiment, mesh: jax.sharding.
   )
 
 
-def compile_ahead(experiment: Experiment, data: Data, params: dict, heldout: Corpus) -> None:
-  """Compiles sampling and evaluation; their later calls find them done."""
-  key = derive_key(experiment.train.seed, SAMPLE, 0)
-  compile_texts(params, data.tokenizer, key, experiment)
-  for num_batches in {None, experiment.train.eval_batches} if len(heldout.tokens) else ():
-    compile_evaluation(params, heldout, experiment, num_batches)
+def lower_saving(
+  stacked: TrainState, placed: TrainState
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+  """Traces what a save computes, and yields each program with its name.
+
+  Args:
+    stacked: shapes of the state, blocks stacked.
+    placed: the same, blocks arranged as in a run.
+  """
+  if isinstance(placed.params["blocks"], list):
+    yield "stack", checkpoint.stack_jit.lower(placed)
+  yield "save", checkpoint.lower_save(stacked)
+
+
+def lower_ahead(
+  experiment: Experiment, tokenizer: Tokenizer | None, params: dict, heldout: Corpus
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+  """Traces sampling and evaluation, one after the other, and yields each with its name."""
+  yield "sampling", lower_texts(params, tokenizer, experiment)
+  if not len(heldout.tokens):
+    return
+  for num_batches in dict.fromkeys((None, experiment.train.eval_batches)):
+    name = "evaluation" if num_batches is None else f"evaluation of {num_batches} batches"
+    yield name, lower_evaluation(params, heldout, experiment, num_batches)

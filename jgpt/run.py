@@ -38,6 +38,8 @@ from jgpt.runs.resume import find_recorded
 from jgpt.system import locks, signals
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  import jax
+
   from jgpt.plan import Plan
   from jgpt.system.signals import Stop
 
@@ -441,13 +443,15 @@ def _train(
     stop: from `exit_on_signals`.
   """
   from jgpt import train
+  from jgpt.devices import runtime
   from jgpt.generate import sample_texts
   from jgpt.report import outcome, summary
   from jgpt.report.console import ConsoleWriter
   from jgpt.runs.folder import make_subfolder
   from jgpt.system import files
 
-  for label, text in summary.describe_plan(plan):
+  devices = runtime.devices()
+  for label, text in summary.describe_plan(plan, devices):
     print(f"{label:<12}{text}")
   print(flush=True)
   steps = plan.experiment.train.steps
@@ -493,20 +497,20 @@ def _train(
     again = summary.format_command(known, base, experiment) if is_named else None
     summary.print_next(plan, texts, again)
     if plan.start_step < steps:
-      print_compiler_check(plan)
+      print_compiler_check(plan, devices[0])
   return 0
 
 
-def print_compiler_check(plan: Plan) -> None:
+def print_compiler_check(plan: Plan, device: jax.Device) -> None:
   """Compares compiled gradients with a reference, once per machine, and prints the result.
 
   Called after a run's results are printed, because it takes seconds.
   """
-  from jgpt.devices import canary, runtime
+  from jgpt.devices import canary
 
   print(end="", flush=True)
   try:
-    comparison = canary.compare_once(plan.experiment, runtime.devices()[0])
+    comparison = canary.compare_once(plan.experiment, device)
   except (RuntimeError, MemoryError) as error:  # the run itself is finished and saved
     print(f"\nthe compiler could not be checked: {first_line(error)[:200]}", file=sys.stderr)
     return

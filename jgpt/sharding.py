@@ -4,6 +4,7 @@ Logical axes, those of `param_table` and of the batch, are mapped to mesh axes b
 is moved here: functions return shardings, or constrain traced arrays.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,8 +33,7 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
   """
   num_data = experiment.mesh.data or len(devices)
   batch, micro = experiment.data.batch_size, experiment.train.micro_batch_size
-  # Micro-batches divide the batch, so that what divides them divides it.
-  most = max(n for n in range(1, len(devices) + 1) if (micro or batch) % n == 0)
+  most = count_usable_devices(experiment, len(devices))
   if num_data > len(devices):
     raise UserError(
       f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set "
@@ -55,6 +55,13 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
   )
 
 
+def count_usable_devices(experiment: Experiment, num_devices: int) -> int:
+  """Counts the devices, of so many, that a run could use at most: they divide its batch."""
+  # Micro-batches divide the batch, so that what divides them divides it.
+  size = experiment.train.micro_batch_size or experiment.data.batch_size
+  return max(n for n in range(1, num_devices + 1) if size % n == 0)
+
+
 def find_mesh(tree: Any) -> Mesh | None:
   """Returns the mesh that a pytree of arrays lies on; None where they lie on one device by itself.
 
@@ -63,6 +70,12 @@ def find_mesh(tree: Any) -> Mesh | None:
   """
   place = getattr(jax.tree.leaves(tree)[0], "sharding", None)
   return place.mesh if isinstance(place, NamedSharding) else None
+
+
+def use_mesh(tree: Any) -> contextlib.AbstractContextManager:
+  """Sets the mesh that a pytree of arrays or shapes lies on, for `constrain`, if there is one."""
+  mesh = find_mesh(tree)
+  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from jgpt.devices import runtime
 from jgpt.errors import TrainingError
 from jgpt.evaluation import begin_due_evaluation, evaluate_heldout
 from jgpt.generate import begin_samples
@@ -57,14 +58,14 @@ def train_run(
     >>> result = jgpt.train_run(plan)
     >>> result.losses[-1]
   """
-  workdir, train = plan.workdir, plan.experiment.train
+  workdir, train, devices = plan.workdir, plan.experiment.train, runtime.devices()
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     saved_step, manager, rows, clock = None, None, (), stack.enter_context(start_clock())
     for writer in writers:
       stack.callback(close_quietly, writer)
     if workdir is not None:
-      saved_step = claim_folder(plan, stack)
+      saved_step = claim_folder(plan, devices, stack)
       keep = {"keep_latest": train.keep_latest, "keep_best": train.keep_best}
       manager = stack.enter_context(checkpoint.open_checkpoints(workdir, **keep))
       log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
@@ -77,6 +78,7 @@ def train_run(
     with stop.leaving(describe_stop(plan.start_step, workdir)):
       program = compile_program(
         plan.experiment,
+        devices,
         plan.data,
         plan.initial,
         manager=manager,

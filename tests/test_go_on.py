@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 import small_runs
 
@@ -44,7 +45,7 @@ def begin(workdir, name="names", base=None, **changes):
   changes = {"data.path": "words.txt"} | {k.replace("__", "."): v for k, v in changes.items()}
   plan = plan_run(change(base or load_experiment(name), changes), workdir=workdir, name=name)
   with contextlib.ExitStack() as stack:
-    claim_folder(plan, stack)
+    claim_folder(plan, jax.devices(), stack)
   return plan.experiment
 
 

@@ -162,7 +162,7 @@ def test_a_batch_is_divided_over_the_devices(experiment):
   plan = plan_run(change(experiment, {"data.batch_size": 16, "mesh.data": 4}))
   mesh = sharding.make_mesh(plan.experiment, jax.devices())
   assert sharding.batch_sharding(mesh).shard_shape((16, 16)) == (4, 16)
-  made = program.compile_program(plan.experiment, plan.data)
+  made = program.compile_program(plan.experiment, jax.devices(), plan.data)
   state, run_steps, corpus = made.state, made.run_steps, made.feed.corpus_at(0)
   assert all(len(x.sharding.device_set) == 4 for x in jax.tree.leaves((state, corpus)))
   assert "all-reduce" in run_steps.as_text()  # the gradient is summed over devices
@@ -382,7 +382,7 @@ def test_checkpoints_that_nothing_describes_are_refused(experiment, tmp_path):
 def test_the_steady_loop_moves_nothing_unasked(experiment):
   """After the first call nothing moves between host and device but what is asked for."""
   plan = plan_run(experiment)
-  made = program.compile_program(plan.experiment, plan.data)
+  made = program.compile_program(plan.experiment, jax.devices(), plan.data)
   state, run_steps, corpus = made.state, made.run_steps, made.feed.corpus_at(0)
   num = jax.device_put(
     np.int32(3), sharding.replicated(sharding.make_mesh(plan.experiment, jax.devices()))

@@ -12,7 +12,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from jgpt.config.settings import change, experiment_to_json
 from jgpt.devices import limits
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  import jax
+
   from jgpt.plan import Plan
 
 SLOW_ROUNDS = 3  # at most, of whole commands
@@ -47,11 +49,13 @@ class Session:
   Attributes:
     rounds: that are counted.
     peers: "torch", "scalar", both or none.
+    devices: those there are.
     results: cases add to it.
   """
 
   rounds: int
   peers: tuple[str, ...]
+  devices: Sequence[jax.Device]
   results: Results
 
 
@@ -127,7 +131,7 @@ def _bench_steps(session: Session, training: Training) -> None:
   changes = training.changes | {"mesh.data": 1}  # products and peaks are of one device too
   plan = plan_run(change(catalog.load_experiment(training.experiment), changes))
   model, data = plan.experiment.model, plan.experiment.data
-  steps = timing.StepTimer(plan)
+  steps = timing.StepTimer(plan, session.devices)
   parts = timing.PartsTimer(steps)
   with (
     tempfile.TemporaryDirectory() as folder,
@@ -166,7 +170,9 @@ def _bench_steps(session: Session, training: Training) -> None:
   )
   products = limits.list_products(model, data.batch_size, seq_len)
   rate = timing.measure_products(
-    products, min(3, session.rounds), choose_step_options(timing.resolve_plan(plan))
+    products,
+    min(3, session.rounds),
+    choose_step_options(timing.resolve_plan(plan, session.devices[0])),
   )
   session.results.limits.append(Limit(OWN_SHAPES, rate, "FLOP/s", training.label))
 
@@ -187,7 +193,6 @@ def _training_peers(
   session: Session, training: Training, plan: Plan, folder: str
 ) -> dict[str, dict[str, Any]]:
   """Returns for each peer of a training case what to build, and writes its data to `folder`."""
-  import jax
   import numpy as np
 
   corpus = plan.data.train
@@ -199,7 +204,7 @@ def _training_peers(
     warm_up = min(20, training.peer_steps)
     common_torch = common | {
       "kind": "torch",
-      "platform": jax.devices()[0].platform,
+      "platform": session.devices[0].platform,
       "warm_up": warm_up,
     }
     specs |= {
@@ -227,7 +232,7 @@ def _bench_names_sampling(session: Session) -> None:
   from jgpt.plan import plan_run
 
   plan = plan_run(catalog.load_experiment("names"))
-  steps = timing.StepTimer(plan)
+  steps = timing.StepTimer(plan, session.devices)
   state = steps.run(steps.donate_state(), plan.experiment.train.steps)
   sample = dataclasses.replace(plan.experiment.sample, num=1000)
   timer, compile_seconds = timing.make_sample_timer(state.params, plan, sample)
@@ -245,16 +250,14 @@ def _bench_names_sampling(session: Session) -> None:
 
 
 def _bench_gpt2_sampling(session: Session) -> None:
-  import jax
-
   from jgpt.bench import timing
   from jgpt.bench.rounds import interleave, open_workers
   from jgpt.config import SampleConfig
   from jgpt.plan import plan_run
 
   plan = plan_run(catalog.load_experiment("gpt2_shakespeare"))
-  model, platform_name = plan.experiment.model, jax.devices()[0].platform
-  params = timing.draw_params(plan)
+  model, platform_name = plan.experiment.model, session.devices[0].platform
+  params = timing.draw_params(plan, session.devices[0])
   bandwidth = timing.measure_bandwidth(max(3, session.rounds))
   session.results.limits.append(Limit(BANDWIDTH, bandwidth, "B/s"))
   for batch_size in (1, 16):
@@ -383,7 +386,7 @@ def bench_saving(session: Session) -> None:
   with tempfile.TemporaryDirectory() as folder:
     write_run_files(Path(folder), RunFiles("saving", plan.experiment, plan.data.tokenizer, found))
     with checkpoint.open_checkpoints(Path(folder), keep_latest=1) as manager:
-      timer = timing.SaveTimer(timing.StepTimer(plan), manager)
+      timer = timing.SaveTimer(timing.StepTimer(plan, session.devices), manager)
       plain, saving, waited = zip(
         *(timer(SAVING_STEPS) for _ in range(min(session.rounds, SLOW_ROUNDS))), strict=True
       )

@@ -43,13 +43,17 @@ import json
 import os
 import platform
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from jgpt import cli
 from jgpt.bench.cases import CASES, Session
 from jgpt.bench.results import Results, format_results, results_to_json
 from jgpt.devices import limits
 from jgpt.errors import UserError, near_matches
+
+if TYPE_CHECKING:  # jax is imported after the arguments are understood
+  import jax
 
 BENCH_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "torch", "transformers")
 
@@ -77,10 +81,12 @@ def main(argv: list[str] | None = None) -> int:
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   jax.config.update("jax_enable_compilation_cache", False)  # else "compile" would time reading
-  device = runtime.devices()[0]
+  devices = runtime.devices()
+  device = devices[0]
   session = Session(
     args.rounds,
     tuple(dict.fromkeys(args.peer)),
+    devices,
     Results(
       peak=limits.find_peak(device.device_kind, "bfloat16"), accelerated=device.platform != "cpu"
     ),
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
       failures.append(f"{name} was not measured to its end: {error}")
     gc.collect()
     jax.clear_caches()
-  machine = describe_machine(load)
+  machine = describe_machine(load, devices)
   if args.json:
     print(
       json.dumps(
@@ -143,15 +149,13 @@ def _parser() -> argparse.ArgumentParser:
 # --- The machine ---
 
 
-def describe_machine(load: float | None) -> dict[str, Any]:
+def describe_machine(load: float | None, devices: Sequence[jax.Device]) -> dict[str, Any]:
   """Describes the machine and the versions of packages, for JSON.
 
   Args:
     load: average of the last minute before anything was measured; None where it is unknown.
+    devices: those there are.
   """
-  import jax
-
-  devices = jax.devices()
   versions = {"python": platform.python_version()}
   for name in BENCH_PACKAGES:
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,16 +46,17 @@ class StepTimer:
 
   Attributes:
     plan: of the run.
+    devices: those there are.
     compile_seconds: until the first step could begin: drawing the state, compiling the step,
       evaluation and sampling.
     memory_bytes: of the compiled step, from `find_memory`; the corpus is one of its arguments.
     corpus: the training part, on the devices.
   """
 
-  def __init__(self, plan: Plan):
-    self.plan = plan
+  def __init__(self, plan: Plan, devices: Sequence[jax.Device]):
+    self.plan, self.devices = plan, devices
     began = time.perf_counter()
-    made = program.compile_program(plan.experiment, plan.data)
+    made = program.compile_program(plan.experiment, devices, plan.data)
     self._state, self._run_steps = jax.block_until_ready(made.state), made.run_steps
     self.compile_seconds = time.perf_counter() - began
     self.memory_bytes = find_memory(made.run_steps)
@@ -144,9 +145,9 @@ def find_memory(compiled: Any) -> int | None:
   return total - sizes.alias_size_in_bytes
 
 
-def resolve_plan(plan: Plan) -> Experiment:
-  """Returns the plan's experiment with `compute` resolved for the first device."""
-  return resolve_compute(plan.experiment, jax.devices()[0])
+def resolve_plan(plan: Plan, device: jax.Device) -> Experiment:
+  """Returns the plan's experiment with `compute` resolved for a device."""
+  return resolve_compute(plan.experiment, device)
 
 
 # --- Its parts ---
@@ -165,7 +166,7 @@ class PartsTimer:
     Args:
       steps: of the same plan; its states are donated.
     """
-    self._steps, experiment = steps, resolve_plan(steps.plan)
+    self._steps, experiment = steps, resolve_plan(steps.plan, steps.devices[0])
     tx = make_optimizer(experiment)
     jit = partial(jax.jit, compiler_options=choose_step_options(experiment))
 
@@ -303,15 +304,17 @@ def measure_bandwidth(rounds: int, shape: tuple[int, int] = BANDWIDTH_SHAPE) -> 
 # --- Sampling ---
 
 
-def draw_params(plan: Plan) -> dict:
-  """Draws parameters of a plan's network, arranged as in a run on this platform."""
-  experiment = resolve_plan(plan)
+def draw_params(plan: Plan, device: jax.Device) -> dict:
+  """Draws parameters of a plan's network on a device, arranged as in a run there."""
+  experiment = resolve_plan(plan, device)
 
   @partial(jax.jit, compiler_options=choose_quick_options(experiment))
   def draw(key: jax.Array) -> dict:
     return arrange_blocks(init_params(key, experiment.model), experiment.compute.layers)
 
-  return jax.block_until_ready(draw(derive_key(plan.experiment.train.seed, INIT, 0)))
+  return jax.block_until_ready(
+    draw(jax.device_put(derive_key(plan.experiment.train.seed, INIT, 0), device))
+  )
 
 
 def make_sample_timer(
@@ -327,10 +330,11 @@ def make_sample_timer(
   Returns:
     A function of a number of calls to the seconds of one, and the seconds of compiling.
   """
-  experiment, tokenizer = resolve_plan(plan), plan.data.tokenizer
+  (device, *_) = jax.tree.leaves(params)[0].devices()
+  experiment, tokenizer = resolve_plan(plan, device), plan.data.tokenizer
   seed = experiment.train.seed
   began = time.perf_counter()
-  generate.compile_texts(params, tokenizer, derive_key(seed, SAMPLE, 0), experiment, sample)
+  generate.lower_texts(params, tokenizer, experiment, sample).compile()
   compile_seconds = time.perf_counter() - began
 
   def seconds_per_call(calls: int) -> float:

@@ -112,7 +112,7 @@ def choose_quick_options(experiment: Experiment) -> dict:
 
 
 def keep_known_options(options: dict[str, Any]) -> dict[str, Any]:
-  """Keeps those of XLA's options that the compiler of the default device knows.
+  """Keeps those of XLA's options that the compiler for CPUs knows; there are none for others.
 
   Options come and go with its versions (that of jaxlib 0.7.2 has no `FUSIONS`), and an unknown one
   is an error where it is used. An empty program is compiled with them, once in a process: 10 ms.
@@ -132,7 +132,8 @@ def probe_options() -> None:
 @functools.cache
 def _are_known(options: tuple[tuple[str, Any], ...]) -> bool:
   try:
-    jax.jit(probe_options).lower().compile(compiler_options=dict(options))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      jax.jit(probe_options).lower().compile(compiler_options=dict(options))
   except jax.errors.JaxRuntimeError:  # INVALID_ARGUMENT: No such compile option
     return False
   return True

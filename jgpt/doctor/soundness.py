@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from jgpt.devices import runtime
 from jgpt.doctor import continuation
 from jgpt.doctor.findings import (
   Finding,
@@ -272,7 +273,7 @@ def examine_checkpoint(workdir: Path, step: int, files: RunFiles) -> list[Findin
     available = measure_memory()[1]
     is_large = available is not None and need > available
     if not (damage or wrong or is_large):
-      damage = _find_bad_array(restore_state(folder, files))
+      damage = _find_bad_array(restore_state(folder, files, runtime.devices()[0]))
   except UserError as error:
     damage = str(error)
   if damage:
@@ -302,18 +303,19 @@ def _find_bad_array(state: TrainState) -> str | None:
   )
 
 
-def restore_state(folder: Path, files: RunFiles) -> TrainState:
+def restore_state(folder: Path, files: RunFiles, device: jax.Device) -> TrainState:
   """Restores the state in a checkpoint on one device, as resuming does.
 
   Args:
     folder: of the checkpoint.
     files: of the run folder.
+    device: to restore on.
 
   Raises:
     UserError: if the checkpoint is damaged.
   """
   key = derive_key(files.experiment.train.seed, INIT, 0)
   shapes = jax.eval_shape(partial(init_state, experiment=files.experiment), key)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(device)
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
   return checkpoint.restore(folder, placed)

@@ -150,13 +150,14 @@ def _format_probability(value: float) -> str:
 
 
 def _print_trace(args: argparse.Namespace, files: RunFiles, entry: Entry) -> None:
+  from jgpt.devices import runtime
   from jgpt.inspect.updates import trace_updates
   from jgpt.runs.text import find_run_data, parse_place
   from jgpt.weights.initial import find_initial
 
   experiment, workdir, num_steps = files.experiment, args.run, args.trace_steps
   data, _ = find_run_data(workdir, files, parse_place(args.set, files))
-  rows = trace_updates(experiment, data, entry, num_steps, find_initial(files))
+  rows = trace_updates(experiment, runtime.devices(), data, entry, num_steps, find_initial(files))
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(
     f"run         {workdir} from its initial weights: the first {num_steps} updates, made again"

@@ -6,6 +6,7 @@ entry of the parameters and of the optimizer's state in between. The table is pr
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,7 @@ class Update:
 
 def trace_updates(
   experiment: Experiment,
+  devices: Sequence[jax.Device],
   data: Data,
   entry: Entry,
   num_steps: int = 10,
@@ -77,6 +79,7 @@ def trace_updates(
 
   Args:
     experiment: resolved.
+    devices: those there are.
     data: the run's.
     entry: the number to follow, from `params.find_entry`.
     num_steps: updates, from the initial weights on.
@@ -89,7 +92,7 @@ def trace_updates(
   """
   optimizer = experiment.optimizer
   weight_decay = optimizer.weight_decay if entry.param.kind in optimizer.decay_kinds else 0.0
-  program = compile_program(experiment, data, initial)
+  program = compile_program(experiment, devices, data, initial)
   # Computes all gradients, so that one program serves every entry.
   compute_gradients = jax.jit(partial(_compute_gradients, experiment=program.experiment))
   state, rows = program.state, []

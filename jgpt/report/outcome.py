@@ -42,8 +42,6 @@ import datetime
 import math
 from typing import Any
 
-import jax
-
 from jgpt.config import Experiment
 from jgpt.devices.runtime import read_memory_stats
 from jgpt.evaluation import HeldoutLoss, count_bytes
@@ -175,7 +173,10 @@ def describe_outcome(plan: Plan, result: Result) -> dict[str, Any]:
       "compiled": dataclasses.asdict(result.compilations),
       "tokens_per_second": result.tokens_per_second,
       "mfu": result.mfu,
-      "peak_memory_bytes": {"host": measure_peak_memory(), "device": _measure_device_peak()},
+      "peak_memory_bytes": {
+        "host": measure_peak_memory(),
+        "device": _measure_device_peak(result.state),
+      },
       "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
   )
@@ -200,7 +201,7 @@ def _drop_nonfinite(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _measure_device_peak() -> int | None:
-  """Measures the largest memory in use on a device so far, in bytes; None on the CPU."""
-  stats = [read_memory_stats(device) for device in jax.local_devices()]
+def _measure_device_peak(state: TrainState) -> int | None:
+  """Measures the largest memory in use on a device of a state so far; None on the CPU."""
+  stats = [read_memory_stats(device) for device in state.step.sharding.addressable_devices]
   return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)

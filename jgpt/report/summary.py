@@ -46,18 +46,21 @@ if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.text.tokenizer import Tokenizer
 
 
-def describe_plan(plan: Plan) -> list[tuple[str, str]]:
+def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, str]]:
   """Describes a planned run, as labelled printable lines.
 
+  Args:
+    plan: of the run.
+    devices: those there are.
+
   Raises:
-    UserError: if there is no device, or the devices do not fit the settings.
+    UserError: if the devices do not fit the settings.
   """
   experiment, data = plan.experiment, plan.data
-  there = runtime.devices()
-  mesh = sharding.make_mesh(experiment, there)
-  used, device = mesh.devices.size, there[0]
+  mesh = sharding.make_mesh(experiment, devices)
+  used, device = mesh.devices.size, devices[0]
   kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-  count = f"{used} of {len(there)} devices (mesh.data={used}): " if len(there) > 1 else ""
+  count = f"{used} of {len(devices)} devices (mesh.data={used}): " if len(devices) > 1 else ""
   lines = [
     ("experiment", plan.name or "(from Python)"),
     ("device", f"{count}{device.platform.upper()} ({kind}), jax {jax.__version__}"),

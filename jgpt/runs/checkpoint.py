@@ -32,7 +32,7 @@ from jgpt.system.memory import measure_memory
 from jgpt.system.signals import print_stderr
 
 COPIES = ("experiment.json", "tokenizer.json")  # of the run folder's files, in each checkpoint
-survey_jit = jax.jit(survey_leaves)
+survey_jit, stack_jit = jax.jit(survey_leaves), jax.jit(stack_blocks)
 
 # --- Writing ---
 
@@ -197,13 +197,13 @@ def open_checkpoints(
     manager.close()
 
 
-def compile_save(shapes: TrainState) -> Callable[[], Any]:
-  """Traces the program that `save_checkpoint` runs; calling what is returned compiles it.
+def lower_save(shapes: TrainState) -> jax.stages.Lowered:
+  """Traces the program with which `save_checkpoint` computes digests.
 
   Args:
     shapes: of the state, with shardings; blocks stacked.
   """
-  return survey_jit.lower(_to_items(shapes)).compile
+  return survey_jit.lower(_to_items(shapes))
 
 
 def save_checkpoint(
@@ -226,7 +226,7 @@ def save_checkpoint(
   """
   note = note or StepNote(int(jax.device_get(state.step)))
   if isinstance(state.params["blocks"], list):
-    state = jax.jit(stack_blocks)(state)
+    state = stack_jit(state)
   try:
     if not is_held:
       manager.wait()

@@ -184,7 +184,6 @@ def explain_skip(experiment: Experiment, state: TrainState, corpus: Corpus, step
     For example "the update of step 812 was skipped: its loss is nan; not finite: gradients of
     tok_embed, unembed", without a full stop.
   """
-  mesh = sharding.make_mesh(experiment, jax.devices())
 
   def compute(params: dict, corpus: Corpus, step: jax.Array) -> tuple:
     batch = batches.batch(corpus, step, experiment)
@@ -192,8 +191,8 @@ def explain_skip(experiment: Experiment, state: TrainState, corpus: Corpus, step
     return loss, optax.tree.norm(grads), _are_finite(params), _are_finite(grads)
 
   program = jax.jit(compute, compiler_options=choose_step_options(experiment))
-  with jax.set_mesh(mesh):
-    count = jax.device_put(np.int32(step - 1), sharding.replicated(mesh))
+  with sharding.use_mesh(state.params):
+    count = jax.device_put(np.int32(step - 1), sharding.beside(state.params))
     found = program(state.params, corpus, count)
   loss, norm, *finite = jax.device_get(found)
   params, grads = map(_name_nonfinite, finite)

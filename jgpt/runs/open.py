@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from jgpt.runs.folder import read_run_files
 from jgpt.runs.locate import BEST, Step, describe_better_step, locate_run, order_steps
 from jgpt.runs.log import read_jsonl
 from jgpt.runs.text import find_run_data
+from jgpt.sharding import count_usable_devices
 from jgpt.system.files import is_temporary
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
@@ -55,8 +57,8 @@ class Run:
   Attributes:
     params: as `init_params` returns them.
     tokenizer: of the run.
-    experiment: resolved, `compute` for this machine's device; replace it by `PLAIN` to compute by
-      the definition.
+    experiment: resolved, `compute` and `mesh` for this machine's devices; replace `compute` by
+      `PLAIN` to compute by the definition.
     step: updates that made these parameters.
     workdir: the run folder.
 
@@ -194,14 +196,14 @@ def open_run(workdir: str | Path, step: Step = None) -> Run:
   workdir, step = locate_run(workdir, step)
   if not os.path.isdir(workdir / "checkpoints"):
     read_run_files(workdir)  # raises an error that says what is missing
-  runtime.devices()  # raises an error where there is none
+  devices = runtime.devices()
   if step is not None and step != BEST:
-    return _open_step(workdir, manifest.find_step(workdir, step))
+    return _open_step(workdir, manifest.find_step(workdir, step), devices)
   while True:
     order = order_steps(workdir, step)
     for candidate in order:
       try:
-        run = _open_step(workdir, candidate)
+        run = _open_step(workdir, candidate, devices)
       except UserError as error:
         if is_temporary(error):
           raise
@@ -222,16 +224,19 @@ def open_run(workdir: str | Path, step: Step = None) -> Run:
         return run
 
 
-def _open_step(workdir: Path, step: int) -> Run:
-  """Reads and verifies the parameters of one checkpoint."""
+def _open_step(workdir: Path, step: int, devices: Sequence[jax.Device]) -> Run:
+  """Reads and verifies the parameters of one checkpoint, on the first device."""
   folder = manifest.checkpoints_dir(workdir) / str(step)
   if damage := manifest.find_damage(folder, ["params"]):
     raise UserError(damage)
   files = read_run_files(folder)
-  device = runtime.devices()[0]
-  place = jax.sharding.SingleDeviceSharding(device)
+  place = jax.sharding.SingleDeviceSharding(devices[0])
   shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), files.experiment.model))
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   params = checkpoint.restore_items(folder, {"params": target})["params"]
-  experiment = resolve_compute(files.experiment, device)
+  experiment = resolve_compute(files.experiment, devices[0])
+  if experiment.mesh.data is None:  # evaluation takes as many sequences at once as training
+    num_data = count_usable_devices(experiment, len(devices))
+    mesh = dataclasses.replace(experiment.mesh, data=num_data)
+    experiment = dataclasses.replace(experiment, mesh=mesh)
   return Run(params, files.tokenizer, experiment, step, workdir)

@@ -522,6 +522,8 @@ def test_documents_for_torch_are_taken_in_turn_and_weighted():
 
 @pytest.mark.slow
 def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
+  import jax
+
   from jgpt.bench import timing
   from jgpt.plan import plan_run
 
@@ -530,7 +532,7 @@ def test_step_and_parts_take_a_finite_time_on_a_tiny_model(tmp_path, quick):
   experiment = change(
     load_experiment("names"), TINY | {"data.path": str(text), "data.heldout_fraction": 0.0}
   )
-  steps = timing.StepTimer(plan_run(experiment))
+  steps = timing.StepTimer(plan_run(experiment), jax.devices())
   parts = timing.PartsTimer(steps)
   times = [steps(3), steps(2000), *parts(2), steps.compile_seconds]
   assert all(0 < seconds < math.inf for seconds in times)

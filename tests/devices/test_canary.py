@@ -201,7 +201,7 @@ def test_a_check_that_fails_to_run_spoils_nothing(monkeypatch, capsys):
     raise MemoryError("no more")
 
   monkeypatch.setattr(canary, "compare_once", out_of_memory)
-  run.print_compiler_check(SimpleNamespace(experiment=None))
+  run.print_compiler_check(SimpleNamespace(experiment=None), "cpu")
   assert "could not be checked: no more" in capsys.readouterr().err
 
 

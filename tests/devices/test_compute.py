@@ -273,7 +273,7 @@ def test_what_was_chosen_is_printed_and_recorded(tricks, tmp_path):
   chosen = dataclasses.asdict(resolve_compute(planned.experiment, CPU).compute)
   matmul = "flat" if tricks else "einsum"
   assert (chosen["matmul"], chosen["attention"], chosen["tricks"]) == (matmul, "blocks", tricks)
-  line = dict(describe_plan(planned))["compute"]
+  line = dict(describe_plan(planned, jax.devices()))["compute"]
   assert line == " ".join(f"{name}={format_value(value)}" for name, value in chosen.items())
   assert f"tricks={str(tricks).lower()} attention=blocks matmul={matmul} layers=scan" in line
   with compiled_quickly():
@@ -602,12 +602,12 @@ def test_the_program_is_made_as_chosen(monkeypatch):
   """`compile_program` resolves for the platform; the step is compiled with its options."""
   changes = {"mesh.data": 1, "model.num_layers": 2, "train.steps": 1}
   experiment = change(load_experiment("shakespeare_bytes"), changes)
-  monkeypatch.setattr(program, "compile_ahead", lambda *args: None)
+  monkeypatch.setattr(program, "lower_ahead", lambda *args: ())
   asked = []
   monkeypatch.setattr(program, "choose_step_options", lambda e: asked.append(e) or QUICK)
   for on, kind in ((True, list), (False, dict)):
     planned = plan_run(change(experiment, {"compute.tricks": on}))
-    compiled = program.compile_program(planned.experiment, planned.data)
+    compiled = program.compile_program(planned.experiment, jax.devices(), planned.data)
     assert compiled.experiment == resolve_compute(planned.experiment, CPU)
     assert (compiled.experiment.compute == PLAIN) == (not on)
     assert isinstance(compiled.state.params["blocks"], kind)

@@ -969,7 +969,7 @@ def test_where_no_checkpoint_is_sound_it_says_so(run):
 def test_numbers_that_are_not_finite_are_a_problem(run):
   """As a program that is not jgpt's could have written them: manifest and digests are right."""
   files = read_run_files(run)
-  state = soundness.restore_state(run / "checkpoints" / "60", files)
+  state = soundness.restore_state(run / "checkpoints" / "60", files, jax.devices()[0])
   state.params["tok_embed"] = state.params["tok_embed"].at[1, 2].set(np.nan)
   items = {
     "params": state.params,

@@ -291,7 +291,10 @@ def traced(words, verse):
   @functools.cache
   def trace(name, place):
     return trace_updates(
-      runs[name].experiment, runs[name].data, find_entry(place, runs[name].experiment.model)
+      runs[name].experiment,
+      jax.devices(),
+      runs[name].data,
+      find_entry(place, runs[name].experiment.model),
     )
 
   return trace
@@ -386,7 +389,7 @@ def test_skipped_updates_do_not_count_for_adam(words, monkeypatch, rise, skipped
   monkeypatch.setattr(jgpt.step, "loss_and_grads", loss_and_grads)
   entry, optimizer = find_entry("unembed[3,3]", experiment.model), experiment.optimizer
   with compiled_quickly():
-    rows = trace_updates(experiment, words.data, entry, 26 if changes else 8)
+    rows = trace_updates(experiment, jax.devices(), words.data, entry, 26 if changes else 8)
   assert [row.step for row in rows if row.is_skipped] == list(skipped)
   m = v = t = 0
   for row in rows:
@@ -413,7 +416,7 @@ def test_a_run_that_continues_another_is_traced_from_its_moments(words, tmp_path
   entry = find_entry("tok_embed[4,2]", run.experiment.model)
   with compiled_quickly():
     rows = trace_updates(
-      run.experiment, run.data, entry, 3, find_initial(read_run_files(run.workdir))
+      run.experiment, jax.devices(), run.data, entry, 3, find_initial(read_run_files(run.workdir))
     )
   assert [(row.step, row.t) for row in rows] == [(1, 61), (2, 62), (3, 63)]
   assert rows[-1].value == float(run.result.params["tok_embed"][4, 2])
@@ -426,7 +429,9 @@ def test_a_run_that_continues_another_is_traced_from_its_moments(words, tmp_path
 def test_microgpts_initial_values_are_traced(words):
   """The initial weights are those of the run, however they are drawn."""
   experiment = change(words.experiment, {"train.init": "microgpt"})
-  rows = trace_updates(experiment, words.data, find_entry("unembed[1,1]", experiment.model), 1)
+  rows = trace_updates(
+    experiment, jax.devices(), words.data, find_entry("unembed[1,1]", experiment.model), 1
+  )
   zero = train_small(change(experiment, {"train.steps": 0}), None)
   assert rows[0].value_before == float(zero.result.params["unembed"][1, 1])
 

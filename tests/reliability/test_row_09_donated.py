@@ -23,7 +23,7 @@ def reference(experiment, steps):
   disk.
   """
   plan = plan_run(experiment)
-  made = program.compile_program(plan.experiment, plan.data, num_steps=steps)
+  made = program.compile_program(plan.experiment, jax.devices(), plan.data, num_steps=steps)
   state, found = made.state, []
   for step in range(steps):
     state, _ = made.run_steps(made.feed.corpus_at(step), state, np.int32(1))

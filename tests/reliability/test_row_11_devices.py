@@ -75,7 +75,7 @@ def test_row_11_restored_on_other_devices_the_leaves_are_the_same(
       shutil.copy(runs / str(before) / name, workdir)
     with checkpoint.open_checkpoints(runs / str(before), keep_latest=9) as manager:
       made = program.compile_program(
-        plan.experiment, plan.data, manager=manager, saved_step=6, num_steps=6
+        plan.experiment, jax.devices(), plan.data, manager=manager, saved_step=6, num_steps=6
       )
     assert all(len(x.sharding.device_set) == after for x in jax.tree.leaves(made.state))
     with checkpoint.open_checkpoints(workdir) as manager:

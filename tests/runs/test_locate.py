@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
   workdir = folder / "words"
   plan = plan_run(catalog.load_experiment("names"), workdir=workdir)
   with contextlib.ExitStack() as stack:
-    claim_folder(plan, stack)
+    claim_folder(plan, jax.devices(), stack)
     manager = stack.enter_context(checkpoint.open_checkpoints(workdir, keep_latest=3))
     state = jax.jit(init_state, static_argnums=1)(derive_key(0, INIT), plan.experiment)
     for step in (30, 45, 60):

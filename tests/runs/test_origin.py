@@ -176,7 +176,9 @@ def test_batches_text_rate_and_spikes_may_be_others(base, first, middle, tmp_pat
 def restore(workdir, step, experiment):
   """The whole state of a checkpoint."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  state = train.compile_program(plan_run(experiment).experiment, plan_run(experiment).data).state
+  state = train.compile_program(
+    plan_run(experiment).experiment, jax.devices(), plan_run(experiment).data
+  ).state
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
   return checkpoint.restore(workdir / "checkpoints" / str(step), shapes)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,7 +33,7 @@ def begin(path, workdir, base="names", **changes):
   experiment = change(load_experiment(base), changes)
   plan = plan_run(experiment, workdir=workdir, name=base)
   with contextlib.ExitStack() as stack:
-    claim_folder(plan, stack)
+    claim_folder(plan, jax.devices(), stack)
   return experiment, plan.data
 
 
@@ -40,7 +41,7 @@ def go_on(experiment, workdir, path=None):
   """Plans to go on, with the text at `path`, and records this start as training does."""
   plan = plan_run(change(experiment, {"data.path": path or experiment.data.path}), workdir=workdir)
   with contextlib.ExitStack() as stack:
-    claim_folder(plan, stack)
+    claim_folder(plan, jax.devices(), stack)
   return plan.data
 
 
@@ -194,7 +195,7 @@ def test_a_source_and_a_path_to_the_same_bytes_are_one(home, tmp_path):
   source = change(load_experiment("shakespeare_bytes"), {"train.steps": 6})
   plan = plan_run(source, workdir="run")
   with contextlib.ExitStack() as stack:
-    claim_folder(plan, stack)
+    claim_folder(plan, jax.devices(), stack)
   Path("hamlet").write_text(plan.data.text.text, encoding="utf-8")
   assert same(go_on(source, "run", "hamlet"), plan.data)
   assert same(plan_run(source, workdir="run").data, plan.data)

@@ -258,7 +258,7 @@ def test_another_path_of_the_same_weights_is_the_same_run(way, there, tmp_path, 
   """Absolute, through a link, or with a dot; a copy elsewhere is another setting."""
   begun = begin("names", None, data__path="words.txt", **{f"train__{way}": "words"})
   with contextlib.ExitStack() as stack:
-    claim_folder(plan_run(begun, workdir=tmp_path / "run"), stack)
+    claim_folder(plan_run(begun, workdir=tmp_path / "run"), jax.devices(), stack)
   (tmp_path / "link").symlink_to(there / "words")
   for path in (there / "words", "./words", tmp_path / "link"):
     plan = plan_run(change(begun, {f"train.{way}": str(path)}), workdir=tmp_path / "run")

@@ -588,7 +588,7 @@ def test_the_batch_is_the_one_after_the_step(text, tmp_path):
   data = find_data(run.experiment.data, seed=0)
   tokens = list(text.read_bytes())
   batches = [
-    export.make_next_batch(run.experiment, data, step) for step in (3, 4, 5)
+    export.make_next_batch(run.experiment, data, step, jax.devices()[0]) for step in (3, 4, 5)
   ]  # the second epoch of 12 windows
   assert [b.inputs_BT.shape for b in batches] == [(5, 7), (5, 7), (2, 7)]
   seen = {
@@ -619,7 +619,9 @@ def test_the_batch_of_tokens_that_are_read_from_the_disk(devices, tmp_path, monk
   )
   monkeypatch.setattr("jgpt.data.corpus.RESIDENT_TOKENS", 10)
   experiment = change(run.experiment, {"mesh.data": devices})
-  batch = export.make_next_batch(experiment, find_data(experiment.data, seed=0), 31)
+  batch = export.make_next_batch(
+    experiment, find_data(experiment.data, seed=0), 31, jax.devices()[0]
+  )
   for got, expected in zip(batch, sequential_batch(list(tokens), 31, 2, 7), strict=False):
     np.testing.assert_array_equal(got, expected)
 
