@@ -205,7 +205,7 @@ def _jit_state(
   *,
   is_read: bool = False,
 ) -> Callable[[Any], TrainState]:
-  """Jits what makes a state, its blocks arranged as in a run and sharded from the start."""
+  """Returns what makes a state, to be compiled: blocks as in a run, sharded from the start."""
   layers = experiment.compute.layers
   return jax.jit(
     lambda x: sharding.arrange_blocks(make(x), layers),

@@ -77,10 +77,7 @@ def train_run(
     plan = dataclasses.replace(plan, start_step=saved_step or 0)
     with stop.leaving(describe_stop(plan.start_step, workdir)):
       program = compile_program(
-        plan.experiment,
-        devices,
-        plan.data,
-        plan.initial,
+        *(plan.experiment, devices, plan.data, plan.initial),
         manager=manager,
         saved_step=saved_step,
         num_steps=train.steps - plan.start_step,

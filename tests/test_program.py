@@ -1,0 +1,64 @@
+"""A run's programs: traced from shapes, for any devices, and compiled before they are called."""
+
+import jax
+import pytest
+import small_runs
+
+from jgpt import generate, program
+from jgpt.config.catalog import load_experiment
+from jgpt.config.settings import change, resolve
+from jgpt.evaluation import begin_evaluation, finish_evaluation
+from jgpt.plan import plan_run
+from jgpt.runs import checkpoint
+from jgpt.runs.folder import RunFiles, write_run_files
+
+
+def test_every_program_is_traced_from_shapes():
+  """For eight devices and for one; nothing is computed, and no device has to be free."""
+  changes = {"data.batch_size": 16, "mesh.data": None, "train.eval_batches": 1}
+  experiment = resolve(change(load_experiment("names"), changes), 27)
+  programs = program.lower_programs(experiment, jax.devices(), 17 * 1000, num_heldout=17 * 600)
+  names = ["init", "steps", "save", "sampling", "evaluation", "evaluation of 1 batches"]
+  assert list(programs) == names
+  for name, lowered in programs.items():
+    text = lowered.as_text()
+    assert "num_partitions = 8 " in text, name
+    assert ("all_reduce" in text) == (name == "steps" or name.startswith("evaluation")), name
+  (corpus, *_) = jax.tree.leaves(programs["steps"].args_info)
+  assert corpus.shape == (1000, 17)
+  experiment = change(experiment, {"model.num_layers": 2, "mesh.data": 1})
+  programs = program.lower_programs(experiment, jax.devices()[3:], 17 * 50, num_heldout=0)
+  assert list(programs) == ["init", "steps", "stack", "save", "sampling"]
+
+
+@pytest.mark.slow
+def test_programs_are_compiled_before_they_are_called(tmp_path, monkeypatch):
+  """What `compile_program` traced is what a step, an evaluation, samples and a save call."""
+  monkeypatch.setattr(program, "choose_step_options", lambda experiment: small_runs.QUICK)
+  changes = {"data.batch_size": 8, "mesh.data": None, "model.num_layers": 2}
+  changes["train.eval_batches"] = 1
+  plan = plan_run(change(load_experiment("names"), changes))
+  found = {"kind": "", "location": "", "sha256": ""}
+  write_run_files(tmp_path, RunFiles("names", plan.experiment, plan.data.tokenizer, found))
+  compiled = []
+
+  def listen(event, seconds, **kwargs):
+    if event.endswith("/backend_compile_duration"):
+      compiled.append(kwargs["fun_name"])
+
+  with checkpoint.open_checkpoints(tmp_path, keep_latest=1) as manager:
+    made = program.compile_program(plan.experiment, jax.devices()[:2], plan.data, manager=manager)
+    assert len(made.heldout.tokens.sharding.device_set) == 2
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+      state, _ = made.advance(made.state, 0, 1)
+      for num_batches in (None, 1):
+        finish_evaluation(
+          begin_evaluation(state.params, made.heldout, made.experiment, num_batches)
+        )
+      generate.sample_texts(state.params, plan.data.tokenizer, 0, made.experiment)
+      checkpoint.save_checkpoint(manager, state)
+    finally:
+      jax.monitoring.clear_event_listeners()
+  ours = ("run_steps", "evaluate", "generate", "stack_blocks", "survey_leaves")
+  assert not {f"jit({name})" for name in ours}.intersection(compiled)
