@@ -173,13 +173,14 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
 
   from jgpt.config.experiment import PLAIN
   from jgpt.config.settings import change
+  from jgpt.devices import runtime
   from jgpt.model import apply
   from jgpt.step import loss_and_grads
   from jgpt.weights import llmc
 
   changes = {"model.dropout": 0.0, "train.micro_batch_size": None}
   experiment = dataclasses.replace(change(run.experiment, changes), compute=PLAIN)
-  (device,) = jax.tree.leaves(run.params)[0].devices()
+  device = runtime.devices()[0]
   config, batch = experiment.model, make_next_batch(run.experiment, data, run.step, device)
   step = jax.device_put(np.int32(run.step))
   loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, step, experiment)
