@@ -21,6 +21,7 @@ from jgpt.batches import Corpus, Documents, Stream
 from jgpt.config import Experiment
 from jgpt.data.corpus import Data
 from jgpt.data.feed import Feed, make_feed
+from jgpt.devices import runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.errors import UserError
 from jgpt.evaluation import lower_evaluation
