@@ -32,7 +32,7 @@ from jgpt.layers import (
 )
 from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
-from jgpt.products import linear
+from jgpt.products import find_precision, linear
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -213,13 +213,12 @@ def block(
     h_BTD = store(norm(x_BTD, p, "norm_attn", config), compute)
     qkv_BTCNH = store(linear("BTD,DCNH->BTCNH", h_BTD, p, "qkv", compute), compute)
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BTCNH, axis=2)
+    form = {"implementation": compute.attention, "precision": find_precision(compute)}
     if cache is None:
       rate, drop_keys_B = dropout_at("attention", config, keys_B)
-      y_BTNH = attention(
-        q_BTNH, k_BTNH, v_BTNH, rate=rate, keys_B=drop_keys_B, implementation=compute.attention
-      )
+      y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, rate=rate, keys_B=drop_keys_B, **form)
     else:
-      y_BTNH, cache = attend_to_cache(q_BTNH, k_BTNH, v_BTNH, cache, position, compute.attention)
+      y_BTNH, cache = attend_to_cache(q_BTNH, k_BTNH, v_BTNH, cache, position, **form)
     y_BTD = linear("BTNH,NHD->BTD", y_BTNH, p, "out", compute)
     x_BTD = store(x_BTD + dropout(y_BTD, *dropout_at("attention_out", config, keys_B)), compute)
 

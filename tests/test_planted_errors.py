@@ -47,7 +47,7 @@ def mask_hides_the_token_itself(put):
 def plant_mask(put, make_mask):
   right = jgpt.attention.attention_weights
 
-  def attention_weights(q_BTNH, k_BSNH, visible_TS):
+  def attention_weights(q_BTNH, k_BSNH, visible_TS, precision=None):
     return right(q_BTNH, k_BSNH, make_mask(q_BTNH.shape[1]))
 
   put(jgpt.attention, "attention_weights", attention_weights)

@@ -226,7 +226,7 @@ def dropout_kept_at_evaluation(put):
 
 
 def attention_dropped_before_the_softmax(put):  # a score of 0 is no probability of 0
-  def attention(q_BTNH, k_BSNH, v_BSNH, *, rate, keys_B, implementation):
+  def attention(q_BTNH, k_BSNH, v_BSNH, *, rate, keys_B, implementation, precision):
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
     scores_BNTS = jgpt.attention.dropout(scores_BNTS, rate, keys_B)
     visible_TS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
