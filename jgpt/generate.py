@@ -4,6 +4,7 @@ While a text fits the context its tokens come from a cache, after that from full
 last tokens. The network is that of `model.py`.
 """
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from jgpt.errors import UserError, show
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, predict_logits, run_blocks
-from jgpt.sharding import beside, unstack_blocks
+from jgpt.sharding import beside, find_mesh, unstack_blocks
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -286,7 +287,7 @@ def begin_texts(
   """Starts `generate_texts`; calling what is returned waits for the device and gives the texts."""
   sample = sample or experiment.sample
   ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), experiment.model)
-  settings, max_tokens = _settings(ids, tokenizer, experiment, sample)
+  settings, max_tokens = _settings(params, ids, tokenizer, experiment, sample)
   others = (*_prompt_arrays(ids, experiment.model), key, np.float32(sample.temperature))
   new = generate(params, *jax.device_put(others, beside(params)), **settings)
 
@@ -314,7 +315,7 @@ def lower_texts(
   """
   config, sample = experiment.model, sample or experiment.sample
   ids = [0] if tokenizer is None else fit_prompt(tokenizer.encode_prompt(sample.prompt), config)[0]
-  settings, _ = _settings(ids, tokenizer, experiment, sample)
+  settings, _ = _settings(params, ids, tokenizer, experiment, sample)
   key = jax.eval_shape(partial(derive_key, experiment.train.seed, SAMPLE, 0))
   others = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside(params)),
@@ -350,15 +351,23 @@ def _prompt_arrays(ids: list[int], config: ModelConfig) -> tuple[np.ndarray, np.
 
 
 def _settings(
-  ids: list[int], tokenizer: Tokenizer | None, experiment: Experiment, sample: SampleConfig
+  params: dict,
+  ids: list[int],
+  tokenizer: Tokenizer | None,
+  experiment: Experiment,
+  sample: SampleConfig,
 ) -> tuple[dict, int]:
   """Returns the keyword arguments of `generate`, and the tokens wanted of it."""
   config = experiment.model
   room = config.max_seq_len - len(ids) + 1
   max_tokens = room if sample.max_tokens is None else sample.max_tokens
+  compute, mesh = experiment.compute, find_mesh(params)
+  if compute.attention == "splash" and mesh is not None and mesh.size > 1:
+    # The compiler divides no such kernel over devices, and here each of them computes everything.
+    compute = dataclasses.replace(compute, attention="blocks")
   settings = {
     "config": config,
-    "compute": experiment.compute,
+    "compute": compute,
     "num": sample.num,
     # Without a limit computed for the whole context, and cut by the caller: one executable for
     # every prompt length.

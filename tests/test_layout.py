@@ -71,6 +71,7 @@ PURE = {
   *(
     "text.bpe",
     "devices.compute",
+    "devices.kernels",
     "devices.limits",
     "runs.digest",
     "report.verdict",

@@ -422,7 +422,9 @@ class ComputeConfig:
       first start is a part of the run's identity, unlike every other field here.
     precision: of float32 products: "default" is JAX's for the device, "high" and "highest" take
       more passes (`jax.lax.Precision`).
-    attention: "plain" is the definition; "blocks" skips the keys after each block of queries.
+    attention: "plain" is the definition; "blocks" skips the keys after each block of queries;
+      "splash" (TPU) and "cudnn" (GPU, bfloat16) are fused kernels, without dropout. A kernel that
+      the device or the model does not have is replaced, with a line that says why.
     matmul: "einsum" is the definition of the projections; "flat" computes each as one product of
       two matrices.
     layers: "scan" loops over stacked layers, which is quick to compile; "unroll" writes the layers
@@ -443,7 +445,7 @@ class ComputeConfig:
   tricks: bool = True
   dtype: Literal["auto", "float32", "bfloat16"] = "auto"
   precision: Literal["default", "high", "highest"] = "default"
-  attention: Literal["auto", "plain", "blocks"] = "auto"
+  attention: Literal["auto", "plain", "blocks", "cudnn", "splash"] = "auto"
   matmul: Literal["auto", "einsum", "flat"] = "auto"
   layers: Literal["auto", "scan", "unroll"] = "auto"
   remat: Literal["none", "block"] = "none"

@@ -521,7 +521,7 @@ SYNONYMS = (
   ),
   Synonym(
     names="flash flash_attention use_flash use_flash_attention attn_implementation attn_impl sdpa",
-    note="compute.attention chooses the form of attention, plain or blocks",
+    note="compute.attention chooses the form of attention, fused kernels among them",
   ),
   Synonym(
     names="gradient_checkpointing activation_checkpointing recompute remat use_remat",

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from jgpt.attention import NUM_BLOCKS
 from jgpt.config import ComputeConfig, Experiment
 from jgpt.config.experiment import PLAIN, may_group_documents
+from jgpt.devices.kernels import choose_attention
 from jgpt.params import count_params
 
 SMALL_MODEL_PARAMS = 100_000
@@ -28,17 +28,26 @@ QUICK_OPTIONS = {"xla_backend_optimization_level": 1}
 def resolve_compute(experiment: Experiment, device: jax.Device) -> Experiment:
   """Returns the experiment with every "auto" of `compute` replaced; a value that is given stays.
 
-  Only `compiler_options` may be left at "auto", where there are any to choose.
+  But for two: `compiler_options` may be left at "auto", where there are any to choose, and a kernel
+  of attention that cannot compute the experiment is replaced; `explain_compute` says why.
 
   Args:
     experiment: resolved otherwise.
-    device: one of those that compute; its `platform` and `device_kind` are read.
+    device: one of those that compute, or of a topology that is not there.
   """
+  return _choose(experiment, device)[0]
+
+
+def explain_compute(experiment: Experiment, device: jax.Device) -> list[str]:
+  """Explains what `resolve_compute` could not choose as asked, a line each."""
+  return _choose(experiment, device)[1]
+
+
+def _choose(experiment: Experiment, device: jax.Device) -> tuple[Experiment, list[str]]:
   given, chosen = experiment.compute, PLAIN
   if given.tricks and device.platform == "cpu":
     chosen = ComputeConfig(
       dtype="float32",
-      attention="blocks" if is_context_long(experiment) else "plain",
       matmul="flat",
       layers="scan" if experiment.model.num_layers == 1 else "unroll",
       loss_chunks=1,
@@ -51,9 +60,12 @@ def resolve_compute(experiment: Experiment, device: jax.Device) -> Experiment:
   values = {
     field.name: getattr(chosen, field.name)
     for field in dataclasses.fields(given)
-    if getattr(given, field.name) == "auto"
+    if getattr(given, field.name) == "auto" and field.name != "attention"
   }
-  return dataclasses.replace(experiment, compute=dataclasses.replace(given, **values))
+  compute = dataclasses.replace(given, **values)
+  attention, lines = choose_attention(dataclasses.replace(experiment, compute=compute), device)
+  compute = dataclasses.replace(compute, attention=attention)
+  return dataclasses.replace(experiment, compute=compute), lines
 
 
 def multiplies_bfloat16(device: jax.Device) -> bool:
@@ -64,16 +76,6 @@ def multiplies_bfloat16(device: jax.Device) -> bool:
   return device.platform == "tpu" or (
     device.platform == "gpu" and not WITHOUT_TF32.search(device.device_kind)
   )
-
-
-def is_context_long(experiment: Experiment) -> bool:
-  """Returns whether attention is faster in blocks of queries, which compute 5/8 of the scores.
-
-  A step of `shakespeare_char` without dropout at batch 8 took 0.96 s instead of 1.07 at its 256
-  positions, and 1.37 s instead of 1.80 at 1,024 (batch 2); with dropout, whose mask is drawn whole,
-  1.14 instead of 1.20. At 64 positions nothing is gained.
-  """
-  return experiment.data.seq_len >= 256 and experiment.data.seq_len % NUM_BLOCKS == 0
 
 
 def is_grouping_worthwhile(experiment: Experiment) -> bool:

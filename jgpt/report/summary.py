@@ -24,7 +24,7 @@ from jgpt.config import Experiment
 from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, list_settings
 from jgpt.devices import runtime
-from jgpt.devices.compute import resolve_compute
+from jgpt.devices.compute import explain_compute, resolve_compute
 from jgpt.devices.limits import count_train_flops
 from jgpt.errors import UserError, printable
 from jgpt.params import count_params, walk
@@ -80,6 +80,7 @@ def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, 
     *(("", line) for line in describe_rates(experiment)),
     *(("", line) for line in describe_untrained(plan)),
     ("compute", describe_compute(experiment, device)),
+    *(("", line) for line in explain_compute(experiment, device)),
     ("products", runtime.describe_precision(device, resolve_compute(experiment, device).compute)),
     ("throughput", describe_throughput(experiment, mesh.devices.flatten())),
     (

@@ -178,7 +178,7 @@ def test_unknown_setting_is_refused_and_the_near_one_named(text, meant):
     ("data.bpe_vocab_size=255", "at least 256"),
     ("train.steps", "no '='"),
     ("compute.tricks=auto", "true or false"),
-    ("compute.attention=block", "auto, plain or blocks. Did you mean blocks"),
+    ("compute.attention=block", "auto, plain, blocks, cudnn or splash. Did you mean blocks"),
     ("compute.layers=true", "auto, scan or unroll"),
     ("compute.group_documents=yes", "true or false or auto"),
     ("compute.group_documents=none", "true or false or auto"),

@@ -36,6 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import compiled_quickly
 
+import jgpt.devices.kernels
 from jgpt import batches, program
 from jgpt.attention import attention
 from jgpt.config import ComputeConfig
@@ -49,10 +50,12 @@ from jgpt.devices.compute import (
   choose_quick_options,
   choose_step_options,
   describe_products,
+  explain_compute,
   is_grouping_worthwhile,
   keep_known_options,
   resolve_compute,
 )
+from jgpt.devices.kernels import find_compile_error
 from jgpt.generate import decode_step, prefill
 from jgpt.plan import plan_run
 from jgpt.report.summary import describe_plan
@@ -76,8 +79,9 @@ def values_of(hint):
   return [*words, *numbers, *((True, False) if bool in alternatives(hint) else ())]
 
 
+FUSED = ("cudnn", "splash")  # kernels that no CPU has; `tests/test_attention.py` compares them
 VALUES = {
-  name: values_of(hint)
+  name: [value for value in values_of(hint) if value not in FUSED]
   for name, hint in typing.get_type_hints(ComputeConfig).items()
   if name not in ("tricks", "dtype")  # bfloat16 has digits of its own: `test_bfloat16.py`
 }
@@ -111,6 +115,12 @@ def compute_grads(experiment, params, batch, options=None):
     return {"loss": loss, **stack_blocks(grads)}
 
   return jax.jit(run, compiler_options=QUICK if options is None else options)(params)
+
+
+@pytest.fixture
+def kernels_compile(monkeypatch):
+  """Lets every kernel compile for devices that are names only."""
+  monkeypatch.setattr(jgpt.devices.kernels, "find_compile_error", lambda *_: None)
 
 
 # --- Which ---
@@ -157,12 +167,65 @@ def test_one_setting_turns_all_of_them_off(name):
 
 
 @pytest.mark.parametrize("device", [GPU, OLD_GPU, TPU], ids=lambda device: device.device_kind)
-def test_they_switch_themselves_off_where_they_were_not_measured(device):
+def test_they_switch_themselves_off_where_they_were_not_measured(device, kernels_compile):
+  """But for bfloat16, and attention in long contexts, whose scores fill the memory."""
   for name in list_experiments():
-    chosen = resolve_compute(resolved(name), device)
-    dtype = "float32" if device is OLD_GPU else "bfloat16"
-    assert chosen.compute == dataclasses.replace(PLAIN, tricks=True, dtype=dtype)
+    experiment = resolved(name)
+    chosen = resolve_compute(experiment, device)
+    dtype, attention = "float32" if device is OLD_GPU else "bfloat16", "plain"
+    if experiment.data.seq_len >= 256:
+      drops = experiment.model.dropout and "attention" in experiment.model.dropout_places
+      kernel = {GPU: "cudnn", TPU: "splash"}.get(device)
+      blocks = "blocks" if experiment.data.seq_len >= 512 else "plain"
+      attention = kernel if kernel and not drops else blocks
+    expected = dataclasses.replace(PLAIN, tricks=True, dtype=dtype, attention=attention)
+    assert chosen.compute == expected
     assert choose_step_options(chosen) == choose_quick_options(chosen) == {}
+
+
+@pytest.mark.parametrize(
+  ("device", "changes", "wanted", "chosen", "words"),
+  [
+    (TPU, {}, "auto", "splash", None),
+    (GPU, {}, "auto", "cudnn", None),
+    (OLD_GPU, {}, "auto", "blocks", None),
+    (CPU, {}, "auto", "blocks", None),
+    (TPU, {"data__seq_len": 128}, "auto", "plain", None),
+    (GPU, {"compute__dtype": "float32"}, "auto", "blocks", None),
+    (TPU, {"compute__dtype": "float32"}, "auto", "splash", None),
+    (TPU, {"compute__tricks": False}, "auto", "plain", None),
+    (TPU, {"data__seq_len": 128}, "splash", "splash", None),
+    (TPU, {"compute__tricks": False}, "splash", "splash", None),
+    (TPU, {"model__dropout": 0.1}, "auto", "blocks", "in place of splash: splash has no dropout"),
+    (GPU, {"model__dropout": 0.1}, "cudnn", "blocks", "in place of cudnn: cuDNN has no dropout"),
+    (GPU, {"model__num_heads": 64}, "auto", "blocks", "head sizes that are multiples of 8 up to"),
+    (OLD_GPU, {}, "cudnn", "blocks", "in place of cudnn: cuDNN computes in bfloat16 or float16"),
+    (CPU, {}, "splash", "blocks", "in place of splash: it is for platform tpu, not cpu"),
+    (TPU, {"compute__tricks": False}, "cudnn", "plain", "it is for platform gpu, not tpu"),
+    (GPU, {}, "plain", "plain", None),
+  ],
+)
+def test_attention_is_the_kernel_of_the_device_or_a_line_says_why_not(
+  device, changes, wanted, chosen, words, kernels_compile
+):
+  """By "auto" and by name; a line is for a kernel that was tried or asked for."""
+  settings = {"data__seq_len": 512, "compute__attention": wanted, "model__dropout": 0.0}
+  settings["model__dropout_places"] = ("attention",)
+  experiment = resolved("gpt2_shakespeare", **settings | changes)
+  assert resolve_compute(experiment, device).compute.attention == chosen
+  lines = explain_compute(experiment, device)
+  assert len(lines) == (words is not None)
+  assert not lines or (f"attention={chosen} in place of" in lines[0] and words in lines[0])
+
+
+def test_a_kernel_that_does_not_compile_is_replaced():
+  """Tried on this CPU, for which neither kernel exists; the compiler's own words are repeated."""
+  error = find_compile_error("splash", (1, 128, 2, 8), "float32", jax.devices()[0])
+  assert error.startswith("it does not compile: ") and "interpret mode" in error
+  assert find_compile_error("blocks", (1, 128, 2, 8), "float32", jax.devices()[0]) is None
+  experiment = resolved("gpt2_shakespeare", data__seq_len=512, model__dropout=0.0)
+  (line,) = explain_compute(experiment, TPU)  # which is no device that JAX could compile for
+  assert line.startswith("attention=blocks in place of splash: it does not compile: ")
 
 
 @pytest.mark.parametrize("name", list_experiments())
