@@ -36,7 +36,7 @@ from jgpt.config.settings import (
 )
 from jgpt.data.corpus import Data, check_path, find_data, is_text_of
 from jgpt.devices import runtime
-from jgpt.devices.compute import resolve_compute
+from jgpt.devices.compute import resolve_compute, resolve_dtype
 from jgpt.errors import UserError, printable
 from jgpt.evaluation import schedule_evaluations
 from jgpt.generate import check_prompt
@@ -232,6 +232,7 @@ def claim_folder(
     UserError: if another process writes to the folder, or it changed since the plan was made.
   """
   mesh = make_mesh(plan.experiment, devices)
+  plan = dataclasses.replace(plan, experiment=resolve_dtype(plan.experiment, devices[0]))
   workdir = plan.workdir
   workdir.mkdir(parents=True, exist_ok=True)
   stack.enter_context(locks.hold(workdir))
@@ -484,7 +485,8 @@ def check_schedule(
 def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experiment:
   """Resolves the settings of a recorded run; a schedule's length that is None is the recorded one.
 
-  So the schedule does not follow `train.steps`, which may have grown. Settings that came with the
+  So the schedule does not follow `train.steps`, which may have grown. `compute.dtype`="auto" is the
+  recorded dtype, on whatever device the run goes on. Settings that came with the
   weights, or with the origin of a continued run, are the recorded ones too, unless given by name.
   Another path of the same weights is the recorded path.
   """
@@ -494,6 +496,8 @@ def resolve_as_recorded(experiment: Experiment, recorded: RunFiles) -> Experimen
     for name in ("decay_steps", "cooldown_steps")
   }
   there = list_settings(recorded.experiment)
+  if experiment.compute.dtype == "auto":
+    kept["compute.dtype"] = there["compute.dtype"]
   kept |= {name: there[name] for name in recorded.adopted if name not in experiment.given}
   for name in ("train.init_from", "train.continue_from"):
     if is_same_source(there[name], list_settings(experiment)[name]):

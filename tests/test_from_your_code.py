@@ -43,6 +43,7 @@ from jgpt.config import OptimizerConfig
 from jgpt.config.experiment import DROPOUT_PLACES
 from jgpt.config.settings import change, setting_names
 from jgpt.generate import draw
+from jgpt.keys import derive_row_keys
 from jgpt.optim import make_optimizer
 
 try:
@@ -412,9 +413,9 @@ def test_train_eval_and_no_grad(x64, monkeypatch):
 
   dropping = dataclasses.replace(CONFIG, dropout=0.3, dropout_places=DROPOUT_PLACES)
   apply = jax.jit(jgpt.model.apply, static_argnums=2, compiler_options=QUICK)
-  params, key = cast(draw_params(CONFIG), "float64"), jax.random.key(0)
+  params, key, B = cast(draw_params(CONFIG), "float64"), jax.random.key(0), len(tokens_BT)
   evaluated, again, same, same_again, other = (
-    np.asarray(apply(params, tokens_BT, dropping, key=k))
+    np.asarray(apply(params, tokens_BT, dropping, keys_B=k if k is None else derive_row_keys(k, B)))
     for k in (None, None, key, key, jax.random.key(1))
   )
   np.testing.assert_array_equal(evaluated, again)

@@ -52,6 +52,8 @@ RENAMED = {
   "mesh.tricks": ("compute.tricks", {}),
   "mesh.scan_layers": ("compute.layers", {None: "auto", True: "scan", False: "unroll"}),
 }
+# What older run folders mean by leaving a setting out, where that is not its default.
+LEFT_OUT = {"compute.dtype": "float32"}
 SIZE = "model.size"  # not a field: sets several fields
 MAX_REPEATED = 200  # characters of a value that an error repeats
 SET_OPTIONS = ("--set", "--experiment", "--workdir")  # of `run`, beside a setting
@@ -66,15 +68,22 @@ SEQUENCE_SETTINGS = frozenset(
 # Sections and settings that do not change what is learned, and so may differ when a run is resumed.
 # All others are a run's identity. Where a text lies is none of it: its digest is, which run folders
 # record.
-CIRCUMSTANCE = frozenset({"mesh", "compute", "sample", "data.source", "data.path"}) | {
-  f"train.{name}"
-  for name in (
-    *("steps", "epochs", "micro_batch_size"),
-    *("log_every", "eval_every", "eval_batches", "sample_every"),
-    *("save_every", "save_every_seconds", "keep_latest", "keep_best", "max_consecutive_skips"),
-    "max_seconds",
-  )
-}
+CIRCUMSTANCE = (
+  frozenset({"mesh", "sample", "data.source", "data.path"})
+  | {
+    *(f"compute.{field.name}" for field in dataclasses.fields(ComputeConfig)),
+  }
+  - {"compute.dtype"}
+  | {
+    f"train.{name}"
+    for name in (
+      *("steps", "epochs", "micro_batch_size"),
+      *("log_every", "eval_every", "eval_batches", "sample_every"),
+      *("save_every", "save_every_seconds", "keep_latest", "keep_best", "max_consecutive_skips"),
+      "max_seconds",
+    )
+  }
+)
 
 
 # --- By name ---
@@ -156,12 +165,13 @@ def expand_size(changes: dict[str, Any]) -> dict[str, Any]:
 def _is_comparable(base: Experiment, changed: Experiment) -> bool:
   """Returns whether the result expected by an experiment holds for a changed one.
 
-  The seed and the text may differ: the expected result names its text.
+  The seed, the dtype and the text may differ: the expected result names its text, and bfloat16
+  changes it by less than another seed does.
   """
   before, now = list_settings(base), list_settings(changed)
   length = ("train.steps", "train.epochs")
   decisive = [n for n in now if not is_circumstance(n) or n in length]
-  return all(now[n] == before[n] for n in decisive if n != "train.seed")
+  return all(now[n] == before[n] for n in decisive if n not in ("train.seed", "compute.dtype"))
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -455,7 +465,7 @@ def experiment_to_json(experiment: Experiment) -> dict[str, Any]:
 def experiment_from_json(value: Any) -> Experiment:
   """Makes an experiment from the value that `experiment_to_json` returned.
 
-  Fields that an older file lacks have their defaults.
+  Fields that an older file lacks have their defaults, but for `LEFT_OUT`.
 
   Args:
     value: parsed JSON, which may be untrusted.
@@ -491,8 +501,14 @@ def experiment_from_json(value: Any) -> Experiment:
 
 
 def _rename(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Returns an experiment in JSON with the settings of `RENAMED` under their new names."""
+  """Returns an experiment in JSON with the settings of `RENAMED` under their new names.
+
+  What `LEFT_OUT` says is filled in.
+  """
   value = {section: dict(fields) for section, fields in value.items()}
+  for name, meant in LEFT_OUT.items():
+    section, field = name.split(".")
+    value.setdefault(section, {}).setdefault(field, meant)
   for old, (new, values) in RENAMED.items():
     (section, field), (new_section, new_field) = old.split("."), new.split(".")
     if field in value.get(section, {}):

@@ -72,9 +72,10 @@ _ACTIVATIONS = {
   "tanh": "gelu_tanh",
 }
 _ALL_PLACES = "model.dropout_places=embedding,attention,attention_out,mlp_out"
-_FLOAT32 = (
-  "parameters, moments and arithmetic are float32; there is no other precision to choose yet"
-)
+_DTYPES = {
+  **dict.fromkeys(("true", "1", "bf16", "bf16-mixed", "bf16-true"), "bfloat16"),
+  **dict.fromkeys(("false", "0", "no", "fp32", "32", "32-true"), "float32"),
+}
 _ON_DEVICE = (
   "batches are made on the device, by the compiled program; there are no loader processes"
 )
@@ -511,9 +512,20 @@ SYNONYMS = (
     note=_ONE_PROCESS,
   ),
   Synonym(
-    names="dtype param_dtype precision bf16 fp16 fp32 half amp use_amp mixed_precision autocast "
-    "torch_dtype tf32 tensorcores allow_tf32 fp16_opt_level",
-    note=_FLOAT32,
+    names="dtype precision bf16 amp use_amp mixed_precision autocast torch_dtype",
+    settings=("compute.dtype",),
+    values=_DTYPES,
+    note="of activations and products; parameters, moments and sums are float32",
+  ),
+  Synonym(
+    names="fp16 half fp16_opt_level grad_scaler loss_scale fp32 param_dtype master_weights",
+    note="compute.dtype is float32 or bfloat16, which needs no scaled loss; parameters and moments "
+    "are float32",
+  ),
+  Synonym(
+    names="tf32 tensorcores allow_tf32",
+    settings=("compute.precision",),
+    values={"true": "default", "1": "default", "false": "highest", "0": "highest"},
   ),
   Synonym(
     names="compile torch_compile use_compile jit fullgraph",
@@ -525,7 +537,8 @@ SYNONYMS = (
   ),
   Synonym(
     names="gradient_checkpointing activation_checkpointing recompute remat use_remat",
-    note="nothing is recomputed in the backward pass; train.micro_batch_size takes less memory",
+    settings=("compute.remat",),
+    values={"true": "block", "1": "block", "2": "block", "false": "none", "0": "none"},
   ),
   Synonym(
     names="wandb_log wandb_project wandb_run_name use_wandb wandb report_to tensorboard "

@@ -68,6 +68,18 @@ def _choose(experiment: Experiment, device: jax.Device) -> tuple[Experiment, lis
   return dataclasses.replace(experiment, compute=compute), lines
 
 
+def resolve_dtype(experiment: Experiment, device: jax.Device) -> Experiment:
+  """Returns the experiment with the dtype that it has on a device, a part of a run's identity.
+
+  Args:
+    experiment: resolved otherwise; the other fields of `compute` stay.
+    device: one of those that compute.
+  """
+  dtype = resolve_compute(experiment, device).compute.dtype
+  compute = dataclasses.replace(experiment.compute, dtype=dtype)
+  return dataclasses.replace(experiment, compute=compute)
+
+
 def multiplies_bfloat16(device: jax.Device) -> bool:
   """Returns whether an accelerator multiplies bfloat16 faster than float32.
 

@@ -112,9 +112,13 @@ OTHER_VALUES = {
   "sample.max_tokens": (4, True),
   "mesh.data": (None, True),
   "compute.tricks": (False, True),
+  "compute.dtype": ("bfloat16", False),
+  "compute.precision": ("high", True),
   "compute.attention": ("blocks", True),
   "compute.matmul": ("flat", True),
   "compute.layers": ("unroll", True),
+  "compute.remat": ("block", True),
+  "compute.loss_chunks": (3, True),
   "compute.group_documents": (False, True),
   "compute.select": ("ordered", True),
   "compute.compiler_options": ("none", True),
@@ -513,7 +517,8 @@ def test_optional_fields_that_an_older_file_lacks_count_as_their_defaults():
   assert read.optimizer.clip_norm is None
   assert read.train.seed == 0
   assert read.mesh == MeshConfig(data=None)
-  assert read.compute == ComputeConfig()
+  # Computing in another dtype came later.
+  assert read.compute == ComputeConfig(dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -533,7 +538,7 @@ def test_settings_of_an_older_file_are_read_under_the_names_of_today(old, today)
   del value["compute"]
   value["mesh"] |= old
   written = json.dumps(value)
-  assert experiment_from_json(value).compute == ComputeConfig(**today)
+  assert experiment_from_json(value).compute == ComputeConfig(dtype="float32", **today)
   assert json.dumps(value) == written
 
 

@@ -99,12 +99,16 @@ SETTINGS = {
   "train_ratio=0.9": "data.heldout_fraction=0.1",
   "random_state=7": "train.seed=7",
   "top_k=5": "sample.top_k=5",
+  "dtype=bfloat16": "compute.dtype=bfloat16",
+  "bf16=True": "compute.dtype=bfloat16",
+  "amp=False": "compute.dtype=float32",
+  "allow_tf32=false": "compute.precision=highest",
+  "gradient_checkpointing=True": "compute.remat=block",
 }
 # What nothing stands for, and a word of the reason.
 REASONS = {
   "device=cuda": "JAX_PLATFORMS",
-  "dtype=bfloat16": "float32",
-  "bf16=True": "float32",
+  "fp16=True": "bfloat16, which needs no scaled loss",
   "compile=True": "compiled",
   "wandb_log=True": r"metrics\.jsonl",
   "backend=nccl": "one process",
@@ -116,7 +120,6 @@ REASONS = {
   "layer_norm_epsilon=1e-6": "1e-5",
   "resume_from_checkpoint=out": "--resume",
   "num_workers=4": "made on the device",
-  "gradient_checkpointing=True": r"train\.micro_batch_size",
 }
 
 

@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
 
 # Another value for each setting of a run's identity, which goes with the others.
 OTHERS = {
+  "compute.dtype": "bfloat16",
   "model.vocab_size": 300,
   "model.vocab_multiple": 8,
   "model.max_seq_len": 21,
@@ -221,9 +222,12 @@ CIRCUMSTANCES = {
   "sample__prompt": "No",
   "mesh__data": 2,
   "compute__tricks": False,
+  "compute__precision": "highest",
   "compute__attention": "blocks",
   "compute__matmul": "einsum",
   "compute__layers": "scan",
+  "compute__remat": "block",
+  "compute__loss_chunks": 2,
   "compute__group_documents": False,
   "compute__select": "ordered",
   "compute__compiler_options": "none",
