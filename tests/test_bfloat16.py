@@ -1,7 +1,7 @@
 """Computing in bfloat16: what is rounded, what is not, and how far gradients are from float32's.
 
-A rounding to bfloat16 is a relative error of 2^-9 at most. Gradients of two layers were within 1%
-of each leaf's largest entry, most of it in gains, biases and weights before the softmax.
+A rounding to bfloat16 is a relative error of 2^-9 at most. Gradients of two layers, as they are
+initialised, are within a percent or two of each leaf's largest entry.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import switches
-from equivalence import CPU, QUICK, cast
+from equivalence import CPU, QUICK
 
 from jgpt import sharding
 from jgpt.config import OptimizerConfig
@@ -23,19 +23,24 @@ from jgpt.model import apply, init_params
 from jgpt.step import loss_and_grads
 
 OPTIMIZER = OptimizerConfig(peak_lr=0.01, schedule="constant", b1=0.9, b2=0.95, eps=1e-8)
-COSINE = 0.999
-LARGEST = 0.03  # of a leaf's largest entry
+COSINE = 0.998  # where relu is 0 in one of both; 0.9999 without
+LARGEST = 0.1  # the same; 0.02 without. Of a leaf's largest entry
 
 
 def experiments(system="GPT-2", **changes):
   """The same experiment in float32 and in bfloat16."""
-  changes = {"num_layers": 2, "d_model": 32, "d_ff": 64, "num_heads": 4} | changes
+  changes = {"num_layers": 2, "d_model": 32, "d_ff": 64, "num_heads": 4, "init_std": 0.1} | changes
   config = switches.make_model(switches.SYSTEMS[system], **changes)
   made = switches.make_experiment(config, OPTIMIZER, batch_size=8)
   return [
     dataclasses.replace(made, compute=dataclasses.replace(made.compute, dtype=dtype))
     for dtype in ("float32", "bfloat16")
   ]
+
+
+def draw_params(experiment):
+  """Initial values, of a network as it is trained; larger ones amplify any rounding."""
+  return init_params(jax.random.key(1), experiment.model)
 
 
 def compute(experiment, params, batch):
@@ -63,46 +68,54 @@ def check_near(expected, got, cosine=COSINE, largest=LARGEST):
 )
 def test_gradients_are_float32_and_near_those_of_float32(system):
   """As chosen on a CPU and as the plain definition, with what is dropped the same."""
-  dropout = {"dropout": 0.2, "dropout_places": DROPOUT_PLACES} if system == "GPT-2" else {}
+  dropout = {"dropout": 0.2, "dropout_places": DROPOUT_PLACES} if system == "nanoGPT" else {}
   exact, rounded = experiments(system, **dropout)
-  params = cast(switches.draw_params(exact.model), "float32")
+  params = draw_params(exact)
   batch = switches.draw_batch(exact.model, batch_size=8)
   loss, grads = compute(exact, params, batch)
   for experiment in (rounded, resolve_compute(rounded, CPU)):
     assert experiment.compute.dtype == "bfloat16"
     rounded_loss, rounded_grads = compute(experiment, params, batch)
-    assert {x.dtype for x in jax.tree.leaves((rounded_loss, rounded_grads))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves((rounded_loss, rounded_grads))} == {
+      jnp.dtype("float32")
+    }
     assert float(rounded_loss) != float(loss)
     assert float(rounded_loss) == pytest.approx(float(loss), rel=2e-3)
     check_near(grads, rounded_grads)
 
 
+def walk(jaxpr):
+  """Every operation of a traced function, also inside of calls and loops."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from walk(inner)
+
+
 def products_of(experiment):
   """The operands' and the result's dtype of every product in a step's loss and gradients."""
-  shapes = jax.eval_shape(partial(init_params, config=experiment.model), jax.random.key(0))
-  params = sharding.unstack_blocks(cast(switches.draw_params(experiment.model), "float32"))
-  assert jax.tree.structure(shapes) == jax.tree.structure(sharding.stack_blocks(params))
-  batch = switches.draw_batch(experiment.model, batch_size=8)
-  text = str(jax.make_jaxpr(partial(loss_and_grads, step=0, experiment=experiment))(params, batch))
-  types = dict(re.findall(r"\b(\w+):(\w+)\[", text))
-  found = re.findall(r"(\w+):(\w+)\[[^=]*= dot_general\[[^\]]*(?:\][^\]]*)*?\] (\w+) (\w+)", text)
-  return [(types[left], types[right], result) for _, result, left, right in found]
+  params, batch = draw_params(experiment), switches.draw_batch(experiment.model, batch_size=8)
+  traced = jax.make_jaxpr(partial(loss_and_grads, step=0, experiment=experiment))(params, batch)
+  dots = [eqn for eqn in walk(traced.jaxpr) if eqn.primitive.name == "dot_general"]
+  return [tuple(str(x.aval.dtype) for x in (*dot.invars, *dot.outvars)) for dot in dots]
 
 
 def test_products_take_bfloat16_and_sum_in_float32():
   """Those of weights and their gradients; in float32 no number is bfloat16."""
   exact, rounded = experiments()
-  assert {operand for product in products_of(exact) for operand in product} == {"f32"}
+  assert {dtype for product in products_of(exact) for dtype in product} == {"float32"}
   products = products_of(rounded)
-  assert len(products) >= 3 * (4 * 2 + 1)  # four a layer and the head, each with two of gradients
-  by_weights = [product for product in products if product[2] == "f32"]
-  assert len(by_weights) >= 27
-  assert {operand for left, right, _ in products for operand in (left, right)} == {"bf16"}
+  # Four of weights and two of attention in the loop's body, and the head; two for each gradient.
+  assert len(products) >= 3 * (4 + 2 + 1)
+  others = [product for product in products if product != ("bfloat16", "bfloat16", "float32")]
+  assert len(others) <= 1  # the softmax's derivative sums y * dy over a head, in float32
 
 
 def test_logits_are_float32_and_parameters_stay():
   exact, rounded = experiments()
-  params = cast(switches.draw_params(exact.model), "float32")
+  params = draw_params(exact)
   tokens_BT = switches.draw_batch(exact.model).inputs_BT
   logits = [np.asarray(apply(params, tokens_BT, e.model, e.compute)) for e in (exact, rounded)]
   assert logits[1].dtype == np.float32
@@ -114,7 +127,7 @@ def test_logits_are_float32_and_parameters_stay():
 def test_gradients_are_summed_over_devices_in_float32():
   """On 8 devices as on one, and what passes between them is not rounded."""
   _, rounded = experiments()
-  params = cast(switches.draw_params(rounded.model), "float32")
+  params = draw_params(rounded)
   batch = switches.draw_batch(rounded.model, batch_size=8)
   mesh = sharding.make_mesh(rounded, jax.devices())
   divided = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -139,7 +152,7 @@ def test_what_is_rounded_is_what_autocast_rounds():
   from reference import torch_gpt
 
   _, rounded = experiments()
-  params, config = switches.draw_params(rounded.model), rounded.model
+  params, config = draw_params(rounded), rounded.model
   batch = switches.draw_batch(config, batch_size=8)
 
   def autocast(dtype, enabled):
@@ -151,7 +164,7 @@ def test_what_is_rounded_is_what_autocast_rounds():
     return switches.from_oracle(torch_gpt.gradients(model), params)
 
   exact, theirs = autocast(torch.float64, False), autocast(torch.float32, True)
-  ours = compute(rounded, cast(params, "float32"), batch)[1]
+  ours = compute(rounded, params, batch)[1]
 
   def measure(grads):
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (exact, grads))
