@@ -6,7 +6,7 @@ What the programs compute is in the pure files; when they are called is decided 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -111,14 +111,14 @@ def compile_program(
   with ThreadPoolExecutor(NUM_COMPILERS) as pool:
     lowered = make_state.lower(shapes)
     state = pool.submit(lambda: lowered.compile()(make_argument()))
-    run_steps, ahead = None, []
+    run_steps, later = None, {}
     if num_steps > 0:
       corpus = feed.corpus_at(saved_step or 0)
       run_steps = pool.submit(lower_steps(experiment, corpus, placed, mesh).compile)
     if manager is not None:
-      ahead += [pool.submit(saving.compile) for _, saving in lower_saving(stacked, placed)]
-    for _, later in lower_ahead(experiment, data.tokenizer, placed.params, heldout):
-      ahead.append(pool.submit(later.compile))
+      later |= list_saving(stacked, placed)
+    later |= list_ahead(experiment, data.tokenizer, placed.params, heldout)
+    ahead = [pool.submit(lower().compile) for lower in later.values()]
     for compiled in ahead:  # later calls find them done
       compiled.result()
     run_steps = run_steps.result() if run_steps else None
@@ -132,6 +132,7 @@ def lower_programs(
   *,
   num_heldout: int | None = None,
   tokenizer: Tokenizer | None = None,
+  names: Container[str] | None = None,
 ) -> dict[str, jax.stages.Lowered]:
   """Traces every program of a run from shapes, for devices that are there or not.
 
@@ -145,6 +146,7 @@ def lower_programs(
     num_heldout: in the held-out part, likewise; 0 evaluates nothing, None is a tenth of
       `num_tokens`.
     tokenizer: of the run; None samples without a prompt and without a token that ends a text.
+    names: of the programs that are wanted; None traces all.
 
   Returns:
     Name -> traced program; `.compile()` compiles it for the devices. The names: "init" makes the
@@ -163,11 +165,12 @@ def lower_programs(
   init = jax.jit(partial(init_state, experiment=experiment))
   stacked, placed = _shape_states(init, key, experiment, mesh)
   programs = {
-    "init": _jit_state(init, placed, experiment).lower(key),
-    "steps": lower_steps(experiment, corpus, placed, mesh),
+    "init": lambda: _jit_state(init, placed, experiment).lower(key),
+    "steps": lambda: lower_steps(experiment, corpus, placed, mesh),
+    **list_saving(stacked, placed),
+    **list_ahead(experiment, tokenizer, placed.params, heldout),
   }
-  programs |= dict(lower_saving(stacked, placed))
-  return programs | dict(lower_ahead(experiment, tokenizer, placed.params, heldout))
+  return {name: lower() for name, lower in programs.items() if names is None or name in names}
 
 
 def shape_corpus(experiment: Experiment, num_tokens: int, mesh: jax.sharding.Mesh) -> Corpus:
@@ -316,27 +319,28 @@ def _place_shapes(state: TrainState, experiment: Experiment, mesh: jax.sharding.
   )
 
 
-def lower_saving(
+def list_saving(
   stacked: TrainState, placed: TrainState
-) -> Iterator[tuple[str, jax.stages.Lowered]]:
-  """Traces what a save computes, and yields each program with its name.
+) -> dict[str, Callable[[], jax.stages.Lowered]]:
+  """Returns the programs of a save by name, each as a function that traces it.
 
   Args:
     stacked: shapes of the state, blocks stacked.
     placed: the same, blocks arranged as in a run.
   """
+  programs = {"save": partial(checkpoint.lower_save, stacked)}
   if isinstance(placed.params["blocks"], list):
-    yield "stack", checkpoint.stack_jit.lower(placed)
-  yield "save", checkpoint.lower_save(stacked)
+    programs["stack"] = partial(checkpoint.stack_jit.lower, placed)
+  return programs
 
 
-def lower_ahead(
+def list_ahead(
   experiment: Experiment, tokenizer: Tokenizer | None, params: dict, heldout: Corpus
-) -> Iterator[tuple[str, jax.stages.Lowered]]:
-  """Traces sampling and evaluation, one after the other, and yields each with its name."""
-  yield "sampling", lower_texts(params, tokenizer, experiment)
-  if not len(heldout.tokens):
-    return
-  for num_batches in dict.fromkeys((None, experiment.train.eval_batches)):
-    name = "evaluation" if num_batches is None else f"evaluation of {num_batches} batches"
-    yield name, lower_evaluation(params, heldout, experiment, num_batches)
+) -> dict[str, Callable[[], jax.stages.Lowered]]:
+  """Returns sampling and evaluation by name, each as a function that traces it."""
+  programs = {"sampling": partial(lower_texts, params, tokenizer, experiment)}
+  if len(heldout.tokens):
+    for num in dict.fromkeys((None, experiment.train.eval_batches)):
+      name = "evaluation" if num is None else f"evaluation of {num} batches"
+      programs[name] = partial(lower_evaluation, params, heldout, experiment, num)
+  return programs

@@ -59,7 +59,7 @@ def read_untimed(workdir: Path) -> list[dict]:
 def compiled_quickly() -> Iterator[None]:
   """Steps are compiled in a hurry, and sampling and evaluation only where they are called."""
   with (
-    mock.patch.object(program, "lower_ahead", lambda *args: ()),
+    mock.patch.object(program, "list_ahead", lambda *args: {}),
     mock.patch.object(program, "choose_step_options", lambda experiment: QUICK),
   ):
     yield

@@ -184,7 +184,7 @@ def test_the_loop_written_out(monkeypatch):
   names = {"quick_jit": partial(jax.jit, compiler_options=QUICK)}
   short = code.replace("range(1000)", "range(20)").replace("jax.jit(", "quick_jit(")
   exec(compile(short, "from_your_code.md", "exec"), names)
-  monkeypatch.setattr(program, "lower_ahead", lambda *args: ())
+  monkeypatch.setattr(program, "list_ahead", lambda *args: {})
   monkeypatch.setattr(program, "choose_step_options", lambda experiment: QUICK)
   made = program.compile_program(names["plan"].experiment, jax.devices(), names["plan"].data)
   state, metrics = made.run_steps(made.feed.corpus_at(0), made.state, np.int32(20))

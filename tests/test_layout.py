@@ -75,6 +75,7 @@ PURE = {
     "devices.limits",
     "runs.digest",
     "report.verdict",
+    "bench.hlo",
     "bench.results",
   ),
 }

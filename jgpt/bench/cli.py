@@ -32,6 +32,10 @@ warmed up before it is timed:
   peers       torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager
               and with torch.compile; for sampling GPT2LMHeadModel.generate of Transformers. scalar:
               names in plain Python, as in microgpt.py.
+  --aot       Nothing is run. Peak memory and collectives are what the compiler says, of a corpus of
+              1,048,576 tokens. Estimated cycles are XLA:TPU's, loop bodies times their trips; they
+              have neither kernels nor collectives, and may be wrong by half. FLOPs are those of the
+              formula above.
 """
 
 from __future__ import annotations
@@ -49,6 +53,9 @@ from typing import TYPE_CHECKING, Any
 from jgpt import cli
 from jgpt.bench.cases import CASES, Session
 from jgpt.bench.results import Results, format_results, results_to_json
+from jgpt.config import catalog
+from jgpt.config.settings import change, parse_setting, resolve
+from jgpt.data.sources import expected_vocab_size
 from jgpt.devices import limits
 from jgpt.errors import UserError, near_matches
 
@@ -61,6 +68,10 @@ BENCH_PACKAGES = ("jax", "jaxlib", "numpy", "optax", "torch", "transformers")
 def main(argv: list[str] | None = None) -> int:
   """Runs the command and returns its exit status."""
   args = _parser().parse_args(argv)
+  if args.aot:
+    return _compile_ahead(args)
+  if args.experiment or args.set:
+    raise UserError("--experiment and --set go with --aot; the cases have settings of their own.")
   chosen = list(dict.fromkeys(args.only or CASES))
   for name in chosen:
     if name not in CASES:
@@ -114,6 +125,34 @@ def main(argv: list[str] | None = None) -> int:
   return 1 if failures else 0
 
 
+def _compile_ahead(args: argparse.Namespace) -> int:
+  """Compiles an experiment's programs for devices that are not there, and prints the report."""
+  from jgpt.bench import aot
+  from jgpt.devices import topology
+
+  aot.check_names(args.only or ())
+  if args.peer:
+    raise UserError("--peer measures, and nothing is run with --aot.")
+  if not args.experiment:
+    names = ", ".join(catalog.list_experiments())
+    raise UserError(f"--aot needs an experiment: --experiment NAME, one of {names}")
+  target = topology.parse_target(args.aot)
+  base = catalog.load_experiment(args.experiment)
+  experiment = change(base, dict(map(parse_setting, args.set)))
+  epoch_steps = None if experiment.train.epochs is None else 1
+  experiment = resolve(experiment, expected_vocab_size(experiment.data), epoch_steps)
+  topology.set_target_environment()
+  from jgpt.devices import runtime
+
+  runtime.set_up()
+  report = aot.compile_ahead(experiment, target, args.only or ())
+  if args.json:
+    print(json.dumps(aot.report_to_json(report), indent=2))
+  else:
+    print(aot.format_report(report))
+  return 1 if any(program.reason for program in report.programs) else 0
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m jgpt.bench",
@@ -126,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     "--only",
     action="append",
     metavar="CASE",
-    help=f"one of {', '.join(CASES)}; repeat for more (default: all)",
+    help=f"one of {', '.join(CASES)}; with --aot a program; repeat for more (default: all)",
   )
   parser.add_argument(
     "--peer",
@@ -141,6 +180,20 @@ def _parser() -> argparse.ArgumentParser:
     default=7,
     metavar="N",
     help="rounds, of which the median counts (default: 7)",
+  )
+  parser.add_argument(
+    "--aot",
+    metavar="DEVICES",
+    help="measure nothing: compile an experiment's programs for devices that are not there, such "
+    "as tpu:v5e:2x4 or gpu:h100:8, and report memory, collectives and estimates",
+  )
+  parser.add_argument("--experiment", metavar="NAME", help="with --aot: an experiment of jgpt.run")
+  parser.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    metavar="SECTION.FIELD=VALUE",
+    help="with --aot: change a setting of the experiment; repeat for more",
   )
   parser.add_argument("--json", action="store_true", help="print JSON with every round's seconds")
   return parser

@@ -665,7 +665,7 @@ def test_the_program_is_made_as_chosen(monkeypatch):
   """`compile_program` resolves for the platform; the step is compiled with its options."""
   changes = {"mesh.data": 1, "model.num_layers": 2, "train.steps": 1}
   experiment = change(load_experiment("shakespeare_bytes"), changes)
-  monkeypatch.setattr(program, "lower_ahead", lambda *args: ())
+  monkeypatch.setattr(program, "list_ahead", lambda *args: {})
   asked = []
   monkeypatch.setattr(program, "choose_step_options", lambda e: asked.append(e) or QUICK)
   for on, kind in ((True, list), (False, dict)):
