@@ -5,9 +5,11 @@ import pytest
 import small_runs
 
 from jgpt import generate, program
+from jgpt.bench import hlo
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
 from jgpt.evaluation import begin_evaluation, finish_evaluation
+from jgpt.params import count_params
 from jgpt.plan import plan_run
 from jgpt.runs import checkpoint
 from jgpt.runs.folder import RunFiles, write_run_files
@@ -62,3 +64,39 @@ def test_programs_are_compiled_before_they_are_called(tmp_path, monkeypatch):
       jax.monitoring.clear_event_listeners()
   ours = ("run_steps", "evaluate", "generate", "stack_blocks", "survey_leaves")
   assert not {f"jit({name})" for name in ours}.intersection(compiled)
+
+
+SMALL = {
+  "model.num_layers": 2,
+  "model.max_seq_len": 24,
+  "data.seq_len": 24,
+  "data.batch_size": 80,
+  "mesh.data": None,
+}
+PLACES = ("embedding", "attention", "attention_out", "activation", "mlp_out")
+DROPOUT = {"model.dropout": 0.1, "model.dropout_places": PLACES}
+DIVIDED = {
+  "a stream": ("shakespeare_bytes", {}),
+  "micro-batches": ("shakespeare_bytes", {"train.micro_batch_size": 16, **DROPOUT}),
+  "documents": ("names", {"train.micro_batch_size": 40, **DROPOUT}),
+  "a loop over layers": ("shakespeare_bytes", {"compute.layers": "scan"}),
+  "saving memory": ("shakespeare_bytes", {"compute.remat": "block", "compute.loss_chunks": 3}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DIVIDED)
+def test_gradients_are_summed_once_and_no_device_has_the_whole_batch(case, monkeypatch):
+  """On 8 CPUs: as many bytes as the parameters have, outside of every loop but that over steps."""
+  name, changes = DIVIDED[case]
+  monkeypatch.setattr(program, "choose_step_options", lambda experiment: small_runs.QUICK)
+  experiment = resolve(change(load_experiment(name), SMALL | changes), 256)
+  names = ("steps", "evaluation")
+  programs = program.lower_programs(experiment, jax.devices(), 25 * 400, names=names)
+  modules = {n: hlo.parse_module(x.compile().as_text()) for n, x in programs.items()}
+  collectives = hlo.find_collectives(modules["steps"])
+  expected = 4 * count_params(experiment.model)
+  assert expected <= sum(c.num_bytes for c in collectives) <= 1.02 * expected
+  assert all(c.kind == "all-reduce" and len(c.loops) == 1 for c in collectives)
+  for found, module in modules.items():
+    assert hlo.find_arrays_of_batch(module, 80, 24) == [], found

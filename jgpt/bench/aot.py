@@ -87,6 +87,7 @@ class AheadReport:
     num_devices: that the run uses.
     memory: bytes that jax's programs have on a device; None where it is not known.
     experiment: resolved, `compute` too.
+    notes: what of `compute` could not be chosen as asked, a line each.
     versions: of jax and of the compiler.
     programs: in the order in which they were compiled.
     step: of "steps"; None where it does not compile, or was not asked for.
@@ -97,6 +98,7 @@ class AheadReport:
   num_devices: int
   memory: int | None
   experiment: Experiment
+  notes: list[str]
   versions: dict[str, str]
   programs: list[AheadProgram]
   step: StepBound | None = None
@@ -115,7 +117,7 @@ def compile_ahead(
   Raises:
     UserError: if the compiler is not installed, or the devices do not fit the settings.
   """
-  from jgpt.devices.compute import resolve_compute
+  from jgpt.devices.compute import explain_compute, resolve_compute
   from jgpt.program import lower_programs
   from jgpt.sharding import make_mesh
 
@@ -123,6 +125,7 @@ def compile_ahead(
   mesh = make_mesh(experiment, devices)
   wanted = _expand_names(names, experiment.train.eval_batches) if names else None
   lowered = lower_programs(experiment, devices, NUM_TOKENS, names=wanted)
+  notes = explain_compute(experiment, devices[0])
   experiment = resolve_compute(experiment, devices[0])
   programs = [_compile(name, x) for name, x in lowered.items()]
   report = AheadReport(
@@ -131,6 +134,7 @@ def compile_ahead(
     mesh.size,
     limits.find_memory_limit(devices[0].device_kind),
     experiment,
+    notes,
     topology.find_compiler_versions(target),
     programs,
   )
@@ -206,6 +210,7 @@ def report_to_json(report: AheadReport) -> dict[str, Any]:
     "memory_bytes": report.memory,
     "versions": report.versions,
     "compute": dataclasses.asdict(report.experiment.compute),
+    "notes": report.notes,
     "programs": [
       dataclasses.asdict(program)
       | {
@@ -262,6 +267,7 @@ def format_head(report: AheadReport) -> str:
       f"{count_params(report.experiment.model):,} parameters; {batch}, "
       f"{(micro or data.batch_size) / report.num_devices:g} on each device",
       "compute " + " ".join(f"{name}={format_value(value)}" for name, value in chosen.items()),
+      *report.notes,
     ]
   )
 

@@ -147,7 +147,7 @@ def parse_module(text: str) -> Module:
     if match := _COMPUTATION.match(line):
       current = computations.setdefault(match[2], {})
       entry = match[2] if match[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # the attributes of a kernel may have lines that begin with one
       current = None
     elif current is not None and (found := parse_instruction(line)):
       current[found.name] = found

@@ -43,7 +43,7 @@ def report():
   changes = {"data.seq_len": 1024, "data.batch_size": 64, "compute.dtype": "bfloat16"}
   experiment = resolve(change(load_experiment("gpt2_shakespeare"), changes), 50257)
   made = aot.AheadReport(
-    TARGET, "TPU v5 lite", 8, 16_911_433_728, experiment, {"jax": "1.2"}, PROGRAMS
+    TARGET, "TPU v5 lite", 8, 16_911_433_728, experiment, ["a note"], {"jax": "1.2"}, PROGRAMS
   )
   return dataclasses.replace(made, step=aot.bound_step(made, PROGRAMS[1]))
 
@@ -58,7 +58,11 @@ def test_the_report_says_what_fits_and_what_is_an_estimate(report):
   assert "steps  all-reduce  2  498 MB  once a step" in lines
   place = "in a loop of 12 in a loop of 4: 48 times"
   assert f"steps  all-reduce  1  0.004 kB  {place}" in lines
-  assert "compiled only, nothing was run" in lines[0] and "8 on each device" in text
+  assert (
+    "a note" in lines
+    and "compiled only, nothing was run" in lines[0]
+    and "8 on each device" in text
+  )
   # 90 M cycles at 1.5 GHz, for 8,192 tokens.
   (line,) = [line for line in lines if line.startswith("by estimated cycles")]
   assert line.startswith("by estimated cycles  60 ms  136,533  estimate, not measured")

@@ -33,7 +33,9 @@ TEXT = """HloModule jit_run_steps, is_scheduled=true
   %t = (s32[]{:T(128)}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
   %x = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%t), index=1
   %all-reduce.2 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} all-reduce(%x), to_apply=%add.1
-  %kernel = bf16[16,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", x={"y":"z"}
+  %kernel = bf16[16,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", x={y={
+"z":"{\\"w\\": 1}"
+}}, metadata={op_name="c"}
   %own = bf16[16,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %f.2 = s32[] fusion(%x), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"1000"}
   ROOT %tuple.2 = (s32[], bf16[16,8]) tuple(%f.2, %all-reduce.2)

@@ -1,0 +1,67 @@
+"""Compiles an experiment's programs for devices that are not there, in a process of its own.
+
+A failed check in XLA would end the process, and what the compiler logs goes to standard error.
+
+    python compile_programs.py '{"target": "tpu:v5e:2x4", "experiment": "names", "changes": {...}}'
+
+prints a JSON object: program -> what the tests look at.
+"""
+
+import json
+import sys
+
+from jgpt.devices import topology
+
+
+def patch_cudnn() -> None:
+  """Lets cuDNN's attention compile without cuDNN: jax asks the library and the GPU otherwise."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  cudnn.check_cudnn_version = lambda: 91000
+  cudnn.check_compute_capability = lambda *args, **kwargs: True
+  cudnn.get_compute_capability = lambda *args, **kwargs: 90
+
+
+def main(spec: dict) -> dict:
+  topology.set_target_environment()
+  import jax
+
+  from jgpt.bench import hlo
+  from jgpt.config.catalog import load_experiment
+  from jgpt.config.settings import change, resolve
+  from jgpt.devices.compute import resolve_compute
+  from jgpt.params import count_params
+  from jgpt.program import lower_programs
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  devices = topology.find_target_devices(topology.parse_target(spec["target"]))
+  if spec.get("cudnn"):
+    patch_cudnn()
+  changed = change(load_experiment(spec["experiment"]), spec["changes"])
+  experiment = resolve(changed, spec["vocab_size"])
+  programs = lower_programs(experiment, devices, 50_000, names=spec.get("names"))
+  found = {}
+  for name, lowered in programs.items():
+    compiled = lowered.compile()
+    module = hlo.parse_module(compiled.as_text())
+    data = experiment.data
+    arrays = hlo.find_arrays_of_batch(module, data.batch_size, data.seq_len)
+    found[name] = {
+      "peak": compiled.memory_analysis().peak_memory_in_bytes,
+      "collectives": [
+        {"kind": c.kind, "bytes": c.num_bytes, "trips": [loop.trips for loop in c.loops]}
+        for c in hlo.find_collectives(module)
+      ],
+      "kernels": hlo.count_kernels(module),
+      "cycles": hlo.estimate_cycles(module),
+      "batch_arrays": [f"{shape.dtype}{shape.dims}" for shape in arrays],
+    }
+  return {
+    "compute": resolve_compute(experiment, devices[0]).compute.__dict__,
+    "params": count_params(experiment.model),
+    "programs": found,
+  }
+
+
+if __name__ == "__main__":
+  print(json.dumps(main(json.loads(sys.argv[1]))))
