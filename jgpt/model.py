@@ -20,7 +20,7 @@ from jgpt.attention import KVCache, attend_to_cache, attention
 from jgpt.config import ComputeConfig, ModelConfig
 from jgpt.config.experiment import DROPOUT_PLACES, PLAIN
 from jgpt.layers import (
-  ACTIVATIONS,
+  activate,
   dropout,
   dropout_at,
   fold_in_rows,
@@ -210,7 +210,7 @@ def block(
     The residual stream after the block, and the cache with the T positions.
   """
   with jax.named_scope("attention"):
-    h_BTD = store(norm(x_BTD, p, "norm_attn", config), compute)
+    h_BTD = norm(x_BTD, p, "norm_attn", config, compute)
     qkv_BTCNH = store(linear("BTD,DCNH->BTCNH", h_BTD, p, "qkv", compute), compute)
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BTCNH, axis=2)
     form = {"implementation": compute.attention, "precision": find_precision(compute)}
@@ -223,9 +223,9 @@ def block(
     x_BTD = store(x_BTD + dropout(y_BTD, *dropout_at("attention_out", config, keys_B)), compute)
 
   with jax.named_scope("mlp"):
-    h_BTD = store(norm(x_BTD, p, "norm_mlp", config), compute)
+    h_BTD = norm(x_BTD, p, "norm_mlp", config, compute)
     h_BTF = store(linear("BTD,DF->BTF", h_BTD, p, "up", compute), compute)
-    h_BTF = ACTIVATIONS[config.activation](widen(h_BTF))
+    h_BTF = activate(h_BTF, config, compute)
     h_BTF = store(dropout(h_BTF, *dropout_at("activation", config, keys_B)), compute)
     y_BTD = linear("BTF,FD->BTD", h_BTF, p, "down", compute)
     return store(x_BTD + dropout(y_BTD, *dropout_at("mlp_out", config, keys_B)), compute), cache
@@ -237,7 +237,7 @@ def finish_blocks(
   """Applies the norm after the last block, where the network has one."""
   if not config.norm_final:
     return x_BTD
-  return store(norm(x_BTD, params, "norm_final", config), compute)
+  return norm(x_BTD, params, "norm_final", config, compute)
 
 
 def find_head(params: dict, config: ModelConfig) -> jax.Array:

@@ -429,8 +429,9 @@ class ComputeConfig:
       two matrices.
     layers: "scan" loops over stacked layers, which is quick to compile; "unroll" writes the layers
       out, which is quick to run on a CPU.
-    remat: what the backward pass computes again instead of reading it from memory: "none", or
-      "block", whose residual stream alone is kept.
+    remat: what the backward pass computes again instead of reading it from memory: "none";
+      "elementwise", norms and activation functions; or "block", whole blocks, of which the residual
+      stream alone is kept.
     loss_chunks: pieces of a batch's tokens, one after the other, in which the logits and the loss
       are computed; 1 holds the logits of all tokens at once.
     group_documents: whether the documents of a batch are grouped by length, so that groups of
@@ -448,7 +449,7 @@ class ComputeConfig:
   attention: Literal["auto", "plain", "blocks", "cudnn", "splash"] = "auto"
   matmul: Literal["auto", "einsum", "flat"] = "auto"
   layers: Literal["auto", "scan", "unroll"] = "auto"
-  remat: Literal["none", "block"] = "none"
+  remat: Literal["auto", "none", "elementwise", "block"] = "auto"
   loss_chunks: int | Literal["auto"] = ranged("auto", least=1)
   group_documents: bool | Literal["auto"] = "auto"
   select: Literal["auto", "plain", "ordered"] = "auto"
@@ -465,6 +466,7 @@ PLAIN = ComputeConfig(
   attention="plain",
   matmul="einsum",
   layers="scan",
+  remat="none",
   loss_chunks=1,
   group_documents=False,
   select="plain",
