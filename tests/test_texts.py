@@ -15,6 +15,7 @@ import pytest
 from equivalence import QUICK
 from switches import CONSTANT_RATE, SYSTEMS, make_experiment, make_model
 
+import jgpt.loss
 import jgpt.step
 from jgpt.batches import Batch
 from jgpt.config import OptimizerConfig
@@ -41,7 +42,9 @@ def loss_of(monkeypatch):
   """The loss of given logits and targets, and its gradient by the logits, through `jgpt.step` as
   training computes them.
   """
-  monkeypatch.setattr(jgpt.step, "apply", lambda logits_BTV, *rest: logits_BTV)
+  monkeypatch.setattr(jgpt.step, "run_network", lambda logits_BTV, *rest: logits_BTV)
+  monkeypatch.setattr(jgpt.step, "find_head", lambda logits_BTV, config: None)
+  monkeypatch.setattr(jgpt.loss, "compute_logits", lambda logits_BTV, *rest: logits_BTV)
 
   @jax.jit
   def compute(logits_BTV, targets_BT):

@@ -31,6 +31,7 @@ from jgpt.runs.log import read_jsonl
 from jgpt.runs.open import open_run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+FLOAT32 = ComputeConfig(dtype="float32")  # there was no other dtype
 FORMAT_1 = FIXTURES / "run_format_1"
 STEP = FORMAT_1 / "checkpoints" / "3"
 
@@ -90,7 +91,7 @@ def test_it_is_whole_and_says_what_it_is(run_folder):
   assert (
     files.name == "names" and files.data["kind"] == "path" and files.experiment.train.steps == 6
   )
-  assert files.experiment.mesh == MeshConfig(data=1) and files.experiment.compute == ComputeConfig()
+  assert files.experiment.mesh == MeshConfig(data=1) and files.experiment.compute == FLOAT32
   assert (
     manifest.list_steps(run_folder) == [3]
     and manifest.find_damage(run_folder / "checkpoints" / "3") is None
@@ -102,10 +103,13 @@ def test_it_is_whole_and_says_what_it_is(run_folder):
 @pytest.mark.parametrize(
   ("mesh", "compute"),
   [
-    ({"tricks": False}, ComputeConfig(tricks=False)),
-    ({"scan_layers": True}, ComputeConfig(layers="scan")),
-    ({"scan_layers": False}, ComputeConfig(layers="unroll")),
-    ({"tricks": False, "scan_layers": False}, ComputeConfig(tricks=False, layers="unroll")),
+    ({"tricks": False}, ComputeConfig(dtype="float32", tricks=False)),
+    ({"scan_layers": True}, ComputeConfig(dtype="float32", layers="scan")),
+    ({"scan_layers": False}, ComputeConfig(dtype="float32", layers="unroll")),
+    (
+      {"tricks": False, "scan_layers": False},
+      ComputeConfig(dtype="float32", tricks=False, layers="unroll"),
+    ),
   ],
 )
 def test_settings_that_have_another_name_today_are_read(run_folder, mesh, compute):
