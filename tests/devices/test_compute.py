@@ -137,6 +137,7 @@ def test_every_field_has_a_definition_and_another_way():
     ("attention", "blocks"),
     ("matmul", "flat"),
     ("layers", "unroll"),
+    ("remat", "elementwise"),
     ("remat", "block"),
     ("loss_chunks", 4),
     ("group_documents", True),
@@ -148,7 +149,7 @@ def test_every_field_has_a_definition_and_another_way():
 def test_every_field_is_auto_unless_it_is_set():
   """No experiment that comes with jgpt chooses for the platform."""
   autos = {"dtype": "auto"} | dict.fromkeys(VALUES, "auto")
-  chosen = {"tricks": True, "precision": "default", "remat": "none"}
+  chosen = {"tricks": True, "precision": "default"}
   assert dataclasses.asdict(ComputeConfig()) == autos | chosen
   for name in list_experiments():
     assert load_experiment(name).compute == ComputeConfig()
@@ -167,8 +168,8 @@ def test_one_setting_turns_all_of_them_off(name):
 
 
 @pytest.mark.parametrize("device", [GPU, OLD_GPU, TPU], ids=lambda device: device.device_kind)
-def test_they_switch_themselves_off_where_they_were_not_measured(device, kernels_compile):
-  """But for bfloat16, and attention in long contexts, whose scores fill the memory."""
+def test_accelerators_have_choices_of_their_own(device, kernels_compile):
+  """Those of a CPU switch themselves off; what was compiled for an accelerator is chosen there."""
   for name in list_experiments():
     experiment = resolved(name)
     chosen = resolve_compute(experiment, device)
@@ -179,6 +180,10 @@ def test_they_switch_themselves_off_where_they_were_not_measured(device, kernels
       blocks = "blocks" if experiment.data.seq_len >= 512 else "plain"
       attention = kernel if kernel and not drops else blocks
     expected = dataclasses.replace(PLAIN, tricks=True, dtype=dtype, attention=attention)
+    if device is not TPU:
+      expected = dataclasses.replace(expected, remat="elementwise")
+    elif experiment.model.num_layers > 1:
+      expected = dataclasses.replace(expected, layers="unroll")
     assert chosen.compute == expected
     assert choose_step_options(chosen) == choose_quick_options(chosen) == {}
 
