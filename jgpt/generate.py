@@ -19,7 +19,8 @@ from jgpt.config.experiment import PLAIN
 from jgpt.errors import UserError, show
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
-from jgpt.model import Cache, embed, predict_logits, run_blocks
+from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
+from jgpt.products import Tiles, tile_head, tile_weights
 from jgpt.sharding import beside, find_mesh, unstack_blocks
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
@@ -83,6 +84,50 @@ def decode_step(
   x_BTD = embed(params, tokens_B[:, None], position, config, compute)
   x_BTD, cache = run_blocks(params, x_BTD, config, compute, cache=cache, position=position)
   return predict_logits(params, x_BTD, config, compute)[:, 0], cache
+
+
+def round_weights(
+  params: dict, config: ModelConfig, compute: ComputeConfig
+) -> tuple[dict, ModelConfig]:
+  """Converts the weights of products to bfloat16 where they are computed so, once for many tokens.
+
+  Args:
+    params: blocks in a list.
+    config: of the network.
+    compute: how to compute.
+
+  Returns:
+    Parameters with which products are the same and read half of the bytes, and their network: a
+    tied head becomes one of its own, since embeddings are read unrounded.
+  """
+  if compute.dtype != "bfloat16":
+    return params, config
+
+  def round_one(path: tuple, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16) if path[-1].key.startswith("w_") else x
+
+  rounded = params | {"blocks": jax.tree.map_with_path(round_one, params["blocks"])}
+  rounded["unembed"] = find_head(params, config).astype(jnp.bfloat16)
+  return rounded, dataclasses.replace(config, tied_head=False)
+
+
+def tile_params(params: dict, compute: ComputeConfig) -> dict:
+  """Arranges the weights of products for decoding one text, as XLA:CPU is quick at it.
+
+  Args:
+    params: from `round_weights`.
+    compute: how to compute.
+  """
+  if compute.dtype != "bfloat16" or compute.matmul != "flat":
+    return params
+
+  def arrange(path: tuple, w: jax.Array) -> Tiles | jax.Array:
+    num = 2 if path[-1].key == "w_out" else 1  # dimensions that a product sums over
+    return tile_weights(w, num) if path[-1].key.startswith("w_") else w
+
+  tiled = params | {"blocks": jax.tree.map_with_path(arrange, params["blocks"])}
+  tiled["unembed"] = tile_head(params["unembed"])
+  return tiled
 
 
 # --- Tokens and texts ---
@@ -175,12 +220,11 @@ def generate(
     int32 [B, max_tokens], the new tokens; from the stop token (or the end) on filled with `stop_id`
     (or 0).
   """
-  S = config.max_seq_len
-  fill = 0 if stop_id is None else stop_id
+  S, fill = config.max_seq_len, 0 if stop_id is None else stop_id
   P = prompt_P.shape[0]
   text_BT = jnp.full((num, P + max_tokens), fill, jnp.int32).at[:, :P].set(prompt_P)
   # A loop over stacked layers would copy each layer's weights for every token.
-  params = unstack_blocks(params)
+  params, config = round_weights(unstack_blocks(params), config, compute)
   length = min(S, P + max_tokens)  # a shorter cache is read faster
   if P == 1:
     cache = init_cache(params, num, length, config, compute)
@@ -198,9 +242,11 @@ def generate(
     done_B = done_B if stop_id is None else done_B | (new_B == stop_id)
     return text_BT.at[:, n].set(new_B), done_B
 
+  decoding = tile_params(params, compute) if num == 1 else params
+
   def decode(carry: tuple) -> tuple:
     n, text_BT, done_B, cache = carry
-    logits_BV, cache = decode_step(params, text_BT[:, n - 1], cache, n - 1, config, compute)
+    logits_BV, cache = decode_step(decoding, text_BT[:, n - 1], cache, n - 1, config, compute)
     return n + 1, *extend(text_BT, done_B, n, logits_BV), cache
 
   def slide(carry: tuple) -> tuple:

@@ -11,25 +11,30 @@ import optax
 
 from jgpt.config import ComputeConfig, ModelConfig
 from jgpt.config.experiment import PLAIN
-from jgpt.products import einsum_bfloat16, find_precision, multiply_flat
+from jgpt.products import Tiles, einsum_bfloat16, find_precision, multiply_flat, multiply_tiles
 
 
 @jax.named_scope("head")
 def compute_logits(
-  x_BTD: jax.Array, head_VD: jax.Array, config: ModelConfig, compute: ComputeConfig = PLAIN
+  x_BTD: jax.Array,
+  head_VD: jax.Array | Tiles,
+  config: ModelConfig,
+  compute: ComputeConfig = PLAIN,
 ) -> jax.Array:
   """Computes the logits of each position's next token.
 
   Args:
     x_BTD: floating point.
-    head_VD: weights of the head; V is `config.padded_vocab_size`.
+    head_VD: weights of the head; V is `config.padded_vocab_size`. In tiles for one position.
     config: of the network.
     compute: how to compute.
 
   Returns:
     [B, T, V], float32, or float64 for float64 weights; padding is -inf.
   """
-  if compute.dtype == "bfloat16" and compute.matmul == "flat":
+  if isinstance(head_VD, Tiles):
+    logits_BTV = multiply_tiles(x_BTD.ravel(), head_VD)[None, None]
+  elif compute.dtype == "bfloat16" and compute.matmul == "flat":
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits_BTV = multiply_flat("MK,NK->MN", x_MD, head_VD).reshape(*x_BTD.shape[:2], -1)
   elif compute.dtype == "bfloat16":

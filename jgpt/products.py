@@ -8,9 +8,29 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jgpt.config import ComputeConfig
+
+TILE = 64  # columns, of which XLA:CPU computes as many at a time
+MAX_TILES = 64  # in one product: with 786 XLA:CPU chooses another kind of product
+
+
+@struct.dataclass
+class Tiles:
+  """Weights [K, N] in pieces of `TILE` columns, each of which lies in memory by itself.
+
+  XLA:CPU multiplies one row by bfloat16 weights in two thirds of the time of float32's, if it need
+  not arrange them first; it takes longer than float32's otherwise.
+
+  Attributes:
+    tiles: bfloat16 [N / TILE, K, TILE].
+    shape: of the weights as they were, static.
+  """
+
+  tiles: jax.Array
+  shape: tuple[int, ...] = struct.field(pytree_node=False)
 
 
 def find_precision(compute: ComputeConfig) -> str | None:
@@ -24,13 +44,13 @@ def linear(equation: str, x: jax.Array, p: dict, name: str, compute: ComputeConf
   return y if bias is None else y + bias[None, None]
 
 
-def project(equation: str, x: jax.Array, w: jax.Array, compute: ComputeConfig) -> jax.Array:
+def project(equation: str, x: jax.Array, w: jax.Array | Tiles, compute: ComputeConfig) -> jax.Array:
   """Computes `einsum(equation, x, w)`, contracting x's dimensions after batch and position.
 
   Args:
     equation: contracts the last dimensions of x with the first of w, in their order.
     x: [B, T, ...].
-    w: weights.
+    w: weights; those in tiles have one row of x.
     compute: with `dtype` "bfloat16" the operands are rounded to bfloat16, also those of the
       gradient's products, and the result and the gradients are float32. With `matmul` "flat" one
       plain product of two matrices is computed: on a CPU einsum's gradients take a tenth of a small
@@ -40,6 +60,9 @@ def project(equation: str, x: jax.Array, w: jax.Array, compute: ComputeConfig) -
   Returns:
     [B, T, ...], float32; without "bfloat16" in the operands' dtype.
   """
+  if isinstance(w, Tiles):
+    num = x.ndim - 2
+    return multiply_tiles(x.ravel(), w).reshape(*x.shape[:2], *w.shape[num:])
   if compute.matmul != "flat":
     if compute.dtype == "bfloat16":
       return einsum_bfloat16(equation, x, w)
@@ -112,7 +135,11 @@ def multiply_flat(equation: str, x_MK: jax.Array, w: jax.Array) -> jax.Array:
 def _forward_flat(equation: str, x_MK: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple]:
   rounded = x_MK.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
   like = jnp.zeros((), x_MK.dtype), jnp.zeros((), w.dtype)  # of which only the dtypes are read
-  return jnp.einsum(equation, *rounded, preferred_element_type=jnp.float32), (*rounded, *like)
+  M, x = x_MK.shape[0], rounded[0]
+  # XLA:CPU multiplies a single row by code of its own, which takes ten times as long.
+  x = jnp.pad(x, ((0, 1), (0, 0))) if M == 1 else x
+  y_MN = jnp.einsum(equation, x, rounded[1], preferred_element_type=jnp.float32)[:M]
+  return y_MN, (*rounded, *like)
 
 
 def _backward_flat(equation: str, saved: tuple, g_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,6 +162,42 @@ def contract_rows(a_MK: jax.Array, b_MN: jax.Array) -> jax.Array:
   return jnp.matmul(transpose_in_memory(a_MK), b_MN, preferred_element_type=jnp.float32)
 
 
-def transpose_in_memory(x_MN: jax.Array) -> jax.Array:
-  """Returns the transpose of a matrix, row by row in memory."""
-  return with_layout_constraint(x_MN.T, Layout((0, 1)))
+def transpose_in_memory(x: jax.Array, axes: tuple[int, ...] = (1, 0)) -> jax.Array:
+  """Returns a transpose that lies row by row in memory."""
+  return with_layout_constraint(x.transpose(axes), Layout(tuple(range(x.ndim))))
+
+
+def tile_weights(w: jax.Array, num: int) -> Tiles | jax.Array:
+  """Arranges weights in tiles; those whose columns `TILE` does not divide stay as they are.
+
+  Args:
+    w: bfloat16.
+    num: of its dimensions, which a product sums over.
+  """
+  w_KN = w.reshape(math.prod(w.shape[:num]), -1)
+  K, N = w_KN.shape
+  if N % TILE:
+    return w
+  return Tiles(transpose_in_memory(w_KN.reshape(K, N // TILE, TILE), (1, 0, 2)), w.shape)
+
+
+def tile_head(head_VD: jax.Array) -> Tiles | jax.Array:
+  """Arranges the weights of a head, bfloat16, in tiles, as `tile_weights` does those of others."""
+  V, D = head_VD.shape
+  if V % TILE:
+    return head_VD
+  return Tiles(transpose_in_memory(head_VD.reshape(V // TILE, TILE, D), (0, 2, 1)), (D, V))
+
+
+def multiply_tiles(x_K: jax.Array, w: Tiles) -> jax.Array:
+  """Computes a vector times weights in tiles, summed in float32: [N]."""
+  P, K, _ = w.tiles.shape
+  # Two rows: of a single one XLA:CPU would make a product of another kind.
+  rows_2K = jnp.pad(x_K.astype(jnp.bfloat16)[None], ((0, 1), (0, 0)))
+  pieces = []
+  for begin in range(0, P, MAX_TILES):
+    tiles = w.tiles[begin : begin + MAX_TILES]
+    rows_P2K = jnp.broadcast_to(rows_2K[None], (len(tiles), 2, K))
+    y_P2Q = jnp.matmul(rows_P2K, tiles, preferred_element_type=jnp.float32)
+    pieces.append(y_P2Q[:, 0].ravel())
+  return jnp.concatenate(pieces)

@@ -14,6 +14,7 @@ from equivalence import CPU, QUICK
 
 from jgpt.config import SampleConfig
 from jgpt.config.catalog import load_experiment
+from jgpt.config.experiment import PLAIN
 from jgpt.config.settings import change
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError
@@ -374,3 +375,29 @@ def test_padding_of_the_vocabulary_is_never_drawn():
 def test_settings_outside_their_range_are_refused(settings):
   with pytest.raises(UserError, match=next(iter(settings))):
     SampleConfig(**({"temperature": 1.0} | settings))
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_in_bfloat16_the_largest_logits_are_those_of_a_full_pass(num):
+  """Weights that are rounded once, and arranged for one row, compute what `apply` computes."""
+  config = dataclasses.replace(CONFIG, d_model=64, d_ff=128, vocab_multiple=64, tied_head=True)
+  compute = dataclasses.replace(PLAIN, dtype="bfloat16", matmul="flat", layers="unroll")
+  params = jitted_init(jax.random.key(0), config)
+  prompt_P = jnp.array([BOS, 4, 9, 0])
+  new_BT = generate(
+    params,
+    prompt_P,
+    jnp.int32(3),
+    jax.random.key(1),
+    jnp.float32(0),
+    config=config,
+    compute=compute,
+    num=num,
+    max_tokens=6,
+  )
+  text_BT = jnp.concatenate([jnp.tile(prompt_P[None, :3], (num, 1)), new_BT], axis=1)
+  logits_BTV = jax.jit(apply, static_argnums=(2, 3))(params, text_BT, config, compute)
+  logits_BT = jnp.take_along_axis(logits_BTV[:, 2:-1], new_BT[:, :, None], axis=2)[:, :, 0]
+  # Sums in another order, and activations that are rounded after them.
+  assert (logits_BT >= logits_BTV[:, 2:-1].max(axis=2) - 0.02).all()
+  assert len(set(new_BT[0].tolist())) > 1

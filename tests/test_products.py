@@ -16,6 +16,7 @@ PRODUCTS = [
   ("BTD,DCNH->BTCNH", (2, 5, 12), (12, 3, 2, 6)),
   ("BTNH,NHD->BTD", (2, 5, 2, 6), (2, 6, 12)),
   ("BTD,DF->BTF", (1, 16, 8), (8, 24)),
+  ("BTD,DF->BTF", (1, 1, 8), (8, 24)),  # a token that is decoded
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import statistics
 import tempfile
 import time
@@ -80,6 +81,7 @@ class Training:
   scalar: bool = False
 
 
+FLOAT32, BFLOAT16 = {"compute.dtype": "float32"}, {"compute.dtype": "bfloat16"}
 # Numbers of steps for which a round takes each contender 0.1 to 3 seconds.
 TRAININGS = {
   "names": (
@@ -87,18 +89,33 @@ TRAININGS = {
     Training("names, batch 16", "names", {"data.batch_size": 16}, 3000, 250),
     Training("names, batch 64", "names", {"data.batch_size": 64}, 1000, 200),
   ),
-  "shakespeare_char_cpu": (Training("shakespeare_char_cpu", "shakespeare_char_cpu", {}, 40, 40),),
+  "shakespeare_char_cpu": (
+    Training("shakespeare_char_cpu", "shakespeare_char_cpu", FLOAT32, 40, 40),
+    Training("shakespeare_char_cpu, bf16", "shakespeare_char_cpu", BFLOAT16, 40, 40),
+  ),
   "shakespeare_char": (
-    Training("shakespeare_char, batch 8", "shakespeare_char", {"data.batch_size": 8}, 3, 2),
+    Training(
+      "shakespeare_char, batch 8", "shakespeare_char", FLOAT32 | {"data.batch_size": 8}, 3, 2
+    ),
     Training(
       "shakespeare_char, no dropout",
       "shakespeare_char",
-      {"data.batch_size": 8, "model.dropout": 0.0},
+      FLOAT32 | {"data.batch_size": 8, "model.dropout": 0.0},
+      3,
+      2,
+    ),
+    Training(
+      "shakespeare_char, bf16",
+      "shakespeare_char",
+      BFLOAT16 | {"data.batch_size": 8},
       3,
       2,
     ),
   ),
-  "gpt2_shakespeare": (Training("gpt2_shakespeare, batch 4", "gpt2_shakespeare", {}, 2, 1),),
+  "gpt2_shakespeare": (
+    Training("gpt2_shakespeare, batch 4", "gpt2_shakespeare", FLOAT32, 2, 1),
+    Training("gpt2_shakespeare, bf16", "gpt2_shakespeare", BFLOAT16, 2, 1),
+  ),
 }
 
 
@@ -207,10 +224,13 @@ def _training_peers(
       "platform": session.devices[0].platform,
       "warm_up": warm_up,
     }
-    specs |= {
-      "torch": common_torch | {"compiled": False},
-      "torch.compile": common_torch | {"compiled": True},
-    }
+    if plan.experiment.compute.dtype == "bfloat16":
+      specs["torch, autocast"] = common_torch | {"compiled": False, "autocast": True}
+    else:
+      specs |= {
+        "torch": common_torch | {"compiled": False, "autocast": False},
+        "torch.compile": common_torch | {"compiled": True, "autocast": False},
+      }
   if "scalar" in session.peers and training.scalar:
     specs["plain Python"] = common | {"kind": "scalar", "warm_up": 1}
   return specs
@@ -250,17 +270,23 @@ def _bench_names_sampling(session: Session) -> None:
 
 
 def _bench_gpt2_sampling(session: Session) -> None:
+  import jax.numpy as jnp
+
   from jgpt.bench import timing
   from jgpt.bench.rounds import interleave, open_workers
   from jgpt.config import SampleConfig
   from jgpt.plan import plan_run
 
   plan = plan_run(catalog.load_experiment("gpt2_shakespeare"))
+  plans = {
+    dtype: dataclasses.replace(plan, experiment=change(plan.experiment, {"compute.dtype": dtype}))
+    for dtype in ("float32", "bfloat16")
+  }
   model, platform_name = plan.experiment.model, session.devices[0].platform
   params = timing.draw_params(plan, session.devices[0])
   bandwidth = timing.measure_bandwidth(max(3, session.rounds))
   session.results.limits.append(Limit(BANDWIDTH, bandwidth, "B/s"))
-  for batch_size in (1, 16):
+  for batch_size, (dtype, plan) in itertools.product((1, 16), plans.items()):
     sample = SampleConfig(num=batch_size, temperature=1.0, max_tokens=NEW_TOKENS)
     timer, compile_seconds = timing.make_sample_timer(params, plan, sample)
     spec = {
@@ -269,12 +295,13 @@ def _bench_gpt2_sampling(session: Session) -> None:
       "platform": platform_name,
     }
     spec |= {"batch_size": batch_size, "new_tokens": NEW_TOKENS, "warm_up": 1}
-    with open_workers({"Transformers": spec} if "torch" in session.peers else {}) as workers:
+    has_peer = "torch" in session.peers and dtype == "float32"
+    with open_workers({"Transformers": spec} if has_peer else {}) as workers:
       live = {name: worker for name, worker in workers.items() if not isinstance(worker, str)}
       ours, *peers = interleave([timer, *live.values()], [1] * (1 + len(live)), session.rounds)
     amounts = {"per": "call", "samples": batch_size, "tokens": batch_size * NEW_TOKENS}
     own = Row(
-      f"GPT-2 124M draws {batch_size} x {NEW_TOKENS}",
+      f"GPT-2 124M draws {batch_size} x {NEW_TOKENS}, {dtype}",
       OURS,
       ours,
       compile_seconds=compile_seconds,
@@ -285,7 +312,8 @@ def _bench_gpt2_sampling(session: Session) -> None:
     )
     # The first token is drawn with one position in the cache, the last with 64.
     context = (1 + NEW_TOKENS) / 2
-    most = limits.compute_decoding_limit(model, batch_size, context, bandwidth)
+    size = jnp.dtype(dtype).itemsize
+    most = limits.compute_decoding_limit(model, batch_size, context, bandwidth, size)
     reached = own.rate(own.tokens) / most
     session.results.limits.append(Limit("decoding by memory", most, "tokens/s", own.case, reached))
 

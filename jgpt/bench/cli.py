@@ -30,8 +30,9 @@ warmed up before it is timed:
   saving      Steps in calls of their own, and as many from before a save until the checkpoint is on
               disk. The difference is the cost of a save; its share is of 100 steps and one save.
   peers       torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager
-              and with torch.compile; for sampling GPT2LMHeadModel.generate of Transformers. scalar:
-              names in plain Python, as in microgpt.py.
+              and with torch.compile, beside bfloat16 eager under torch.autocast; for sampling
+              GPT2LMHeadModel.generate of Transformers. scalar: names in plain Python, as in
+              microgpt.py.
   --aot       Nothing is run. Peak memory and collectives are what the compiler says, of a corpus of
               1,048,576 tokens. Estimated cycles are XLA:TPU's, loop bodies times their trips; they
               have neither kernels nor collectives, and may be wrong by half. FLOPs are those of the

@@ -182,6 +182,7 @@ def make_training(
   *,
   compiled: bool,
   platform: str,
+  autocast: bool = False,
 ) -> Callable[[int], None]:
   """Makes a function of a number of steps, which applies updates and waits for them.
 
@@ -193,6 +194,7 @@ def make_training(
     lengths: see `make_batches`.
     compiled: whether to call `torch.compile` on the model.
     platform: of jgpt's devices, as jax names it.
+    autocast: whether the loss is computed under `torch.autocast` in bfloat16.
 
   Raises:
     UserError: for sinusoidal positions.
@@ -219,7 +221,9 @@ def make_training(
 
   def update(steps: int) -> None:
     for _ in range(steps):
-      run(*next_batch()).backward()
+      with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        loss = run(*next_batch())
+      loss.backward()
       if optimizer.clip_norm is not None:
         nn.utils.clip_grad_norm_(params, optimizer.clip_norm, foreach=True)
       adamw.step()

@@ -4,7 +4,7 @@ It reads lines of JSON and answers each with one. The first says what to build, 
 that is built and warmed up. Each line after it asks for a number of steps, and is answered with the
 seconds of one.
 
-  {"kind": "torch", "compiled": bool, "experiment": ..., "tokens": "a.npz",
+  {"kind": "torch", "compiled": bool, "autocast": bool, "experiment": ..., "tokens": "a.npz",
     "platform": "cpu", "warm_up": steps}
   {"kind": "transformers", "experiment": ..., "batch_size": texts, "new_tokens": of each,
     "platform": "cpu", "warm_up": calls}
@@ -107,7 +107,12 @@ def make_peer(spec: dict[str, Any]) -> Callable[[int], None]:
   from jgpt.bench import peer_torch
 
   return peer_torch.make_training(
-    experiment, tokens, lengths, compiled=spec["compiled"], platform=spec["platform"]
+    experiment,
+    tokens,
+    lengths,
+    compiled=spec["compiled"],
+    autocast=spec["autocast"],
+    platform=spec["platform"],
   )
 
 

@@ -206,17 +206,21 @@ def find_memory_limit(device_kind: str) -> int | None:
   return device.memory if device.float32 is None else int(GPU_SHARE * device.memory)
 
 
-def count_cache_bytes(config: ModelConfig) -> int:
-  """Counts the bytes of one position's keys and values in all layers, float32."""
-  return 2 * config.num_layers * config.d_model * FLOAT_BYTES
+def count_cache_bytes(config: ModelConfig, entry_bytes: int = FLOAT_BYTES) -> int:
+  """Counts the bytes of one position's keys and values in all layers."""
+  return 2 * config.num_layers * config.d_model * entry_bytes
 
 
 def compute_decoding_limit(
-  config: ModelConfig, batch_size: int, context: float, bandwidth: float
+  config: ModelConfig,
+  batch_size: int,
+  context: float,
+  bandwidth: float,
+  entry_bytes: int = FLOAT_BYTES,
 ) -> float:
   """Computes the highest rate of decoding that memory bandwidth allows, in tokens/s.
 
-  Each step reads all parameters once, and the cache of each text, float32:
+  Each step reads all parameters once, and the cache of each text:
 
     batch * bandwidth / (parameter bytes + batch * cache bytes per position * context)
 
@@ -225,6 +229,7 @@ def compute_decoding_limit(
     batch_size: texts that are drawn together.
     context: positions in the cache, on average while a text is drawn.
     bandwidth: bytes per second.
+    entry_bytes: of a parameter and of an entry of the cache: 2 in bfloat16.
   """
-  per_step = count_params(config) * FLOAT_BYTES + batch_size * count_cache_bytes(config) * context
-  return batch_size * bandwidth / per_step
+  cache_bytes = batch_size * count_cache_bytes(config, entry_bytes) * context
+  return batch_size * bandwidth / (count_params(config) * entry_bytes + cache_bytes)

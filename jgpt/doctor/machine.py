@@ -20,6 +20,7 @@ from jgpt.doctor.probe import Probe, run_bounded
 from jgpt.errors import near_matches
 from jgpt.system.command import python_command
 from jgpt.system.memory import measure_memory, read_kernel, read_quota
+from jgpt.system.processor import find_bfloat16
 
 PREFIXES = ("JAX_", "XLA_", "JGPT_", "CUDA_", "NVIDIA_", "TPU_")
 VARIABLES = (
@@ -69,6 +70,9 @@ def examine_processor(
   model = re.search(r"^model name\s*: (.+)$", read_kernel(Path("/proc/cpuinfo")), re.M)
   name = model.group(1) if model else platform.processor() or platform.machine()
   text = f"{name}, {usable} of {there} cores usable, {usable} threads of XLA"
+  instructions = find_bfloat16()
+  rounded = f"multiplies bfloat16 ({instructions})" if instructions else "multiplies no bfloat16"
+  text = f"{text}, {rounded}"
   found = [ok("processor", text if load is None else f"{text}, load {load:.1f}")]
   if quota is not None and math.ceil(quota) < usable:
     cores = max(1, math.floor(quota))

@@ -150,6 +150,8 @@ def test_the_limit_of_decoding_is_the_bandwidth_over_what_a_token_reads():
   assert limits.compute_decoding_limit(gpt2, 1, 0, 54e9) == pytest.approx(54e9 / (124_439_808 * 4))
   per_step = 124_439_808 * 4 + 16 * 73_728 * 32.5
   assert limits.compute_decoding_limit(gpt2, 16, 32.5, 54e9) == pytest.approx(16 * 54e9 / per_step)
+  halved = limits.compute_decoding_limit(gpt2, 16, 32.5, 54e9, entry_bytes=2)
+  assert halved == pytest.approx(2 * 16 * 54e9 / per_step)
 
 
 def test_ratios_are_of_the_same_round():
@@ -377,6 +379,7 @@ def test_a_worker_with_torch_trains_a_tiny_model(tmp_path):
   spec = {
     "kind": "torch",
     "compiled": False,
+    "autocast": True,
     "experiment": experiment_to_json(experiment),
     "tokens": save_words(tmp_path),
   }

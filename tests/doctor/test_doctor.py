@@ -5,6 +5,7 @@ whether anything is.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,7 @@ def test_more_threads_than_a_container_may_run_is_a_note():
     and "taskset -c 0-1 " in found[1].do
   )
   assert levels(machine.examine_processor(16, 16, 16.0, None)) == ["ok"]
+  assert re.search(r"multiplies (no )?bfloat16", machine.examine_processor(1, 1, None, 1.0)[0].text)
   assert "load" in machine.examine_processor(4, 2, None, 5.0)[0].text
   assert levels(machine.examine_processor(4, 2, None, 5.0)) == ["ok", "note"]
 
