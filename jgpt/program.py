@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,22 @@ import numpy as np
 from jgpt import sharding
 from jgpt.batches import Corpus, Documents, Stream
 from jgpt.config import Experiment
+from jgpt.config.settings import change
 from jgpt.data.corpus import Data
 from jgpt.data.feed import Feed, make_feed
 from jgpt.devices import runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
-from jgpt.errors import UserError
+from jgpt.devices.footprint import (
+  Budget,
+  Footprint,
+  describe_bytes,
+  describe_footprint,
+  estimate_footprint,
+  list_remedies,
+  measure_program,
+  scale_footprint,
+)
+from jgpt.errors import UserError, first_line
 from jgpt.evaluation import lower_evaluation
 from jgpt.generate import lower_texts
 from jgpt.keys import INIT, derive_key
@@ -31,10 +42,12 @@ from jgpt.optim import AdamState
 from jgpt.runs import checkpoint
 from jgpt.runs.origin import Origin
 from jgpt.step import TrainState, begin_state, init_state, train_steps
+from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
 from jgpt.weights.initial import InitialParams, draw_microgpt_params
 
 NUM_COMPILERS = 2  # threads in which programs compile
+FAR = 1.3  # settings that by formula take so many times what there is are not compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Program:
       the function itself, which computes operation by operation.
     feed: the training part.
     heldout: the held-out part.
+    memory: bytes of each device that a step could take when this was made; None where that is not
+      known.
   """
 
   experiment: Experiment
@@ -56,11 +71,13 @@ class Program:
   run_steps: Callable[[Corpus, TrainState, jax.Array], tuple[TrainState, dict]] | None
   feed: Feed
   heldout: Corpus
+  memory: int | None = None
 
   @property
-  def peak(self) -> float | None:
-    """Returns the peak rate of the devices together in FLOP/s; None where it is not known."""
-    return runtime.find_peaks(self.state.step.devices(), self.experiment.compute)
+  def budget(self) -> Budget:
+    """Returns what the run has of its devices."""
+    flops = runtime.find_peaks(self.state.step.sharding.device_set, self.experiment.compute)
+    return Budget(flops, self.memory, measure_program(self.run_steps))
 
   def advance(self, state: TrainState, step: int, num_steps: int) -> tuple[TrainState, dict]:
     """Starts `num_steps` updates of a state after `step` of them; see `run_steps`."""
@@ -90,9 +107,11 @@ def compile_program(
     num_steps: updates that are left; without any the step is not compiled.
 
   Raises:
-    UserError: if the devices do not fit the settings, or the weights to begin from are missing.
+    UserError: if the devices do not fit the settings, a step would take more memory than they have,
+      or the weights to begin from are missing.
   """
-  mesh, experiment = _choose_mesh(experiment, devices)
+  given, (mesh, experiment) = experiment, _choose_mesh(experiment, devices)
+  memory = runtime.find_free_memory(mesh.devices.flat[0], mesh.devices.size)
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
   heldout = jax.device_put(data.heldout, whole)
@@ -103,6 +122,8 @@ def compile_program(
   source = initial if saved_step is None else manager.folder / str(saved_step)
   make, shapes, make_argument = _choose_state(experiment, data, source, init, key, stacked, mesh)
   make_state = _jit_state(make, placed, experiment, is_read=is_read)
+  if num_steps > 0:
+    check_state_memory(estimate_footprint(experiment, mesh.devices.size), memory)
   if jax.config.jax_disable_jit:  # nothing is traced: each function computes as it is called
     run_steps = jit_steps(experiment, placed, mesh) if num_steps > 0 else None
     return Program(experiment, make_state(make_argument()), run_steps, feed, heldout)
@@ -119,10 +140,125 @@ def compile_program(
       later |= list_saving(stacked, placed)
     later |= list_ahead(experiment, data.tokenizer, placed.params, heldout)
     ahead = [pool.submit(lower().compile) for lower in later.values()]
+    if run_steps is not None:
+      run_steps = check_memory(run_steps, given, devices, corpus, memory)
     for compiled in ahead:  # later calls find them done
       compiled.result()
-    run_steps = run_steps.result() if run_steps else None
-    return Program(experiment, state.result(), run_steps, feed, heldout)
+    return Program(experiment, state.result(), run_steps, feed, heldout, memory)
+
+
+def check_state_memory(footprint: Footprint, memory: int | None) -> None:
+  """Checks that parameters and moments have room, before they are made.
+
+  Args:
+    footprint: of a step.
+    memory: bytes of each device that it can take; None where it is not known.
+
+  Raises:
+    UserError: if they have not, whatever the other settings are.
+  """
+  least = footprint.parameters + footprint.moments
+  if memory is not None and least > memory:
+    raise UserError(
+      f"parameters and moments alone take {describe_bytes(least)} of memory on each device, and "
+      f"{describe_bytes(memory)} are free. What fits is a smaller model: see model.d_model and "
+      "model.num_layers"
+    )
+
+
+def check_memory(
+  steps: Future[jax.stages.Compiled],
+  experiment: Experiment,
+  devices: Sequence[jax.Device],
+  corpus: Corpus,
+  memory: int | None,
+) -> jax.stages.Compiled:
+  """Checks that a compiled step has the memory that it takes, and returns it.
+
+  Args:
+    steps: `Program.run_steps`, compiling.
+    experiment: `compute` may hold "auto".
+    devices: those there are.
+    corpus: of the step.
+    memory: bytes of each device that a step can take; None where it is not known.
+
+  Raises:
+    UserError: with settings that fit, found by compiling them.
+  """
+  try:
+    compiled = steps.result()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(
+      advise_memory(experiment, devices, corpus, memory, first_line(error))
+    ) from error
+  size = measure_program(compiled)
+  if memory is None or size is None or size <= memory:
+    return compiled
+  raise UserError(advise_memory(experiment, devices, corpus, memory, size))
+
+
+def advise_memory(
+  experiment: Experiment,
+  devices: Sequence[jax.Device],
+  corpus: Corpus,
+  memory: int | None,
+  needed: int | str,
+) -> str:
+  """Describes what a step that does not fit takes, and the settings that fit and cost least time.
+
+  Settings are compiled one after the other, but those that by formula are far from fitting.
+
+  Args:
+    experiment: `compute` may hold "auto".
+    devices: those there are.
+    corpus: of the step.
+    memory: bytes of each device that a step can take; None where it is not known.
+    needed: bytes of each device that the step takes, or what its compiler said.
+  """
+  mesh, resolved = _choose_mesh(experiment, devices)
+  num_devices, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
+  formula = estimate_footprint(resolved, num_devices)
+  there = "" if memory is None else f", and {describe_bytes(memory)} of {kind} are free for it"
+  if isinstance(needed, int):
+    words = f"a step takes {describe_bytes(needed)} of memory on each device{there}"
+  else:
+    words = f"a step takes more memory than a device has{there} ({needed[:200]})"
+  print_stderr(f"{words}; compiling others, to see what fits ...")
+  words += f"; by formula: {describe_footprint(formula)}"
+  remedies, size = list_remedies(experiment, resolved.compute, num_devices, kind), None
+  for changes in remedies:
+    changed = change(experiment, changes)
+    less = estimate_footprint(_choose_mesh(changed, devices)[1], num_devices)
+    estimate = scale_footprint(less, formula, needed) if isinstance(needed, int) else 0.0
+    if memory is not None and estimate > FAR * memory and changes is not remedies[-1]:
+      continue
+    size = _measure_steps(changed, devices, corpus)
+    settings = " ".join(f"--set {name}={value}" for name, value in changes.items())
+    if size is not None and (memory is None or size <= memory):
+      return f"{words}. Try {settings}, which takes {describe_bytes(size)}"
+  if not remedies:
+    return f"{words}. Nothing takes less but a smaller model, or a smaller data.seq_len"
+  least = "more than there is" if size is None else describe_bytes(size)
+  return (
+    f"{words}. The least is {least}, with {settings}: what fits is a smaller model, or a smaller "
+    "data.seq_len"
+  )
+
+
+def _measure_steps(
+  experiment: Experiment, devices: Sequence[jax.Device], corpus: Corpus
+) -> int | None:
+  """Compiles a step and measures what it takes; None where its compiler refuses it."""
+  mesh, experiment = _choose_mesh(experiment, devices)
+  _, placed = _shape_states(*_shape_init(experiment, mesh), experiment, mesh)
+  try:
+    return measure_program(lower_steps(experiment, corpus, placed, mesh).compile())
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
 
 
 def lower_programs(
@@ -160,9 +296,7 @@ def lower_programs(
   mesh, experiment = _choose_mesh(experiment, devices)
   num_heldout = num_tokens // 10 if num_heldout is None else num_heldout
   corpus, heldout = (shape_corpus(experiment, num, mesh) for num in (num_tokens, num_heldout))
-  key = jax.eval_shape(partial(derive_key, experiment.train.seed, INIT, 0))
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-  init = jax.jit(partial(init_state, experiment=experiment))
+  init, key = _shape_init(experiment, mesh)
   stacked, placed = _shape_states(init, key, experiment, mesh)
   programs = {
     "init": lambda: _jit_state(init, placed, experiment).lower(key),
@@ -188,6 +322,15 @@ def _choose_mesh(
   """Makes the mesh, and resolves `compute` for its devices."""
   mesh = sharding.make_mesh(experiment, devices)
   return mesh, resolve_compute(experiment, mesh.devices.flat[0])
+
+
+def _shape_init(
+  experiment: Experiment, mesh: jax.sharding.Mesh
+) -> tuple[Callable[[jax.Array], TrainState], jax.ShapeDtypeStruct]:
+  """Returns what draws a state from a key, and the key's shape."""
+  key = jax.eval_shape(partial(derive_key, experiment.train.seed, INIT, 0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+  return jax.jit(partial(init_state, experiment=experiment)), key
 
 
 def _shape_states(

@@ -83,7 +83,7 @@ def train_run(
         num_steps=train.steps - plan.start_step,
       )
     clock.look("compiling")
-    log = Log(list(writers), rows, program.experiment, plan.data, clock, program.peak)
+    log = Log(list(writers), rows, program.experiment, plan.data, clock, program.budget)
     saver = Saver(manager, log, train)
     state, step = _loop(plan, program, saver, log, stop, sample_at)
     end = partial(conclude_run, plan, program.experiment, state, step, log, saver, stop)

@@ -165,6 +165,8 @@ def _expand_names(names: Sequence[str], eval_batches: int | None) -> set[str]:
 def _compile(name: str, lowered: jax.stages.Lowered) -> AheadProgram:
   import jax
 
+  from jgpt.devices.footprint import measure_program
+
   began = time.perf_counter()
   try:
     compiled = lowered.compile()
@@ -176,7 +178,7 @@ def _compile(name: str, lowered: jax.stages.Lowered) -> AheadProgram:
   return AheadProgram(
     name,
     seconds,
-    peak_bytes=sizes.peak_memory_in_bytes,
+    peak_bytes=measure_program(compiled),
     moved_bytes=sizes.argument_size_in_bytes + sizes.output_size_in_bytes,
     collectives=tuple(hlo.find_collectives(module)),
     kernels=hlo.count_kernels(module),

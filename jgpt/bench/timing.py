@@ -24,6 +24,7 @@ import optax
 from jgpt import batches, generate, program
 from jgpt.config import Experiment, SampleConfig
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
+from jgpt.devices.footprint import measure_program
 from jgpt.devices.limits import FLOAT_BYTES, Product
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.model import init_params
@@ -49,7 +50,7 @@ class StepTimer:
     devices: those there are.
     compile_seconds: until the first step could begin: drawing the state, compiling the step,
       evaluation and sampling.
-    memory_bytes: of the compiled step, from `find_memory`; the corpus is one of its arguments.
+    memory_bytes: of the compiled step, from `measure_program`; the corpus is one of its arguments.
     corpus: the training part, on the devices.
   """
 
@@ -59,7 +60,7 @@ class StepTimer:
     made = program.compile_program(plan.experiment, devices, plan.data)
     self._state, self._run_steps = jax.block_until_ready(made.state), made.run_steps
     self.compile_seconds = time.perf_counter() - began
-    self.memory_bytes = find_memory(made.run_steps)
+    self.memory_bytes = measure_program(made.run_steps)
     self.corpus = made.feed.corpus_at(0)
     self._copies = sum(x.nbytes for x in jax.tree.leaves(self._state)) <= MAX_COPIED_BYTES
 
@@ -128,21 +129,6 @@ class SaveTimer:
     for _ in range(num):
       state = self._steps.run(state, 1)
     return state
-
-
-def find_memory(compiled: Any) -> int | None:
-  """Returns the bytes of a compiled program: arguments + outputs + temporaries - aliased ones.
-
-  None where the backend does not report them.
-  """
-  try:
-    sizes = compiled.memory_analysis()
-  except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
-    return None
-  if sizes is None:
-    return None
-  total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-  return total - sizes.alias_size_in_bytes
 
 
 def resolve_plan(plan: Plan, device: jax.Device) -> Experiment:

@@ -20,11 +20,11 @@ import jax
 
 from jgpt.config import ComputeConfig
 from jgpt.devices.compute import PRECISIONS, describe_products
-from jgpt.devices.limits import TPU_PASSES, find_peak
+from jgpt.devices.limits import TPU_PASSES, find_memory_limit, find_peak
 from jgpt.errors import UserError, first_line
 from jgpt.system import files
 from jgpt.system.cache import cache_dir, digest_bytes, make_private
-from jgpt.system.memory import measure_memory
+from jgpt.system.memory import measure_memory, measure_obtainable_memory
 
 # Bytes: with less, jax cannot start its threads, and the process is aborted without a message.
 MIN_ADDRESS_SPACE = 3 << 29
@@ -176,7 +176,7 @@ def read_memory_stats(device: jax.Device) -> dict[str, int]:
   """Reads what a device says of its memory; nothing where it does not say."""
   try:
     return device.memory_stats() or {}
-  except RuntimeError:  # not every backend has `memory_stats`
+  except RuntimeError:  # not every backend has `memory_stats`, nor has a device of a topology
     return {}
 
 
@@ -235,6 +235,25 @@ def describe_precision(device: jax.Device, compute: ComputeConfig) -> str:
     return "bfloat16, summed in float32"
   precision = _find_precision(compute)
   return describe_products(device.platform, device.device_kind, precision)
+
+
+def find_free_memory(device: jax.Device, num_devices: int) -> int | None:
+  """Finds the bytes that programs can still have on a device; None where it is not known.
+
+  On a CPU, whose devices share the machine's memory, this is what the kernel could free for each.
+  A device that does not say has what its kind has (`limits.find_memory_limit`).
+
+  Args:
+    device: one of those that compute.
+    num_devices: that compute on this machine.
+  """
+  if device.platform == "cpu":
+    free = measure_obtainable_memory()
+    return None if free is None else free // num_devices
+  stats = read_memory_stats(device)
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+  return find_memory_limit(device.device_kind)
 
 
 def find_peaks(devices: Collection[jax.Device], compute: ComputeConfig) -> float | None:

@@ -29,6 +29,8 @@
     mfu                of these the share of the devices' peak (`limits.find_peak`), a token taking
                        6 P + 6 L D T floating-point operations (`limits.count_train_flops`); null
                        where no peak is known
+    step_memory_bytes  of each device: what a step takes by its compiler (compiled), what was free
+                       for it (available), and its parts by formula; null where not known
     peak_memory_bytes  of this process (host), and the largest of a device; null where not known
     time               when it was written, UTC
 
@@ -43,6 +45,7 @@ import math
 from typing import Any
 
 from jgpt.config import Experiment
+from jgpt.devices.footprint import estimate_footprint
 from jgpt.devices.runtime import read_memory_stats
 from jgpt.evaluation import HeldoutLoss, count_bytes
 from jgpt.plan import Plan
@@ -117,6 +120,11 @@ def conclude_run(
     seconds=log.clock.seconds | {"planning": plan.seconds},
     tokens_per_second=rate,
     mfu=rate and log.compute_mfu(rate),
+    step_memory={
+      "compiled": log.budget.step,
+      "available": log.budget.memory,
+      **dataclasses.asdict(estimate_footprint(experiment, len(state.step.devices()))),
+    },
     compilations=dataclasses.replace(log.clock.compilations),  # which counts on
   )
   write_outcome(plan, result)
@@ -173,6 +181,7 @@ def describe_outcome(plan: Plan, result: Result) -> dict[str, Any]:
       "compiled": dataclasses.asdict(result.compilations),
       "tokens_per_second": result.tokens_per_second,
       "mfu": result.mfu,
+      "step_memory_bytes": result.step_memory,
       "peak_memory_bytes": {
         "host": measure_peak_memory(),
         "device": _measure_device_peak(result.state),

@@ -25,6 +25,7 @@ from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, list_settings
 from jgpt.devices import runtime
 from jgpt.devices.compute import explain_compute, resolve_compute
+from jgpt.devices.footprint import describe_bytes, describe_footprint, estimate_footprint
 from jgpt.devices.limits import count_train_flops
 from jgpt.errors import UserError, printable
 from jgpt.params import count_params, walk
@@ -82,6 +83,7 @@ def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, 
     ("compute", describe_compute(experiment, device)),
     *(("", line) for line in explain_compute(experiment, device)),
     ("products", runtime.describe_precision(device, resolve_compute(experiment, device).compute)),
+    ("memory", describe_memory(experiment, mesh.devices.flatten())),
     ("throughput", describe_throughput(experiment, mesh.devices.flatten())),
     (
       "baseline",
@@ -175,6 +177,19 @@ def describe_compute(experiment: Experiment, device: jax.Device) -> str:
   """Describes how a run computes on a device, each choice as `--set compute.` takes it."""
   chosen = dataclasses.asdict(resolve_compute(experiment, device).compute)
   return " ".join(f"{name}={format_value(value)}" for name, value in chosen.items())
+
+
+def describe_memory(experiment: Experiment, devices: Sequence[jax.Device]) -> str:
+  """Describes what a step takes of each device by formula, and what is free for it.
+
+  Args:
+    experiment: `compute` may hold "auto".
+    devices: that the run uses.
+  """
+  experiment = resolve_compute(experiment, devices[0])
+  parts = describe_footprint(estimate_footprint(experiment, len(devices)))
+  free = runtime.find_free_memory(devices[0], len(devices))
+  return f"by formula: {parts}; free: {'n/a' if free is None else describe_bytes(free)}"
 
 
 def describe_throughput(experiment: Experiment, devices: Sequence[jax.Device]) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 from jgpt.batches import make_seen_counter
 from jgpt.config import Experiment
 from jgpt.data.corpus import Data
+from jgpt.devices.footprint import Budget
 from jgpt.devices.limits import count_train_flops
 from jgpt.evaluation import (
   EvalSums,
@@ -59,6 +60,7 @@ class Chunk:
     heldout: `heldout_loss` with what it is over.
     tokens: trained on since the run first began, repetitions counted.
     perf: how fast the updates were; None where there are none.
+    budget: what the run has of its devices, in the first chunk of a start; None in others.
   """
 
   step: int
@@ -69,6 +71,7 @@ class Chunk:
   heldout: HeldoutLoss | None = None
   tokens: int = 0
   perf: Perf | None = None
+  budget: Budget | None = None
 
 
 class Writer(Protocol):
@@ -304,6 +307,7 @@ class Log:
     count_seen: counts what the run was trained on up to a step.
     clock: seconds of this start by part.
     tokens_per_second: of training lately; None before the first update.
+    budget: what the run has of its devices.
   """
 
   def __init__(
@@ -313,7 +317,7 @@ class Log:
     experiment: Experiment,
     data: Data,
     clock: Clock,
-    peak: float | None = None,
+    budget: Budget | None = None,
   ):
     """Begins a start of the run.
 
@@ -323,14 +327,14 @@ class Log:
       experiment: resolved.
       data: of the run.
       clock: has counted what came before the first call, so that compiling counts for no step.
-      peak: rate of the devices together, FLOP/s; None where it is not known.
+      budget: what the run has of its devices; None where that is not known.
     """
     self._writers, self._data, self._pace = writers, data, Pace()
     self.clock, self._before, self._seconds_per_step = clock, clock.elapsed, 0.0
     self._max_seconds = experiment.train.max_seconds
     self.count_seen = make_seen_counter(data.train, experiment.data)
     self._flops = count_train_flops(experiment.model, experiment.data.seq_len)
-    self._peak = peak
+    self.budget, self._has_begun = budget or Budget(), False
     self._is_whole = experiment.train.eval_batches is None
     self._sample_batches = count_sample_batches(data.heldout, experiment)
     self.tokens_per_second: float | None = None
@@ -402,7 +406,8 @@ class Log:
       self.clock.look("sampling")
     loss, tokens = heldout.loss if heldout else None, self.count_seen(call.step).tokens
     perf = self._measure(call, tokens, seconds) if call.num_steps else None
-    chunk = Chunk(call.step, metrics, seconds, loss, drawn, heldout, tokens, perf)
+    budget, self._has_begun = None if self._has_begun else self.budget, True
+    chunk = Chunk(call.step, metrics, seconds, loss, drawn, heldout, tokens, perf, budget)
     for line in self.health.observe(call.step, metrics) if call.num_steps else ():
       print_stderr(line)
     self._for_each_writer(lambda writer: writer.write(chunk), call.step)
@@ -419,7 +424,8 @@ class Log:
 
   def compute_mfu(self, tokens_per_second: float) -> float | None:
     """Computes the share of the devices' peak that a rate takes; None where no peak is known."""
-    return None if self._peak is None else tokens_per_second * self._flops / self._peak
+    peak = self.budget.flops
+    return None if peak is None else tokens_per_second * self._flops / peak
 
   def write_final(self, step: int, heldout: HeldoutLoss, bits_per_byte: float) -> None:
     """Writes the loss over the whole held-out part to metrics.jsonl, once the run has ended."""

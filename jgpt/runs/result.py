@@ -57,6 +57,8 @@ class Result:
     seconds: of this start, by part of the run.
     tokens_per_second: that this start trained on, over its seconds of training; None without any.
     mfu: share of the devices' peak that this rate takes; None where no peak is known.
+    step_memory: bytes of each device that a step takes, by its compiler ("compiled") and by the
+      formulas of `Footprint`, and what was free for it ("available").
     compilations: of this start.
   """
 
@@ -77,6 +79,7 @@ class Result:
   seconds: dict[str, float]
   tokens_per_second: float | None
   mfu: float | None
+  step_memory: dict[str, int | None]
   compilations: Compilations
 
   @property

@@ -42,9 +42,8 @@ def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
   Returns:
     Bytes in total, and bytes available; None where the system does not say.
   """
-  lines = dict(line.partition(":")[::2] for line in read_kernel(root / "proc/meminfo").splitlines())
-  sizes = [re.match(r"\s*(\d+) kB", lines.get(name, "")) for name in ("MemTotal", "MemAvailable")]
-  total, available = (int(size.group(1)) * 1024 if size else None for size in sizes)
+  sizes = _read_kilobytes(root / "proc/meminfo")
+  total, available = sizes.get("MemTotal"), sizes.get("MemAvailable")
   if total is None:
     with contextlib.suppress(ImportError):
       import psutil  # comes with orbax; only where the kernel has no /proc
@@ -60,6 +59,39 @@ def measure_memory(root: Path = Path("/")) -> tuple[int | None, int | None]:
     left = [max(0, limit - _read_used(folder)) for limit, folder in groups]
     available = min(*left, total if available is None else available)
   return total, available
+
+
+def measure_obtainable_memory(root: Path = Path("/")) -> int | None:
+  """Measures the most memory that this process could still get, in bytes.
+
+  More than what is available: all of the file cache and of the swap space counts, as the kernel
+  gives up both before it ends a process.
+
+  Args:
+    root: folder with proc and sys.
+
+  Returns:
+    None where the system does not say.
+  """
+  available = measure_memory(root)[1]
+  facts = _read_kilobytes(root / "proc/meminfo")
+  free = sum(facts.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)"))
+  free += facts.get("SReclaimable", 0)
+  swap = facts.get("SwapFree", 0)
+  left = [
+    max(0, limit - _read_used(folder)) + _read_facts(folder).get("active_file", 0)
+    for folder in _cgroups(root)
+    if (limit := _read_limit(folder)) is not None
+  ]
+  obtainable = min([*left, *([free] if free else [])], default=available)
+  return None if obtainable is None else max(obtainable, available or 0) + swap
+
+
+def _read_kilobytes(path: Path) -> dict[str, int]:
+  """Reads the sizes of /proc/meminfo, in bytes."""
+  lines = (line.partition(":")[::2] for line in read_kernel(path).splitlines())
+  found = ((name, re.match(r"\s*(\d+) kB", value)) for name, value in lines)
+  return {name: int(size.group(1)) * 1024 for name, size in found if size}
 
 
 def measure_peak_memory() -> int | None:
@@ -110,8 +142,13 @@ def _read_used(folder: Path) -> int:
   """
   texts = [read_kernel(folder / name) for name in ("memory.current", "memory.usage_in_bytes")]
   used = max((int(text) for text in texts if text.isdecimal()), default=0)
-  facts = dict(
-    line.partition(" ")[::2] for line in read_kernel(folder / "memory.stat").splitlines()
-  )
-  cached = facts.get("total_inactive_file", facts.get("inactive_file", ""))
-  return max(0, used - (int(cached) if cached.isdecimal() else 0))
+  return max(0, used - _read_facts(folder).get("inactive_file", 0))
+
+
+def _read_facts(folder: Path) -> dict[str, int]:
+  """Reads a control group's memory.stat; version 1's totals, of all below, count there."""
+  lines = (line.partition(" ")[::2] for line in read_kernel(folder / "memory.stat").splitlines())
+  facts = {name: int(value) for name, value in lines if value.isdecimal()}
+  return facts | {
+    name.removeprefix("total_"): value for name, value in facts.items() if name.startswith("total_")
+  }
