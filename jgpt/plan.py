@@ -53,6 +53,7 @@ from jgpt.runs.folder import (
 )
 from jgpt.runs.locate import find_checkpoint
 from jgpt.runs.origin import Origin, check_origin, open_origin
+from jgpt.runs.profile import Profile
 from jgpt.runs.resume import describe_ways, find_recorded, find_sound_step
 from jgpt.runs.text import find_run_data
 from jgpt.sharding import make_mesh
@@ -90,6 +91,7 @@ class Plan:
     origin: of a continued run: `Origin.record`; None for others.
     adopted: names of the settings that the weights or the origin decided.
     seconds: that planning took.
+    profile: updates to profile; None profiles nothing.
   """
 
   name: str
@@ -103,6 +105,7 @@ class Plan:
   origin: dict[str, Any] | None = None
   adopted: tuple[str, ...] = ()
   seconds: float = 0.0
+  profile: Profile | None = None
 
 
 def plan_run(
@@ -529,7 +532,11 @@ SECONDS_PER_CALL = 8.0  # of training between two looks at signals and the clock
 
 
 def next_stop(
-  step: int, train: TrainConfig, epoch_steps: int | None = None, block_steps: int | None = None
+  step: int,
+  train: TrainConfig,
+  epoch_steps: int | None = None,
+  block_steps: int | None = None,
+  profile: Profile | None = None,
 ) -> int:
   """Computes the step at which a call ends: the first, where something is due, or the last.
 
@@ -538,11 +545,14 @@ def next_stop(
     train: says when what is due; `steps` resolved.
     epoch_steps: updates in an epoch, where the run is counted in epochs.
     block_steps: the corpus is on the devices up to the next multiple of this; None for all of it.
+    profile: updates whose calls begin and end with them.
   """
   if step == 0:
     return min(1, train.steps)
+  border = profile.next_border(step) if profile else None
   stops = [train.steps, step + MAX_STEPS_PER_CALL, next_line(step, train.log_every, epoch_steps)]
   periods = (train.save_every, train.eval_every, train.sample_every, block_steps)
+  stops += [] if border is None else [border]
   return min(stops + [(step // period + 1) * period for period in periods if period])
 
 

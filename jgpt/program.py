@@ -41,6 +41,7 @@ from jgpt.keys import INIT, derive_key
 from jgpt.optim import AdamState
 from jgpt.runs import checkpoint
 from jgpt.runs.origin import Origin
+from jgpt.runs.profile import Profile, record_call
 from jgpt.step import TrainState, begin_state, init_state, train_steps
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
@@ -79,10 +80,18 @@ class Program:
     flops = runtime.find_peaks(self.state.step.sharding.device_set, self.experiment.compute)
     return Budget(flops, self.memory, measure_program(self.run_steps))
 
-  def advance(self, state: TrainState, step: int, num_steps: int) -> tuple[TrainState, dict]:
-    """Starts `num_steps` updates of a state after `step` of them; see `run_steps`."""
+  def advance(
+    self, state: TrainState, step: int, num_steps: int, profile: Profile | None = None
+  ) -> tuple[TrainState, dict]:
+    """Starts `num_steps` updates of a state after `step` of them; see `run_steps`.
+
+    Those of a profile are waited for.
+    """
     count = jax.device_put(np.int32(num_steps), sharding.beside(state))
-    return self.run_steps(self.feed.corpus_at(step), state, count)
+    corpus = self.feed.corpus_at(step)
+    with record_call(profile, step, num_steps) as is_recorded:
+      found = self.run_steps(corpus, state, count)
+      return jax.block_until_ready(found) if is_recorded else found
 
 
 def compile_program(
@@ -220,6 +229,7 @@ def advise_memory(
   mesh, resolved = _choose_mesh(experiment, devices)
   num_devices, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
   formula = estimate_footprint(resolved, num_devices)
+  taken = needed if isinstance(needed, int) else max(formula.total, memory or 0)
   there = "" if memory is None else f", and {describe_bytes(memory)} of {kind} are free for it"
   if isinstance(needed, int):
     words = f"a step takes {describe_bytes(needed)} of memory on each device{there}"
@@ -231,8 +241,8 @@ def advise_memory(
   for changes in remedies:
     changed = change(experiment, changes)
     less = estimate_footprint(_choose_mesh(changed, devices)[1], num_devices)
-    estimate = scale_footprint(less, formula, needed) if isinstance(needed, int) else 0.0
-    if memory is not None and estimate > FAR * memory and changes is not remedies[-1]:
+    is_far = memory is not None and scale_footprint(less, formula, taken) > FAR * memory
+    if is_far and changes is not remedies[-1]:
       continue
     size = _measure_steps(changed, devices, corpus)
     settings = " ".join(f"--set {name}={value}" for name, value in changes.items())

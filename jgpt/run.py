@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
   if args.list:
     print(format_list())
     return 0
+  profile = None
+  if args.profile is not None:
+    from jgpt.runs.profile import parse_profile
+
+    profile = parse_profile(args.profile)
   changes = dict(parse_setting(text) for text in args.set)
   flags = {
     "train.steps": args.steps,
@@ -92,6 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{same} holds this run, on the same text under another name", file=sys.stderr)
         workdir = same
       plan = _plan(args, name, experiment, workdir)
+      if profile is not None:
+        from jgpt.runs.profile import choose_updates
+
+        chosen = choose_updates(profile, plan.start_step, plan.experiment.train.steps)
+        plan = dataclasses.replace(plan, profile=chosen)
     return _train(known, base, experiment, plan, stop)
 
 
@@ -158,6 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     type=int,
     metavar="N",
     help="updates between two lines of progress (train.log_every)",
+  )
+  parser.add_argument(
+    "--profile",
+    metavar="DIR[:FIRST-LAST]",
+    help="write a profile of these updates to DIR, without a range of the second to the fourth of "
+    "this start; xprof and ui.perfetto.dev open it",
   )
   return parser
 

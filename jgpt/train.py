@@ -23,6 +23,7 @@ from jgpt.runs import checkpoint
 from jgpt.runs.clock import start_clock
 from jgpt.runs.health import explain_stop
 from jgpt.runs.log import Call, JsonlWriter, Log, Writer, close_quietly
+from jgpt.runs.profile import end_profile
 from jgpt.runs.result import Result, remove_result
 from jgpt.runs.saving import Saver
 from jgpt.step import TrainState
@@ -62,6 +63,7 @@ def train_run(
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     saved_step, manager, rows, clock = None, None, (), stack.enter_context(start_clock())
+    stack.enter_context(end_profile(plan.profile))
     for writer in writers:
       stack.callback(close_quietly, writer)
     if workdir is not None:
@@ -120,11 +122,11 @@ def _loop(
     evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
     pending = None if evaluation is None else Call(step, 0, {}, evaluation, None)
   while step < train.steps and not stop and not log.health.exhausted:
-    num_steps = next_stop(step, train, plan.epoch_steps, feed.block_steps) - step
+    num_steps = next_stop(step, train, plan.epoch_steps, feed.block_steps, plan.profile) - step
     num_steps = min(num_steps, log.count_steps(SECONDS_PER_CALL, pending))
     if not num_steps:  # train.max_seconds are over
       break
-    state, metrics = program.advance(state, step, num_steps)
+    state, metrics = program.advance(state, step, num_steps, plan.profile)
     step += num_steps
     evaluation = begin_due_evaluation(state.params, program.heldout, step, program.experiment)
     texts = None

@@ -90,8 +90,17 @@ def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, 
       f"uniform guessing: {uniform_loss(experiment.model.vocab_size):.3f} nats per token",
     ),
     ("run folder", str(plan.workdir or "none: nothing is kept")),
+    *describe_profile(plan),
   ]
   return [(label, printable(line)) for label, line in lines]  # names of files may be anything
+
+
+def describe_profile(plan: Plan) -> list[tuple[str, str]]:
+  """Describes which updates are profiled, as a labelled line; none where none are."""
+  if plan.profile is None:
+    return []
+  first, last, folder = plan.profile.first, plan.profile.last, plan.profile.folder
+  return [("profile", f"updates {first:,} to {last:,}, in {folder}: xprof --logdir {folder}")]
 
 
 def _describe_numeric_options() -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
 def test_the_start_names_the_formula_and_the_peak_of_the_mfu():
   """What is computed decides the peak; padding is no token; an unknown device has no peak."""
   experiment = resolve(catalog.load_experiment("gpt2_shakespeare"), 50257)
-  experiment = change(experiment, {"data.seq_len": 1024})
+  experiment = change(experiment, {"data.seq_len": 1024, "compute.attention": "plain"})
   chips = [types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")] * 8
   line = describe_throughput(experiment, chips)
   assert "without padding, each 6 P + 6 L D T = 797,815,296 FLOPs" in line
