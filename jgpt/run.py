@@ -163,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--resume", action="store_true", help="resume the run in the folder; an error if there is none"
   )
+  _add_reports(parser)
+  return parser
+
+
+def _add_reports(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of what a run tells of itself."""
   parser.add_argument(
     "--log-every",
     type=int,
@@ -175,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     help="write a profile of these updates to DIR, without a range of the second to the fourth of "
     "this start; xprof and ui.perfetto.dev open it",
   )
-  return parser
 
 
 # --- Without jax ---

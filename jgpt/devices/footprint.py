@@ -18,7 +18,10 @@ from jgpt.devices.limits import FLOAT_BYTES, count_matmul_params, find_accelerat
 from jgpt.errors import UserError
 from jgpt.params import count_params
 
+REMATS = ("none", "elementwise", "block")  # values of `compute.remat`, most memory first
 CHUNK_TOKENS = 1024  # of a piece of the loss that is advised
+# An estimate, as a share of a step, for computing norms and activation functions again.
+ELEMENTWISE_COST = 0.05
 # Peak FLOP/s over bytes/s of memory of a device that is not known; TPUs and recent GPUs have 160 to
 # 400, T4 25.
 INTENSITY = 100.0
@@ -33,7 +36,8 @@ class Footprint:
     moments: 8 P, the optimizer's two.
     gradients: 4 P, and as much again where the gradients of parts of a batch are added.
     activations: what the forward pass keeps for the backward pass: 8 D + 2 F numbers a token and
-      layer, and with plain attention N T more; with `compute.remat=block` D, and one layer's.
+      layer, and with plain attention N T more; with `compute.remat=elementwise` 2 D + F less, with
+      "block" D, and one layer's.
     logits: 8 bytes for each token of a pass, or of one of the loss's chunks, and id of the
       vocabulary: float32, and their gradients.
   """
@@ -64,6 +68,8 @@ def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
   tokens = _count_rows(experiment) // num_devices * T
   is_in_parts = tokens * num_devices < experiment.data.batch_size * T
   numbers = 8 * model.d_model + 2 * model.d_ff
+  if compute.remat == "elementwise":
+    numbers -= 2 * model.d_model + model.d_ff
   if compute.attention in ("plain", "blocks"):
     numbers += model.num_heads * T * (5 if compute.attention == "blocks" else 8) // 8
   layers = model.num_layers * numbers
@@ -180,11 +186,11 @@ def list_remedies(
     pieces = size * experiment.data.seq_len // CHUNK_TOKENS
     chunks = max(2, 1 << max(pieces.bit_length() - 1, 0))  # a power of two
     for loss_chunks in (None, chunks):
-      for remat in (None, "block"):
+      for remat in (None, "elementwise", "block"):
         changes = {
           "train.micro_batch_size": size * num_devices if size < rows else None,
           "compute.loss_chunks": loss_chunks if chunks > compute.loss_chunks else None,
-          "compute.remat": remat if compute.remat == "none" else None,
+          "compute.remat": remat if remat in REMATS[REMATS.index(compute.remat) + 1 :] else None,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         try:
@@ -210,7 +216,9 @@ def _estimate_cost(
   cost = 0.0
   if "compute.loss_chunks" in changes:
     cost += 2 * head / whole
-  if "compute.remat" in changes:
+  if changes.get("compute.remat") == "elementwise":
+    cost += ELEMENTWISE_COST
+  elif "compute.remat" in changes:
     cost += 2 * (whole // 6 - head) / whole
   if "train.micro_batch_size" in changes:
     device = find_accelerator(kind)
