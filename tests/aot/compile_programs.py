@@ -32,6 +32,7 @@ def main(spec: dict) -> dict:
   from jgpt.devices.compute import resolve_compute
   from jgpt.params import count_params
   from jgpt.program import lower_programs
+  from jgpt.text.tokenizer import CharTokenizer
 
   jax.config.update("jax_enable_compilation_cache", False)
   devices = topology.find_target_devices(topology.parse_target(spec["target"]))
@@ -39,7 +40,10 @@ def main(spec: dict) -> dict:
     patch_cudnn()
   changed = change(load_experiment(spec["experiment"]), spec["changes"])
   experiment = resolve(changed, spec["vocab_size"])
-  programs = lower_programs(experiment, devices, 50_000, names=spec.get("names"))
+  tokenizer = CharTokenizer("abc ", bos=False) if spec["changes"].get("sample.prompt") else None
+  programs = lower_programs(
+    experiment, devices, 50_000, names=spec.get("names"), tokenizer=tokenizer
+  )
   found = {}
   for name, lowered in programs.items():
     compiled = lowered.compile()
