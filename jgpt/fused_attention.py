@@ -74,6 +74,11 @@ def attend_by_splash(
   _, T, N, H = q_BTNH.shape
   padded = -(-T // 128) * 128
   size = next(size for size in SPLASH_BLOCKS if padded % size == 0)
+  # With the head size last, a TPU fills it up to 128 in memory. As compiled for a v5e and not
+  # measured, what stands around the kernels of a layer of GPT-2 took 1.2 M cycles instead of 2.0
+  # with the positions last, and 48 MB less were kept (B 8, T 1024, N 12, H 64, bfloat16).
+  layouts = splash_attention_kernel.QKVLayout
+  layout = layouts.SEQ_MINOR if H % 128 else layouts.HEAD_DIM_MINOR
   kernel = splash_attention_kernel.make_splash_mha(
     splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((padded, padded))] * N),
     block_sizes=splash_attention_kernel.BlockSizes(
@@ -84,6 +89,9 @@ def attend_by_splash(
       block_kv_dkv=size,
       block_kv_dkv_compute=size,
       use_fused_bwd_kernel=True,
+      q_layout=layout,
+      k_layout=layout,
+      v_layout=layout,
     ),
     head_shards=1,
     q_seq_shards=1,

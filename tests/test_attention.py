@@ -110,6 +110,7 @@ def test_what_a_kernel_lacks_is_named(form, H, dtype, settings, words):
     (16, 16, jnp.float32, 1e-6),
     pytest.param(130, 8, jnp.bfloat16, 2**-6, marks=pytest.mark.slow),
     pytest.param(260, 24, jnp.float32, 2e-6, marks=pytest.mark.slow),
+    pytest.param(130, 128, jnp.float32, 2e-6, marks=pytest.mark.slow),
   ],
 )
 def test_splash_is_the_definition(T, H, dtype, tolerance):

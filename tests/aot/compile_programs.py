@@ -40,7 +40,7 @@ def main(spec: dict) -> dict:
     patch_cudnn()
   changed = change(load_experiment(spec["experiment"]), spec["changes"])
   experiment = resolve(changed, spec["vocab_size"])
-  tokenizer = CharTokenizer("abc ", bos=False) if spec["changes"].get("sample.prompt") else None
+  tokenizer = CharTokenizer(" abc", bos=False) if spec["changes"].get("sample.prompt") else None
   programs = lower_programs(
     experiment, devices, 50_000, names=spec.get("names"), tokenizer=tokenizer
   )
