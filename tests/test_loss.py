@@ -83,3 +83,19 @@ def test_logits_are_never_whole(dtype):
   evaluation = jax.jit(total).lower(x, head).as_text()
   products = [line for line in evaluation.splitlines() if "stablehlo.dot_general" in line]
   assert len(products) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_are_mapped(dtype):
+  """Several heads at once, as in runs with several seeds, have the gradients of each alone."""
+  x, head, targets, weights = make_inputs()
+  heads = np.stack([head, head[::-1]])
+  compute = dataclasses.replace(PLAIN, dtype=dtype, matmul="flat", loss_chunks=4)
+
+  def total(head: jax.Array) -> jax.Array:
+    return sum_nats(x, head, targets, weights, CONFIG, compute)
+
+  mapped = jax.jit(jax.vmap(jax.grad(total)), compiler_options=QUICK)(heads)
+  for found, head in zip(mapped, heads, strict=True):
+    alone = jax.jit(jax.grad(total), compiler_options=QUICK)(head)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5 * np.abs(alone).max())

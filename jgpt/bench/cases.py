@@ -226,6 +226,8 @@ def _training_peers(
     }
     if plan.experiment.compute.dtype == "bfloat16":
       specs["torch, autocast"] = common_torch | {"compiled": False, "autocast": True}
+      if session.devices[0].platform != "cpu":
+        specs["compiled, autocast"] = common_torch | {"compiled": True, "autocast": True}
     else:
       specs |= {
         "torch": common_torch | {"compiled": False, "autocast": False},

@@ -30,7 +30,7 @@ warmed up before it is timed:
   saving      Steps in calls of their own, and as many from before a save until the checkpoint is on
               disk. The difference is the cost of a save; its share is of 100 steps and one save.
   peers       torch: PyTorch with fused AdamW and scaled_dot_product_attention on all cores, eager
-              and with torch.compile, beside bfloat16 eager under torch.autocast; for sampling
+              and with torch.compile; beside bf16 under torch.autocast, on a CPU eager; for sampling
               GPT2LMHeadModel.generate of Transformers. scalar: names in plain Python, as in
               microgpt.py.
   --aot       Nothing is run. Peak memory and collectives are what the compiler says, of a corpus of
