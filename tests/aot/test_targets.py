@@ -169,6 +169,35 @@ def test_attention_on_an_h100_is_the_kernel_that_was_asked_for():
   assert_summed_once(found)
 
 
+def bench(*args):
+  """Runs `bench --aot` in a process of its own."""
+  command = [sys.executable, "-m", "jgpt.bench", *args]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@needs_gpu
+def test_bench_reports_programs_for_gpus_that_are_not_there():
+  done = bench("--aot", "gpu:h100:2", "--experiment", "names", "--set", "data.batch_size=16")
+  assert done.returncode == 0, done.stderr[-2000:]
+  lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+  assert lines[0].startswith("gpu:h100:2: 1 x NVIDIA H100 80GB HBM3, ")  # mesh.data=1
+  assert any(line.startswith("jax ") and "jax-cuda12-plugin" in line for line in lines)
+  (steps,) = [line for line in lines if line.startswith("steps yes")]
+  assert " MB fits " in steps
+
+
+@needs_tpu
+def test_bench_says_what_does_not_fit_in_the_compilers_words():
+  sizes = {"model.num_layers": 2, "data.seq_len": 1024, "data.batch_size": 256}
+  settings = [word for item in sizes.items() for word in ("--set", "{}={}".format(*item))]
+  args = ["--aot", "tpu:v5e:1x1", "--experiment", "gpt2_shakespeare", "--only", "steps", "--json"]
+  done = bench(*args, *settings)
+  assert done.returncode == 1, done.stderr[-2000:]
+  (steps,) = json.loads(done.stdout)["programs"]
+  assert "RESOURCE_EXHAUSTED" in steps["reason"]
+  assert steps["fits"] is False and steps["compiles"] is False and steps["peak_bytes"] is None
+
+
 GPT2 = {"data.seq_len": 1024}
 
 
