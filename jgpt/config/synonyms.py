@@ -560,8 +560,9 @@ SYNONYMS = (
   ),
   Synonym(
     names="profile profiler write_tensors trace debug verbose quiet disable_tqdm",
-    note="a run prints its progress and writes metrics.jsonl; python -m jgpt.bench measures speed, "
-    "and python -m jgpt.inspect --trace follows a parameter",
+    note="a run prints its progress and writes metrics.jsonl; --profile DIR writes a profile of "
+    "some updates, python -m jgpt.bench measures speed, and python -m jgpt.inspect --trace follows "
+    "a parameter",
   ),
   Synonym(
     names="label_smoothing loss loss_fn criterion label_smoothing_factor z_loss aux_loss "
