@@ -22,6 +22,29 @@ def patch_cudnn() -> None:
   cudnn.get_compute_capability = lambda *args, **kwargs: 90
 
 
+def check(experiment, devices) -> str:
+  """What a run would say of its step before the first update, on devices with their memory."""
+  from concurrent.futures import Future
+
+  from jgpt.devices.limits import find_memory_limit
+  from jgpt.errors import UserError
+  from jgpt.program import check_memory, lower_programs, shape_corpus
+  from jgpt.sharding import make_mesh
+
+  num_tokens, steps = 50_000, Future()
+  lowered = lower_programs(experiment, devices, num_tokens, names=("steps",))
+  try:
+    steps.set_result(lowered["steps"].compile())
+  except Exception as error:  # a TPU's compiler refuses what does not fit
+    steps.set_exception(error)
+  corpus = shape_corpus(experiment, num_tokens, make_mesh(experiment, devices))
+  try:
+    check_memory(steps, experiment, devices, corpus, find_memory_limit(devices[0].device_kind))
+  except UserError as error:
+    return str(error)
+  return ""
+
+
 def main(spec: dict) -> dict:
   topology.set_target_environment()
   import jax
@@ -41,6 +64,8 @@ def main(spec: dict) -> dict:
   changed = change(load_experiment(spec["experiment"]), spec["changes"])
   experiment = resolve(changed, spec["vocab_size"])
   tokenizer = CharTokenizer(" abc", bos=False) if spec["changes"].get("sample.prompt") else None
+  if spec.get("check"):
+    return {"said": check(experiment, devices)}
   programs = lower_programs(
     experiment, devices, 50_000, names=spec.get("names"), tokenizer=tokenizer
   )

@@ -9,12 +9,14 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jgpt.config.settings import parse_setting
 from jgpt.devices import limits, topology
 
 pytestmark = [pytest.mark.aot, pytest.mark.timeout(600)]
@@ -196,6 +198,18 @@ def test_bench_says_what_does_not_fit_in_the_compilers_words():
   (steps,) = json.loads(done.stdout)["programs"]
   assert "RESOURCE_EXHAUSTED" in steps["reason"]
   assert steps["fits"] is False and steps["compiles"] is False and steps["peak_bytes"] is None
+
+
+@needs_gpu
+def test_a_step_that_does_not_fit_is_refused_with_settings_that_do():
+  """On a T4, whose compiler refuses nothing: 64 sequences have 13 GB of logits alone."""
+  changes = TWO_LAYERS | {"data.seq_len": 1024, "data.batch_size": 64}
+  said = compile_for("gpu:t4", changes, check=True)["said"]
+  assert "a step takes" in said and "of Tesla T4 are free" in said
+  settings = re.findall(r"--set ([\w.]+)=(\S+?),?(?= |$)", said.partition("Try ")[2])
+  assert settings, said
+  fitting = changes | {name: parse_setting(f"{name}={value}")[1] for name, value in settings}
+  assert compile_for("gpu:t4", fitting, check=True)["said"] == ""
 
 
 GPT2 = {"data.seq_len": 1024}
