@@ -167,7 +167,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
   p_BNTS = attention_weights(q_BTNH, k_BSNH, visible_TS)
   weights_BNTS = _drop(p_BNTS, kept_BNTS, rate).astype(v_BSNH.dtype)
-  y_BTNH = _multiply("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH).astype(v_BSNH.dtype)
+  y_BTNH = _sum_over_keys(weights_BNTS, v_BSNH).astype(v_BSNH.dtype)
   return y_BTNH, (q_BTNH, k_BSNH, v_BSNH, y_BTNH, p_BNTS.astype(v_BSNH.dtype), kept_BNTS)
 
 
@@ -181,7 +181,7 @@ def _backward(rate: float, saved: tuple, g_BTNH: jax.Array) -> tuple:
   mean_BNT1 = jnp.einsum("BTNH,BTNH->BNT", widen(g_BTNH), widen(y_BTNH))[..., None]
   scale = q_BTNH.shape[-1] ** -0.5
   grad_scores_BNTS = (scale * widen(p_BNTS) * (grad_p_BNTS - mean_BNT1)).astype(dtype)
-  grad_q = _multiply("BNTS,BSNH->BTNH", grad_scores_BNTS, k_BSNH)
+  grad_q = _sum_over_keys(grad_scores_BNTS, k_BSNH)
   grad_k = _multiply("BNTS,BTNH->BSNH", grad_scores_BNTS, q_BTNH)
   return grad_q.astype(dtype), grad_k.astype(dtype), grad_v.astype(dtype), None, None
 
@@ -193,6 +193,12 @@ def _multiply(equation: str, x: jax.Array, y: jax.Array, precision: str | None =
   """Computes a product with sums and results in float32, or in float64 for float64."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=dtype)
+
+
+def _sum_over_keys(x_BNTS: jax.Array, y_BSNH: jax.Array) -> jax.Array:
+  """Computes the product over S of bfloat16 arrays: [B, T, N, H] in float32."""
+  # einsum would exchange the operands, for which jaxlib 0.7.2 has no product on CPUs.
+  return jnp.swapaxes(_multiply("BNTS,BSNH->BNTH", x_BNTS, y_BSNH), 1, 2)
 
 
 def _draw_kept(shape: tuple, rate: float, keys_B: jax.Array | None) -> jax.Array | None:
@@ -256,5 +262,6 @@ def attend_to_cache(
   visible_TS = jnp.arange(S)[None] <= position + jnp.arange(T)[:, None]
   k_BSNH, v_BSNH = (jnp.swapaxes(c, 1, 2) for c in cache)
   weights_BNTS = attention_weights(q_BTNH, k_BSNH, visible_TS, precision).astype(v_BSNH.dtype)
-  y_BTNH = _multiply("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision)
-  return y_BTNH.astype(v_BSNH.dtype), cache
+  if v_BSNH.dtype == jnp.bfloat16:
+    return _sum_over_keys(weights_BNTS, v_BSNH).astype(v_BSNH.dtype), cache
+  return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision=precision), cache
