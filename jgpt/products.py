@@ -93,7 +93,13 @@ def einsum_bfloat16(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     float32.
   """
   x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-  return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+  product = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+  if jax.__version_info__ >= (0, 8):
+    return product(x, w)
+  # XLA:CPU of jaxlib 0.7.2 lacks some of these products; of float32 operands they are the same.
+  return jax.lax.platform_dependent(
+    x, w, cpu=lambda x, w: product(x.astype(jnp.float32), w.astype(jnp.float32)), default=product
+  )
 
 
 def _forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple]:

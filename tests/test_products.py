@@ -11,9 +11,6 @@ from equivalence import QUICK
 from jgpt.config.experiment import PLAIN
 from jgpt.products import project
 
-# XLA:CPU of jaxlib 0.7.2 has no bfloat16 product into float32 where it transposes the result, and
-# says so when it is computed. On a CPU jgpt takes "flat".
-NEEDS_NEWER_XLA = pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="no such product")
 # equation, shape of x, shape of the weights: qkv, out and up of a small block.
 PRODUCTS = [
   ("BTD,DCNH->BTCNH", (2, 5, 12), (12, 3, 2, 6)),
@@ -34,7 +31,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
   return np.asarray(jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32), np.float64)
 
 
-@pytest.mark.parametrize("matmul", [pytest.param("einsum", marks=NEEDS_NEWER_XLA), "flat"])
+@pytest.mark.parametrize("matmul", ["einsum", "flat"])
 @pytest.mark.parametrize(("equation", "x_shape", "w_shape"), PRODUCTS)
 def test_operands_are_bfloat16_and_sums_float32(equation, x_shape, w_shape, matmul):
   """Result and both gradients are those of rounded operands, to float32's rounding error."""
