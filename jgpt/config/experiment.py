@@ -418,8 +418,9 @@ class ComputeConfig:
       definition of every field.
     dtype: of activations and of the operands of products, which are summed in float32. Parameters,
       moments, gradients, the statistics of norms, softmax and loss are float32 always. "auto" is
-      bfloat16 on TPUs and on GPUs that multiply it, else float32. What it resolves to at a run's
-      first start is a part of the run's identity, unlike every other field here.
+      bfloat16 on TPUs, on GPUs that multiply it and, for models of 500,000 parameters and more, on
+      processors that do, else float32. What it resolves to at a run's first start is a part of the
+      run's identity, unlike every other field here.
     precision: of float32 products: "default" is JAX's for the device, "high" and "highest" take
       more passes (`jax.lax.Precision`).
     attention: "plain" is the definition; "blocks" skips the keys after each block of queries;

@@ -44,6 +44,7 @@ from jgpt.config.catalog import list_experiments, load_experiment
 from jgpt.config.checks import alternatives, choices
 from jgpt.config.experiment import PLAIN, may_group_documents
 from jgpt.config.settings import change, format_value, resolve
+from jgpt.devices import compute as device_compute
 from jgpt.devices import runtime
 from jgpt.devices.compute import (
   FUSIONS,
@@ -57,6 +58,7 @@ from jgpt.devices.compute import (
 )
 from jgpt.devices.kernels import find_compile_error
 from jgpt.generate import decode_step, prefill
+from jgpt.params import count_params
 from jgpt.plan import plan_run
 from jgpt.report.summary import describe_plan
 from jgpt.sharding import arrange_blocks, stack_blocks
@@ -268,6 +270,21 @@ def test_each_is_chosen_where_it_helps():
   for seq_len, way in ((64, "plain"), (254, "plain"), (256, "blocks")):
     experiment = resolved("shakespeare_char", data__seq_len=seq_len)
     assert resolve_compute(experiment, CPU).compute.attention == way
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", None])
+def test_large_models_take_bfloat16_where_the_processor_multiplies_it(flag, monkeypatch):
+  """And the compiler has what makes it do so; what is asked for wins."""
+  monkeypatch.setattr(device_compute, "find_bfloat16", lambda: flag)
+  dtypes = {n: resolve_compute(resolved(n), CPU).compute.dtype for n in list_experiments()}
+  large = {n for n in dtypes if count_params(resolved(n).model) >= 500_000}
+  assert {"shakespeare_char_cpu", "gpt2_shakespeare"} <= large and "names" not in large
+  has_fusions = FUSIONS in keep_known_options({FUSIONS: ""})
+  chosen = {n for n, dtype in dtypes.items() if dtype == "bfloat16"}
+  assert chosen == (large if flag and has_fusions else set())
+  for changes in ({"compute__tricks": False}, {"compute__dtype": "float32"}):
+    gpt2 = resolve_compute(resolved("gpt2_shakespeare", **changes), CPU)
+    assert gpt2.compute.dtype == "float32"
 
 
 @pytest.mark.parametrize(
