@@ -78,7 +78,7 @@ def micro_batches_are_averaged(put):  # right where all of them weigh the same
 
 def tanh_for_erf(put):
   put(
-    jgpt.model,
+    jgpt.layers,
     "ACTIVATIONS",
     jgpt.layers.ACTIVATIONS | {"gelu_erf": jgpt.layers.ACTIVATIONS["gelu_tanh"]},
   )
@@ -86,7 +86,7 @@ def tanh_for_erf(put):
 
 def erf_for_tanh(put):
   put(
-    jgpt.model,
+    jgpt.layers,
     "ACTIVATIONS",
     jgpt.layers.ACTIVATIONS | {"gelu_tanh": jgpt.layers.ACTIVATIONS["gelu_erf"]},
   )
