@@ -6,7 +6,8 @@ Training: 2,000 steps of 12 random windows of tiny Shakespeare, 10% held out. Ad
 0.1 on matrices and embeddings; warmup over 100 steps as (step + 1) / (warmup + 1), then cosine to
 1e-4; clipped to 1. Every 400 steps the held-out loss over 20 random batches.
 
-Cost: 34 ms a step and 90 s in total on 2 CPU cores.
+Cost: 34 ms a step and 90 s in total on 2 CPU cores; 22 ms a step in bfloat16, which `compute.dtype`
+takes where the processor multiplies it.
 
 Expected on tiny Shakespeare, seeds 0 and 1: a loss of 1.90 nats per character over the whole
 held-out part (1.904 and 1.900; the band is set to 0.03), and a training loss of 1.76. A uniform
