@@ -253,9 +253,10 @@ def test_a_difference_that_is_not_a_number_is_the_worst():
 )
 def test_this_compiler_is_sound_at_every_experiments_shapes(name):
   """Loss and every gradient, as a run compiles them, with XLA's fusions and without, within 1e-5 of
-  float64.
+  float64, and in bfloat16 within 2%.
   """
   experiment = resolved(name)
   for on in (True, False):
     check = canary.compare_compiled(change(experiment, {"compute.tricks": on}), CPU)
-    assert check.difference < 1e-5, check
+    assert check.passed, check
+    assert check.difference < (1e-5 if check.dtype == "float32" else 0.02), check

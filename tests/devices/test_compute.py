@@ -360,7 +360,8 @@ def test_what_was_chosen_is_printed_and_recorded(tricks, tmp_path):
   assert (chosen["matmul"], chosen["attention"], chosen["tricks"]) == (matmul, "blocks", tricks)
   line = dict(describe_plan(planned, jax.devices()))["compute"]
   assert line == " ".join(f"{name}={format_value(value)}" for name, value in chosen.items())
-  assert f"tricks={str(tricks).lower()} attention=blocks matmul={matmul} layers=scan" in line
+  assert line.startswith(f"tricks={str(tricks).lower()} dtype=float32 ")
+  assert f" attention=blocks matmul={matmul} layers=scan" in line
   with compiled_quickly():
     result = train_run(planned)
   assert dataclasses.asdict(result.experiment.compute) == chosen
