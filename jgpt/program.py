@@ -230,7 +230,8 @@ def advise_memory(
   num_devices, kind = mesh.devices.size, mesh.devices.flat[0].device_kind
   formula = estimate_footprint(resolved, num_devices)
   taken = needed if isinstance(needed, int) else max(formula.total, memory or 0)
-  there = "" if memory is None else f", and {describe_bytes(memory)} of {kind} are free for it"
+  of_what = "" if mesh.devices.flat[0].platform == "cpu" else f" of {kind}"
+  there = "" if memory is None else f", and {describe_bytes(memory)}{of_what} are free"
   if isinstance(needed, int):
     words = f"a step takes {describe_bytes(needed)} of memory on each device{there}"
   else:
