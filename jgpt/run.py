@@ -506,11 +506,12 @@ def _train(
   with stop.leaving(saved):
     sampling = time.perf_counter()
     texts = sample_texts(result.state.params, result.tokenizer, step, result.experiment)
-    seconds = result.seconds["sampling"] + time.perf_counter() - sampling
-    result = dataclasses.replace(result, seconds=result.seconds | {"sampling": seconds})
-    outcome.write_outcome(plan, result)
-    samples = make_subfolder(plan.workdir, "samples")
-    files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
+  seconds = result.seconds["sampling"] + time.perf_counter() - sampling
+  result = dataclasses.replace(result, seconds=result.seconds | {"sampling": seconds})
+  outcome.write_outcome(plan, result)
+  samples = make_subfolder(plan.workdir, "samples")
+  files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
+  with stop.leaving(saved):
     summary.print_result(plan, result, texts, time.perf_counter() - began)
     if words := summary.describe_end(plan, result):
       print(f"{words}\n")

@@ -162,6 +162,9 @@ class _CommandStop(Stop):
     finally:
       with self._lock:
         self._block = outer
+        is_ending = self.signal is not None
+      if is_ending:
+        threading.Event().wait()  # another thread ends the process; nothing may run beside it
 
   def leave(self, line: str) -> None:
     self._end(self.signal, line)
