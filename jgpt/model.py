@@ -12,12 +12,13 @@ feed-forward width, V vocabulary, L layers, C one of query, key and value.
 """
 
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jgpt.attention import KVCache, attend_to_cache, attention
-from jgpt.config import ComputeConfig, ModelConfig
+from jgpt.attention import KVCache, attend_to_cache, attention, attention_weights
+from jgpt.config import ComputeConfig, Experiment, ModelConfig
 from jgpt.config.experiment import DROPOUT_PLACES, PLAIN
 from jgpt.layers import (
   activate,
@@ -90,6 +91,55 @@ def apply(
   """
   x_BTD = run_network(params, tokens_BT, config, compute, keys_B)
   return compute_logits(x_BTD, find_head(params, config), config, compute)
+
+
+class Trace(NamedTuple):
+  """What the network computes on the way to its logits.
+
+  Attributes:
+    residual_LBTD: the residual stream before the first block and after each: [L + 1, B, T, D], in
+      the dtype of `compute.dtype`.
+    attention_LBNTS: the softmax's probabilities [L, B, N, T, S], S = T, float32 (float64 for
+      float64 parameters): what query position T reads from key position S, 0 where S > T.
+    logits_BTV: as `apply` returns them.
+  """
+
+  residual_LBTD: jax.Array
+  attention_LBNTS: jax.Array
+  logits_BTV: jax.Array
+
+
+def trace(params: dict, tokens_BT: jax.Array, experiment: Experiment) -> Trace:
+  """Computes the logits of each position's next token and what led to them, without dropout.
+
+  The blocks are those of `apply`, run one after the other; attention's probabilities are computed
+  by its definition from each block's queries and keys, whatever form `compute.attention` names.
+
+  Args:
+    params: as `init_params` returns them; blocks stacked or a list.
+    tokens_BT: int32 ids [B, T], T <= `max_seq_len`, each below `vocab_size`.
+    experiment: `model` and `compute` are read; a static argument under jit.
+
+  Example:
+    >>> run = jgpt.open_run("runs/names")
+    >>> tokens = jnp.asarray([run.tokenizer.encode_document("emma")[:-1]])
+    >>> found = model.trace(run.params, tokens, run.experiment)
+    >>> found.attention_LBNTS[0, 0, 3]  # of head 3 in the first layer
+  """
+  config, compute = experiment.model, experiment.compute
+  x_BTD = embed(params, tokens_BT, 0, config, compute)
+  blocks, T = params["blocks"], tokens_BT.shape[1]
+  if isinstance(blocks, dict):
+    blocks = [jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(config.num_layers)]
+  residual, weights = [x_BTD], []
+  for p in blocks:
+    q_BTNH, k_BTNH, _ = project_qkv(x_BTD, p, config, compute)
+    visible_TS = jnp.tril(jnp.ones((T, T), bool))
+    weights.append(attention_weights(q_BTNH, k_BTNH, visible_TS, find_precision(compute)))
+    x_BTD, _ = block(x_BTD, p, config, compute)
+    residual.append(x_BTD)
+  logits_BTV = predict_logits(params, x_BTD, config, compute)
+  return Trace(jnp.stack(residual), jnp.stack(weights), logits_BTV)
 
 
 def predict_logits(
@@ -210,9 +260,7 @@ def block(
     The residual stream after the block, and the cache with the T positions.
   """
   with jax.named_scope("attention"):
-    h_BTD = norm(x_BTD, p, "norm_attn", config, compute)
-    qkv_BTCNH = store(linear("BTD,DCNH->BTCNH", h_BTD, p, "qkv", compute), compute)
-    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(qkv_BTCNH, axis=2)
+    q_BTNH, k_BTNH, v_BTNH = project_qkv(x_BTD, p, config, compute)
     form = {"implementation": compute.attention, "precision": find_precision(compute)}
     if cache is None:
       rate, drop_keys_B = dropout_at("attention", config, keys_B)
@@ -229,6 +277,15 @@ def block(
     h_BTF = store(dropout(h_BTF, *dropout_at("activation", config, keys_B)), compute)
     y_BTD = linear("BTF,FD->BTD", h_BTF, p, "down", compute)
     return store(x_BTD + dropout(y_BTD, *dropout_at("mlp_out", config, keys_B)), compute), cache
+
+
+def project_qkv(
+  x_BTD: jax.Array, p: dict, config: ModelConfig, compute: ComputeConfig = PLAIN
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Computes a block's queries, keys and values, [B, T, N, H] each, from the residual stream."""
+  h_BTD = norm(x_BTD, p, "norm_attn", config, compute)
+  qkv_BTCNH = store(linear("BTD,DCNH->BTCNH", h_BTD, p, "qkv", compute), compute)
+  return jnp.unstack(qkv_BTCNH, axis=2)
 
 
 def finish_blocks(

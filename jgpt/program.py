@@ -38,7 +38,7 @@ from jgpt.errors import UserError, first_line
 from jgpt.evaluation import lower_evaluation
 from jgpt.generate import lower_texts
 from jgpt.keys import INIT, derive_key
-from jgpt.optim import AdamState
+from jgpt.optim.adam import AdamState
 from jgpt.runs import checkpoint
 from jgpt.runs.origin import Origin
 from jgpt.runs.profile import Profile, record_call

@@ -16,7 +16,10 @@ from jgpt.config import Experiment, Hyper
 from jgpt.keys import DROPOUT, derive_key, derive_row_keys
 from jgpt.loss import sum_nats
 from jgpt.model import find_head, init_params, run_network
-from jgpt.optim import make_optimizer, make_schedule, select_tree, z_score
+from jgpt.optim.adam import select_tree
+from jgpt.optim.chain import make_optimizer
+from jgpt.optim.schedule import make_schedule
+from jgpt.optim.spikes import z_score
 from jgpt.sharding import sum_over_data
 
 MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns

@@ -26,7 +26,9 @@ import jgpt.attention
 import jgpt.batches
 import jgpt.keys
 import jgpt.model
-import jgpt.optim
+import jgpt.optim.adam
+import jgpt.optim.chain
+import jgpt.optim.schedule
 import jgpt.sharding
 import jgpt.step
 from jgpt.batches import Batch
@@ -412,7 +414,9 @@ def check_schedule(optimizer: OptimizerConfig, what: str) -> None:
   turns = [turn + i for turn in (0, warmup, last - cooldown, last) for i in (-2, -1, 0, 1, 2)]
   steps = np.maximum(0, np.sort([*turns, *np.linspace(0, 1.5 * last, 999, dtype=int)]))
   expected = np.array([oracle_rate(optimizer)(step) for step in steps.tolist()])
-  got = jnp.broadcast_to(jgpt.optim.make_schedule(optimizer)(jnp.asarray(steps)), steps.shape)
+  got = jnp.broadcast_to(
+    jgpt.optim.schedule.make_schedule(optimizer)(jnp.asarray(steps)), steps.shape
+  )
   compare(f"NumPy rates, float64: {what}", {"rate": expected}, {"rate": got}, TOLERANCE["float64"])
 
 

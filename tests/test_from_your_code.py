@@ -44,7 +44,7 @@ from jgpt.config.experiment import DROPOUT_PLACES
 from jgpt.config.settings import change, setting_names
 from jgpt.generate import draw
 from jgpt.keys import derive_row_keys
-from jgpt.optim import make_optimizer
+from jgpt.optim.chain import make_optimizer
 
 try:
   import torch

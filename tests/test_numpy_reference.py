@@ -45,7 +45,7 @@ from jgpt.config.checks import alternatives, choices
 from jgpt.config.experiment import DROPOUT_PLACES, PARAM_KINDS, Hyper
 from jgpt.config.settings import resolve
 from jgpt.keys import DROPOUT, derive_key, derive_row_keys
-from jgpt.optim import make_schedule
+from jgpt.optim.schedule import make_schedule
 
 # Two workers of pytest-xdist may meet at a file of the cache that jax does not write at once: it
 # compiles instead.

@@ -14,18 +14,10 @@ import pytest
 from equivalence import QUICK, initial_params, names_experiment
 
 from jgpt.config import Hyper, OptimizerConfig
-from jgpt.optim import (
-  MIN_COUNT,
-  STATS_DECAY,
-  LossStats,
-  average,
-  make_optimizer,
-  make_schedule,
-  observe,
-  one_minus_power,
-  scale_by_adam,
-  z_score,
-)
+from jgpt.optim.adam import average, one_minus_power, scale_by_adam
+from jgpt.optim.chain import make_optimizer
+from jgpt.optim.schedule import make_schedule
+from jgpt.optim.spikes import MIN_COUNT, STATS_DECAY, LossStats, observe, z_score
 from jgpt.runs import health
 from jgpt.runs.health import compute_z_scores
 

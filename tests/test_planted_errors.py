@@ -19,7 +19,9 @@ import jgpt.attention
 import jgpt.data.corpus
 import jgpt.layers
 import jgpt.model
-import jgpt.optim
+import jgpt.optim.adam
+import jgpt.optim.chain
+import jgpt.optim.schedule
 import jgpt.step
 
 # --- Errors in the loss or its gradient ---
@@ -98,7 +100,7 @@ def norm_not_differentiated(put):  # the loss stays right: only gradients can sh
 
 
 def b1_and_b2_swapped(put):
-  right = jgpt.optim.make_optimizer
+  right = jgpt.optim.chain.make_optimizer
 
   def make_optimizer(experiment, hyper=None):
     b1, b2 = experiment.optimizer.b2, experiment.optimizer.b1
@@ -122,24 +124,30 @@ def no_bias_correction(put):
 
 def epsilon_inside_the_root(put):
   right = optax.scale_by_adam
-  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps, _: right(b1, b2, eps=0.0, eps_root=eps))
+  put(
+    jgpt.optim.chain, "scale_by_adam", lambda b1, b2, eps, _: right(b1, b2, eps=0.0, eps_root=eps)
+  )
 
 
 def epsilon_squared_inside_the_root(
   put,
 ):  # as small as eps outside where the gradient is 0: the hardest to see
   right = optax.scale_by_adam
-  put(jgpt.optim, "scale_by_adam", lambda b1, b2, eps, _: right(b1, b2, eps=0.0, eps_root=eps**2))
+  put(
+    jgpt.optim.chain,
+    "scale_by_adam",
+    lambda b1, b2, eps, _: right(b1, b2, eps=0.0, eps_root=eps**2),
+  )
 
 
 def rate_of_the_next_step(put):
-  right = jgpt.optim.make_schedule
+  right = jgpt.optim.schedule.make_schedule
 
   def make_schedule(*settings):
     schedule = right(*settings)
     return lambda step: schedule(step + 1)
 
-  put(jgpt.optim, "make_schedule", make_schedule)
+  put(jgpt.optim.chain, "make_schedule", make_schedule)
 
 
 def swap_moments(state):
@@ -147,7 +155,7 @@ def swap_moments(state):
 
 
 def wrap_adam(put, before, after=lambda state: state):
-  right = jgpt.optim.scale_by_adam
+  right = jgpt.optim.adam.scale_by_adam
 
   def scale_by_adam(*settings):
     adam = right(*settings)
@@ -158,7 +166,7 @@ def wrap_adam(put, before, after=lambda state: state):
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
-  put(jgpt.optim, "scale_by_adam", scale_by_adam)
+  put(jgpt.optim.chain, "scale_by_adam", scale_by_adam)
 
 
 # --- The tests ---

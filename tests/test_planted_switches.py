@@ -34,7 +34,9 @@ import jgpt.keys
 import jgpt.layers
 import jgpt.loss
 import jgpt.model
-import jgpt.optim
+import jgpt.optim.adam
+import jgpt.optim.chain
+import jgpt.optim.schedule
 import jgpt.step
 from jgpt.config import OptimizerConfig
 from jgpt.config.experiment import DROPOUT_PLACES
@@ -312,7 +314,7 @@ def embeddings_left_out_of_decay(put):
 
 
 def change_kinds(put, change):
-  right = jgpt.optim.make_optimizer
+  right = jgpt.optim.chain.make_optimizer
 
   def make_optimizer(experiment, hyper=None):
     kinds = change(experiment.optimizer.decay_kinds)
@@ -341,8 +343,8 @@ def floor_forgotten(put):
 
 
 def change_rate(put, change):
-  right = jgpt.optim.make_schedule
-  for module in (jgpt.optim, jgpt.step):  # what updates, and what is reported
+  right = jgpt.optim.schedule.make_schedule
+  for module in (jgpt.optim.chain, jgpt.step):  # what updates, and what is reported
     put(module, "make_schedule", lambda config, *rest: right(change(config), *rest))
 
 

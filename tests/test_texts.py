@@ -19,7 +19,8 @@ import jgpt.loss
 import jgpt.step
 from jgpt.batches import Batch
 from jgpt.config import OptimizerConfig
-from jgpt.optim import make_optimizer, make_schedule
+from jgpt.optim.chain import make_optimizer
+from jgpt.optim.schedule import make_schedule
 from jgpt.params import param_table
 from jgpt.report.console import format_perplexity
 

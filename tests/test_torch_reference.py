@@ -45,7 +45,7 @@ from jgpt.config import OptimizerConfig
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import DROPOUT_PLACES, PARAM_KINDS
 from jgpt.model import init_params
-from jgpt.optim import make_optimizer
+from jgpt.optim.chain import make_optimizer
 
 torch = pytest.importorskip(
   "torch", reason="PyTorch is not installed (pip install torch): it is an oracle, not a dependency"

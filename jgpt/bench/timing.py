@@ -28,7 +28,8 @@ from jgpt.devices.footprint import measure_program
 from jgpt.devices.limits import FLOAT_BYTES, Product
 from jgpt.keys import INIT, SAMPLE, derive_key
 from jgpt.model import init_params
-from jgpt.optim import make_optimizer, select_tree
+from jgpt.optim.adam import select_tree
+from jgpt.optim.chain import make_optimizer
 from jgpt.plan import Plan
 from jgpt.runs import checkpoint
 from jgpt.sharding import arrange_blocks

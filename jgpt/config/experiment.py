@@ -231,7 +231,7 @@ class OptimizerConfig:
       but gains and biases.
     clip_norm: largest global norm of the gradient, which is scaled down to it; None does not clip.
     skip_spikes: skips an update whose loss is more than this many standard deviations above the
-      mean of earlier losses (see `jgpt/optim.py`); None skips no such update.
+      mean of earlier losses (see `jgpt/optim/spikes.py`); None skips no such update.
   """
 
   peak_lr: float = ranged(least=0, most=FLOAT32_MAX)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from jgpt import cli
 from jgpt.errors import UserError
 from jgpt.params import Entry, find_entry
+from jgpt.report.tables import format_table
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.config import OptimizerConfig
@@ -103,7 +104,7 @@ def format_predictions(rows: Sequence[Prediction]) -> str:
     for row in rows
   ]
   sides = ["right", "left", "left", "right", "right", "right", *("left" for _ in names)]
-  return _format_table([header, *cells], sides)
+  return format_table([header, *cells], sides)
 
 
 def describe_loss(rows: Sequence[Prediction], run: Run) -> list[tuple[str, str]]:
@@ -215,7 +216,7 @@ def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:
     for row in rows
   ]
   header = ["step", *(["t"] if with_t else []), "loss", *names]
-  return _format_table([header, *cells], ["right"] * len(header))
+  return format_table([header, *cells], ["right"] * len(header))
 
 
 def describe_formulas(
@@ -258,23 +259,7 @@ def describe_formulas(
   ]
 
 
-# --- Both ---
-
-
-def _format_table(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
-  """Formats cells in columns.
-
-  Args:
-    rows: of cells.
-    sides: of each column, "left" or "right".
-  """
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  signs = [">" if side == "right" else "<" for side in sides]
-  lines = [
-    [f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)]
-    for row in rows
-  ]
-  return "\n".join("  ".join(line).rstrip() for line in lines)
+# --- Arguments ---
 
 
 def _parser() -> argparse.ArgumentParser:

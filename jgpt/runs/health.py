@@ -21,7 +21,7 @@ from jgpt import batches, sharding
 from jgpt.batches import Corpus
 from jgpt.config import Experiment
 from jgpt.devices.compute import choose_step_options
-from jgpt.optim import STATS_DECAY, LossStats, z_score
+from jgpt.optim.spikes import STATS_DECAY, LossStats, z_score
 from jgpt.runs.digest import name_leaves
 from jgpt.step import TrainState, loss_and_grads
 

@@ -28,11 +28,12 @@ from equivalence import (
   names_experiment,
 )
 
-from jgpt import optim, train
+from jgpt import train
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.devices.compute import choose_step_options, resolve_compute
-from jgpt.optim import make_optimizer
+from jgpt.optim import adam, spikes
+from jgpt.optim.chain import make_optimizer
 from jgpt.plan import plan_run
 from jgpt.runs.log import read_jsonl
 from jgpt.runs.open import open_run
@@ -72,7 +73,7 @@ def test_row_14_a_skipped_update_changes_nothing_but_step_and_rate(monkeypatch, 
   limit = {"optimizer__skip_spikes": 5.0} if way == "loss of 50" else {}
   experiment = names_experiment(**SETTINGS, **limit)
   if limit:
-    monkeypatch.setattr("jgpt.optim.MIN_COUNT", 3)
+    monkeypatch.setattr("jgpt.optim.spikes.MIN_COUNT", 3)
   bad_numbers.plant(monkeypatch.setattr, way, [7])
   run = compile_steps(experiment)
   before, first = run(initial_state(experiment), 6)
@@ -105,14 +106,14 @@ def test_row_14_a_loss_is_a_spike_from_the_limit_on():
   run, start = compile_steps(experiment), initial_state(experiment)
   loss = run(start, 1)[1]["train/loss"][0]
   for z, skipped in ((5.99, 0), (6.01, 1)):
-    deviation = math.sqrt(0.04 + optim.MIN_DEVIATION**2)
-    stats = optim.LossStats(jnp.int32(100), loss - z * deviation, jnp.float32(0.04))
+    deviation = math.sqrt(0.04 + spikes.MIN_DEVIATION**2)
+    stats = spikes.LossStats(jnp.int32(100), loss - z * deviation, jnp.float32(0.04))
     state = start.replace(opt_state=start.opt_state | {"spikes": stats})
     after, metrics = run(state, 1)
     assert metrics["train/skipped"].tolist() == [skipped] + [0] * (STEPS - 1)
     assert int(after.opt_state["adam"].count) == 1 - skipped
     assert metrics["train/loss"].tolist() == [float(loss)] + [0] * (STEPS - 1)
-    observed = optim.observe(optim.LossStats(*map(float, stats)), float(loss))
+    observed = spikes.observe(spikes.LossStats(*map(float, stats)), float(loss))
     np.testing.assert_allclose(after.opt_state["spikes"], observed, rtol=1e-4)
 
 
@@ -141,10 +142,10 @@ def test_row_14_selected_one_after_the_other(ok):
   def state(values, second, count):
     mu = {f"{i}": jnp.array([v, second]) for i, v in enumerate(values)}
     nu = {f"{i}": jnp.array([abs(v), second]) for i, v in enumerate(values)}
-    return optim.AdamState(jnp.int32(count), mu, nu)
+    return adam.AdamState(jnp.int32(count), mu, nu)
 
   new, old = state(values, 1.0, 3), state(values[::-1], 2.0, 0)
-  for select in (optim.select_in_order, optim.select_tree):
+  for select in (adam.select_in_order, adam.select_tree):
     for way in (select, jax.jit(select)):
       assert_equal_bits(way(jnp.bool_(ok), new, old), new if ok else old)
 

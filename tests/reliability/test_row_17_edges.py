@@ -16,7 +16,7 @@ from jgpt.config import Hyper
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change
 from jgpt.errors import UserError
-from jgpt.optim import make_schedule
+from jgpt.optim.schedule import make_schedule
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ WRONG = {
   "optimizer.eps=1e-300": "Try --set optimizer.eps=1e-8",  # 0 as a float32
   "optimizer.b2=0.99999999": "at most 0.99999994",  # 1 as a float32
   "model.tied_head=1": "must be true or false",
-  "optimizer.schedule=jgpt.optim.make_schedule": "linear, cosine, constant or wsd",
+  "optimizer.schedule=jgpt.optim.schedule.make_schedule": "linear, cosine, constant or wsd",
   "model.norm=RMS": "rms, layer or layer_no_bias",
   "model.size=d13": "d12, d24, d36, d48",
   "data.path=": "data.path is empty",

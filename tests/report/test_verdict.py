@@ -10,7 +10,7 @@ from jgpt import train
 from jgpt.config import Expected
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
-from jgpt.optim import make_schedule
+from jgpt.optim.schedule import make_schedule
 from jgpt.plan import plan_run
 from jgpt.report.console import uniform_loss
 from jgpt.report.verdict import (

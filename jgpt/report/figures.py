@@ -1,0 +1,48 @@
+"""Pictures as files: what every picture of jgpt needs of matplotlib, the extra `plot`.
+
+Figures are made without pyplot, which would choose a window system and keep every figure in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jgpt.errors import UserError
+
+if TYPE_CHECKING:  # matplotlib is an extra, and takes half a second to import
+  from matplotlib.figure import Figure
+
+SUFFIXES = (".svg", ".png")
+
+
+def can_draw() -> bool:
+  """Returns whether matplotlib is installed."""
+  return importlib.util.find_spec("matplotlib") is not None
+
+
+def make_figure(width: float = 8.0, height: float = 4.5) -> Figure:
+  """Makes an empty figure with `constrained` layout, of a size in inches.
+
+  Raises:
+    UserError: if matplotlib is not installed.
+  """
+  if not can_draw():
+    raise UserError("pictures need matplotlib. Try pip install 'jgpt[plot]'")
+  from matplotlib.figure import Figure
+
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_suffix(path: Path) -> None:
+  """Checks that a picture's name ends in .svg or .png.
+
+  Raises:
+    UserError: if it does not.
+  """
+  if path.suffix.lower() not in SUFFIXES:
+    raise UserError(
+      f"{path} must end in .svg or .png, which says what is written. Try --out "
+      f"{path.with_suffix('.svg').name}"
+    )
