@@ -536,6 +536,7 @@ def test_names_says_that_it_uses_one_of_eight_devices(folder, capsys):
   assert [line for line in out.splitlines() if "1 of 8 devices (mesh.data=1)" in line]
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_high_ends_with_a_word_and_no_stack_trace(folder, capsys):
   status, out, err = call(capsys, run.main, *FAST, "--set", "optimizer.peak_lr=1000")
   assert status == 0 and err == "" and "perplexity inf" in out

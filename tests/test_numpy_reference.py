@@ -54,7 +54,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compila
 # --- Logits, loss and gradient ---
 
 
-@pytest.mark.parametrize("how", ["stacked", "unstacked", "eager"])
+@pytest.mark.parametrize(
+  "how", ["stacked", "unstacked", pytest.param("eager", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_gradient_entry_of_the_five_systems(x64, system, how):
   """Each system that an experiment reproduces has the mathematical logits, loss and gradient, to
@@ -319,6 +321,7 @@ def test_gradient_through_drawn_masks(x64):
     check_network(DROPPING, what=f"GPT-2, {what}", masks=masks, batch=placed)
 
 
+@pytest.mark.slow
 def test_gradient_through_drawn_masks_of_micro_batches(x64):
   """A sequence's masks depend on its place in the whole batch: micro-batches drop the same."""
   batch = draw_batch(DROPPING, batch_size=4)

@@ -73,6 +73,7 @@ def test_an_entry_of_the_table_is_one_leaf():
   assert all(isinstance(leaf, Param) for leaf in jax.tree.leaves(param_table(make_config())))
 
 
+@pytest.mark.slow
 def test_adding_layers_and_padding_changes_no_other_initial_value():
   """Bitwise, so that a deeper model begins as the one it is compared with; but for the last bit
   under jax 0.7, where it depends on an array's length.
@@ -132,6 +133,7 @@ def test_what_needs_no_device_imports_no_jax(module):
   assert not {"jax", "jaxlib", "numpy", "optax", "flax", "orbax", "rich"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_importing_every_module_initialises_no_backend():
   """The number of devices can still be chosen, which jax refuses once a backend has been made."""
   code = """if True:

@@ -454,6 +454,7 @@ def test_network_comparison_with_given_masks_catches(x64, monkeypatch, plant):
   assert_caught_by_far(found)
 
 
+@pytest.mark.slow
 def test_network_comparison_with_drawn_masks_catches(x64, monkeypatch):
   """Nor can a gradient that passes through what was dropped."""
   config = make_model(SYSTEMS["GPT-2"], **DROPPING)

@@ -63,6 +63,7 @@ def logits_one_by_one(params, tokens_BT, config):
   return jax.lax.scan(add_token, cache, (jnp.arange(T), tokens_BT.T))[1].swapaxes(0, 1)
 
 
+@pytest.mark.slow
 def test_gradient_through_the_cache_is_that_of_the_full_pass(x64):
   """Decoding computes the same function as training: their gradients agree in every entry.
 
@@ -116,6 +117,7 @@ def test_cached_logits_are_those_of_the_full_pass(request, dtype):
       compare(f"full pass, {dtype}: cached after a prompt", expected, got, tolerance)
 
 
+@pytest.mark.slow
 def test_decoding_ignores_what_the_cache_holds_from_its_position_on():
   """What an earlier, longer text or a padded prompt left in the cache does not change one bit of
   the logits.
@@ -134,6 +136,7 @@ def test_decoding_ignores_what_the_cache_holds_from_its_position_on():
 # --- The gradient ---
 
 
+@pytest.mark.slow
 def test_gradient_agrees_with_finite_differences(x64):
   """The gradient is the derivative of the loss that is computed, by its definition and along random
   directions.

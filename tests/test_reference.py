@@ -20,6 +20,7 @@ def test_loss_and_every_gradient_entry_in_float64(x64):
   check_gradients(names_experiment(), "float64")
 
 
+@pytest.mark.slow
 def test_loss_and_every_gradient_entry_without_jit(x64):
   """What is compiled is what is written: run operation by operation, the loss and the gradient are
   the same.
@@ -52,7 +53,11 @@ def test_twenty_adam_steps_in_float64(x64, decay_steps):
 
 
 @pytest.mark.parametrize(
-  ("schedule", "options"), [("slow decay", "shipped"), ("fast decay", "default")]
+  ("schedule", "options"),
+  [
+    ("slow decay", "shipped"),
+    pytest.param("fast decay", "default", marks=pytest.mark.slow),
+  ],
 )
 def test_twenty_losses_in_float32(schedule, options):
   """The program that users run, in its precision and with its compiler options, follows the

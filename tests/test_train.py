@@ -107,6 +107,7 @@ class Recorder:
     self.closed += 1
 
 
+@pytest.mark.slow
 def test_sampling_during_training_changes_no_bit(experiment):
   recorder = Recorder()
   plain, sampled = (
@@ -267,6 +268,7 @@ def test_calls_are_short_enough_to_hear_a_signal(experiment, tmp_path, monkeypat
   assert [chunk.step for chunk in recorder.chunks] == [*range(1, 61)]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_stop_cut_short_is_made_when_the_run_goes_on(experiment, tmp_path):
   """Its row stands where it stands in the run that was not stopped."""
   evaluated = change(experiment, {"train.eval_every": 20, "train.save_every": 20})
@@ -326,6 +328,7 @@ def test_heldout_loss_is_the_mean_over_all_heldout_tokens(experiment):
   assert result.heldout_loss == pytest.approx(np.average(losses, weights=lengths), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_at_the_end_is_over_the_whole_heldout_part(experiment):
   """Also where the last evaluation on the way, after the same update, was over a sample: that of
   windows taken one at a time.

@@ -481,7 +481,7 @@ def experiments(draw):
   )
 
 
-@hypothesis_settings(deadline=None, max_examples=100)
+@hypothesis_settings(deadline=None, max_examples=30)
 @given(experiments())
 @example(dataclasses.replace(GROUPED, expected=()))
 def test_experiment_survives_json_and_set(experiment):

@@ -530,6 +530,7 @@ def group(experiment):
   return made(experiment, group_documents=True)
 
 
+@pytest.mark.slow
 def test_grouped_documents_have_the_oracles_gradient(x64):
   """The mean over a batch of names, each by scalar autodiff: weighted by its predictions."""
   experiment, documents = names_experiment(data__batch_size=12), DOCUMENTS[:12]

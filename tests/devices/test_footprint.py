@@ -120,6 +120,7 @@ def compile_with(memory, plan, **changes):
     return program.compile_program(experiment, jax.devices(), plan.data)
 
 
+@pytest.mark.slow
 def test_what_is_too_large_is_refused_with_settings_that_fit(plan, capfd):
   """Before a step is made; these settings are accepted, and all of the state is donated."""
   whole = compile_with(None, plan)

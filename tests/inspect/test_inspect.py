@@ -168,6 +168,7 @@ def test_the_table(capsys, words):
   assert f"uniform guessing: {math.log(words.experiment.model.vocab_size):.4f}" in loss
 
 
+@pytest.mark.slow
 def test_what_is_cut_is_said(capsys, words, verse):
   assert "cut after 5 predictions" in call(capsys, "--run", words.workdir, "--text", "axrst")[1]
   assert "cut" not in call(capsys, "--run", words.workdir, "--text", "axr")[1]

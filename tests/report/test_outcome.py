@@ -125,6 +125,7 @@ def test_rows_of_time_add_up_to_the_seconds_of_training(finished):
   assert (np.diff(metrics["tokens"].values) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_result_that_says_so_and_the_end_replaces_it(experiment, tmp_path):
   """Also the end of the same bits, except for time; a start that makes updates removes it first."""
   first = run(experiment, tmp_path, writers=[Interrupter(20)])

@@ -49,6 +49,7 @@ def read(words, **changes):
   return diagnose_losses(result.losses, result.heldout_losses, result.heldout_loss, baseline)
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_and_levels_off_is_healthy(words):
   reading = read(words, data__batch_size=16, train__steps=600)
   assert reading.verdict == "healthy", reading

@@ -128,6 +128,7 @@ def test_settings_that_have_another_name_today_are_read(run_folder, mesh, comput
   assert plan.start_step == 3
 
 
+@pytest.mark.slow
 def test_training_goes_on(run_folder, quick):
   """Its own log has the rows of the run that was not stopped, which a run that goes on writes
   again.

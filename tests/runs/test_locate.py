@@ -168,6 +168,7 @@ def test_no_run_is_kept_inside_another(here):
   assert run.main(["--experiment", "names", "--print-config"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("main", "args"),
   [

@@ -199,6 +199,7 @@ def test_an_origin_on_one_device_is_continued_on_eight(base, first, middle):
 # --- The record ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_origin_is_recorded_and_the_run_goes_on_without_it(base, copy, tmp_path):
   experiment = continued(base, copy, train__steps=2, train__save_every=1)

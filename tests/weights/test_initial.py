@@ -151,7 +151,7 @@ def follow(experiment, message):
 # --- The same bits, wherever the weights are ---
 
 
-@pytest.mark.parametrize("vocab_multiple", [1, 100])
+@pytest.mark.parametrize("vocab_multiple", [1, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "llmc", "run"])
 def test_a_run_begins_with_the_bits_of_its_source(kind, vocab_multiple, base, tmp_path):
   """Also where its table of embeddings is padded to another length than the source's."""
@@ -240,6 +240,7 @@ def test_the_optimizer_begins_anew(base, tmp_path):
 # --- Training from them ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_training_is_that_of_the_same_parameters_given_in_python(base, source):
   """The plan can be used again: its parameters are not consumed.
@@ -371,6 +372,7 @@ def test_a_schedule_without_length_is_refused_when_the_run_grows(
   assert equal_bits(advised.initial.params, plan_run(experiment).initial.params)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_schedule_whose_length_was_given_is_kept(base, source, tmp_path):
   experiment = begin(base, source[0], optimizer__schedule="linear", optimizer__decay_steps=8)
@@ -422,6 +424,7 @@ def test_another_kind_of_tokenizer_is_refused_and_the_advice_works(base, tmp_pat
   assert plan_run(begin(base, path, data__path=text)).experiment.data.tokenizer == "characters"
 
 
+@pytest.mark.slow
 def test_bpe_of_another_size_is_refused_and_the_advice_works(base, tmp_path):
   pytest.importorskip("tokenizers")
   tokenizer, text = (
@@ -451,6 +454,7 @@ def test_documents_need_a_tokenizer_with_bos_and_the_advice_works(base, tmp_path
   assert plan_run(follow(mine, message)).data.tokenizer == tokenizer
 
 
+@pytest.mark.slow
 def test_more_ids_than_the_tokenizer_has_are_named(base, tmp_path):
   experiment = resolve(change(base, CHARS | {"model.vocab_size": 12}), 3)
   path = save_run(
@@ -791,6 +795,7 @@ def test_kept_weights_are_a_run_for_every_command(verse, capsys, tmp_path):
   assert equal_bits(again.initial.params, verse) and isinstance(again.data.tokenizer, ByteTokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_trace_begins_with_the_imported_number(base, verse, capsys, tmp_path):
   result = start(begin(base, "model.bin", train__steps=2), "run")
@@ -880,6 +885,7 @@ def test_an_empty_name_is_no_folder(base):
   assert "train.init_from is empty" in refusal(begin(base, ""))
 
 
+@pytest.mark.slow
 def test_a_run_says_where_it_began_also_when_it_goes_on(base, source, tmp_path):
   experiment = change(begin(base, source[0]), {"train.steps": 0})
   first = plan_run(experiment, workdir=tmp_path / "run")

@@ -656,6 +656,7 @@ def call(capsys, *args):
   return status, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_run_and_the_batch_that_it_trains_on_next(saved, tmp_path, capsys):
   workdir, experiment, params = saved
