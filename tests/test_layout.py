@@ -81,6 +81,8 @@ PURE = {
     "report.verdict",
     "bench.hlo",
     "bench.results",
+    "inspect.attention",
+    "inspect.parameters",
   ),
 }
 

@@ -1,0 +1,162 @@
+"""Attention's probabilities as maps: shades for a terminal, a figure for a file or a notebook.
+
+They come from `model.trace`. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jgpt.report.figures import make_figure
+
+if TYPE_CHECKING:  # matplotlib is an extra, and takes half a second to import
+  from matplotlib.figure import Figure
+
+# The least probability of each shade. The lower bounds are near each other, because a row's
+# probabilities sum to 1: over 16 tokens none is above 0.06 on average.
+SHADES = ((0.0, "·"), (0.05, "░"), (0.2, "▒"), (0.4, "▓"), (0.7, "█"))
+LEGEND = (
+  "each row is a token that reads, its columns what it reads from: itself and what came before.\n"
+  "A row sums to 1:  · below 0.05  ░ to 0.2  ▒ to 0.4  ▓ to 0.7  █ to 1"
+)
+BETWEEN = 3  # blanks between maps that stand side by side
+MAX_LABEL = 8  # characters of a label, which columns write from top to bottom
+ABSENT = "0.93"  # grey of what cannot be read, beside the almost white of probability 0
+
+
+def format_attention(
+  weights_LNTS: np.ndarray, labels: Sequence[str], *, width: int = 80, first_layer: int = 0
+) -> str:
+  """Formats a map of shades for each layer and head, side by side as the width allows.
+
+  Args:
+    weights_LNTS: probabilities [L, N, T, S] of one sequence, S = T, that T reads from S; those of
+      S > T are not looked at.
+    labels: of the T tokens, for rows and columns.
+    width: characters of a line.
+    first_layer: the number of the first of the L layers.
+
+  Returns:
+    Lines: how to read it, and then for each layer its heads.
+
+  Example:
+    >>> found = jax.device_get(model.trace(run.params, tokens_BT, run.experiment))
+    >>> print(format_attention(found.attention_LBNTS[:, 0], ["BOS", *"emma"]))
+  """
+  parts = [LEGEND]
+  for layer, weights_NTS in enumerate(np.asarray(weights_LNTS), first_layer):
+    titles = [f"head {head}" for head in range(len(weights_NTS))]
+    parts.append(f"layer {layer}\n{format_maps(weights_NTS, titles, labels, width=width)}")
+  return "\n\n".join(parts)
+
+
+def format_maps(
+  maps_MTS: np.ndarray, titles: Sequence[str], labels: Sequence[str], *, width: int = 80
+) -> str:
+  """Formats maps of one text side by side, in as many rows of maps as the width needs.
+
+  A cell is two characters wide, which is about square, or one where that is too wide; of a text
+  that is longer still the first tokens are shown, and a line says so.
+
+  Args:
+    maps_MTS: probabilities [M, T, S].
+    titles: of each map.
+    labels: of the T tokens.
+    width: characters of a line.
+  """
+  num_tokens = len(labels)
+  short = [cut_label(label) for label in labels]
+  margin = max(map(len, short)) + 1
+  cell = 2 if margin + 2 * num_tokens <= width else 1
+  shown = max(1, min(num_tokens, (width - margin) // cell))
+  size = max(cell * shown, *map(len, titles))
+  per_line = max(1, (width - margin + BETWEEN) // (size + BETWEEN))
+  header = _write_downwards(short[:shown], cell)
+  groups = []
+  for begin in range(0, len(titles), per_line):
+    heads = range(begin, min(begin + per_line, len(titles)))
+    lines = [("", [titles[i] for i in heads]), *(("", [line for _ in heads]) for line in header)]
+    lines += [
+      (short[t], [_shade(maps_MTS[i, t, : t + 1], cell) for i in heads]) for t in range(shown)
+    ]
+    groups.append(
+      "\n".join(
+        f"{name:>{margin - 1}} {(' ' * BETWEEN).join(f'{line:{size}}' for line in parts)}".rstrip()
+        for name, parts in lines
+      )
+    )
+  if shown < num_tokens:
+    groups.append(f"the first {shown} of {num_tokens} tokens, as many as {width} columns hold")
+  return "\n\n".join(groups)
+
+
+def cut_label(label: str) -> str:
+  """Cuts a label that is longer than `MAX_LABEL` characters, and ends it with an ellipsis."""
+  return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"
+
+
+def _shade(probabilities: np.ndarray, cell: int) -> str:
+  """Returns a row's shades; a dot stays narrow, so that it does not look like a shade."""
+  marks = [[mark for least, mark in SHADES if p >= least or not least][-1] for p in probabilities]
+  return "".join(f"{mark:<{cell}}" if mark == "·" else mark * cell for mark in marks)
+
+
+def _write_downwards(labels: Sequence[str], cell: int) -> list[str]:
+  """Returns the lines that write each label from top to bottom above its column."""
+  height = max(map(len, labels))
+  return [
+    "".join(f"{label.rjust(height)[i]:<{cell}}" for label in labels).rstrip() for i in range(height)
+  ]
+
+
+def draw_attention(weights_LNTS: np.ndarray, labels: Sequence[str]) -> Figure:
+  """Draws a map for each layer and head, with one scale of colours from 0 to 1.
+
+  Rows of maps are layers, and columns are heads; the heads of a single layer are divided over
+  several rows. What a token cannot read, because it comes later, is grey.
+
+  Args:
+    weights_LNTS: probabilities [L, N, T, S] of one sequence, S = T, that T reads from S; those of
+      S > T are not looked at.
+    labels: of the T tokens.
+
+  Raises:
+    UserError: if matplotlib is not installed.
+  """
+  num_layers, num_heads, num_tokens, _ = np.shape(weights_LNTS)
+  columns = num_heads if num_layers > 1 else min(num_heads, 4)
+  rows = num_layers * -(-num_heads // columns)
+  # Inches of a map: large where maps are few.
+  side = min(5.0 if columns == 1 else 3.0, max(1.1, 13 / columns))
+  figure = make_figure(side * columns + 1.5, side * 1.15 * rows + 1)
+  axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+  future_TS = np.triu(np.ones((num_tokens, num_tokens), bool), 1)
+  # Labels of at least 5 points; where the tokens are too many for that, some have none.
+  ticks = range(0, num_tokens, math.ceil(num_tokens * 5 / (72 * side)))
+  names = [cut_label(labels[t]) for t in ticks]
+  space = 72 * side / len(ticks)  # points between labels
+  font = min(9.0, 0.9 * space)
+  rotation = 90 if max(map(len, names)) * font * 0.7 > space else 0
+  image = None
+  for i, ax in enumerate(axes.flat):
+    if i >= num_layers * num_heads:
+      ax.set_axis_off()
+      continue
+    layer, head = divmod(i, num_heads)
+    masked_TS = np.ma.masked_array(weights_LNTS[layer][head], future_TS)
+    image = ax.imshow(masked_TS, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    ax.set_facecolor(ABSENT)
+    ax.set_title(f"layer {layer}, head {head}", fontsize=10 if side > 1.5 else 7)
+    ax.set_xticks(ticks, names, fontsize=font, rotation=rotation, parse_math=False)
+    ax.set_yticks(ticks, names, fontsize=font, parse_math=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+  figure.supxlabel("token that is read (grey: comes later, cannot be read)", fontsize=10)
+  figure.supylabel("token that reads", fontsize=10)
+  height = min(1.0, 5 / (side * rows))
+  figure.colorbar(image, ax=axes, label="attention probability", shrink=height, aspect=30, pad=0.01)
+  return figure
