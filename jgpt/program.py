@@ -38,9 +38,8 @@ from jgpt.errors import UserError, first_line
 from jgpt.evaluation import lower_evaluation
 from jgpt.generate import lower_texts
 from jgpt.keys import INIT, derive_key
-from jgpt.optim.adam import AdamState
 from jgpt.runs import checkpoint
-from jgpt.runs.origin import Origin
+from jgpt.runs.origin import MOMENT_LINKS, Origin
 from jgpt.runs.profile import Profile, record_call
 from jgpt.step import TrainState, begin_state, init_state, train_steps
 from jgpt.system.signals import print_stderr
@@ -416,21 +415,22 @@ def _choose_state(
   return begin, given, lambda: jax.device_put(given, sharding.replicated(mesh))
 
 
-def continue_state(params: dict, moments: AdamState, experiment: Experiment) -> TrainState:
+def continue_state(params: dict, moments: dict, experiment: Experiment) -> TrainState:
   """Makes the state before the first update of a continued run.
 
   Args:
     params: of the origin, as `init_params` returns them.
-    moments: of the origin, with their count.
+    moments: of the origin's `opt_state`, under the name of their link, Adam's with their count.
     experiment: of the continued run; whatever else the optimizer's state holds begins anew.
   """
   state = begin_state(params, experiment)
-  return state.replace(opt_state=state.opt_state | {"adam": moments})
+  return state.replace(opt_state=state.opt_state | moments)
 
 
-def _select_kept(origin: TrainState) -> tuple[dict, AdamState]:
+def _select_kept(origin: TrainState) -> tuple[dict, dict]:
   """Returns what a continued run keeps of its origin's state."""
-  return origin.params, origin.opt_state["adam"]
+  moments = {name: origin.opt_state[name] for name in MOMENT_LINKS if name in origin.opt_state}
+  return origin.params, moments
 
 
 def _check_at_hand(experiment: Experiment, initial: InitialParams | Origin | None) -> None:

@@ -33,8 +33,8 @@ class TrainState:
     step: int32 scalar, updates so far, applied or skipped. Batch n and rate n make the update
       n -> n + 1.
     params: as `init_params` returns them; blocks stacked or a list.
-    opt_state: of the optax chain, a dict with the names clip, adam, decay and lr, and spikes where
-      `optimizer.skip_spikes` is set.
+    opt_state: of the optax chain, a dict with the names clip, adam (of sgd momentum), decay and lr,
+      and spikes where `optimizer.skip_spikes` is set.
   """
 
   step: jax.Array

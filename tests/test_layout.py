@@ -56,6 +56,7 @@ PURE = {
     "loss",
     "optim.adam",
     "optim.chain",
+    "optim.momentum",
     "optim.schedule",
     "optim.spikes",
     "batches",

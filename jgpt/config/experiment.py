@@ -208,9 +208,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW and its schedule.
+  """The optimizer and its schedule.
+
+  With g the clipped gradient of a parameter p, d its `weight_decay` (0 outside `decay_kinds`) and
+  lr the rate:
+
+    adamw  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+           p = p - lr (m_hat / (sqrt(v_hat) + eps) + d p), with m_hat = m / (1 - b1^t) and v_hat =
+           v / (1 - b2^t) at update t
+    adam   the same with g + d p for g, and without d p in the last line
+    sgd    m = momentum m + g + d p;  p = p - lr m
+
+  They are torch's AdamW, Adam, and SGD without dampening or Nesterov's step.
 
   Attributes:
+    name: "adamw", "adam" or "sgd".
+    momentum: of sgd, from 0 to below 1; the Adams have b1.
     peak_lr: the largest learning rate.
     schedule: of the rate after the warmup. "linear" and "cosine" fall to `end_lr` at `decay_steps`;
       "constant" stays at `peak_lr`; "wsd" (warmup, stable, decay) stays, then falls linearly to
@@ -223,10 +236,11 @@ class OptimizerConfig:
     decay_steps: updates until the rate is `end_lr`, warmup included; None takes `train.steps` of
       the run's first start.
     cooldown_steps: of "wsd"; None takes a fifth of `decay_steps`.
-    b1: decay of the first moment.
+    b1: decay of the first moment. sgd does not read b1, b2 and eps, which every experiment has.
     b2: decay of the second moment.
     eps: added to the root of the second moment (outside the root, as in torch and llm.c).
-    weight_decay: decoupled decay, multiplied by the learning rate as in torch's AdamW.
+    weight_decay: of adamw decoupled, and multiplied by the learning rate as in torch; of adam and
+      sgd L2, a part of the gradient.
     decay_kinds: kinds of parameters that decay (see `PARAM_KINDS`); the default is nanoGPT's, all
       but gains and biases.
     clip_norm: largest global norm of the gradient, which is scaled down to it; None does not clip.
@@ -234,6 +248,8 @@ class OptimizerConfig:
       mean of earlier losses (see `jgpt/optim/spikes.py`); None skips no such update.
   """
 
+  name: Literal["adamw", "adam", "sgd"] = "adamw"
+  momentum: float = ranged(0.0, least=0)
   peak_lr: float = ranged(least=0, most=FLOAT32_MAX)
   schedule: Literal["linear", "cosine", "constant", "wsd"]
   warmup_steps: int = ranged(0, least=0)
@@ -260,12 +276,18 @@ class OptimizerConfig:
       raise UserError(
         "optimizer.clip_norm=0 would scale every gradient to nothing; none turns clipping off."
       )
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "momentum"):
       if not 0 <= getattr(self, name) <= 1 - 2**-24:
         raise UserError(
           f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1, at most "
           f"0.99999994: numbers nearer to 1 are 1 in float32. Try --set optimizer.{name}=0.9"
         )
+    if self.momentum and self.name != "sgd":
+      raise UserError(
+        f"optimizer.momentum={self.momentum:g} is sgd's, and optimizer.name is {self.name}, whose "
+        f"first moment decays by optimizer.b1={self.b1:g}. Try --set optimizer.name=sgd, or --set "
+        "optimizer.momentum=0"
+      )
     for kind in self.decay_kinds:
       if kind not in PARAM_KINDS:
         raise UserError(
@@ -500,7 +522,7 @@ class Experiment:
   Attributes:
     model: the network.
     data: the text, the tokenizer and the batches.
-    optimizer: AdamW and its schedule.
+    optimizer: the optimizer and its schedule.
     train: the length of training, and how often to log, evaluate, sample and save.
     sample: sampling.
     mesh: the devices.

@@ -64,6 +64,13 @@ _SCHEDULES = {
   "warmup_stable_decay": "wsd",
   "trapezoidal": "wsd",
 }
+_ADAMW = "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused fused_adamw"
+_OPTIMIZERS = {
+  **dict.fromkeys(_ADAMW.split(), "adamw"),
+  "fused_adam": "adam",
+  **dict.fromkeys(("momentum", "sgdm"), "sgd"),
+  **dict.fromkeys(("adafactor", "lion", "muon", "rmsprop", "adagrad", "nadam", "radam"), ""),
+}
 _ACTIVATIONS = {
   "gelu": "gelu_erf",
   "gelu_new": "gelu_tanh",
@@ -208,8 +215,21 @@ SYNONYMS = (
     note="updates are skipped by their loss alone, optimizer.skip_spikes",
   ),
   Synonym(
-    names="optim optimizer adamw adam optimizer_type optimizer_name opt",
-    note="the optimizer is AdamW; optimizer.weight_decay=0 makes it Adam",
+    names="optim optimizer optimizer_type optimizer_name optim_name opt opt_type",
+    settings=("optimizer.name",),
+    values=_OPTIMIZERS,
+    note="optimizer.name is adamw, adam or sgd",
+  ),
+  *(
+    Synonym(
+      names=name, settings=(f"optimizer.name={name}",), note=f"it is a value, optimizer.name={name}"
+    )
+    for name in ("adamw", "adam", "sgd")
+  ),
+  Synonym(names="sgd_momentum mu", settings=("optimizer.momentum", "optimizer.name=sgd")),
+  Synonym(
+    names="nesterov use_nesterov dampening amsgrad",
+    note="optimizer.name is adamw, adam, or sgd with optimizer.momentum, in their plain forms",
   ),
   # --- The batch, and the data ---
   Synonym(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jgpt.config import ComputeConfig, Experiment
+from jgpt.config import ComputeConfig, Experiment, OptimizerConfig
 from jgpt.config.experiment import NUM_GROUPS
 from jgpt.config.settings import change
 from jgpt.devices.limits import FLOAT_BYTES, count_matmul_params, find_accelerator
@@ -33,7 +33,7 @@ class Footprint:
 
   Attributes:
     parameters: 4 P, float32.
-    moments: 8 P, the optimizer's two.
+    moments: 8 P, Adam's two; of sgd 4 P, its momentum, and without momentum none.
     gradients: 4 P, and as much again where the gradients of parts of a batch are added.
     activations: what the forward pass keeps for the backward pass: 8 D + 2 F numbers a token and
       layer, and with plain attention N T more; with `compute.remat=elementwise` 2 D + F less, with
@@ -79,7 +79,7 @@ def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
   pieces = compute.loss_chunks if isinstance(compute.loss_chunks, int) else 1
   return Footprint(
     parameters=parameters,
-    moments=2 * parameters,
+    moments=_count_moments(experiment.optimizer) * parameters,
     gradients=(2 if is_in_parts else 1) * parameters,
     activations=(2 if compute.dtype == "bfloat16" else FLOAT_BYTES) * tokens * layers,
     logits=2 * FLOAT_BYTES * -(-tokens // pieces) * model.padded_vocab_size,
@@ -96,6 +96,11 @@ def scale_footprint(footprint: Footprint, known: Footprint, measured: int) -> fl
   """
   state = known.parameters + known.moments
   return state + (footprint.total - state) * (measured - state) / (known.total - state)
+
+
+def _count_moments(optimizer: OptimizerConfig) -> int:
+  """Counts the arrays that the optimizer keeps of each parameter."""
+  return 2 if optimizer.name != "sgd" else 1 if optimizer.momentum else 0
 
 
 def _count_rows(experiment: Experiment) -> int:

@@ -164,7 +164,7 @@ def _print_trace(args: argparse.Namespace, files: RunFiles, entry: Entry) -> Non
     f"run         {workdir} from its initial weights: the first {num_steps} updates, made again"
   )
   print(f"number      {place}{describe_row(entry, files)}; initially {rows[0].value_before:.6g}\n")
-  print(f"{format_updates(rows, with_decay=_is_decayed(entry, experiment.optimizer))}\n")
+  print(f"{format_updates(entry, experiment.optimizer, rows)}\n")
   for label, line in describe_formulas(entry, experiment.optimizer, rows):
     print(f"{label:<14}{line}")
 
@@ -185,23 +185,21 @@ def describe_row(entry: Entry, files: RunFiles) -> str:
   return f", in the row of {show_token(entry.index[0], files.tokenizer)}"
 
 
-def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:
-  """Formats a table with a row for each update, and a column for decay if asked for.
+def format_updates(entry: Entry, optimizer: OptimizerConfig, rows: Sequence[Update]) -> str:
+  """Formats a table with a row for each update, and columns for what the optimizer computes.
 
-  Adam's t has a column where it is not the step. Of a skipped update "skipped" stands for a number.
+  Adam's t has a column where it is not the step, and decay where the number decays, before the
+  moments that it is in. Of a skipped update "skipped" stands for a number.
   """
   with_t = any(row.t != row.step for row in rows)
-  names = [
-    "gradient",
-    "m",
-    "v",
-    "m_hat",
-    "v_hat",
-    *(["decay"] if with_decay else []),
-    "rate",
-    "update",
-    "value",
-  ]
+  decay = ["decay"] if _is_decayed(entry, optimizer) else []
+  adam = ["m", "v", "m_hat", "v_hat"]
+  names = {
+    "adamw": ["gradient", *adam, *decay],
+    "adam": ["gradient", *decay, *adam],
+    "sgd": ["gradient", *decay, *(["m"] if optimizer.momentum else [])],
+  }[optimizer.name]
+  names += ["rate", "update"]
   cells = [
     [
       str(row.step),
@@ -209,13 +207,13 @@ def format_updates(rows: Sequence[Update], *, with_decay: bool) -> str:
       f"{row.loss:.4f}",
       *(
         "skipped" if row.is_skipped and name == "update" else f"{getattr(row, name):.4g}"
-        for name in names[:-1]
+        for name in names
       ),
       f"{row.value:.6g}",
     ]
     for row in rows
   ]
-  header = ["step", *(["t"] if with_t else []), "loss", *names]
+  header = ["step", *(["t"] if with_t else []), "loss", *names, "value"]
   return format_table([header, *cells], ["right"] * len(header))
 
 
@@ -229,34 +227,33 @@ def describe_formulas(
     optimizer: of the run.
     rows: of the table.
   """
-  t = "step" if all(row.t == row.step for row in rows) else "t"
-  # Of a run that continues another, t and the moments are that one's at first.
-  begins_at = rows[0].t - (not rows[0].is_skipped)
-  begin = f"both begin as the moments of {begins_at:,} updates" if begins_at else "both begin at 0"
-  b1, b2, decays = optimizer.b1, optimizer.b2, _is_decayed(entry, optimizer)
-  clipped = (
-    ""
-    if optimizer.clip_norm is None
-    else f", all of them clipped to a norm of {optimizer.clip_norm:g}"
-  )
-  return [
-    *([("t", "updates that Adam has applied; a skipped one changes no moment")] * (t == "t")),
-    ("loss", "of the batch, before the update"),
-    (
-      "gradient",
-      f"of that loss, as Adam sees it{clipped}; 0 where the batch does not use the number",
-    ),
-    (
-      "m, v",
-      f"m = {b1:g} m + {1 - b1:g} gradient; v = {b2:g} v + {1 - b2:g} gradient^2; {begin}",
-    ),
-    ("m_hat, v_hat", f"m / (1 - {b1:g}^{t}), v / (1 - {b2:g}^{t}): corrected for a beginning at 0"),
-    ("decay", f"{optimizer.weight_decay:g} × value before")
-    if decays
-    else ("decay", "none on this number"),
-    ("update", f"-rate × {'(' * decays}m_hat / (√v_hat + {optimizer.eps:g}){' + decay)' * decays}"),
-    ("value", "the value before + update"),
-  ]
+  clip_norm, decays = optimizer.clip_norm, _is_decayed(entry, optimizer)
+  clipped = "" if clip_norm is None else f", all of them clipped to a norm of {clip_norm:g}"
+  reader = "SGD" if optimizer.name == "sgd" else "Adam"
+  seen = f"of that loss, as {reader} sees it{clipped}; 0 where the batch does not use the number"
+  lines = [("loss", "of the batch, before the update"), ("gradient", seen)]
+  decay = f"{optimizer.weight_decay:g} × value before" if decays else "none on this number"
+  is_l2 = decays and optimizer.name != "adamw"
+  g, is_decoupled = "(gradient + decay)" if is_l2 else "gradient", decays and not is_l2
+  lines += [("decay", f"{decay}, added to the gradient: L2")] * is_l2
+  if optimizer.name == "sgd":
+    begin = "it begins at 0, or as the run that this one continues left it"
+    moments = [("m", f"m = {optimizer.momentum:g} m + {g}; {begin}")] * bool(optimizer.momentum)
+    update = "m" if optimizer.momentum else g
+  else:
+    b1, b2, t = optimizer.b1, optimizer.b2, "step"
+    if any(row.t != row.step for row in rows):
+      t, counted = "t", "updates that Adam has applied; a skipped one changes no moment"
+      lines = [(t, counted), *lines]
+    # Of a run that continues another, t and the moments are that one's at first.
+    num = rows[0].t - (not rows[0].is_skipped)
+    begin = f"both begin as the moments of {num:,} updates" if num else "both begin at 0"
+    both = f"m = {b1:g} m + {1 - b1:g} {g}; v = {b2:g} v + {1 - b2:g} {g}^2; {begin}"
+    hats = f"m / (1 - {b1:g}^{t}), v / (1 - {b2:g}^{t}): corrected for a beginning at 0"
+    moments = [("m, v", both), ("m_hat, v_hat", hats)]
+    update = f"{'(' * is_decoupled}m_hat / (√v_hat + {optimizer.eps:g}){' + decay)' * is_decoupled}"
+  lines += [*moments, *([("decay", decay)] * (not is_l2))]
+  return [*lines, ("update", f"-rate × {update}"), ("value", "the value before + update")]
 
 
 # --- Arguments ---

@@ -1,4 +1,4 @@
-"""The first updates of one number of the parameters: gradient, moments, rate and Adam's update.
+"""The first updates of one number of the parameters: gradient, moments, rate and update.
 
 Runs the training program of a run again from its beginning, one update at a time, and reads one
 entry of the parameters and of the optimizer's state in between. The table is printed by `cli.py`.
@@ -26,23 +26,25 @@ from jgpt.weights.initial import InitialParams
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-  """One update of one number.
+  """One update of one number, by the formulas of `OptimizerConfig`.
 
   Attributes:
     step: from 1, as the run's log counts.
     t: Adam's: updates applied so far, this one included. Skipped ones do not count, and those of
-      the run that `train.continue_from` names do; 0 before the first that is applied.
+      the run that `train.continue_from` names do; 0 before the first that is applied. The step of
+      sgd, which does not count.
     is_skipped: whether the update was skipped: the moments and the number stay as they are.
     loss: of the batch before the update, nats per token.
     gradient: of the loss with respect to this number, after clipping; 0 where the batch does not
       use the number.
-    m: first moment, b1 m + (1 - b1) gradient.
-    v: second moment, b2 v + (1 - b2) gradient^2.
-    m_hat: first moment with bias correction, m / (1 - b1^t); 0 where t is 0.
-    v_hat: second moment with bias correction, v / (1 - b2^t); 0 where t is 0.
+    m: first moment, or momentum; of sgd without momentum the gradient and the decay.
+    v: second moment; 0 of sgd.
+    m_hat: first moment with bias correction, m / (1 - b1^t); 0 where t is 0. m of sgd.
+    v_hat: second moment with bias correction, v / (1 - b2^t); 0 where t is 0, and of sgd.
     decay: weight_decay * value_before; 0 where this kind of parameter does not decay.
     rate: the learning rate.
-    update: -rate * (m_hat / (sqrt(v_hat) + eps) + decay); 0 where it was skipped.
+    update: -rate * (m_hat / (sqrt(v_hat) + eps) + decay), of adam without the decay, which is in
+      its moments; -rate * m of sgd; 0 where it was skipped.
     value_before: the number before the update.
     value: the number after it.
   """
@@ -88,7 +90,7 @@ def trace_updates(
   Returns:
     One row for each update.
 
-  Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
+  Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithms 1 and 2.
   """
   optimizer = experiment.optimizer
   weight_decay = optimizer.weight_decay if entry.param.kind in optimizer.decay_kinds else 0.0
@@ -101,20 +103,25 @@ def trace_updates(
     corpus = program.feed.corpus_at(step - 1)
     gradient = float(_read_entry(compute_gradients(state, corpus), entry))
     state, metrics = program.advance(state, step - 1, 1)
-    adam, metrics = state.opt_state["adam"], jax.device_get(metrics)
+    metrics = jax.device_get(metrics)
     is_skipped = bool(metrics["train/skipped"][0])
-    m, v, t = (
-      float(_read_entry(adam.mu, entry)),
-      float(_read_entry(adam.nu, entry)),
-      int(jax.device_get(adam.count)),
-    )
     loss, rate = (float(metrics[name][0]) for name in ("train/loss", "train/lr"))
-    m_hat = m / (1 - optimizer.b1**t) if t else 0.0
-    v_hat = v / (1 - optimizer.b2**t) if t else 0.0
     value_before, value = value, float(_read_entry(state.params, entry))
     decay = weight_decay * value_before
-    # 0 - x, because -rate * 0 would be printed as -0.
-    update = 0 - rate * (m_hat / (math.sqrt(v_hat) + optimizer.eps) + decay)
+    if optimizer.name == "sgd":
+      t, v, v_hat = step, 0.0, 0.0
+      m = gradient + decay
+      if optimizer.momentum:
+        m = float(_read_entry(state.opt_state["momentum"].trace, entry))
+      m_hat = move = m
+    else:
+      adam = state.opt_state["adam"]
+      m, v = (float(_read_entry(moment, entry)) for moment in (adam.mu, adam.nu))
+      t = int(jax.device_get(adam.count))
+      m_hat = m / (1 - optimizer.b1**t) if t else 0.0
+      v_hat = v / (1 - optimizer.b2**t) if t else 0.0
+      move = m_hat / (math.sqrt(v_hat) + optimizer.eps)
+      move += decay if optimizer.name == "adamw" else 0.0
     rows.append(
       Update(
         step=step,
@@ -128,7 +135,7 @@ def trace_updates(
         v_hat=v_hat,
         decay=decay,
         rate=rate,
-        update=0.0 if is_skipped else update,
+        update=0.0 if is_skipped else 0 - rate * move,  # -rate * 0 would be printed as -0
         value_before=value_before,
         value=value,
       )

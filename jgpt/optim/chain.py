@@ -12,24 +12,34 @@ import optax
 
 from jgpt.config import Experiment, Hyper
 from jgpt.optim.adam import Transformation, scale_by_adam
+from jgpt.optim.momentum import accumulate
 from jgpt.optim.schedule import make_schedule
 from jgpt.optim.spikes import observe_losses
 from jgpt.params import param_at
 
+# The links of each optimizer, in order. After Adam the decay is decoupled from the gradient; before
+# a moment it is a part of it (L2).
+LINKS = {
+  "adamw": ("clip", "adam", "decay", "lr"),
+  "adam": ("clip", "decay", "adam", "lr"),
+  "sgd": ("clip", "decay", "momentum", "lr"),
+}
+
 
 def make_optimizer(experiment: Experiment, hyper: Hyper | None = None) -> Transformation:
-  """Makes AdamW as the chain clip, adam, decay, lr; its state is a dict with these names.
+  """Makes the optimizer that `optimizer.name` names; its state is a dict with its links' names.
 
-  update = -lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p), the decay for `decay_kinds` only.
+  `OptimizerConfig` has the formulas. The decay adds weight_decay * p, for `decay_kinds` only.
   Clipping divides by the exact norm (torch adds 1e-6 to it). `update` takes two more arguments:
   `value`, the loss, which `skip_spikes` observes in a state called spikes, and `ok`, a bool scalar;
-  where it is False, Adam's state stays as it is.
+  where it is False, Adam's state or the momentum stays as it is.
 
   Args:
     experiment: resolved.
     hyper: peak_lr, weight_decay, b1 and b2 in place of the experiment's.
 
-  Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
+  Source: Kingma and Ba 2015, algorithm 1 (adam); Loshchilov and Hutter 2019, algorithm 2 (adamw)
+  and algorithm 1 (sgd).
   """
 
   def is_decayed(path: tuple, leaf: Any) -> bool:
@@ -41,13 +51,16 @@ def make_optimizer(experiment: Experiment, hyper: Hyper | None = None) -> Transf
   decay = optax.add_decayed_weights(weight_decay, partial(jax.tree.map_with_path, is_decayed))
   if not config.weight_decay:  # the state has the same tree with and without `hyper`
     decay = optax.identity() if hyper is None else make_stateless(decay)
-  return optax.named_chain(
-    *([] if config.skip_spikes is None else [("spikes", observe_losses())]),
-    ("clip", clip),
-    ("adam", scale_by_adam(numbers.b1, numbers.b2, config.eps, experiment.compute.select)),
-    ("decay", decay),
-    ("lr", optax.scale_by_learning_rate(make_schedule(config, hyper))),
-  )
+  links = {
+    "clip": clip,
+    "decay": decay,
+    "adam": scale_by_adam(numbers.b1, numbers.b2, config.eps, experiment.compute.select),
+    "momentum": accumulate(config.momentum),
+    "lr": optax.scale_by_learning_rate(make_schedule(config, hyper)),
+    "spikes": observe_losses(),
+  }
+  names = LINKS[config.name] if config.skip_spikes is None else ("spikes", *LINKS[config.name])
+  return optax.named_chain(*((name, links[name]) for name in names))
 
 
 def make_stateless(tx: Transformation) -> Transformation:

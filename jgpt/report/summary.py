@@ -20,7 +20,7 @@ import numpy as np
 
 from jgpt import sharding
 from jgpt.batches import count_epoch_steps
-from jgpt.config import Experiment
+from jgpt.config import Experiment, OptimizerConfig
 from jgpt.config.experiment import PARAM_KINDS
 from jgpt.config.settings import format_value, list_settings
 from jgpt.devices import runtime
@@ -117,7 +117,7 @@ def describe_initial(plan: Plan) -> list[tuple[str, str]]:
   """
   lines = []
   if plan.origin is not None:
-    lines = _describe_origin(plan.origin)
+    lines = _describe_origin(plan.origin, plan.experiment.optimizer)
   elif plan.weights is not None:
     began = "" if plan.initial else "began from "
     sha256 = plan.weights["sha256"][:12]
@@ -130,13 +130,14 @@ def describe_initial(plan: Plan) -> list[tuple[str, str]]:
   return [*lines, *(("", line) for line in came)] if words else lines
 
 
-def _describe_origin(origin: dict[str, Any]) -> list[tuple[str, str]]:
+def _describe_origin(origin: dict[str, Any], optimizer: OptimizerConfig) -> list[tuple[str, str]]:
   """Describes what a continued run takes over from its origin, and what begins anew."""
+  kept = "parameters, momentum" if optimizer.name == "sgd" else "parameters, moments, their count"
   location, step, tokens = origin["location"], origin["step"], origin["tokens"]
   seen = "" if tokens is None else f", {tokens:,} tokens"
   return [
     ("origin", f"{location} at step {step:,}{seen} (SHA-256 {origin['sha256'][:12]})"),
-    ("", "kept: parameters, moments, their count; begun anew: step, schedule, order of the data"),
+    ("", f"kept: {kept}; begun anew: step, schedule, order of the data"),
   ]
 
 
@@ -159,10 +160,13 @@ def describe_widths(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def describe_groups(experiment: Experiment) -> str:
-  """Describes which parameters decay, and counts them: torch's param_groups."""
+  """Describes the optimizer, and counts the parameters that decay: torch's param_groups."""
   optimizer, model = experiment.optimizer, experiment.model
+  momentum = f"momentum {optimizer.momentum:g}" if optimizer.momentum else "no momentum"
+  name = {"adamw": "AdamW", "adam": "Adam", "sgd": f"SGD, {momentum}"}[optimizer.name]
+  end = "; b1, b2 and eps are not read" if optimizer.name == "sgd" else ""
   if not optimizer.weight_decay:
-    return "AdamW without decay"
+    return f"{name}{' without' if not end else ', no'} decay{end}"
 
   def describe_group(kinds: list[str]) -> str:
     found = [
@@ -174,12 +178,11 @@ def describe_groups(experiment: Experiment) -> str:
   there = [kind for kind in PARAM_KINDS if count_params(model, (kind,))]
   decays = [kind for kind in there if kind in optimizer.decay_kinds]
   rest = [kind for kind in there if kind not in decays]
-  line = (
-    f"AdamW, decay {optimizer.weight_decay:g} on {describe_group(decays)}"
-    if decays
-    else "AdamW, decay on nothing"
-  )
-  return f"{line}; none on {describe_group(rest)}" if rest else line
+  decay = f"decay {optimizer.weight_decay:g} on"
+  if optimizer.name != "adamw":
+    decay = f"L2 decay {optimizer.weight_decay:g} in the gradient of"
+  line = f"{name}, {decay} {describe_group(decays)}" if decays else f"{name}, decay on nothing"
+  return f"{line}; none on {describe_group(rest)}{end}" if rest else f"{line}{end}"
 
 
 def describe_compute(experiment: Experiment, device: jax.Device) -> str:

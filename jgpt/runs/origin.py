@@ -1,9 +1,9 @@
 """The origin of a continued run: the checkpoint that `train.continue_from` names.
 
-A continued run is a new run that begins with the parameters, Adam's moments and their count of
-another. Its step, schedule, order of the data and statistics of losses begin anew, so that batch
-size, rate, schedule and text may be others. The state is made in `program.py`; initial weights
-without moments are in `weights/initial.py`. Imports no jax.
+A continued run is a new run that begins with the parameters and moments of another, Adam's with
+their count. Its step, schedule, order of the data and statistics of losses begin anew, so that
+batch size, rate, schedule and text may be others. The state is made in `program.py`; initial
+weights without moments are in `weights/initial.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jgpt.config import Experiment
+from jgpt.config import Experiment, OptimizerConfig
 from jgpt.config.settings import format_value, list_settings
 from jgpt.errors import UserError, printable
 from jgpt.runs import manifest
@@ -31,9 +31,8 @@ from jgpt.text.tokenizer import Tokenizer
 
 # Settings of the model that change neither the shape nor the meaning of a parameter.
 FREE_MODEL_SETTINGS = ("dropout", "dropout_places", "init_std", "scale_residual_init")
-# Settings of the optimizer that the moments depend on: they are sums weighted by powers of b1 and
-# b2, and so are the divisors that correct them.
-MOMENT_SETTINGS = ("b1", "b2")
+# Links of the optimizer's chain whose states hold moments; a chain has one of them.
+MOMENT_LINKS = ("adam", "momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,7 @@ def check_origin_settings(origin: Origin, here: dict[str, Any]) -> None:
   """
   there = list_settings(origin.experiment)
   kept = [n for n in there if n.startswith("model.") and n[6:] not in FREE_MODEL_SETTINGS]
-  kept += [f"optimizer.{name}" for name in MOMENT_SETTINGS]
+  kept += [f"optimizer.{name}" for name in list_moment_settings(origin.experiment.optimizer)]
   differing = [n for n in kept if here.get(n, there[n]) not in (there[n], None)]
   if not differing:
     return
@@ -222,22 +221,41 @@ def check_origin_settings(origin: Origin, here: dict[str, Any]) -> None:
   )
 
 
+def list_moment_settings(optimizer: OptimizerConfig) -> tuple[str, ...]:
+  """Lists the settings of an optimizer that its moments depend on.
+
+  They are sums weighted by powers of b1 and b2, or of the momentum, as are the divisors that
+  correct Adam's; and Adam's with decay in the gradient are not AdamW's.
+  """
+  return ("name", "momentum") if optimizer.name == "sgd" else ("name", "momentum", "b1", "b2")
+
+
 def _check_moments(origin: Origin) -> None:
-  """Checks that a checkpoint holds Adam's two moments of each parameter, and no other optimizer's.
+  """Checks that a checkpoint holds the moments of each parameter, and no other optimizer's.
 
   Raises:
-    UserError: naming the first array that is missing or unknown.
+    UserError: naming the first array that is missing or unknown, or if the optimizer has none.
   """
+  optimizer = origin.experiment.optimizer
+  alone = f"To begin from the parameters alone: --init-from {origin.record['location']}"
+  if optimizer.name == "sgd" and not optimizer.momentum:
+    raise UserError(
+      f"{origin.location} has no moments to continue with: its optimizer is sgd without momentum. "
+      f"{alone}"
+    )
   leaves = manifest.read_manifest(origin.folder).leaves
   states, params = _list_below(leaves, "train_state/opt_state/"), _list_below(leaves, "params/")
-  adam = {"adam/count"} | {f"adam/{moment}/{name}" for moment in ("mu", "nu") for name in params}
-  unknown = {name for name in states - adam if name.split("/")[0] not in ("lr", "spikes")}
-  for name in sorted((adam - states) | unknown):
-    got = "missing" if name in adam else "there"
+  if optimizer.name == "sgd":
+    what, moments = "its momentum", {f"momentum/trace/{name}" for name in params}
+  else:
+    what = "Adam's count and its moments mu and nu"
+    moments = {"adam/count"} | {f"adam/{m}/{name}" for m in ("mu", "nu") for name in params}
+  unknown = {name for name in states - moments if name.split("/")[0] not in ("lr", "spikes")}
+  for name in sorted((moments - states) | unknown):
+    got = "missing" if name in moments else "there"
     raise UserError(
       f"{origin.location} has another optimizer: {name} is {got}, and a continued run takes over "
-      "Adam's count and its moments mu and nu of each parameter. To begin from the parameters "
-      f"alone: --init-from {origin.record['location']}"
+      f"{what} of each parameter. {alone}"
     )
 
 

@@ -132,7 +132,7 @@ def find_recorded(workdir: Path) -> RunFiles | None:
         step = shlex.quote(str(workdir))
         ways += (
           "; to begin a new run from this step, in another --workdir: --init-from "
-          f"{step} or, to keep Adam's moments, --continue-from {step}"
+          f"{step} or, to keep the moments, --continue-from {step}"
         )
       raise UserError(f"{workdir} is a part of the run folder {run}, and none itself. {ways}")
   if os.path.lexists(workdir / "experiment.json"):
@@ -152,5 +152,5 @@ def describe_ways(workdir: Path) -> str:
   run = shlex.quote(str(workdir))
   return (
     "choose another --workdir; start over with --fresh; or begin a new run from this one, in "
-    f"another --workdir, with --init-from {run} or, to keep Adam's moments, --continue-from {run}"
+    f"another --workdir, with --init-from {run} or, to keep the moments, --continue-from {run}"
   )

@@ -22,9 +22,9 @@ from jgpt.errors import UserError
 from jgpt.params import walk
 from jgpt.runs.origin import (
   FREE_MODEL_SETTINGS,
-  MOMENT_SETTINGS,
   Origin,
   check_origin_settings,
+  list_moment_settings,
 )
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, kind_of
 from jgpt.weights.gpt2 import Weights, check_weights_settings, has_fewer_biases, is_bias
@@ -55,7 +55,7 @@ def adopt_settings(
   decided |= _decide_data(experiment, source, decided, given)
   if isinstance(source, Origin):
     there = source.experiment.optimizer
-    decided |= {f"optimizer.{name}": getattr(there, name) for name in MOMENT_SETTINGS}
+    decided |= {f"optimizer.{name}": getattr(there, name) for name in list_moment_settings(there)}
   decided |= _decide_prompt(experiment, source)
   decided = {name: value for name, value in decided.items() if name not in given}
   names = tuple(sorted({*experiment.given, *given}))

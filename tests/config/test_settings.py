@@ -73,6 +73,8 @@ OTHER_VALUES = {
   "data.heldout_fraction": (0.5, False),
   "data.heldout_tokens": (100, False),
   "data.num_batches": (1, False),
+  "optimizer.name": ("adam", False),
+  "optimizer.momentum": (0.5, False),
   "optimizer.peak_lr": (3e-4, False),
   "optimizer.schedule": ("cosine", False),
   "optimizer.warmup_steps": (10, False),
@@ -664,6 +666,7 @@ def test_every_setting_is_either_identity_or_circumstance():
     "data.batching": "random",
     "data.tokenizer": "gpt2",
     "data.heldout_fraction": 0.0,
+    "optimizer.name": "sgd",
   }
   base = change(
     NAMES, changes | {"model.norm_embed": False, "model.dropout_places": ("attention",)}

@@ -404,7 +404,7 @@ def test_skipped_updates_do_not_count_for_adam(words, monkeypatch, rise, skipped
       assert (row.m_hat, row.v_hat) == pytest.approx((m_hat, v_hat), rel=1e-4)
       assert row.value == pytest.approx(row.value_before + row.update, abs=1e-7)
     assert row.t == t and (row.m, row.v) == pytest.approx((m, v), rel=1e-4)
-  header, *lines = format_updates(rows, with_decay=False).split("\n")
+  header, *lines = format_updates(entry, optimizer, rows).split("\n")
   assert header.split()[:3] == ["step", "t", "loss"]
   assert [number for number, line in enumerate(lines, 1) if "skipped" in line] == list(skipped)
 
