@@ -24,6 +24,7 @@ _MODULES = {
   "load_experiment": "jgpt.config.catalog",
   "open_run": "jgpt.runs.open",
   "plan_run": "jgpt.plan",
+  "plot_runs": "jgpt.report.run_figure",
   "train_run": "jgpt.train",
 }
 __all__ = ["__version__", *_MODULES]

@@ -38,6 +38,7 @@ VERBS = {
   "prepare": "make token files from text of any size, to train on",
   "export": "write a run's weights for Hugging Face's Transformers or for llm.c",
   "evaluate": "measure a run's loss over the whole of its held-out text",
+  "plot": "draw the losses and the speed of one run or several",
   "inspect": (
     "see what a run predicts for each token of a text, or follow one of its parameters through "
     "training"
@@ -51,6 +52,7 @@ OTHER_VERBS = {
   **dict.fromkeys(("eval", "validate", "val", "test", "perplexity"), "evaluate"),
   **dict.fromkeys(("tokenize", "preprocess", "data"), "prepare"),
   **dict.fromkeys(("convert", "save"), "export"),
+  **dict.fromkeys(("draw", "curves", "chart"), "plot"),
   "benchmark": "bench",
   "check": "doctor",
 }

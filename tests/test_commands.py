@@ -20,7 +20,7 @@ from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, list_settings, resolve
 from jgpt.report.summary import describe_rates
 from jgpt.runs import manifest
-from jgpt.runs.log import read_jsonl
+from jgpt.runs.rows import read_jsonl
 from jgpt.system import command
 
 FAST = ["--experiment", "names", "--steps", "40", "--log-every", "20"]

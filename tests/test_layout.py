@@ -41,7 +41,7 @@ ORDER = [
   ["cli"],
   ["report"],
   ["train"],
-  ["run", "sample", "evaluate", "export", "prepare", "inspect", "bench", "doctor"],
+  ["run", "sample", "evaluate", "export", "prepare", "plot", "inspect", "bench", "doctor"],
 ]
 PURE = {
   *(
@@ -78,6 +78,7 @@ PURE = {
     "devices.kernels",
     "devices.limits",
     "runs.digest",
+    "report.curves",
     "report.tables",
     "report.verdict",
     "bench.hlo",

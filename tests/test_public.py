@@ -30,6 +30,7 @@ HOMES = {
   "plan_run": "jgpt.plan",
   "train_run": "jgpt.train",
   "open_run": "jgpt.runs.open",
+  "plot_runs": "jgpt.report.run_figure",
   "Run": "jgpt.runs.open",
   "evaluate_loss": "jgpt.evaluation",
   "generate_texts": "jgpt.generate",
@@ -129,7 +130,7 @@ def test_every_example_runs(result):
         exec(statement, names)
       names[f"value of {name}"] = eval(last, names)
   values = {name: names[f"value of {name}"] for name in HOMES}
-  assert values["load_experiment"] == values["open_run"] == 1
+  assert values["load_experiment"] == values["open_run"] == 1 and values["plot_runs"] == 4
   assert values["plan_run"] == (50, 1000)
   assert 1.5 < values["train_run"] < 3.5 and len(names["result"].losses) == 1000
   assert 1.5 < values["Run"] < 3.5

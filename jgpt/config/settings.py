@@ -145,7 +145,7 @@ def change(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
   given = tuple(sorted({*experiment.given, *named}))
   changed = dataclasses.replace(experiment, **sections, given=given)
   return (
-    changed if _is_comparable(experiment, changed) else dataclasses.replace(changed, expected=())
+    changed if is_comparable(experiment, changed) else dataclasses.replace(changed, expected=())
   )
 
 
@@ -162,7 +162,7 @@ def expand_size(changes: dict[str, Any]) -> dict[str, Any]:
   return sizes | {name: value for name, value in changes.items() if name != SIZE}
 
 
-def _is_comparable(base: Experiment, changed: Experiment) -> bool:
+def is_comparable(base: Experiment, changed: Experiment) -> bool:
   """Returns whether the result expected by an experiment holds for a changed one.
 
   The seed, the dtype and the text may differ: the expected result names its text, and bfloat16
@@ -433,16 +433,24 @@ def resolve(
 def unresolve(experiment: Experiment) -> Experiment:
   """Returns a recorded run's settings for a new run, without what the old one began from.
 
-  What `resolve` had filled in is None again, so that it follows from the new run's settings:
-  `train.steps` from `train.epochs`, `decay_steps` from `train.steps`, and what follows from these.
-  A value that was given, and is the one that would have been filled in, cannot be told apart.
+  What `resolve` had filled in is None again, as `drop_derived` does.
 
   Args:
     experiment: resolved.
   """
-  train, optimizer = experiment.train, experiment.optimizer
+  begins = dict.fromkeys(("train.init_from", "train.continue_from"))
+  return dataclasses.replace(change(drop_derived(experiment), begins), given=())
+
+
+def drop_derived(experiment: Experiment) -> Experiment:
+  """Returns a resolved experiment in which what `resolve` had filled in is None again.
+
+  So it follows from other settings: `train.steps` from `train.epochs`, `decay_steps` from
+  `train.steps`, and what follows from these. A value that was given, and is the one that would have
+  been filled in, cannot be told apart.
+  """
+  train, optimizer, empty = experiment.train, experiment.optimizer, []
   steps, decay_steps = train.steps or 0, optimizer.decay_steps or 0
-  empty = ["train.init_from", "train.continue_from"]
   if decay_steps == max(1, steps):
     empty.append("optimizer.decay_steps")
   if optimizer.cooldown_steps == max(1, decay_steps // 5):
@@ -451,7 +459,7 @@ def unresolve(experiment: Experiment) -> Experiment:
     epoch_steps = steps // train.epochs
     periods = [n for n in ("eval_every", "sample_every") if getattr(train, n) == epoch_steps]
     empty += [f"train.{name}" for name in ("steps", *periods)] if periods else []
-  return dataclasses.replace(change(experiment, dict.fromkeys(empty)), given=())
+  return change(experiment, dict.fromkeys(empty))
 
 
 # --- JSON ---

@@ -25,8 +25,8 @@ from jgpt.errors import UserError
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, read_last_settings
-from jgpt.runs.log import read_lines
 from jgpt.runs.resume import describe_ways
+from jgpt.runs.rows import read_lines
 from jgpt.runs.text import list_places
 from jgpt.system.cache import cache_dir, digest_bytes
 from jgpt.system.memory import measure_memory

@@ -295,19 +295,29 @@ def match_expected(
     what ("held-out loss" or "training loss"), loss, band, got and is_inside; None where nothing is
     expected, or it was not evaluated.
   """
-  for entry in expected:
-    if entry.data == label and len(losses):
-      got = heldout_loss if entry.heldout else final_loss(losses)
-      if got is None:
-        return None
-      return {
-        "what": "held-out loss" if entry.heldout else "training loss",
-        "loss": entry.loss_nats_per_token,
-        "band": entry.band,
-        "got": got,
-        "is_inside": abs(got - entry.loss_nats_per_token) <= entry.band,
-      }
-  return None
+  entry = find_expected(expected, label)
+  if entry is None or not len(losses):
+    return None
+  got = heldout_loss if entry.heldout else final_loss(losses)
+  if got is None:
+    return None
+  return {
+    "what": "held-out loss" if entry.heldout else "training loss",
+    "loss": entry.loss_nats_per_token,
+    "band": entry.band,
+    "got": got,
+    "is_inside": abs(got - entry.loss_nats_per_token) <= entry.band,
+  }
+
+
+def find_expected(expected: Sequence[Expected], label: str | None) -> Expected | None:
+  """Finds the result that an experiment expects on a text; None where it expects none.
+
+  Args:
+    expected: of the experiment.
+    label: of the data, `data.corpus.Data.label`.
+  """
+  return next((entry for entry in expected if entry.data == label), None)
 
 
 def describe_expected(found: dict[str, str | float | bool]) -> str:

@@ -11,6 +11,7 @@
     checkpoints/<step>/  arrays, with copies of experiment.json and tokenizer.json, and a manifest
                          (`manifest.py`)
     samples/             texts drawn at the end
+    plot.svg             the curves, drawn at the end where matplotlib is installed, or by jgpt.plot
 
 Nothing in a run folder is executed, and no symbolic link in it is followed. Imports no jax. Arrays
 are in `checkpoint.py`.
@@ -39,6 +40,7 @@ from jgpt.system import files
 from jgpt.text.tokenizer import Tokenizer, tokenizer_from_json
 
 RUN_FORMAT = 1
+PLOT_FILE = "plot.svg"
 MAX_NAME = 200
 MAX_LOCATION = 8192  # characters; a path has at most 4,096 bytes
 # Bytes of experiment.json: it has 3 kB and a few paths. Parsed, JSON takes 25 times as much memory.

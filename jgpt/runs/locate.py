@@ -15,13 +15,14 @@ from typing import Literal
 
 from jgpt.errors import UserError
 from jgpt.runs import manifest
+from jgpt.runs.folder import PLOT_FILE
 from jgpt.runs.manifest import MANIFEST_FILE, STEP, Manifest
 
 BEST = "best"  # in place of a step
 # What a run folder holds beside its checkpoints (`folder.py`).
 PARTS = (
   *("checkpoints", "samples", "experiment.json", "tokenizer.json", "env.json", "metrics.jsonl"),
-  "result.json",
+  *("result.json", PLOT_FILE),
 )
 
 Step = int | Literal["best"] | None  # None: the newest

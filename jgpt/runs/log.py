@@ -1,8 +1,8 @@
 """A run's metrics: metrics.jsonl, and the log that hands each compiled call's metrics to writers.
 
-Holds the interface of writers, the one that writes metrics.jsonl, functions that read the file, and
-`Log`. Printing is in `report/console.py`, skipped updates and spikes are in `health.py`, and when
-calls are made is decided in `train.py`.
+Holds the interface of writers, the one that writes metrics.jsonl, and `Log`. The file is read in
+`rows.py`, printing is in `report/console.py`, skipped updates and spikes are in `health.py`, and
+when calls are made is decided in `train.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import array
 import collections
 import contextlib
 import dataclasses
-import itertools
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -35,14 +33,11 @@ from jgpt.evaluation import (
   finish_evaluation,
 )
 from jgpt.runs.clock import Clock, Pace, Perf
-from jgpt.runs.folder import open_file
 from jgpt.runs.health import Health
+from jgpt.runs.rows import TIMED, read_lines, read_losses
 from jgpt.system.signals import Stop, print_stderr
 
 LAST_ROWS = 2000  # rows of earlier starts that a resumed run reads
-MAX_LINE = 1 << 16  # bytes of a line of metrics.jsonl; a longer line is not a row
-TIMED = "perf/seconds"  # in rows of time, and in no others
-MAX_NUMBER = 1e39  # of a finite number in a row; larger than any float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,87 +190,6 @@ def _describe_sample(heldout: HeldoutLoss) -> dict[str, int]:
   """Returns the entries of a row that say what a held-out loss is over."""
   batches = {} if heldout.num_batches is None else {"heldout/batches": heldout.num_batches}
   return {"heldout/tokens": heldout.num_tokens, **batches}
-
-
-class Line(NamedTuple):
-  """A line of metrics.jsonl.
-
-  Attributes:
-    end: offset in bytes of the next line.
-    row: numbers by name, with `step`; "final" is True in the row of an end. None where the line is
-      not a row.
-    is_whole: whether it ends with a line break; the last line of a killed process may not.
-  """
-
-  end: int
-  row: dict[str, float] | None
-  is_whole: bool
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-  """Yields the lines of metrics.jsonl; an absent file has none.
-
-  Lines may hold anything and be of any length; memory stays small.
-
-  Raises:
-    UserError: if it is not a plain file.
-  """
-  if not os.path.lexists(path):
-    return
-  end = 0
-  with open_file(path) as file:
-    while line := file.readline(MAX_LINE):
-      end, row = end + len(line), _parse_row(line)
-      # The rest of a line that is too long.
-      while len(line) == MAX_LINE and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE)
-        end, row = end + len(line), None
-      yield Line(end, row, line.endswith(b"\n"))
-
-
-def _parse_row(line: bytes) -> dict[str, float] | None:
-  """Parses a JSON object of numbers that fit float32, with an integer `step`; None for others.
-
-  NaN and infinity fit. "final" may only be true.
-  """
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  is_row = isinstance(row, dict) and type(row.get("step")) is int and row["step"] >= 0
-  return row if is_row and all(itertools.starmap(_is_entry, row.items())) else None
-
-
-def _is_entry(name: str, value: object) -> bool:
-  if name == "final":
-    return value is True
-  return type(value) in (int, float) and not MAX_NUMBER < abs(value) < math.inf
-
-
-def read_jsonl(path: Path) -> list[dict]:
-  """Reads the rows of metrics.jsonl; skips lines that are not rows; an absent file is empty.
-
-  Raises:
-    UserError: if it is not a plain file.
-  """
-  return [line.row for line in read_lines(path) if line.row is not None]
-
-
-def read_losses(path: Path, step: int) -> tuple[np.ndarray, list[tuple[int, float]]]:
-  """Reads the losses of metrics.jsonl up to a step, in little memory.
-
-  Returns:
-    Training losses, float32 [updates], and (step, held-out loss) of each evaluation but that of the
-    end.
-  """
-  losses, heldout_losses = array.array("f"), []
-  for line in read_lines(path):
-    row = line.row if line.row is not None and line.row["step"] <= step else {}
-    if "train/loss" in row:
-      losses.append(row["train/loss"])
-    if "heldout/loss" in row and "final" not in row:
-      heldout_losses.append((row["step"], row["heldout/loss"]))
-  return np.array(losses, np.float32), heldout_losses
 
 
 class Call(NamedTuple):

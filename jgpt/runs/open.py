@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,24 +30,12 @@ from jgpt.model import init_params
 from jgpt.runs import checkpoint, manifest
 from jgpt.runs.folder import read_run_files
 from jgpt.runs.locate import BEST, Step, describe_better_step, locate_run, order_steps
-from jgpt.runs.log import read_jsonl
+from jgpt.runs.rows import Series, read_jsonl, read_series
 from jgpt.runs.text import find_run_data
 from jgpt.sharding import count_usable_devices
 from jgpt.system.files import is_temporary
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
-
-
-class Series(NamedTuple):
-  """One metric of a run over its updates: `plt.plot(*series)` draws it.
-
-  Attributes:
-    steps: int64 [n], the update that each value belongs to; the first update is step 1.
-    values: float64 [n].
-  """
-
-  steps: np.ndarray
-  values: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +69,7 @@ class Run:
     Those of the run's end are called "final/heldout/loss" and so on: they are over the whole
     held-out part, where evaluations before may be over a sample.
     """
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in read_jsonl(self.workdir / "metrics.jsonl"):
-      if row["step"] <= self.step:
-        prefix = "final/" if "final" in row else ""
-        for name in row.keys() - {"step", "final"}:
-          found.setdefault(prefix + name, []).append((row["step"], row[name]))
-    return {
-      name: Series(np.array([at for at, _ in rows]), np.array([value for _, value in rows], float))
-      for name, rows in sorted(found.items())
-    }
+    return read_series(self.workdir / "metrics.jsonl", self.step)
 
   def sample(
     self, prompt: str | None = None, *, seed: int | None = None, **settings: Any

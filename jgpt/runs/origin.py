@@ -25,6 +25,7 @@ from jgpt.runs.folder import RunFiles, read_run_files
 from jgpt.runs.locate import find_checkpoint
 from jgpt.runs.manifest import Manifest
 from jgpt.runs.resume import find_fault
+from jgpt.runs.rows import read_lines
 from jgpt.runs.text import find_place
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
@@ -162,8 +163,6 @@ def _count_tokens(workdir: Path, files: RunFiles, there: Manifest) -> int | None
   Its log says it; in the logs of older runs it is missing, and of a stream the manifest's sequences
   are counted.
   """
-  from jgpt.runs.log import read_lines  # imported late: it imports jax
-
   data, tokens, sequences = files.experiment.data, None, there.data.get("sequences")
   if there.step == 0:
     tokens = 0

@@ -17,7 +17,8 @@ from jgpt.errors import UserError
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
 from jgpt.runs.health import Health
-from jgpt.runs.log import Chunk, JsonlWriter, read_jsonl, read_losses
+from jgpt.runs.log import Chunk, JsonlWriter
+from jgpt.runs.rows import read_jsonl, read_losses
 from jgpt.system import locks
 from jgpt.text.tokenizer import CharTokenizer
 

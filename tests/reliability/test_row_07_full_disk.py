@@ -18,7 +18,7 @@ import pytest
 
 from jgpt import cli
 from jgpt.runs import manifest
-from jgpt.runs.log import read_jsonl
+from jgpt.runs.rows import read_jsonl
 from jgpt.system import files
 
 RUN = {"train__steps": 40, "train__save_every": 10, "train__log_every": 10}

@@ -35,8 +35,8 @@ from jgpt.devices.compute import choose_step_options, resolve_compute
 from jgpt.optim import adam, spikes
 from jgpt.optim.chain import make_optimizer
 from jgpt.plan import plan_run
-from jgpt.runs.log import read_jsonl
 from jgpt.runs.open import open_run
+from jgpt.runs.rows import read_jsonl
 from jgpt.sharding import arrange_blocks, stack_blocks
 from jgpt.step import train_steps
 

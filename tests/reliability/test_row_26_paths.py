@@ -32,8 +32,8 @@ from jgpt.errors import UserError
 from jgpt.plan import plan_run
 from jgpt.runs import digest, manifest
 from jgpt.runs.folder import RunFiles, append_env, read_run_files, write_run_files
-from jgpt.runs.log import read_jsonl
 from jgpt.runs.open import open_run
+from jgpt.runs.rows import read_jsonl
 from jgpt.system import locks
 from jgpt.text.tokenizer import CharTokenizer
 

@@ -13,7 +13,7 @@ from small_runs import train_verse, train_words
 
 import jgpt
 from jgpt.errors import UserError
-from jgpt.runs.log import read_jsonl
+from jgpt.runs.rows import read_jsonl
 
 OLD_RUN = Path(__file__).parent.parent / "fixtures" / "run_format_1"
 # What jax says of platforms that are not installed, not on this machine, or unknown.

@@ -27,8 +27,8 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
 from jgpt.runs.folder import MAX_SETTINGS, MAX_STARTS, append_env, read_run_files
-from jgpt.runs.log import read_jsonl
 from jgpt.runs.open import open_run
+from jgpt.runs.rows import read_jsonl
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLOAT32 = ComputeConfig(dtype="float32")  # there was no other dtype

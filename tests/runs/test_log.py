@@ -26,16 +26,8 @@ from jgpt.report.console import (
   format_step,
 )
 from jgpt.runs.clock import WINDOW_SECONDS, Clock, Pace, Perf, start_clock
-from jgpt.runs.log import (
-  MAX_LINE,
-  Call,
-  Chunk,
-  JsonlWriter,
-  Log,
-  read_jsonl,
-  read_lines,
-  read_losses,
-)
+from jgpt.runs.log import Call, Chunk, JsonlWriter, Log
+from jgpt.runs.rows import MAX_LINE, read_jsonl, read_lines, read_losses
 
 
 def make_chunk(step, losses, *, seconds=0.5, heldout_loss=None, texts=()):

@@ -17,8 +17,8 @@ from jgpt.errors import UserError
 from jgpt.plan import next_stop, plan_run
 from jgpt.program import lower_programs
 from jgpt.report.summary import describe_profile
-from jgpt.runs.log import read_jsonl
 from jgpt.runs.profile import Profile, choose_updates, parse_profile
+from jgpt.runs.rows import read_jsonl
 from jgpt.train import train_run
 
 
