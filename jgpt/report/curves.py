@@ -22,7 +22,7 @@ X_AXES = ("step", "tokens", "seconds")
 WINDOW = 20  # a smoothed value is a mean over one in so many of a run's updates
 MAX_LOSS = 1e9  # a larger loss counts as not finite: the sums of its neighbours would lose digits
 MAX_NAMED = 3  # settings that a label names; runs that differ in more have their folder's name
-MAX_LABEL = 48  # characters of such a label
+MAX_NAMED_LETTERS = 48  # characters of such a label
 NO_SERIES = Series(np.zeros(0, np.int64), np.zeros(0))
 
 
@@ -252,7 +252,7 @@ def name_differences(experiments: Sequence[Experiment], folders: Sequence[str]) 
   for found in settings:
     words = [f"{_shorten(name, fields)} {format_value(found[name])}" for name in chosen]
     labels.append(", ".join(words))
-  if max(map(len, labels)) > MAX_LABEL:
+  if max(map(len, labels)) > MAX_NAMED_LETTERS:
     return list(folders)
   counts = collections.Counter(labels)
   return [

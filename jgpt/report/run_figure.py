@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # matplotlib is an extra, and takes half a second to import
 
 WIDTH, HEIGHT = 8.0, 5.2  # inches
 LEFT, TOP, BOTTOM = 0.55, 0.66, 0.28  # inches around the panels
-LOW_HEIGHT, BETWEEN, BESIDE = 1.05, 0.72, 0.6  # inches of the panels below, and between panels
+LOW_HEIGHT, UNDER, BESIDE = 1.05, 0.72, 0.6  # inches of the panels below, and between panels
 LETTER, LINE = 0.07, 0.155  # inches, of an average letter and of a line of a label
 LABEL_WIDTH = 24  # letters of a line of a label
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -316,7 +316,7 @@ def _draw_series(
 def _place_axes(figure: Figure, right: float) -> list[Axes]:
   """Places the panel of losses, with so many inches at its right, and three panels below."""
   low_top = BOTTOM + LOW_HEIGHT
-  losses = (LEFT, low_top + BETWEEN, WIDTH - LEFT - right, HEIGHT - TOP - low_top - BETWEEN)
+  losses = (LEFT, low_top + UNDER, WIDTH - LEFT - right, HEIGHT - TOP - low_top - UNDER)
   width = (WIDTH - LEFT - 0.2 - 2 * BESIDE) / 3
   below = [(LEFT + i * (width + BESIDE), BOTTOM, width, LOW_HEIGHT) for i in range(3)]
   scale = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT])
