@@ -149,6 +149,7 @@ class _CommandStop(Stop):
     self._lock = threading.Lock()
     self._block: tuple[str, Callable[[], None]] | None = None  # arguments of `leaving`
     self._first = 0.0
+    self._has_arrived = False  # a signal, which the thread that reads them may not have read yet
 
   @contextlib.contextmanager
   def leaving(self, line: str, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -161,13 +162,17 @@ class _CommandStop(Stop):
       yield
     finally:
       with self._lock:
-        self._block = outer
-        is_ending = self.signal is not None
+        is_ending = self._has_arrived
+        self._block = self._block if is_ending else outer
       if is_ending:
         threading.Event().wait()  # another thread ends the process; nothing may run beside it
 
   def leave(self, line: str) -> None:
     self._end(self.signal, line)
+
+  def on_arrival(self, number: int, frame: object) -> None:
+    """Records that a signal has arrived; Python's handler, in the main thread."""
+    self._has_arrived = True
 
   def on_signal(self, number: int) -> None:
     """Handles a signal, in the thread that reads signals."""
@@ -219,7 +224,7 @@ def exit_on_signals() -> Iterator[Stop]:
         if number[0] in SIGNALS:
           stop.on_signal(number[0])
 
-  with ours, theirs, _install_handlers(lambda number, frame: None):
+  with ours, theirs, _install_handlers(stop.on_arrival):
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, name="jgpt-signals", daemon=True)
     thread.start()
