@@ -4,29 +4,15 @@ its commands.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
+from wheels import ROOT, build_wheel
 
 from jgpt import cli
-
-ROOT = Path(__file__).parent.parent
-
-
-def leave_out(folder, names):
-  """What is no part of the source.
-
-  Of folders called `runs` only the one at the top, for jgpt has one too.
-  """
-  found = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "dist")(
-    folder, names
-  )
-  return found | {name for name in names if name == "runs" and Path(folder) == ROOT}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +20,7 @@ def installed(tmp_path_factory):
   """A folder with the wheel's files, as pip lays them out."""
   pytest.importorskip("hatchling", reason="the wheel is built by hatchling (the test extra)")
   folder = tmp_path_factory.mktemp("wheel")
-  source = folder / "source"
-  shutil.copytree(ROOT, source, ignore=leave_out)
-  build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
-  done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stdout + done.stderr
-  (wheel,) = (folder / "dist").glob("*.whl")
+  wheel = build_wheel(folder)
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(folder / "site")
   return folder / "site"

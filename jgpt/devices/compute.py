@@ -206,6 +206,8 @@ PRECISIONS = {
   "bfloat16_3x": "high",
   "float32": "highest",
 }
+# How jax multiplies float32 -> decimal digits of a factor that it keeps: 24, 11, 8 and 16 bits.
+DIGITS = {"float32": 7, "TF32": 3, "bfloat16, one pass": 2, "bfloat16, three passes": 5}
 
 
 def describe_products(platform: str, kind: str, precision: str | None = None) -> str:
@@ -229,3 +231,18 @@ def describe_products(platform: str, kind: str, precision: str | None = None) ->
   if platform == "gpu" and chosen != "highest" and not WITHOUT_TF32.search(kind):
     return "float32 as TF32"
   return "float32"
+
+
+def explain_products(platform: str, kind: str, precision: str | None = None) -> str:
+  """Explains in a sentence what `describe_products` names, and which setting changes it.
+
+  Args:
+    platform: as for `describe_products`.
+    kind: as for `describe_products`.
+    precision: as for `describe_products`.
+  """
+  form = describe_products(platform, kind, precision).removeprefix("float32 as ")
+  words = f"float32 matrices are multiplied in {form}"
+  if form in DIGITS:
+    words += f", which keeps about {DIGITS[form]} digits of each factor"
+  return words if form == "float32" else f"{words}; compute.precision=highest keeps all 7"

@@ -52,6 +52,7 @@ from jgpt.devices.compute import (
   choose_step_options,
   describe_products,
   explain_compute,
+  explain_products,
   is_grouping_worthwhile,
   keep_known_options,
   resolve_compute,
@@ -754,6 +755,10 @@ BFLOAT16, TF32 = "float32 as bfloat16, one pass", "float32 as TF32"
 )
 def test_it_is_said_in_which_precision_products_run(platform, kind, precision, words):
   assert describe_products(platform, kind, precision) == words
+  sentence = explain_products(platform, kind, precision)
+  form = words.removeprefix("float32 as ")
+  assert f" in {form}{'' if 'X6' in form else ', which keeps about '}" in sentence
+  assert ("compute.precision=highest keeps all 7" in sentence) == (words != "float32")
   with jax.default_matmul_precision(precision):  # jax knows it
     assert jax.config.jax_default_matmul_precision == precision
     assert runtime.describe_precision(jax.devices()[0], PLAIN).startswith("float32")
