@@ -40,8 +40,8 @@ VERBS = {
   "evaluate": "measure a run's loss over the whole of its held-out text",
   "plot": "draw the losses and the speed of one run or several",
   "inspect": (
-    "see what a run predicts for each token of a text, or follow one of its parameters through "
-    "training"
+    "see a run's parameters and gradients, its predictions and attention on a text, or one "
+    "number's updates"
   ),
 }
 

@@ -68,7 +68,7 @@ def format_maps(
     labels: of the T tokens.
     width: characters of a line.
   """
-  num_tokens = len(labels)
+  maps_MTS, num_tokens = np.asarray(maps_MTS), len(labels)
   short = [cut_label(label) for label in labels]
   margin = max(map(len, short)) + 1
   cell = 2 if margin + 2 * num_tokens <= width else 1
@@ -137,7 +137,7 @@ def draw_attention(weights_LNTS: np.ndarray, labels: Sequence[str]) -> Figure:
   future_TS = np.triu(np.ones((num_tokens, num_tokens), bool), 1)
   # Labels of at least 5 points; where the tokens are too many for that, some have none.
   ticks = range(0, num_tokens, math.ceil(num_tokens * 5 / (72 * side)))
-  names = [cut_label(labels[t]) for t in ticks]
+  names = [cut_label(labels[t]).replace("$", r"\$") for t in ticks]  # not mathematics
   space = 72 * side / len(ticks)  # points between labels
   font = min(9.0, 0.9 * space)
   rotation = 90 if max(map(len, names)) * font * 0.7 > space else 0
@@ -151,10 +151,11 @@ def draw_attention(weights_LNTS: np.ndarray, labels: Sequence[str]) -> Figure:
     image = ax.imshow(masked_TS, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     ax.set_facecolor(ABSENT)
     ax.set_title(f"layer {layer}, head {head}", fontsize=10 if side > 1.5 else 7)
-    ax.set_xticks(ticks, names, fontsize=font, rotation=rotation, parse_math=False)
-    ax.set_yticks(ticks, names, fontsize=font, parse_math=False)
-    ax.tick_params(length=0)
+    ax.tick_params(length=0, labelsize=font)
+    ax.tick_params(axis="x", labelrotation=rotation)
     ax.spines[:].set_visible(False)
+  axes[0, 0].set_xticks(ticks, names)  # of all maps, which share their axes
+  axes[0, 0].set_yticks(ticks, names)
   figure.supxlabel("token that is read (grey: comes later, cannot be read)", fontsize=10)
   figure.supylabel("token that reads", fontsize=10)
   height = min(1.0, 5 / (side * rows))

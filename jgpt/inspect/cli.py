@@ -1,41 +1,44 @@
-"""Runs `python -m jgpt.inspect`: arguments, and the two tables that it prints.
+"""Runs `python -m jgpt.inspect`: arguments, and the tables and maps that it prints.
 
-The tables' rows are computed in `predictions.py` and `updates.py`. The package is always imported
-as `jgpt.inspect`; the standard library has a module `inspect`.
+What they show is computed in the files beside this one, and attention in `model.trace`. The package
+is always imported as `jgpt.inspect`; the standard library has a module `inspect`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import os
+import re
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jgpt import cli
 from jgpt.errors import UserError
 from jgpt.params import Entry, find_entry
+from jgpt.report import figures
 from jgpt.report.tables import format_table
+from jgpt.system.files import write_file
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.config import OptimizerConfig
+  from jgpt.inspect.gradients import NextUpdate
   from jgpt.inspect.predictions import Prediction
   from jgpt.inspect.updates import Update
   from jgpt.runs.folder import RunFiles
   from jgpt.runs.open import Run
 
+MAX_MAPS = 12  # of attention that a terminal shows; of more, each layer's mean
+
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
-  if args.text is None and args.trace is None:
-    raise UserError("say what to look at: --text TEXT, --trace 'PARAMETER[INDICES]', or both")
-  if args.text is None and args.step is not None:
-    raise UserError("--step goes with --text; --trace begins at the run's initial weights")
-  if args.trace is None and args.set:
-    raise UserError("--set goes with --trace: --text reads no text of the run")
-  if args.trace_steps < 1:
-    raise UserError(f"--trace-steps={args.trace_steps} must be at least 1")
+  _check_arguments(args)
   from jgpt.devices import runtime
   from jgpt.runs.folder import read_run_files
   from jgpt.runs.locate import locate_run
@@ -46,13 +49,168 @@ def main(argv: list[str] | None = None) -> int:
   args.run, args.step = locate_run(args.run, args.step)
   files = read_run_files(args.run)
   entry = None if args.trace is None else find_entry(args.trace, files.experiment.model)
-  if args.text is not None:
-    files.tokenizer.encode(args.text)  # raises for unknown characters, before an array is read
-    _print_predictions(open_run(args.run, args.step), args.text)
+  _check_layer(args.layer, files.experiment.model.num_layers)
+  for text in (args.text, args.attention):
+    if text is not None:
+      files.tokenizer.encode(text)  # raises for unknown characters, before an array is read
+  parts = []
+  if args.text is not None or args.attention is not None or entry is None:
+    run = open_run(args.run, args.step)
+    if args.text is not None:
+      parts.append(lambda: _print_predictions(run, args.text))
+    if args.attention is not None:
+      parts.append(lambda: _print_attention(args, run))
+    if not parts and entry is None:
+      parts.append(lambda: _print_params(args, files, run))
   if entry is not None:
-    print(end="" if args.text is None else "\n")
-    _print_trace(args, files, entry)
+    parts.append(lambda: _print_trace(args, files, entry))
+  for i, print_part in enumerate(parts):
+    print(end="\n" if i else "")
+    print_part()
   return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+  """Checks options that have no meaning together.
+
+  Raises:
+    UserError: saying which, and what they go with.
+  """
+  is_alone = args.text is None and args.attention is None and args.trace is None
+  if args.trace is not None and args.text is None and args.attention is None and args.step:
+    raise UserError(
+      "--step goes with --text, --attention, or neither; --trace begins at the run's initial "
+      "weights"
+    )
+  if args.trace is None and args.set and not is_alone:
+    raise UserError("--set goes with --trace, or the table: --text reads no text of the run")
+  if args.layer is not None and args.attention is None and not is_alone:
+    raise UserError("--layer goes with --attention, or with the table of parameters")
+  if args.trace_steps < 1:
+    raise UserError(f"--trace-steps={args.trace_steps} must be at least 1")
+  if args.out is None:
+    return
+  if args.attention is None:
+    raise UserError("--out is a picture of attention: it goes with --attention")
+  figures.check_suffix(args.out)
+  if os.path.lexists(args.out):
+    raise UserError(f"--out {args.out} is there already. Choose another name, or remove it")
+  if not args.out.parent.is_dir():
+    folder = args.out.parent
+    raise UserError(f"--out {args.out} cannot be written: {folder} is no folder. Make it first")
+  figures.make_figure()  # raises without matplotlib, before a model is read
+
+
+def _check_layer(layer: int | str | None, num_layers: int) -> None:
+  if isinstance(layer, int) and layer >= num_layers:
+    have = f"layers 0 to {num_layers - 1}" if num_layers > 1 else "one layer, 0"
+    raise UserError(f"--layer={layer}: the model has {have}. Try --layer {num_layers - 1}")
+
+
+# --- Parameters ---
+
+
+def _print_params(args: argparse.Namespace, files: RunFiles, run: Run) -> None:
+  from jgpt.inspect.gradients import compute_next_update
+  from jgpt.inspect.parameters import format_params, measure_layers, measure_params
+  from jgpt.runs.text import find_run_data, parse_place
+
+  found, reason = None, ""
+  try:
+    data, _ = find_run_data(args.run, files, parse_place(args.set, files))
+    found = compute_next_update(run, data)
+  except UserError as error:
+    if args.set:
+      raise
+    reason = str(error)
+  grads, updates = (None, None) if found is None else (found.grads, found.updates)
+  measure = measure_params if args.layer is None else measure_layers
+  rows = measure(run.params, grads, updates, run.experiment.model)
+  if isinstance(args.layer, int):
+    rows = [row for row in rows if row.name.endswith(f"[{args.layer}]")]
+  print(f"run         {run.workdir} at step {run.step:,}\n")
+  print(f"{format_params(rows)}\n")
+  lines = describe_columns(run, found) if found else [("gradient", f"not computed: {reason}")]
+  for label, line in lines:
+    print(f"{label:<12}{line}")
+
+
+def describe_columns(run: Run, found: NextUpdate) -> list[tuple[str, str]]:
+  """Describes the columns of gradient and update, as labelled lines with the run's numbers."""
+  optimizer = run.experiment.optimizer
+  last = "the run's last" if run.step else "its first"
+  lines = [
+    (
+      "batch",
+      f"of update {found.step + 1:,}, {last}; its loss is now {found.loss:.4f} nats per token",
+    ),
+    ("gradient", "norm of the gradient of that loss, before clipping"),
+    ("ratio", "log10(rms of the update / rms of the parameter), the update being what"),
+    (
+      "",
+      f"{optimizer.name} would now add for that batch, at that update's rate of {found.rate:.3g}",
+    ),
+    ("healthy", "about -3: an update changes a parameter by a thousandth (Karpathy, makemore)"),
+  ]
+  if not found.rate:
+    lines.append(("", "the rate is 0 here, so that nothing is updated"))
+  elif found.rate < optimizer.peak_lr:
+    more = math.log10(optimizer.peak_lr / found.rate)
+    peak = f"the peak rate of {optimizer.peak_lr:g}"
+    lines.append(("", f"{peak} would add {more:.1f} to each"))
+  return lines
+
+
+# --- Attention ---
+
+
+def _print_attention(args: argparse.Namespace, run: Run) -> None:
+  import jax
+
+  from jgpt.config.experiment import PLAIN
+  from jgpt.inspect.attention import LEGEND, draw_attention, format_attention, format_maps
+  from jgpt.inspect.predictions import label_token, make_trace_tokens
+  from jgpt.model import trace
+
+  tokens_BT = make_trace_tokens(args.attention, run.tokenizer, run.experiment)
+  labels = [label_token(token_id, run.tokenizer) for token_id in tokens_BT[0].tolist()]
+  experiment = dataclasses.replace(run.experiment, compute=PLAIN)
+  found = jax.jit(trace, static_argnums=2)(run.params, tokens_BT, experiment)
+  weights_LNTS = jax.device_get(found.attention_LBNTS[:, 0])
+  num_layers, num_heads = weights_LNTS.shape[:2]
+  width = shutil.get_terminal_size().columns
+  print(f"run         {run.workdir} at step {run.step:,}")
+  print(f"text        {describe_read(args.attention, len(labels), run)}\n")
+  if isinstance(args.layer, int):
+    shown = weights_LNTS[args.layer : args.layer + 1]
+    print(format_attention(shown, labels, width=width, first_layer=args.layer))
+  elif args.layer == "all" or num_layers * num_heads <= MAX_MAPS:
+    print(format_attention(weights_LNTS, labels, width=width))
+  else:
+    titles = [f"layer {layer}" for layer in range(num_layers)]
+    print(f"{LEGEND}\n\n{format_maps(weights_LNTS.mean(1), titles, labels, width=width)}\n")
+    print(
+      f"each map is the mean of a layer's {num_heads} heads; --layer N shows the heads of one, "
+      "--layer all those of all"
+    )
+  if args.out is not None:
+    picture = figures.render_figure(draw_attention(weights_LNTS, labels), args.out.suffix)
+    write_file(args.out, picture)
+    print(f"\nwrote {args.out}: {num_layers} × {num_heads} maps, a row for each layer")
+
+
+def describe_read(text: str, num_tokens: int, run: Run) -> str:
+  """Describes the tokens that `predictions.make_trace_tokens` makes of a text."""
+  seq_len = run.experiment.data.seq_len
+  if run.experiment.data.batching == "documents":
+    num = len(text) + 1
+    whole = f"{text!r} as in training: BOS and {len(text)} character{'s' * (len(text) != 1)}"
+  else:
+    num = len(run.tokenizer.encode(text))
+    whole = f"{num:,} token{'s' * (num != 1)}"
+  if num <= num_tokens:
+    return whole
+  return f"{whole}; cut after {num_tokens:,} tokens, the context in training ({seq_len:,})"
 
 
 # --- Predictions ---
@@ -262,8 +420,9 @@ def describe_formulas(
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m jgpt.inspect",
-    description="See what a run predicts for each token of a text, or follow one number through "
-    "its first updates.",
+    description="See into a run: without another option a table of its parameters, their gradients "
+    "and updates; what it predicts for each token of a text; what each head attends to; or one "
+    "number through its first updates.",
   )
   parser.add_argument(
     "--run",
@@ -275,11 +434,29 @@ def _parser() -> argparse.ArgumentParser:
     "--text", metavar="TEXT", help="a text to predict, token by token; for names: one name"
   )
   parser.add_argument(
+    "--attention",
+    metavar="TEXT",
+    help="a text to show attention on: a map for each layer and head, of what each token reads",
+  )
+  parser.add_argument(
+    "--layer",
+    type=_parse_layer,
+    metavar="N",
+    help=f"which layer's attention, counted from 0, or all (default: all, and over {MAX_MAPS} maps "
+    "the mean of each layer's heads); in the table of parameters that layer alone, or with all a "
+    "row for each layer",
+  )
+  parser.add_argument(
+    "--out",
+    type=lambda text: Path(os.path.expanduser(text)),
+    metavar="PATH",
+    help="a picture to write of all maps of attention, .svg or .png; needs the extra plot",
+  )
+  parser.add_argument(
     "--step",
     type=cli.parse_step,
     metavar="N",
-    help="which checkpoint predicts it, or best: the saved one of the lowest held-out loss "
-    "(default: newest)",
+    help="which checkpoint, or best: the saved one of the lowest held-out loss (default: newest)",
   )
   parser.add_argument(
     "--trace",
@@ -296,3 +473,11 @@ def _parser() -> argparse.ArgumentParser:
     help="updates to follow it through (default: 10)",
   )
   return parser
+
+
+def _parse_layer(text: str) -> int | str:
+  if text == "all":
+    return text
+  if not re.fullmatch("[0-9]+", text):
+    raise argparse.ArgumentTypeError(f"{text!r} must be a layer's number from 0, or all")
+  return int(text)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jgpt.config import ModelConfig
 from jgpt.params import Param, walk
+from jgpt.report.tables import format_table
 
 BLOCKS = "blocks/"  # begins the names of parameters that each layer has
 
@@ -135,6 +136,39 @@ def sum_stats(rows: Sequence[ParamStats], name: str = "total") -> ParamStats:
     join([row.grad_norm for row in rows]),
     join([row.update_norm for row in rows]),
   )
+
+
+def format_params(rows: Sequence[ParamStats]) -> str:
+  """Formats a table with a row for each parameter and one for all of them.
+
+  Args:
+    rows: at least one; columns of gradients and updates are there where these were given.
+  """
+  rows = [*rows, sum_stats(rows)]
+  header = ["parameter", "shape", "count", "norm", "rms", "largest"]
+  extra = [] if rows[0].grad_norm is None else ["gradient", "ratio"]
+  cells = [
+    [
+      row.name,
+      "×".join(map(str, row.shape)),
+      f"{row.count:,}",
+      *(_format_size(x) for x in (row.norm, row.rms, row.largest)),
+      *([_format_size(row.grad_norm), _format_ratio(row)] if extra else []),
+    ]
+    for row in rows
+  ]
+  return format_table([header + extra, *cells], ["left", "left", *["right"] * (4 + len(extra))])
+
+
+def _format_size(x: float) -> str:
+  """Formats three or more significant digits, so that a column is easy to compare."""
+  return f"{x:.1e}" if x and not 0.001 <= abs(x) < 10_000 else f"{x:.4f}"
+
+
+def _format_ratio(row: ParamStats) -> str:
+  if row.log10_ratio is not None:
+    return f"{row.log10_ratio:.2f}"
+  return "no update" if row.norm else "is 0"
 
 
 def _name_of(row: ParamStats) -> str:

@@ -95,6 +95,31 @@ def make_text_batch(text: str, tokenizer: Tokenizer, experiment: Experiment) -> 
   return jax.device_put(Batch(tokens[:, :-1], tokens[:, 1:], weights_BT))
 
 
+def make_trace_tokens(text: str, tokenizer: Tokenizer, experiment: Experiment) -> np.ndarray:
+  """Makes the tokens that the model reads of a text's beginning, as in training.
+
+  Where batches are documents: BOS and the characters. At most `data.seq_len` tokens.
+
+  Args:
+    text: one document, or a piece of a stream.
+    tokenizer: of the run.
+    experiment: resolved.
+
+  Returns:
+    int32 [1, T].
+
+  Raises:
+    UserError: if the tokenizer does not know a character, or there is no token.
+  """
+  if experiment.data.batching == "documents":
+    batch = jax.device_get(make_text_batch(text, tokenizer, experiment))
+    return batch.inputs_BT[:, : int(np.sum(batch.weights_BT))]
+  ids = tokenizer.encode(text)[: experiment.data.seq_len]
+  if not ids:
+    raise UserError("the text is empty, so that there is nothing to read. Try a longer --attention")
+  return np.asarray([ids], np.int32)
+
+
 def predict(
   params: dict, batch: Batch, tokenizer: Tokenizer, config: ModelConfig, *, num_guesses: int = 3
 ) -> list[Prediction]:
@@ -181,6 +206,17 @@ def show_context(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return f"…{_quote(pieces[-shown:])}"
   mark = [show_token(ids[0], tokenizer)] if not contents[ids[0]] else []
   return " ".join([*mark, _quote(pieces)] if pieces else mark)
+
+
+def label_token(token_id: int, tokenizer: Tokenizer) -> str:
+  r"""Formats a token for the edge of a map: `a`, `␣the`, `\n`, `0xe2` (part of a character), `BOS`.
+
+  Args:
+    token_id: any id of the model.
+    tokenizer: of the run.
+  """
+  shown = show_token(token_id, tokenizer)
+  return (shown[1:-1] if shown[0] in "'\"" else shown.removeprefix("byte ")).replace(" ", "␣")
 
 
 def _show_characters(content: bytes) -> list[str]:

@@ -7,10 +7,12 @@ import ast
 import functools
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import equivalence
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +20,21 @@ import pytest
 import small_runs
 from small_runs import compiled_quickly, train_small, train_verse, train_words
 
+import jgpt.batches
 import jgpt.inspect.cli
+import jgpt.model
 import jgpt.step
 from jgpt import cli
 from jgpt.batches import Batch
 from jgpt.config.settings import change
 from jgpt.errors import UserError
+from jgpt.inspect.attention import format_attention, format_maps
 from jgpt.inspect.cli import format_updates
 from jgpt.inspect.predictions import make_text_batch, mean_loss, predict, show_context, show_token
 from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
-from jgpt.params import find_entry
+from jgpt.params import find_entry, walk
+from jgpt.report import figures
 from jgpt.runs.folder import read_run_files
 from jgpt.runs.open import open_run
 from jgpt.sharding import stack_blocks
@@ -272,6 +278,199 @@ def test_one_in_is_rounded_for_a_person():
   assert {n: jgpt.inspect.cli.format_count(n) for n in shown} == shown
 
 
+# --- Parameters ---
+
+
+def list_files(folder):
+  return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+def read_table(text):
+  """The table's header, and a row of numbers for each parameter, by name; None for words."""
+
+  def number(word):
+    word = word.replace(",", "")
+    return float(word) if re.fullmatch(r"[-+.e\d]+", word) else None
+
+  header, *lines = text.split("\n")
+  words = [line.split() for line in lines]
+  rows = {w[0]: [number(word) for word in w[(1 if w[0] == "total" else 2) :]] for w in words}
+  shapes = {w[0]: w[1] for w in words if w[0] != "total"}
+  return header.split(), rows, shapes
+
+
+def norm(x):
+  return float(np.linalg.norm(np.asarray(x, np.float64)))
+
+
+def check_table(capsys, run, state, *args):
+  """The table of a run at a state, against NumPy and against a real update: the training step from
+  this state, made to repeat its last update's batch and rate.
+  """
+  before = list_files(run.workdir)
+  status, out, err = call(capsys, "--run", run.workdir, *args)
+  assert status == 0 and err == "" and list_files(run.workdir) == before
+  head, table, notes = out.rstrip("\n").split("\n\n")
+  step = int(state.step) - 1
+  assert f"{run.workdir} at step {step + 1}" in head
+  lr = state.opt_state["lr"]._replace(count=jnp.int32(step))
+  again = state.replace(step=jnp.int32(step), opt_state=state.opt_state | {"lr": lr})
+  batch = jgpt.batches.batch(jax.device_put(run.data.train), again.step, run.experiment)
+  _, grads = jax.jit(jgpt.step.loss_and_grads, static_argnums=3)(
+    again.params, batch, again.step, run.experiment
+  )
+  after, metrics = jax.jit(jgpt.step.train_step, static_argnums=2)(again, batch, run.experiment)
+  params, grads, after = (stack_blocks(tree) for tree in (state.params, grads, after.params))
+  updates = jax.tree.map(lambda new, old: np.float64(new) - np.float64(old), after, params)
+  header, rows, shapes = read_table(table)
+  assert header == ["parameter", "shape", "count", "norm", "rms", "largest", "gradient", "ratio"]
+  assert [*rows] == [*(name for name, *_ in walk(run.experiment.model)), "total"]
+  trees = [equivalence.leaves_by_name(tree) for tree in (params, grads, updates)]
+  trees = [tree | {"total": np.concatenate([x.ravel() for x in tree.values()])} for tree in trees]
+  for name, row in rows.items():
+    p, g, u = (tree[name] for tree in trees)
+    assert name == "total" or shapes[name] == "×".join(map(str, p.shape))
+    rms, largest = norm(p) / math.sqrt(p.size), np.abs(p).max()
+    expected = [p.size, norm(p), rms, largest, norm(g), math.log10(norm(u) / norm(p))]
+    assert row == pytest.approx(expected, rel=0.05, abs=0.006), name
+  total = rows["total"]
+  assert total[4] == pytest.approx(float(metrics["train/grad_norm"]), abs=1e-4)
+  assert f"of update {step + 1}, the run's last" in notes
+  assert f"is now {float(metrics['train/loss']):.4f} nats" in notes
+  rate = float(metrics["train/lr"])
+  assert f"that update's rate of {rate:.3g}" in notes
+  assert f"would add {math.log10(run.experiment.optimizer.peak_lr / rate):.1f} to each" in notes
+  return notes
+
+
+@pytest.mark.slow
+def test_the_table_of_parameters(capsys, words):
+  """Numbers are those of NumPy, and the ratio is that of an update that was made."""
+  check_table(capsys, words, words.result.state)
+
+
+@pytest.mark.slow
+def test_the_table_of_a_run_with_dropout_clipping_and_decay(capsys, verse):
+  check_table(capsys, verse, verse.result.state)
+  layer = call(capsys, "--run", verse.workdir, "--layer", 1)[1].split("\n\n")[1]
+  _, rows, shapes = read_table(layer)
+  inside = [name for name, _, layers in walk(verse.experiment.model) if name.startswith("blocks/")]
+  assert [*rows] == [*(f"{name}[1]" for name in inside), "total"]
+  assert shapes["blocks/w_up[1]"] == "16×32"
+  w_up = stack_blocks(verse.result.params)["blocks"]["w_up"]
+  assert rows["blocks/w_up[1]"][1] == pytest.approx(norm(w_up[1]), abs=1e-4)
+  _, rows, _ = read_table(
+    call(capsys, "--run", verse.workdir, "--layer", "all")[1].split("\n\n")[1]
+  )
+  assert rows["blocks/w_up[0]"][1] == pytest.approx(norm(w_up[0]), abs=1e-4)
+  assert "tok_embed" in rows and "blocks/w_up" not in rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"name": "adam"}, {"name": "sgd", "momentum": 0.9}])
+def test_the_table_of_other_optimizers(capsys, words, tmp_path, changes):
+  changes = {f"optimizer.{name}": value for name, value in changes.items()}
+  changes |= {"optimizer.weight_decay": 0.1, "train.steps": 3}
+  run = train_small(change(words.experiment, changes), tmp_path / "run")
+  notes = check_table(capsys, run, run.result.state)
+  assert f"{run.experiment.optimizer.name} would now add" in notes
+
+
+@pytest.mark.slow
+def test_the_table_of_an_older_checkpoint_and_of_none(capsys, words, tmp_path):
+  """`--step` chooses the parameters, and with them batch and rate; before any update they are the
+  first one's.
+  """
+  out = call(capsys, "--run", words.workdir, "--step", 30)[1]
+  assert "at step 30" in out and "of update 30, the run's last" in out
+  params = open_run(words.workdir, 30).params
+  total = math.hypot(*(norm(x) for x in jax.tree.leaves(params)))
+  assert read_table(out.split("\n\n")[1])[1]["total"][1] == pytest.approx(total, abs=1e-4)
+  copy = shutil.copy(words.workdir.parent / "words.txt", tmp_path)
+  assert call(capsys, "--run", words.workdir, "--set", f"data.path={copy}", "--step", 30)[1] == out
+  run = train_small(change(words.experiment, {"train.steps": 0}), tmp_path / "none")
+  out = call(capsys, "--run", run.workdir)[1]
+  rate = words.experiment.optimizer.peak_lr
+  assert "of update 1, its first" in out and f"that update's rate of {rate:.3g}" in out
+
+
+def test_without_a_text_or_an_optimizers_state_the_table_is_shorter(capsys, words, tmp_path):
+  """One line says why, and the run is read only."""
+  short = ["parameter", "shape", "count", "norm", "rms", "largest"]
+  path = words.workdir.parent / "words.txt"
+  aside = path.rename(path.with_name("aside.txt"))
+  try:
+    status, out, err = call(capsys, "--run", words.workdir)
+    assert status == 0 and err == ""
+    _, table, notes = out.rstrip("\n").split("\n\n")
+    assert read_table(table)[0] == short and notes.count("\n") == 0
+    assert notes.startswith("gradient    not computed: ") and f"nothing is at {path}" in notes
+  finally:
+    aside.rename(path)
+  weights = shutil.copytree(words.workdir, tmp_path / "weights")
+  shutil.rmtree(weights / "checkpoints" / "60" / "train_state")
+  status, out, err = call(capsys, "--run", weights)
+  assert status == 0 and err == "" and read_table(out.split("\n\n")[1])[0] == short
+  assert "checkpoints/60 has no optimizer state, only parameters" in out
+
+
+# --- Attention ---
+
+
+def test_attention_is_shown(capsys, words, verse):
+  """The maps of what `trace` finds for the tokens that training would make of the text."""
+  status, out, err = call(capsys, "--run", words.workdir, "--attention", "bwé")
+  assert status == 0 and err == ""
+  tokens = jnp.array([to_ids(["BOS", "b", "w", "é"], words.data.tokenizer)])
+  found = jgpt.model.trace(words.result.params, tokens, words.experiment)
+  assert format_attention(found.attention_LBNTS[:, 0], ["BOS", "b", "w", "é"]) in out
+  assert "'bwé' as in training: BOS and 3 characters\n" in out
+
+
+@pytest.mark.slow
+def test_attention_of_a_stream(capsys, verse, monkeypatch):
+  """Every token has a row, at most those of the context in training; of many maps there is a mean
+  for each layer, and `--layer` shows a layer's heads.
+  """
+  out = call(capsys, "--run", verse.workdir, "--attention", "to be")[1]
+  found = jgpt.model.trace(verse.result.params, jnp.array([[*b"to be"]]), verse.experiment)
+  weights_LNTS = found.attention_LBNTS[:, 0]
+  num_heads, labels = weights_LNTS.shape[1], ["t", "o", "␣", "b", "e"]
+  assert 2 * num_heads <= jgpt.inspect.cli.MAX_MAPS
+  assert format_attention(weights_LNTS, labels) in out and "5 tokens\n" in out
+  out = call(capsys, "--run", verse.workdir, "--attention", "to be", "--layer", 1)[1]
+  assert format_attention(weights_LNTS[1:], labels, first_layer=1) in out and "layer 0" not in out
+  monkeypatch.setattr(jgpt.inspect.cli, "MAX_MAPS", 2 * num_heads - 1)
+  out = call(capsys, "--run", verse.workdir, "--attention", "to be", "--text", "to")[1]
+  assert out.index("perplexity") < out.index("layer 0")
+  assert format_maps(weights_LNTS.mean(1), ["layer 0", "layer 1"], labels) in out
+  assert f"the mean of a layer's {num_heads} heads; --layer N shows" in out
+  out = call(capsys, "--run", verse.workdir, "--attention", "to be", "--layer", "all")[1]
+  assert format_attention(weights_LNTS, labels) in out
+  out = call(capsys, "--run", verse.workdir, "--attention", "x" * 30)[1]
+  assert "30 tokens; cut after 16 tokens, the context in training" in out
+  assert "there is nothing to read" in call(capsys, "--run", verse.workdir, "--attention", "")[2]
+
+
+@pytest.mark.slow
+def test_attention_is_drawn(capsys, words, tmp_path, monkeypatch):
+  """A picture of the kind that its suffix names, never over another file."""
+  for name, begin in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
+    args = ["--run", words.workdir, "--attention", "ax", "--out", tmp_path / name]
+    status, out, err = call(capsys, *args)
+    assert status == 0 and err == "" and f"wrote {tmp_path / name}: 1 × 4 maps" in out
+    assert (tmp_path / name).read_bytes().startswith(begin)
+    status, _, err = call(capsys, *args)
+    assert status == 2 and "is there already. Choose another name" in err
+  svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+  assert "layer 0, head 3" in svg and "BOS" in svg
+  monkeypatch.setattr(figures, "can_draw", lambda: False)
+  status, out, err = call(
+    capsys, "--run", words.workdir, "--attention", "ax", "--out", tmp_path / "b.svg"
+  )
+  assert status == 2 and out == "" and "pip install 'jgpt[plot]'" in err
+
+
 # --- Updates ---
 
 
@@ -491,7 +690,15 @@ def test_places_are_read(words, verse):
 @pytest.mark.parametrize(
   ("args", "error"),
   [
-    ([], "say what to look at: --text TEXT, --trace"),
+    (["--text", "ax", "--layer", "0"], "--layer goes with --attention, or with the table"),
+    (["--layer", "1"], "--layer=1: the model has one layer, 0. Try --layer 0"),
+    (["--text", "ax", "--set", "data.path=x"], "--set goes with --trace, or the table"),
+    (["--set", "data.path=nowhere.txt"], "nothing is at nowhere.txt"),
+    (["--attention", "Zoë"], "not in the vocabulary: 'Z' 'o' 'ë'"),
+    (["--out", "a.svg"], "--out is a picture of attention: it goes with --attention"),
+    (["--attention", "ax", "--out", "a.gif"], "a.gif must end in .svg or .png"),
+    (["--attention", "ax", "--out", "nowhere/a.svg"], "nowhere is no folder. Make it first"),
+    (["--attention", "ax", "--out", __file__ + "/a.svg"], "is no folder"),
     (["--text", "Zoë"], "not in the vocabulary: 'Z' 'o' 'ë'. The vocabulary is: a-d"),
     (["--text", "ax", "--step", "7"], "no checkpoint of step 7; it has 30, 60"),
     (["--trace", "w_up[0,3,5]"], "no parameter 'w_up'. Did you mean blocks/w_up?"),

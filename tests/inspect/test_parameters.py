@@ -11,7 +11,7 @@ from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
 from jgpt.inspect.parameters import measure_layers, measure_params, sum_stats
 from jgpt.params import count_params, walk
-from jgpt.sharding import unstack_blocks
+from jgpt.sharding import stack_blocks, unstack_blocks
 
 CONFIG = resolve(
   change(
@@ -42,7 +42,9 @@ def norm(x):
   return math.sqrt((np.asarray(x, np.float64) ** 2).sum())
 
 
-@pytest.mark.parametrize("arrange", [lambda tree: tree, unstack_blocks], ids=["stacked", "list"])
+@pytest.mark.parametrize(
+  "arrange", [stack_blocks, pytest.param(unstack_blocks, marks=pytest.mark.slow)]
+)
 def test_rows_are_numpys(arrange):
   """Norm, rms, largest entry, the gradient's norm and the update's share, without padding."""
   assert CONFIG.padded_vocab_size > CONFIG.vocab_size and CONFIG.num_layers > 1

@@ -1,0 +1,82 @@
+"""Attention as shades and as a figure, of maps that are made by hand."""
+
+import numpy as np
+import pytest
+
+from jgpt.inspect.attention import draw_attention, format_attention, format_maps
+
+# Of each shade a number on its lower bound or inside; above the diagonal what must not be shown.
+MAP_TS = np.array(
+  [[1.0, 9.0, 9.0, 9.0], [0.7, 0.3, 9.0, 9.0], [0.4, 0.55, 0.05, 9.0], [0.2, 0.01, 0.69, 0.1]]
+)
+
+
+def test_a_map_in_shades():
+  """Every bound, both triangles, labels at the side and from top to bottom."""
+  shown = format_maps([MAP_TS, MAP_TS], ["head 0", "head 1"], ["B", "a", "n", "e"])
+  assert shown.split("\n") == [
+    "  head 0     head 1",
+    "  B a n e    B a n e",
+    "B ██         ██",
+    "a ██▒▒       ██▒▒",
+    "n ▓▓▓▓░░     ▓▓▓▓░░",
+    "e ▒▒· ▓▓░░   ▒▒· ▓▓░░",
+  ]
+  shown = format_maps([MAP_TS], ["x"], ["BOS", "a", "\\n", "verylongtoken"])
+  assert shown.split("\n")[:9] == [
+    "         x", "               v", "               e", "               r", "               y",
+    "               l", "         B     o", "         O   \\ n", "         S a n …",
+  ]  # fmt: skip
+  assert shown.split("\n")[-1] == "verylon… ▒▒· ▓▓░░"
+
+
+def test_maps_stand_side_by_side_as_the_width_allows():
+  """A layer's heads follow each other; where two columns for a token are too many one is taken, and
+  of longer texts the first tokens are shown.
+  """
+  weights = np.broadcast_to(MAP_TS, (2, 5, 4, 4))
+  legend, *parts = format_attention(weights, [*"Bane"], first_layer=3).split("\n\n")
+  assert "A row sums to 1:  · below 0.05  ░ to 0.2  ▒ to 0.4  ▓ to 0.7  █ to 1" in legend
+  assert [part.split("\n")[0] for part in parts] == ["layer 3", "layer 4"]
+  assert parts[0].split("\n")[1].split() == [w for i in range(5) for w in ("head", str(i))]
+  narrow = format_attention(weights[:1], [*"Bane"], width=32).split("\n\n")[1:]
+  assert len(narrow) == 2 and narrow[1].split("\n")[0].split() == ["head", "3", "head", "4"]
+  assert max(len(line) for part in narrow for line in part.split("\n")) <= 32
+  long = np.tril(np.ones((1, 40, 40)))
+  one = format_maps(long, ["head 0"], ["t"] * 40, width=60)
+  assert one.split("\n")[-1] == f"t {'█' * 40}" and "first" not in one
+  assert format_maps(long, ["head 0"], ["t"] * 40, width=82).split("\n")[-1] == f"t {'█' * 80}"
+  cut = format_maps(long, ["head 0"], ["t"] * 40, width=30).split("\n")
+  assert cut[-3] == f"t {'█' * 28}" and cut[-1].startswith("the first 28 of 40 tokens")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "heads"), [(1, 4), (1, 6), (2, 3), (12, 12)])
+def test_a_figure_has_a_map_for_each_layer_and_head(layers, heads):
+  """One scale from 0 to 1 for all; what comes later is masked; tokens at the edges."""
+  rng = np.random.default_rng(0)
+  weights = rng.uniform(size=(layers, heads, 4, 4))
+  figure = draw_attention(weights, ["$x$", "a", "\\n", "verylongtoken"])
+  figure.canvas.draw()  # lays it out; a label that is read as mathematics raises
+  drawn = [ax for ax in figure.axes if ax.images]
+  titles = [f"layer {i}, head {j}" for i in range(layers) for j in range(heads)]
+  assert [ax.get_title() for ax in drawn] == titles
+  for ax, map_TS in zip(drawn, weights.reshape(-1, 4, 4), strict=True):
+    (image,) = ax.images
+    assert image.get_clim() == (0, 1)
+    data = image.get_array()
+    np.testing.assert_array_equal(data.mask, np.triu(np.ones((4, 4), bool), 1))
+    np.testing.assert_array_equal(data.filled(0), np.tril(map_TS))
+  edge = [label.get_text() for label in drawn[0].get_yticklabels()]
+  assert edge == [r"\$x\$", "a", "\\n", "verylon…"]
+  width, height = figure.get_size_inches()
+  assert 4 <= width <= 16 and 3 <= height <= 20
+
+
+@pytest.mark.slow
+def test_of_many_tokens_some_have_no_label():
+  figure = draw_attention(np.tril(np.ones((1, 8, 300, 300))), ["t"] * 300)
+  figure.canvas.draw()
+  ax = figure.axes[4]  # below, where the labels are
+  sizes = {label.get_fontsize() for label in ax.get_xticklabels()}
+  assert len(ax.get_xticks()) < 100 and min(sizes) >= 4
