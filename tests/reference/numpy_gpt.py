@@ -382,6 +382,7 @@ class _Network:
     self.config = config
     self.saved: dict[str, Any] = {}
     self.gradients = {name: np.zeros(shape) for name, shape in shapes.items()}
+    self.residual: list[Array] = []  # before the first block, and after each
 
   # Forward.
 
@@ -417,6 +418,7 @@ class _Network:
     if config.norm_embed:
       x = self.norm("norm_embed", x)
 
+    self.residual.append(x)
     for i in range(config.num_layers):
       a = self.linear(f"h.{i}.attn.c_attn", self.norm(f"h.{i}.ln_1", x))
       a, self.saved[f"h.{i}.attn"] = attention_forward(
@@ -427,6 +429,7 @@ class _Network:
       m, self.saved[f"h.{i}.mlp"] = ACTIVATION_FORWARD[config.activation](m)
       m = self.dropout(f"h.{i}.activation", m)
       x = x + self.dropout(f"h.{i}.mlp_out", self.linear(f"h.{i}.mlp.c_proj", m))
+      self.residual.append(x)
 
     if config.norm_final:
       x = self.norm("ln_f", x)
@@ -505,6 +508,26 @@ def forward(
   """
   tokens_BT = _checked_ids(tokens_BT, config)
   return _Network(params, config, masks).forward(tokens_BT)
+
+
+def trace(
+  params: Mapping[str, Array], tokens_BT: Array, config: Config
+) -> tuple[Array, Array, Array]:
+  """Computes what leads to the logits, without dropout.
+
+  Args:
+      params: As in `forward`.
+      tokens_BT: As in `forward`.
+      config: As in `forward`.
+
+  Returns:
+      The residual stream before the first block and after each [L + 1, B, T, D]; each block's
+      softmax(q k^T / sqrt(H)) over the keys up to the query's own [L, B, N, T, T]; the logits.
+  """
+  network = _Network(params, config, None)
+  logits_BTV = network.forward(_checked_ids(tokens_BT, config))
+  probabilities = [network.saved[f"h.{i}.attn"][3] for i in range(config.num_layers)]
+  return np.stack(network.residual), np.stack(probabilities), logits_BTV
 
 
 def loss_and_gradients(
