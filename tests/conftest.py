@@ -1,5 +1,6 @@
 """Every test sees 8 virtual CPU devices, and implicit rank promotion is an error.
 
+But for the tests of the attached device: `-m device` leaves jax its accelerator.
 What the equivalence tests measured in this run is printed as a table at its end.
 """
 
@@ -14,7 +15,6 @@ if (
   signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # so a shell starts what runs in the background; children inherit it
   signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if (
   "JGPT_TEST_CACHE" not in os.environ
 ):  # one for this run: pytest-xdist's workers and child processes inherit it
@@ -53,6 +53,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 rows = []  # measured by all tests
+
+
+def pytest_configure(config):
+  """Chooses the platform, before a test is imported and in pytest-xdist's workers too."""
+  chosen = config.option.markexpr
+  if chosen == "device" or chosen.startswith("device and "):
+    return
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of child processes
+  jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
 @pytest.fixture
