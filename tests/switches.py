@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -440,17 +440,20 @@ def make_experiment(
   return resolve(experiment, config.vocab_size)
 
 
-def draw_batches(config: ModelConfig) -> list[Batch]:
-  """A batch for each of `NUM_STEPS` updates."""
-  return [draw_batch(config, seed=seed) for seed in range(NUM_STEPS)]
+def draw_batches(config: ModelConfig, empty: Collection[int] = ()) -> list[Batch]:
+  """A batch for each of `NUM_STEPS` updates; those of `empty` count no token, and have no loss."""
+  batches = [draw_batch(config, seed=seed) for seed in range(NUM_STEPS)]
+  for i in empty:
+    batches[i] = batches[i]._replace(weights_BT=np.zeros_like(batches[i].weights_BT))
+  return batches
 
 
-def run_training(experiment: Experiment, dtype: str) -> dict:
+def run_training(experiment: Experiment, dtype: str, empty: Collection[int] = ()) -> dict:
   """The losses, rates, norms, parameters and moments of `NUM_STEPS` updates by jgpt in one compiled
-  call.
+  call; `empty` as for `draw_batches`.
   """
   params = cast(draw_params(experiment.model), dtype)
-  batches = jax.tree.map(lambda *x: jnp.stack(x), *draw_batches(experiment.model))
+  batches = jax.tree.map(lambda *x: jnp.stack(x), *draw_batches(experiment.model, empty))
 
   def batch_of(batches: Batch, step: jax.Array, *_: Any) -> Batch:
     return jax.tree.map(lambda x: x[step], batches)
@@ -462,18 +465,29 @@ def run_training(experiment: Experiment, dtype: str) -> dict:
       return jgpt.step.train_steps(state, batches, num_steps, experiment, capacity=NUM_STEPS)
 
   state, metrics = jax.jit(run, compiler_options=QUICK)(params, batches)
-  moments = {name: getattr(state.opt_state["adam"], name) for name in ("mu", "nu")}
+  moments = {}
+  if adam := state.opt_state.get("adam"):
+    moments = {"mu": adam.mu, "nu": adam.nu}
+  elif experiment.optimizer.momentum:
+    moments = {"mu": state.opt_state["momentum"].trace}
+  assert np.flatnonzero(metrics["train/skipped"]).tolist() == sorted(empty)
   return metrics | {"params": state.params, **moments}
 
 
-def check_training(config: ModelConfig, optimizer: OptimizerConfig, *, what: str) -> dict:
-  """Asserts that losses, rates, parameters and both moments of `NUM_STEPS` updates in float64 are
-  the NumPy GPT's.
+TITLES = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
+
+
+def check_training(
+  config: ModelConfig, optimizer: OptimizerConfig, *, what: str, empty: Collection[int] = ()
+) -> dict:
+  """Asserts that losses, rates, parameters and moments of `NUM_STEPS` updates in float64 are the
+  NumPy GPT's.
 
   Args:
     config: sizes and switches.
     optimizer: all of it but `decay_steps` and `cooldown_steps`, which follow from `NUM_STEPS`.
     what: for the table.
+    empty: as for `draw_batches`: updates that are skipped.
 
   Returns:
     jgpt's metrics, each with an entry for every update.
@@ -481,7 +495,7 @@ def check_training(config: ModelConfig, optimizer: OptimizerConfig, *, what: str
   experiment = make_experiment(config, optimizer)
   optimizer, params = experiment.optimizer, draw_params(config)
   rate, flat = oracle_rate(optimizer), to_oracle(params, config)
-  batches = [tuple(map(np.asarray, batch)) for batch in draw_batches(config)]
+  batches = [tuple(map(np.asarray, batch)) for batch in draw_batches(config, empty)]
   losses, *trees = numpy_gpt.train(
     flat,
     batches,
@@ -493,23 +507,31 @@ def check_training(config: ModelConfig, optimizer: OptimizerConfig, *, what: str
     weight_decay=optimizer.weight_decay,
     decayed=oracle_names(config, optimizer.decay_kinds),
     clip_norm=optimizer.clip_norm,
+    optimizer=optimizer.name,
+    momentum=optimizer.momentum,
   )
-  got = run_training(experiment, "float64")
-  name, tolerance = f"NumPy AdamW, {NUM_STEPS} steps, float64: {what}", TOLERANCE["float64"]
+  got = run_training(experiment, "float64", empty)
+  name, tolerance = (
+    f"NumPy {TITLES[optimizer.name]}, {NUM_STEPS} steps, float64: {what}",
+    TOLERANCE["float64"],
+  )
+  applied = np.delete(np.arange(NUM_STEPS), list(empty))
   _, grads = numpy_gpt.loss_and_gradients(flat, *batches[0], config)
   expected = {
-    "losses": np.array(losses),
+    "losses": np.array(losses)[applied],
     "rates": np.array([rate(step) for step in range(NUM_STEPS)]),
     "first norm": np.float64(numpy_gpt.global_norm(grads)),
   }
   found = {
-    "losses": got["train/loss"],
+    "losses": got["train/loss"][applied],
     "rates": got["train/lr"],
     "first norm": got["train/grad_norm"][0],
   }
   with in_brief():
     compare(name, expected, found, tolerance)
     for tree, expected_flat in zip(("params", "mu", "nu"), trees, strict=True):
+      if tree not in got:
+        continue
       expected, found = from_oracle(expected_flat, params), without_padding(got[tree], config)
       if tree == "params":
         compare_params(name, expected, found, tolerance)

@@ -426,6 +426,29 @@ def test_adam_has_its_worked_second_update_and_decay():
   np.testing.assert_allclose([m["a"][0], v["a"][0]], [1.25, 1.1875])
 
 
+def test_decay_in_the_gradient_and_momentum_have_worked_values():
+  """The gradient 1 at 10 decays by 0.1 * 10: Adam and SGD see 2 where it does, in their moments."""
+  params, ones = {"a": np.array([10.0]), "b": np.array([10.0])}, {"a": np.ones(1), "b": np.ones(1)}
+  settings = {"lr": 0.5, "weight_decay": 0.1, "decayed": {"b"}}
+  new, m, v = oracle.adam_update(
+    params, ones, zeros(params), zeros(params), 1, b1=0.5, b2=0.75, eps=0.0, **settings
+  )
+  assert [*m.values(), *v.values()] == [
+    0.5,
+    1.0,
+    0.25,
+    1.0,
+  ]  # half of 1 and 2, a quarter of 1 and 4
+  assert [*new.values()] == [9.5, 9.5]  # whatever the size of a first gradient
+  new, m = oracle.sgd_update(params, ones, zeros(params), momentum=0.5, **settings)
+  assert [*m.values(), *new.values()] == [1.0, 2.0, 9.5, 9.0]
+  new, m = oracle.sgd_update(new, ones, m, momentum=0.5, **settings)
+  assert [*m.values()] == pytest.approx([1.5, 1.0 + 1.9])
+  assert [*new.values()] == pytest.approx([9.5 - 0.75, 9.0 - 1.45])
+  with pytest.raises(ValueError, match="no parameters are named"):
+    oracle.sgd_update(params, ones, m, momentum=0.5, **settings | {"decayed": {"c"}})
+
+
 def test_clipping_is_by_the_norm_of_all_and_only_above_it():
   gradients = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
   assert oracle.global_norm(gradients) == 5

@@ -184,30 +184,43 @@ def test_trajectories_are_those_of_optax_but_for_rounding():
     np.testing.assert_allclose(run(scale_by_adam(b1, b2, 1e-8)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_numbers_given_beside_an_experiment_make_the_updates_of_one_that_has_them():
+@pytest.mark.parametrize(
+  "rule",
+  [
+    {"optimizer__name": "adamw"},
+    {"optimizer__name": "adam"},
+    {"optimizer__name": "sgd", "optimizer__momentum": 0.9},
+  ],
+  ids=lambda rule: rule["optimizer__name"],
+)
+def test_numbers_given_beside_an_experiment_make_the_updates_of_one_that_has_them(rule):
   """Two updates at another rate, decays and weight decay, where the experiment has none.
 
-  The state is that of the experiment: without an array for the decay.
+  Of two members of a sweep at once; the second has no decay. The state is that of the experiment:
+  without an array for the decay.
   """
-  plain = names_experiment(optimizer__weight_decay=0.0)
+  plain = names_experiment(optimizer__weight_decay=0.0, **rule)
   numbers = {"peak_lr": 0.02, "weight_decay": 0.3, "b1": 0.5, "b2": 0.7}
-  other = names_experiment(**{f"optimizer__{name}": value for name, value in numbers.items()})
+  numbers = {f"optimizer__{name}": value for name, value in numbers.items()} | rule
+  others = [names_experiment(**numbers | {"optimizer__weight_decay": d}) for d in (0.3, 0.0)]
   params, rng = initial_params(plain.model), np.random.default_rng(0)
   grads = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype("f"), params) for _ in range(2)]
 
-  def run(tx):
-    @quick_jit
-    def updates(params, grads):
-      first, state = tx.update(grads[0], tx.init(params), params)
-      return first, tx.update(grads[1], state, params)[0]
+  def updates(tx):
+    first, state = tx.update(grads[0], tx.init(params), params)
+    return first, tx.update(grads[1], state, params)[0]
 
-    return updates(params, grads)
+  @quick_jit
+  def run(members):
+    given = jax.vmap(lambda hyper: updates(make_optimizer(plain, hyper)))(members)
+    return given, [updates(make_optimizer(other)) for other in others]
 
-  given = make_optimizer(plain, Hyper.of(other))
-  for got, expected in zip(
-    *(jax.tree.leaves(run(tx)) for tx in (given, make_optimizer(other))), strict=True
-  ):
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
+  members = jax.tree.map(lambda *x: jnp.array(x), *map(Hyper.of, others))
+  given, expected = run(members)
+  for i, wanted in enumerate(expected):
+    for got, one in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
+      np.testing.assert_allclose(got[i], one, rtol=1e-5, atol=1e-8)
+  given = make_optimizer(plain, Hyper.of(others[0]))
   structures = {jax.tree.structure(tx.init(params)) for tx in (given, make_optimizer(plain))}
   assert len(structures) == 1 and given.init(params)["decay"] == optax.EmptyState()
 

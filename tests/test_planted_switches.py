@@ -356,6 +356,31 @@ def decay_before_adam(put):  # Adam with L2 regularisation, not AdamW
   reorder(put, "clip", "decay", "adam", "lr")
 
 
+def decay_after_adam(put):  # AdamW, not Adam with L2 regularisation
+  reorder(put, "clip", "adam", "decay", "lr")
+
+
+def decay_after_momentum(put):
+  reorder(put, "clip", "momentum", "decay", "lr")
+
+
+def momentum_dampened(put):  # an average of gradients, where torch's SGD adds them up
+  def trace(momentum):
+    def update(grads, state, params=None):
+      m = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.trace, grads)
+      return m, optax.TraceState(m)
+
+    return optax.GradientTransformation(right(momentum).init, update)
+
+  right = optax.trace
+  put(optax, "trace", trace)
+
+
+def nesterov_s_momentum(put):
+  right = optax.trace
+  put(jgpt.optim.chain, "accumulate", lambda momentum: right(momentum, nesterov=True))
+
+
 def reorder(put, *names):
   right = optax.named_chain
   put(optax, "named_chain", lambda *parts: right(*((name, dict(parts)[name]) for name in names)))
@@ -501,25 +526,38 @@ OPTIMIZER = OptimizerConfig(
   weight_decay=0.1,
   clip_norm=1.0,
 )
-CAUGHT_BY_TRAINING = (
-  decay_on_gains,
-  embeddings_left_out_of_decay,
-  decay_before_adam,
-  decay_not_multiplied_by_the_rate,
-  clip_after_adam,
-  clipped_leaf_by_leaf,
-  warmup_one_step_longer,
+MOMENTUM = {"name": "sgd", "momentum": 0.9, "peak_lr": 0.3}
+CAUGHT_BY_TRAINING = {
+  decay_on_gains: {},
+  embeddings_left_out_of_decay: {},
+  decay_before_adam: {},
+  decay_not_multiplied_by_the_rate: {},
+  clip_after_adam: {},
+  clipped_leaf_by_leaf: {},
+  warmup_one_step_longer: {},
+  decay_after_adam: {"name": "adam"},
+  decay_after_momentum: MOMENTUM,
+  momentum_dampened: MOMENTUM,
+  nesterov_s_momentum: MOMENTUM,
+}
+
+
+LATER = {decay_after_momentum, nesterov_s_momentum}
+
+
+@pytest.mark.parametrize(
+  "plant",
+  [pytest.param(x, marks=pytest.mark.slow) if x in LATER else x for x in CAUGHT_BY_TRAINING],
+  ids=name,
 )
-
-
-@pytest.mark.parametrize("plant", CAUGHT_BY_TRAINING, ids=name)
 def test_training_comparison_catches(x64, monkeypatch, plant):
-  """An error in what decays, what is clipped or how the rate warms up cannot pass for the right 20
-  updates.
+  """An error in what decays, what is clipped, how the rate warms up or what momentum adds up cannot
+  pass for the right 20 updates.
   """
   plant(monkeypatch.setattr)
+  optimizer = dataclasses.replace(OPTIMIZER, **CAUGHT_BY_TRAINING[plant])
   with must_differ() as found:
-    check_training(make_model(SYSTEMS["nanoGPT"]), OPTIMIZER, what="nanoGPT")
+    check_training(make_model(SYSTEMS["nanoGPT"]), optimizer, what="nanoGPT")
   assert_caught_by_far(found)
 
 

@@ -18,6 +18,7 @@ from equivalence import QUICK, cast, compare, must_differ
 from switches import (
   NUM_STEPS,
   SYSTEMS,
+  TITLES,
   TOLERANCE,
   check_network,
   check_share,
@@ -182,14 +183,14 @@ ADAMW = {"peak_lr": 0.02, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.
 COSINE = {"schedule": "cosine", "end_lr": 0.002, "warmup_steps": 5, "warmup_from_zero": False}
 
 
-def train_both(system, optimizer, dtype):
-  """Twenty updates by torch and by jgpt: losses and parameters of each."""
+def train_both(system, optimizer, dtype, empty=()):
+  """Twenty updates by torch and by jgpt: losses and parameters of each; no update of `empty`."""
   config = make_model(SYSTEMS[system])
   experiment, params = make_experiment(config, optimizer), draw_params(config)
   model = torch_gpt.make_model(config, to_oracle(params, config), getattr(torch, dtype))
   losses = torch_gpt.train(
     model,
-    [tuple(map(np.asarray, batch)) for batch in draw_batches(config)],
+    [tuple(map(np.asarray, batch)) for batch in draw_batches(config, empty)],
     rate=oracle_rate(experiment.optimizer),
     b1=optimizer.b1,
     b2=optimizer.b2,
@@ -197,17 +198,20 @@ def train_both(system, optimizer, dtype):
     weight_decay=optimizer.weight_decay,
     decayed=oracle_names(config, optimizer.decay_kinds),
     clip_norm=optimizer.clip_norm,
+    optimizer=optimizer.name,
+    momentum=optimizer.momentum,
   )
-  expected = {"losses": np.array(losses)}, from_oracle(torch_gpt.parameters(model), params)
-  got = run_training(experiment, dtype)
+  applied = np.delete(np.arange(NUM_STEPS), list(empty))
+  expected = {"losses": np.array(losses)[applied]}, from_oracle(torch_gpt.parameters(model), params)
+  got = run_training(experiment, dtype, empty)
   if optimizer.clip_norm:
     assert np.any(got["train/grad_norm"] > optimizer.clip_norm)
-  return expected, ({"losses": got["train/loss"]}, got["params"])
+  return expected, ({"losses": got["train/loss"][applied]}, got["params"])
 
 
-def check_torch_training(trained, what, tolerance=TOLERANCE["float64"]):
+def check_torch_training(trained, what, tolerance=TOLERANCE["float64"], title="AdamW"):
   (expected_losses, expected), (losses, params) = trained
-  name = f"torch.optim.AdamW, {NUM_STEPS} steps, float64: {what}"
+  name = f"torch.optim.{title}, {NUM_STEPS} steps, float64: {what}"
   with in_brief():
     compare(name, expected_losses, losses, tolerance)
     compare_params(name, expected, params, tolerance)
@@ -222,6 +226,23 @@ def test_twenty_updates_in_float64(x64, system):
   check_torch_training(
     train_both(system, OptimizerConfig(**ADAMW, **COSINE), "float64"), f"{system}, not clipped"
   )
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"name": "adam"},
+    {"name": "sgd", "momentum": 0.9, "peak_lr": 0.3},
+    pytest.param({"name": "sgd"}, marks=pytest.mark.slow),
+  ],
+  ids=["Adam", "SGD with momentum", "SGD"],
+)
+def test_twenty_updates_of_other_optimizers_in_float64(x64, settings):
+  """So do torch's Adam and SGD, whose decay is in the gradient; two updates of each are skipped."""
+  optimizer = OptimizerConfig(**ADAMW | COSINE | settings)
+  trained = train_both("nanoGPT", optimizer, "float64", empty=(3, 8))
+  title = TITLES[optimizer.name]
+  check_torch_training(trained, f"nanoGPT, momentum {optimizer.momentum:g}", title=title)
 
 
 def test_twenty_clipped_updates_in_float64(x64, monkeypatch):

@@ -66,6 +66,7 @@ _SCHEDULES = {
 }
 _ADAMW = "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused fused_adamw"
 _OPTIMIZERS = {
+  **{name: name for name in ("adamw", "adam", "sgd")},
   **dict.fromkeys(_ADAMW.split(), "adamw"),
   "fused_adam": "adam",
   **dict.fromkeys(("momentum", "sgdm"), "sgd"),
@@ -218,7 +219,7 @@ SYNONYMS = (
     names="optim optimizer optimizer_type optimizer_name optim_name opt opt_type",
     settings=("optimizer.name",),
     values=_OPTIMIZERS,
-    note="optimizer.name is adamw, adam or sgd",
+    note="jgpt has AdamW, Adam, and SGD with momentum",
   ),
   *(
     Synonym(

@@ -54,6 +54,11 @@ class Footprint:
     return sum(dataclasses.astuple(self))
 
 
+def count_moments(optimizer: OptimizerConfig) -> int:
+  """Counts the arrays that the optimizer keeps of each parameter."""
+  return 2 if optimizer.name != "sgd" else 1 if optimizer.momentum else 0
+
+
 def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
   """Estimates the memory of a step on each device by formula.
 
@@ -79,7 +84,7 @@ def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
   pieces = compute.loss_chunks if isinstance(compute.loss_chunks, int) else 1
   return Footprint(
     parameters=parameters,
-    moments=_count_moments(experiment.optimizer) * parameters,
+    moments=count_moments(experiment.optimizer) * parameters,
     gradients=(2 if is_in_parts else 1) * parameters,
     activations=(2 if compute.dtype == "bfloat16" else FLOAT_BYTES) * tokens * layers,
     logits=2 * FLOAT_BYTES * -(-tokens // pieces) * model.padded_vocab_size,
@@ -96,11 +101,6 @@ def scale_footprint(footprint: Footprint, known: Footprint, measured: int) -> fl
   """
   state = known.parameters + known.moments
   return state + (footprint.total - state) * (measured - state) / (known.total - state)
-
-
-def _count_moments(optimizer: OptimizerConfig) -> int:
-  """Counts the arrays that the optimizer keeps of each parameter."""
-  return 2 if optimizer.name != "sgd" else 1 if optimizer.momentum else 0
 
 
 def _count_rows(experiment: Experiment) -> int:

@@ -17,11 +17,15 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from jgpt.config import Experiment
 from jgpt.data import sources
 from jgpt.data.paths import list_files
 from jgpt.data.sources import PinnedText
+from jgpt.devices.footprint import count_moments
+from jgpt.devices.limits import FLOAT_BYTES
 from jgpt.doctor.findings import Finding, format_bytes, from_error, note, ok, problem
 from jgpt.errors import UserError
+from jgpt.params import count_params
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, read_last_settings
@@ -32,7 +36,6 @@ from jgpt.system.cache import cache_dir, digest_bytes
 from jgpt.system.memory import measure_memory
 from jgpt.weights.initial import RELEASED
 
-STATE_BYTES = 12  # of a parameter and its two moments
 MAX_LOG = 10**10  # bytes of metrics.jsonl
 MAX_FILES = 100_000  # in a folder of data
 MAX_SHOWN = 10  # gaps in the log
@@ -235,15 +238,20 @@ def _are_many(names: Iterable[str]) -> bool:
   return sum(1 for _ in itertools.islice(names, MAX_FILES + 1)) > MAX_FILES
 
 
-def examine_next_save(workdir: Path, newest: int | None, num_params: int) -> list[Finding]:
+def estimate_state(experiment: Experiment) -> int:
+  """Estimates the bytes of a run's parameters and moments."""
+  copies = 1 + count_moments(experiment.optimizer)
+  return FLOAT_BYTES * copies * count_params(experiment.model)
+
+
+def examine_next_save(workdir: Path, newest: int | None, size: int) -> list[Finding]:
   """Examines whether the disk has room for another checkpoint.
 
   Args:
     workdir: a run folder.
     newest: step of the newest sound checkpoint, whose size is expected; None where there is none.
-    num_params: of the model.
+    size: bytes of the state, from `estimate_state`.
   """
-  size = num_params * STATE_BYTES
   if newest is not None:
     folder = workdir / "checkpoints" / str(newest)
     with contextlib.suppress(OSError, UserError):  # `examine_checkpoint` finds these

@@ -110,12 +110,12 @@ def _examine_checkpoints(workdir: Path, files: RunFiles, held: bool) -> Iterator
     lambda: continuation.examine_metrics(workdir / "metrics.jsonl", steps[-1] if steps else 0),
   )
   if not blocked and (sound or not steps):
-    count = count_params(files.experiment.model)
+    size = continuation.estimate_state(files.experiment)
     yield from run_check(
       "going on", lambda: continuation.examine_resume(workdir, files, bool(steps))
     )
     yield from run_check(
-      "room", lambda: continuation.examine_next_save(workdir, sound[-1] if sound else None, count)
+      "room", lambda: continuation.examine_next_save(workdir, sound[-1] if sound else None, size)
     )
 
 
@@ -269,7 +269,7 @@ def examine_checkpoint(workdir: Path, step: int, files: RunFiles) -> list[Findin
   try:
     described = None if damage else manifest.read_manifest(folder)
     wrong = described and find_contradiction(files, read_run_files(folder), described)
-    need = count_params(files.experiment.model) * continuation.STATE_BYTES
+    need = continuation.estimate_state(files.experiment)
     available = measure_memory()[1]
     is_large = available is not None and need > available
     if not (damage or wrong or is_large):

@@ -62,6 +62,10 @@ SETTINGS = {
   "max_steps=-1": "",
   "adam_beta1=0.8": "optimizer.b1=0.8",
   "adam_epsilon=1e-7": "optimizer.eps=1e-7",
+  "optim=adamw_torch_fused": "optimizer.name=adamw",
+  "optimizer=SGD": "optimizer.name=sgd",
+  "optim=adafactor": "",
+  "mu=0.9": "optimizer.momentum=0.9 optimizer.name=sgd",
   "max_grad_norm=1.0": "optimizer.clip_norm=1.0",
   "n_positions=512": "model.max_seq_len=512 data.seq_len=512",
   "n_inner=1024": "model.d_ff=1024",
@@ -120,6 +124,8 @@ REASONS = {
   "layer_norm_epsilon=1e-6": "1e-5",
   "resume_from_checkpoint=out": "--resume",
   "num_workers=4": "made on the device",
+  "sgd=true": r"optimizer\.name=sgd",
+  "nesterov=True": "in their plain forms",
 }
 
 

@@ -47,6 +47,9 @@ def test_a_footprint_is_that_counted_by_hand():
   found = estimate(gpt2())
   assert found.parameters == found.gradients == 4 * 124_439_808
   assert found.moments == 2 * found.parameters
+  for momentum, copies in ((0.9, 1), (0.0, 0)):
+    sgd = estimate(gpt2(**{"optimizer.name": "sgd", "optimizer.momentum": momentum}))
+    assert sgd.moments == copies * found.parameters
   per_layer = 8 * 768 + 2 * 3072 + 12 * 1024
   assert found.activations == 2 * 8 * 1024 * 12 * per_layer
   assert found.logits == 8 * 8 * 1024 * 50304

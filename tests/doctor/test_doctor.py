@@ -1195,13 +1195,13 @@ def test_a_text_that_would_be_downloaded_is_a_note(run, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_disk_without_room_for_the_next_save_is_a_problem(run, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, 1000))
-  assert "make room" in only_problem(continuation.examine_next_save(run, 60, 10)).do
+  assert "make room" in only_problem(continuation.examine_next_save(run, 60, 120)).do
   monkeypatch.setattr(
     shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, 10**9)
   )
-  assert levels(continuation.examine_next_save(run, 60, 10)) == ["ok"]
-  assert levels(continuation.examine_next_save(run, None, 3 * 10**7)) == ["note"]
-  assert levels(continuation.examine_next_save(run, None, 10**9)) == ["problem"]
+  assert levels(continuation.examine_next_save(run, 60, 120)) == ["ok"]
+  assert levels(continuation.examine_next_save(run, None, 36 * 10**7)) == ["note"]
+  assert levels(continuation.examine_next_save(run, None, 12 * 10**9)) == ["problem"]
 
 
 @pytest.mark.slow

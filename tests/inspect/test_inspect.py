@@ -29,7 +29,7 @@ from jgpt.batches import Batch
 from jgpt.config.settings import change
 from jgpt.errors import UserError
 from jgpt.inspect.attention import format_attention, format_maps
-from jgpt.inspect.cli import format_updates
+from jgpt.inspect.cli import describe_formulas, format_updates
 from jgpt.inspect.predictions import make_text_batch, mean_loss, predict, show_context, show_token
 from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
@@ -606,6 +606,44 @@ def test_skipped_updates_do_not_count_for_adam(words, monkeypatch, rise, skipped
   header, *lines = format_updates(entry, optimizer, rows).split("\n")
   assert header.split()[:3] == ["step", "t", "loss"]
   assert [number for number, line in enumerate(lines, 1) if "skipped" in line] == list(skipped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [None, 0.9, 0.0], ids=["adam", "momentum", "plain sgd"])
+def test_the_trace_of_other_optimizers_is_what_training_did(words, momentum):
+  """Their columns follow from each other, the decay inside the gradient, and the last value is that
+  of a run of as many steps.
+  """
+  changes = {"optimizer.weight_decay": 0.1, "optimizer.clip_norm": 1.0}
+  changes |= {"optimizer.name": "adam"} if momentum is None else {"optimizer.name": "sgd"}
+  changes |= {"optimizer.momentum": momentum} if momentum else {}
+  experiment = change(words.experiment, changes)
+  entry, optimizer = find_entry("blocks/w_up[0,3,5]", experiment.model), experiment.optimizer
+  with compiled_quickly():
+    rows = trace_updates(experiment, jax.devices(), words.data, entry, 4)
+  run = train_small(change(experiment, {"train.steps": 4}), None)
+  assert rows[-1].value == float(stack_blocks(run.result.params)["blocks"]["w_up"][0, 3, 5])
+  m = v = 0.0
+  for row in rows:
+    assert row.decay == pytest.approx(0.1 * row.value_before) and row.decay
+    g = row.gradient + row.decay
+    if momentum is None:
+      m, v = optimizer.b1 * m + (1 - optimizer.b1) * g, optimizer.b2 * v + (1 - optimizer.b2) * g**2
+      m_hat, v_hat = m / (1 - optimizer.b1**row.step), v / (1 - optimizer.b2**row.step)
+      update = -row.rate * m_hat / (math.sqrt(v_hat) + 1e-8)
+      assert row.v == pytest.approx(v, rel=1e-4)
+    else:
+      m = momentum * m + g
+      update = -row.rate * m
+    assert (row.m, row.update) == pytest.approx((m, update), rel=1e-4)
+    assert row.value == pytest.approx(row.value_before + row.update, abs=1e-7)
+  header = format_updates(entry, optimizer, rows).split("\n")[0].split()
+  formulas = dict(describe_formulas(entry, optimizer, rows))
+  names = {None: "decay m v m_hat v_hat", 0.9: "decay m", 0.0: "decay"}[momentum]
+  assert header == f"step loss gradient {names} rate update value".split()
+  assert "L2" in formulas["decay"] and "norm of 1" in formulas["gradient"]
+  assert momentum != 0.9 or formulas["m"].startswith("m = 0.9 m + (gradient + decay)")
+  assert momentum != 0.0 or formulas["update"] == "-rate × (gradient + decay)"
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ holds:
 backward that takes the
   gradient of the output to the gradients of the inputs and parameters;
 * the network built of them: `forward` and `loss_and_gradients`, with dropout by given masks;
-* clipping by the global norm, AdamW, learning-rate schedules, and `train`, which puts them
-together.
+* clipping by the global norm, AdamW, Adam, SGD, learning-rate schedules, and `train`, which puts
+  them together.
 
 What it is not: there is no automatic differentiation, nothing random, no sampling, no cache of keys
 and values, and no default for anything that changes a result. It shares no code with the project
@@ -649,6 +649,67 @@ def adamw_update(
   return new_params, new_m, new_v
 
 
+def adam_update(
+  params: Mapping[str, Array],
+  gradients: Mapping[str, Array],
+  m: Mapping[str, Array],
+  v: Mapping[str, Array],
+  t: int,
+  *,
+  weight_decay: float,
+  decayed: Collection[str],
+  **settings: float,
+) -> tuple[Arrays, Arrays, Arrays]:
+  """Takes one step of Adam (Kingma and Ba) for the loss with weight_decay * p^2 / 2 added to it.
+
+  The arguments are those of `adamw_update`; the decay here is part of the gradient.
+  """
+  gradients = _add_l2(params, gradients, weight_decay, decayed)
+  return adamw_update(params, gradients, m, v, t, weight_decay=0.0, decayed=(), **settings)
+
+
+def sgd_update(
+  params: Mapping[str, Array],
+  gradients: Mapping[str, Array],
+  m: Mapping[str, Array],
+  *,
+  lr: float,
+  momentum: float,
+  weight_decay: float,
+  decayed: Collection[str],
+) -> tuple[Arrays, Arrays]:
+  """Takes one step of SGD with momentum for the loss with weight_decay * p^2 / 2 added to it.
+
+  Args:
+      params: The parameters, left as they are.
+      gradients: Their gradients.
+      m: The running sums of the gradients, zeros before the first update.
+      lr: The learning rate of this update.
+      momentum: How much of m is kept; the gradient is added to it undiminished.
+      weight_decay: As in `adam_update`.
+      decayed: The names of the parameters that decay.
+
+  Returns:
+      The new parameters and m.
+  """
+  gradients, m = _add_l2(params, gradients, weight_decay, decayed), _float64(m)
+  m = {name: momentum * m[name] + g for name, g in gradients.items()}
+  return {name: p - lr * m[name] for name, p in _float64(params).items()}, m
+
+
+def _add_l2(
+  params: Mapping[str, Array],
+  gradients: Mapping[str, Array],
+  weight_decay: float,
+  decayed: Collection[str],
+) -> Arrays:
+  if unknown := sorted(set(decayed) - set(params)):
+    raise ValueError(f"no parameters are named {unknown}")
+  gradients = _float64(gradients)
+  decay = {name: weight_decay * p for name, p in _float64(params).items() if name in decayed}
+  return {name: g + decay.get(name, 0.0) for name, g in gradients.items()}
+
+
 # --- Schedules: the learning rate of a step, counted from 0 -------------------------------------
 
 
@@ -721,8 +782,12 @@ def train(
   weight_decay: float = 0.0,
   decayed: Collection[str] = (),
   clip_norm: float | None = None,
+  optimizer: str = "adamw",
+  momentum: float = 0.0,
 ) -> tuple[list[float], Arrays, Arrays, Arrays]:
-  """Trains with AdamW, one update a batch, without dropout.
+  """Trains with AdamW, Adam or SGD, one update a batch, without dropout.
+
+  A batch without any weight has no loss: its update is left out, and nothing but the rate advances.
 
   Args:
       params: The parameters to start from, left as they are.
@@ -735,26 +800,30 @@ def train(
       weight_decay: As in `adamw_update`.
       decayed: As in `adamw_update`.
       clip_norm: Gradients are clipped to this global norm before the update; None leaves them.
+      optimizer: "adamw", "adam", or "sgd", which needs no b1, b2 and eps.
+      momentum: Of "sgd", as in `sgd_update`.
 
   Returns:
-      The loss of each step before its update, and the parameters, m and v after the last.
+      The loss of each step before its update, NaN where there is none, and the parameters, m and v
+      after the last; v stays zero with "sgd".
   """
   params = {name: p.copy() for name, p in _float64(params).items()}
   m = {name: np.zeros_like(p) for name, p in params.items()}
   v = {name: np.zeros_like(p) for name, p in params.items()}
-  losses = []
+  losses, t = [], 0
   for step, (tokens_BT, targets_BT, weights_BT) in enumerate(batches):
+    if not np.any(weights_BT):
+      losses.append(math.nan)
+      continue
+    t += 1
     loss, gradients = loss_and_gradients(params, tokens_BT, targets_BT, weights_BT, config)
     losses.append(loss)
     if clip_norm is not None:
       gradients = clip_by_global_norm(gradients, clip_norm)
-    settings = {
-      "lr": rate(step),
-      "b1": b1,
-      "b2": b2,
-      "eps": eps,
-      "weight_decay": weight_decay,
-      "decayed": decayed,
-    }
-    params, m, v = adamw_update(params, gradients, m, v, step + 1, **settings)
+    settings = {"lr": rate(step), "weight_decay": weight_decay, "decayed": decayed}
+    if optimizer == "sgd":
+      params, m = sgd_update(params, gradients, m, momentum=momentum, **settings)
+      continue
+    update = {"adamw": adamw_update, "adam": adam_update}[optimizer]
+    params, m, v = update(params, gradients, m, v, t, b1=b1, b2=b2, eps=eps, **settings)
   return losses, params, m, v

@@ -223,8 +223,8 @@ def loss_fn(model: nn.Module, tokens, targets, weights, masks: Masks | None = No
 def param_groups(
   model: nn.Module, weight_decay: float, decayed: Collection[str]
 ) -> list[dict[str, Any]]:
-  """AdamW's two groups: the parameters named in `decayed`, with `weight_decay`, and all the others,
-  without.
+  """An optimizer's two groups: the parameters named in `decayed`, with `weight_decay`, and all the
+  others, without.
 
   Raises:
     ValueError: for a name in `decayed` that the model does not have.
@@ -255,8 +255,12 @@ def train(
   weight_decay: float = 0.0,
   decayed: Collection[str] = (),
   clip_norm: float | None = None,
+  optimizer: str = "adamw",
+  momentum: float = 0.0,
 ) -> list[float]:
-  """Torch's ordinary training loop: one AdamW step a batch, on `model` in place.
+  """Torch's ordinary training loop: one optimizer step a batch, on `model` in place.
+
+  The step of a batch whose loss is not finite is left out; the schedule's is not.
 
   Args:
     model: The model to train.
@@ -266,27 +270,35 @@ def train(
     b1: The decay of the mean of the gradients.
     b2: The decay of the mean of their squares.
     eps: Added to the root of the second mean.
-    weight_decay: Decoupled: a step takes rate * weight_decay of a decayed parameter away.
+    weight_decay: As torch's optimizer means it. AdamW: a step takes rate * weight_decay of a
+      decayed parameter away.
     decayed: The names of the parameters that decay.
     clip_norm: The most that the norm of all gradients together may be; longer ones are scaled down
       to it (torch's way, with 1e-6 added to the norm that it divides by).
+    optimizer: "adamw", "adam" or "sgd": torch.optim's AdamW, Adam, and SGD, which has no b1, b2 and
+      eps.
+    momentum: Of SGD.
 
   Returns:
     The loss of every batch, before its step.
   """
   groups = param_groups(model, weight_decay, decayed)
-  optimizer = torch.optim.AdamW(
-    groups, lr=1.0, betas=(b1, b2), eps=eps
-  )  # 1.0: LambdaLR multiplies it by the rate
-  schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=rate)
+  # lr=1: LambdaLR multiplies it by the rate
+  if optimizer == "sgd":
+    tx = torch.optim.SGD(groups, lr=1.0, momentum=momentum)
+  else:
+    make = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
+    tx = make(groups, lr=1.0, betas=(b1, b2), eps=eps)
+  schedule = torch.optim.lr_scheduler.LambdaLR(tx, lr_lambda=rate)
   losses = []
   for batch in batches:
-    optimizer.zero_grad()
+    tx.zero_grad()
     loss = loss_fn(model, *batch)
     loss.backward()
     if clip_norm is not None:
       torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
+    if loss.isfinite():
+      tx.step()
     schedule.step()
     losses.append(loss.item())
   return losses

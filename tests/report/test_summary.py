@@ -10,6 +10,7 @@ from jgpt.batches import Documents, Stream
 from jgpt.config import catalog
 from jgpt.config.settings import change, resolve
 from jgpt.report.summary import (
+  describe_groups,
   describe_length,
   describe_throughput,
   describe_untrained,
@@ -26,6 +27,24 @@ def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
   assert line.startswith("model.d_ff=64 is 1.33 times model.d_model=48;")
   assert line.endswith("--set model.d_ff=192")
   assert describe_widths(change(wide, {"model.d_ff": 192})) == []
+
+
+def test_the_start_names_the_optimizer_and_what_decays_how():
+  """What each does not read is said, so that a given b1 is not taken for one that acts."""
+
+  def describe(**settings):
+    changes = {f"optimizer.{name}": value for name, value in settings.items()}
+    return describe_groups(change(resolve(catalog.load_experiment("names"), 27), changes))
+
+  assert describe() == "AdamW without decay" and describe(name="adam") == "Adam without decay"
+  ends = "; b1, b2 and eps are not read"
+  assert describe(name="sgd") == f"SGD, no momentum, no decay{ends}"
+  decays = {"weight_decay": 0.1, "decay_kinds": ("matrix",)}
+  what = "3,072 numbers in 4 arrays (matrix); none on 1,120 numbers in 3 arrays (embedding, head)"
+  assert describe(**decays) == f"AdamW, decay 0.1 on {what}"
+  assert describe(name="adam", **decays) == f"Adam, L2 decay 0.1 in the gradient of {what}"
+  line = describe(name="sgd", momentum=0.9, **decays)
+  assert line == f"SGD, momentum 0.9, L2 decay 0.1 in the gradient of {what}{ends}"
 
 
 def test_the_start_names_the_formula_and_the_peak_of_the_mfu():

@@ -128,6 +128,42 @@ def test_a_continued_run_makes_the_updates_of_one_that_never_stopped(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
+def test_a_run_of_sgd_resumes_and_is_continued_with_its_momentum(base, middle, tmp_path):
+  """To the bit; another optimizer's moments, and none, are refused with what to try."""
+  changes = {"optimizer.name": "sgd", "optimizer.momentum": 0.9}
+  sgd = change(base, changes)
+  straight = start(sgd, tmp_path / "straight")
+  stopped = change(sgd, {"train.steps": MIDDLE})
+  start(stopped, tmp_path / "stopped")
+  leaves = manifest.read_manifest(tmp_path / "stopped" / "checkpoints" / str(MIDDLE)).leaves
+  moments = {name.split("opt_state/")[1] for name in leaves if "opt_state/" in name}
+  assert moments - {"lr/count"} == {
+    name.replace("params/", "momentum/trace/") for name in leaves if name.startswith("params/")
+  }
+  resumed = start(sgd, tmp_path / "stopped")
+  assert equal_bits(resumed.state, straight.state)
+  origin = tmp_path / "straight" / "checkpoints" / str(MIDDLE)
+  # What follows from the moments comes with them.
+  result = start(continued(base, origin, train__steps=STEPS - MIDDLE), tmp_path / "continued")
+  momentum, other = (x.state.opt_state["momentum"] for x in (result, straight))
+  assert equal_bits((result.params, momentum), (straight.params, other))
+  assert read_run_files(tmp_path / "continued").experiment.optimizer.momentum == 0.9
+
+  message = refusal(change(continued(base, middle), changes))
+  assert "another optimizer" in message and "optimizer.name=adamw there and sgd here" in message
+  assert "--set optimizer.name=adamw --set optimizer.momentum=0.0" in message
+  assert "name=sgd there and adam here" in refusal(continued(base, origin, optimizer__name="adam"))
+  plain = change(sgd, {"optimizer.momentum": 0.0, "train.steps": 1})
+  start(plain, tmp_path / "plain")
+  message = refusal(continued(base, tmp_path / "plain"))
+  assert "no moments" in message and f"--init-from {tmp_path / 'plain'}" in message
+  assert "0.9 there and 0.5 here" in refusal(
+    continued(base, origin, optimizer__name="sgd", optimizer__momentum=0.5)
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_batches_text_rate_and_spikes_may_be_others(base, first, middle, tmp_path):
   """Another text of known characters in other batches, a warmup, a cosine, dropout, spikes."""
   (tmp_path / "other.txt").write_text("axrst\nbyé\ncz\n" * 9, encoding="utf-8")
