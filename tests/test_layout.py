@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,8 @@ def test_from_the_loop_to_the_gradient_a_reader_opens_four_short_files():
     name: count_code_lines(MODULES[name].read_text(encoding="utf-8")) for name in READING_PATH
   }
   assert sum(counts.values()) <= MAX_READING_LINES, counts
+  told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+  assert f"at most {MAX_READING_LINES} lines of code together" in told
 
 
 def test_between_the_loop_and_the_gradient_stand_three_functions():
@@ -367,8 +370,13 @@ def test_the_top_level_holds_what_the_design_names():
   if tracked.returncode:
     pytest.skip("not a git checkout")
   top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
-  files = {".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"}
-  assert top <= files | {"jgpt", "experiments", "tests", "notebooks"}
+  hidden, folders = {".ci", ".github", ".gitignore"}, {"jgpt", "experiments", "tests", "notebooks"}
+  files = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md"}
+  files |= {"pyproject.toml"}
+  assert top <= hidden | files | folders
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+  packed = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+  assert {name.removeprefix("/") for name in packed} == top - hidden
   rooms = {name for row in ORDER for name in row}
   assert len({name for name in rooms if name in MODULES}) <= 24
   assert len({name for name in rooms if name not in MODULES}) <= 12

@@ -10,8 +10,10 @@ import tomllib
 import zipfile
 
 import pytest
+import yaml  # flax depends on it
 from wheels import ROOT, build_wheel
 
+import jgpt
 from jgpt import cli
 
 
@@ -61,6 +63,27 @@ def test_the_oldest_versions_are_those_that_are_declared():
   lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
   oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
   assert oldest == declared | {"jaxlib": declared["jax"]}
+
+
+def test_the_citation_is_of_this_version():
+  """The keys that the schema of the Citation File Format 1.2.0 requires, and what is told twice."""
+  cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+  assert {"cff-version", "message", "title", "authors"} <= set(cited)
+  assert (cited["cff-version"], cited["type"], cited["title"]) == ("1.2.0", "software", "jgpt")
+  assert (cited["version"], cited["license"]) == (jgpt.__version__, project["license"])
+  assert cited["authors"] == [{"name": "The jgpt authors"}]  # an entity, not a person
+
+
+def test_a_bug_report_asks_for_what_doctor_says():
+  """The form has GitHub's shape, and doctor's whole output is required."""
+  form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))
+  assert form["name"] and form["description"]
+  assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
+  parts = {part["id"]: part for part in form["body"]}
+  assert len(parts) == len(form["body"]) and parts["doctor"]["validations"]["required"] is True
+  label, description = (parts["doctor"]["attributes"][key] for key in ("label", "description"))
+  assert "python -m jgpt.doctor" in label and "python -m jgpt.doctor --run DIR" in description
 
 
 def test_posix_only_modules_are_not_imported_at_the_top():

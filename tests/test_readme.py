@@ -1,4 +1,4 @@
-"""The documents are true: README.md, CHANGELOG.md and the guide in notebooks/guide/.
+"""The documents are true: README.md, CHANGELOG.md, CONTRIBUTING.md and the guide.
 
 Their Python runs, their commands parse, their links lead somewhere, the files that they name exist,
 and their tables, trees and counts are complete. `test_from_your_code.py` tests that page's rows.
@@ -43,7 +43,8 @@ from jgpt.train import train_run
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "notebooks" / "guide"
-PATHS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(GUIDE.glob("*.md"))]
+TOP = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PATHS = [*(ROOT / name for name in TOP), *sorted(GUIDE.glob("*.md"))]
 PAGES = {
   path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8").replace("<wbr>", "")
   for path in PATHS
