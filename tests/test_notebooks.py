@@ -23,6 +23,7 @@ import jgpt
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+ON_ACCELERATORS = "03_gpt2_tpu_gpu"
 WRITES_ORACLES_OUT = "02_gradient_equivalence"  # as a reader would, so it defines functions
 NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
 
@@ -297,12 +298,17 @@ def quiet(monkeypatch, tmp_path):
   return monkeypatch
 
 
-def execute(path: Path, folder: Path, kernel: str) -> list[tuple[str, dict]]:
-  """Runs a notebook's cells in a folder; returns their outputs, none of them an error."""
-  import nbclient
+def read_notebook(path: Path):
+  """Reads a notebook as a value that nbclient runs."""
   import nbformat
 
-  notebook = nbformat.read(path, as_version=4)
+  return nbformat.read(path, as_version=4)
+
+
+def execute(notebook, folder: Path, kernel: str) -> list[tuple[str, dict]]:
+  """Runs a notebook's cells in a folder; returns their outputs, none of them an error."""
+  import nbclient
+
   where = {"metadata": {"path": str(folder)}}
   client = nbclient.NotebookClient(notebook, timeout=240, kernel_name=kernel, resources=where)
   client.execute()  # raises with the cell and its traceback if one fails
@@ -322,10 +328,36 @@ def test_runs_without_errors_and_remarks(path, tmp_path, quiet):
   # Imported here although the kernel is another process: the first import builds a cache of fonts
   # and says so on stderr.
   pytest.importorskip("matplotlib.font_manager", reason="notebooks need the extra jgpt[notebook]")
-  # this jgpt, wherever the kernel starts
-  quiet.setenv("PYTHONPATH", str(Path(jgpt.__file__).resolve().parents[1]))
+  quiet.setenv("PYTHONPATH", str(ROOT))  # this jgpt, wherever the kernel starts
+  quiet.setenv("JAX_NUM_CPU_DEVICES", "2" if path.stem == ON_ACCELERATORS else "1")
   (tmp_path / "work").mkdir()
-  execute(path, tmp_path / "work", "python3")
+  outputs = execute(read_notebook(path), tmp_path / "work", "python3")
+  if path.stem == ON_ACCELERATORS:
+    said = {
+      name: "".join(o.get("text", "") for cell, o in outputs if cell == name) for name, _ in outputs
+    }
+    assert "mesh.data=2" in said["experiment"]
+    assert "not finished: train.max_seconds=1 were over" in said["train"]
+    assert re.match("[1-9][0-9]* of 300 updates are done", said["again"]), "it went on"
+    assert "model.safetensors" in said["export"] and "weights     jgpt_runs" in said["finetune"]
+
+
+@pytest.mark.slow
+def test_without_gpt2s_weights_a_small_model_learns_the_text(tmp_path, quiet):
+  """What a machine without a network says, on which no such file was saved either."""
+  quiet.setenv("PYTHONPATH", str(ROOT))
+  quiet.delenv("JGPT_DATA_DIR", raising=False)
+  (tmp_path / "cache" / "gpt2").mkdir(parents=True)
+  (tmp_path / "cache" / "gpt2" / "gpt2.safetensors.failed").touch()  # so none is tried again
+  notebook = read_notebook(FOLDER / f"{ON_ACCELERATORS}.ipynb")
+  first = ("install", "imports", "folder", "device", "experiment", "finetune", "fit")
+  notebook.cells = [cell for cell in notebook.cells if cell["id"] in first]
+  for cell in notebook.cells:
+    cell["source"] = cell["source"].replace('str(exported) if SMALL else "gpt2"', '"gpt2"')
+  said = [o["text"] for cell, o in execute(notebook, tmp_path, "python3") if cell == "finetune"]
+  line, *rest = "".join(said).splitlines()
+  assert line.startswith("GPT-2's weights cannot be had here, so a small model learns the text")
+  assert "experiment  my_text_bytes" in rest and "model       836,736 parameters" in rest
 
 
 @pytest.mark.slow
@@ -351,7 +383,8 @@ def test_runs_at_colabs_versions_where_its_first_cell_installs_jgpt(tmp_path, qu
   shutil.copy(FOLDER / "01_names.ipynb", tmp_path / "content")
   subprocess.run([python, "-c", "import matplotlib.font_manager"], check=True, capture_output=True)
   try:
-    outputs = execute(tmp_path / "content" / "01_names.ipynb", tmp_path / "content", "colab")
+    notebook = read_notebook(tmp_path / "content" / "01_names.ipynb")
+    outputs = execute(notebook, tmp_path / "content", "colab")
     said = "".join(output["text"] for cell, output in outputs if cell == "install")
     assert "Installing" in said and f"jax       {pinned['jax']}\n" in said
     assert list_packages(python) == before | {"jgpt": jgpt.__version__}
