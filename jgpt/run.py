@@ -30,7 +30,7 @@ from jgpt.config.settings import (
   unresolve,
 )
 from jgpt.data.sources import expected_vocab_size
-from jgpt.errors import UserError, first_line, show
+from jgpt.errors import UserError, first_line, printable, show
 from jgpt.params import count_params
 from jgpt.runs.folder import RunFiles, read_last_settings
 from jgpt.runs.origin import find_checkpoint, read_source_files
@@ -519,8 +519,34 @@ def _train(
     again = summary.format_command(known, base, experiment) if is_named else None
     summary.print_next(plan, texts, again)
     if plan.start_step < steps:
+      draw_curves(plan.workdir)
       print_compiler_check(plan, devices[0])
   return 0
+
+
+def draw_curves(workdir: Path) -> None:
+  """Draws a run that has just ended into its folder, and prints where, or what is missing for it.
+
+  A failure is a warning: the run itself is finished and saved.
+  """
+  from jgpt.report.figures import can_draw, render_figure
+  from jgpt.runs.folder import PLOT_FILE, check_no_link
+  from jgpt.system.files import write_file
+
+  path = workdir / PLOT_FILE
+  if not can_draw():
+    print("for a picture of the curves: pip install 'jgpt[plot]'")
+    return
+  print(end="", flush=True)
+  try:
+    from jgpt.report.run_figure import plot_runs
+
+    check_no_link(path)
+    write_file(path, render_figure(plot_runs([workdir]), path.suffix))
+  except Exception as error:  # another library's, whatever it is
+    print(f"WARNING: {path} was not drawn: {first_line(error)[:200]}", file=sys.stderr)
+  else:
+    print(printable(f"curves: {path}"))
 
 
 def print_compiler_check(plan: Plan, device: jax.Device) -> None:

@@ -95,7 +95,7 @@ def collect_curves(run: History) -> Curves:
   evaluations = [run.metrics.get(f"{p}heldout/loss", NO_SERIES) for p in ("", "final/")]
   heldout = Series(*(np.concatenate(parts) for parts in zip(*evaluations, strict=True)))
   flags = run.metrics.get("train/skipped", NO_SERIES)
-  skipped = [losses.steps[~_is_drawable(losses.values)], flags.steps[flags.values != 0]]
+  skipped = [losses.steps[~is_drawable(losses.values)], flags.steps[flags.values != 0]]
   half_window = len(losses.steps) // (2 * WINDOW)
   return Curves(
     run=run,
@@ -136,26 +136,28 @@ def smooth(values: np.ndarray, half_window: int) -> np.ndarray:
 
   The window is centred, so that the curve is not shifted. It is narrower at the start, by as much
   on both sides, so that it begins with the first value; at the end the values that would come later
-  are missing from it. Values that are not finite, or above 1e9, are left out of each mean.
+  are missing from it. Values that are not finite, or above 1e9, are left out of the means, and have
+  none of their own, so that the curve has a gap there.
 
   Args:
     values: float [n], one for each update.
     half_window: at least 0.
 
   Returns:
-    float64 [n]; NaN where no value of the window is finite.
+    float64 [n].
   """
-  is_good = _is_drawable(values)
+  is_good = is_drawable(values)
   sums = np.concatenate([[0.0], np.cumsum(np.where(is_good, values, 0.0))])
   counts = np.concatenate([[0], np.cumsum(is_good)])
   at = np.arange(len(values))
   half = np.minimum(half_window, at)
   first, end = at - half, np.minimum(at + half + 1, len(values))
   number = counts[end] - counts[first]
-  return np.where(number > 0, (sums[end] - sums[first]) / np.maximum(number, 1), np.nan)
+  return np.where(is_good, (sums[end] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
-def _is_drawable(values: np.ndarray) -> np.ndarray:
+def is_drawable(values: np.ndarray) -> np.ndarray:
+  """Returns which values are finite, and at most 1e9."""
   return np.isfinite(values) & (np.abs(values) < MAX_LOSS)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +33,13 @@ def make_figure(width: float = 8.0, height: float = 4.5) -> Figure:
   """
   if not can_draw():
     raise UserError("pictures need matplotlib. Try pip install 'jgpt[plot]'")
-  from matplotlib.figure import Figure
-
+  log = logging.getLogger("matplotlib")
+  level = log.level
+  log.setLevel(logging.ERROR)  # the first import on a machine lists its fonts, and may say so
+  try:
+    from matplotlib.figure import Figure
+  finally:
+    log.setLevel(level)
   return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jgpt.errors import UserError, show
+from jgpt.config import Expected
+from jgpt.errors import UserError, printable, show
 from jgpt.report.curves import (
   X_AXES,
   Curves,
   collect_curves,
+  is_drawable,
   keep_evenly,
   keep_extremes,
   name_differences,
@@ -39,13 +41,14 @@ WIDTH, HEIGHT = 8.0, 5.2  # inches
 LEFT, TOP, BOTTOM = 0.55, 0.66, 0.28  # inches around the panels
 LOW_HEIGHT, UNDER, BESIDE = 1.05, 0.72, 0.6  # inches of the panels below, and between panels
 LETTER, LINE = 0.07, 0.155  # inches, of an average letter and of a line of a label
-LABEL_WIDTH = 24  # letters of a line of a label
+LEADER = 0.18  # inches from the panel of losses to the labels
+LABEL_WIDTH = 28  # letters of a line of a label
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 TRAINING, HELDOUT, EXPECTED, SKIPPED = "#0072B2", "#D55E00", "#007A5A", "#882255"
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY, PALE = "#222222", "#666666", "#E4E4E4"
 MOST_POINTS = 12_000  # of all curves of a picture; an SVG has 20 to 30 bytes a point
-MOST_DOTS = 100  # of the held-out losses of a run
+MOST_DOTS, FEW_DOTS = 100, 30  # of the held-out losses of a run; more than few are small
 OVER_GUESSING = 2.5  # times the loss of uniform guessing: higher losses are outside the picture
 UNEVEN = 20  # gradient norms that differ by more than this factor have a logarithmic axis
 X_WORDS = {
@@ -108,7 +111,7 @@ def draw_runs(runs: Sequence[History], x: str = "step") -> Figure:
   colors = _choose_colors(len(runs))
   marks = _list_marks(curves, colors, x)
   letters = max(len(line) for mark in marks for line in mark.text.split("\n"))
-  losses, *below = _place_axes(figure, 0.25 + LETTER * letters)
+  losses, *below = _place_axes(figure, LEADER + LETTER * letters + 0.07)
   _draw_losses(losses, curves, colors, marks, x)
   _draw_norms(below[0], curves, colors, x)
   _draw_series(below[1], "learning rate", [c.rate for c in curves], curves, colors, x)
@@ -143,38 +146,50 @@ def _draw_losses(
   ax: Axes, curves: Sequence[Curves], colors: Sequence[str], marks: Sequence[_Mark], x: str
 ) -> None:
   low, high = _find_limits(curves)
-  most = _count_points(curves)
-  for found, color in zip(curves, colors, strict=True):
-    steps = found.losses.steps
-    if len(curves) == 1 and found.half_window:
-      at, values = keep_extremes(found.locate(steps, x), found.losses.values, most)
-      ax.plot(at, np.where(np.abs(values) < 1e9, values, np.nan), color=_mix(color), lw=0.5)
-    at, values = keep_evenly(found.locate(steps, x), found.smoothed.values, most)
-    ax.plot(at, values, color=color, lw=1.6, zorder=3, **_dot_if_alone(values))
-    at, values = keep_evenly(found.locate(found.heldout.steps, x), found.heldout.values, MOST_DOTS)
-    dots = HELDOUT if len(curves) == 1 else color
-    ax.plot(at, values, "o", color=dots, ms=5, mec="white", mew=0.8, zorder=4, clip_on=False)
-    at, _ = keep_evenly(found.locate(found.skipped, x), found.skipped, most)
-    ax.plot(
-      at,
-      np.zeros(len(at)),
-      "|",
-      color=SKIPPED if len(curves) == 1 else color,
-      ms=9,
-      mew=1.0,
-      zorder=5,
-      transform=ax.get_xaxis_transform(),
+  is_alone = len(curves) == 1
+  for i, (found, color) in enumerate(zip(curves, colors, strict=True)):
+    if is_alone:
+      _draw_raw(ax, found, found.losses, "loss", x)
+    at, values = keep_evenly(
+      found.locate(found.losses.steps, x), found.smoothed.values, _count_points(curves)
     )
-  for expected in {c.expected for c in curves if c.expected}:
+    line = {"color": color, "lw": 1.6, "zorder": 3, "gid": f"training-{i}"}
+    ax.plot(at, values, **line, **_dot_if_alone(values))
+    at, values = keep_evenly(found.locate(found.heldout.steps, x), found.heldout.values, MOST_DOTS)
+    dots = {"ms": 5, "mew": 0.8} if len(at) <= FEW_DOTS else {"ms": 3, "mew": 0.3}
+    dots |= {"color": HELDOUT if is_alone else color, "mec": "white", "gid": f"heldout-{i}"}
+    ax.plot(at, values, "o", **dots, zorder=4, clip_on=False)
+    if len(found.skipped):
+      at, _ = keep_evenly(found.locate(found.skipped, x), found.skipped, _count_points(curves))
+      ticks = {"color": SKIPPED if is_alone else color, "ms": 9, "mew": 1.0}
+      ticks |= {"gid": f"skipped-{i}", "transform": ax.get_xaxis_transform()}
+      ax.plot(at, np.zeros(len(at)), "|", **ticks, zorder=5)
+  for i, expected in enumerate(_list_expected(curves)):
     centre, band = expected.loss_nats_per_token, expected.band
-    shade = _mix(_choose_shade(curves), 0.22)
-    ax.axhspan(centre - band, centre + band, color=shade, lw=0, zorder=0.5)
-  for guessing in {c.guessing for c in curves}:
-    ax.axhline(guessing, color=GREY, lw=1.0, ls=(0, (4, 3)), zorder=2)
+    shade = _mix(EXPECTED if is_alone else GREY, 0.22)
+    area = ax.axhspan(centre - band, centre + band, color=shade, lw=0, zorder=0.5)
+    area.set_gid(f"expected-{i}")
+  for i, guessing in enumerate(sorted({c.guessing for c in curves})):
+    dashes = {"color": GREY, "lw": 1.0, "ls": (0, (4, 3)), "gid": f"guessing-{i}"}
+    ax.axhline(guessing, **dashes, zorder=2)
   ax.set_ylim(low, high)
   _style(ax, curves, x, ticks=6)
   ax.set_xlabel(X_WORDS[x], color=GREY, fontsize=8.5, labelpad=2)
   _write_marks(ax, marks, low, high)
+
+
+def _draw_raw(ax: Axes, found: Curves, series: Series, name: str, x: str) -> None:
+  """Draws the values behind a smoothed curve; none where it is not smoothed."""
+  if found.half_window:
+    values = np.where(is_drawable(series.values), series.values, np.nan)
+    at, values = keep_extremes(found.locate(series.steps, x), values, _count_points([found]))
+    ax.plot(at, values, color=_mix(TRAINING), lw=0.5, gid=f"each-{name}")
+
+
+def _list_expected(curves: Sequence[Curves]) -> list[Expected]:
+  """Lists the results that runs expect, each once."""
+  found = {c.expected for c in curves if c.expected}
+  return sorted(found, key=lambda expected: expected.loss_nats_per_token)
 
 
 def _find_limits(curves: Sequence[Curves]) -> tuple[float, float]:
@@ -184,7 +199,9 @@ def _find_limits(curves: Sequence[Curves]) -> tuple[float, float]:
   for found in curves:
     raw = found.losses.values[np.abs(found.losses.values) < ceiling]  # NaN is not
     values += [*np.quantile(raw, [0.01, 0.99])] if len(raw) and len(curves) == 1 else []
-    values += [v for v in (*found.smoothed.values, *found.heldout.values) if abs(v) < ceiling]
+    for drawn in (found.smoothed.values, found.heldout.values):
+      inside = drawn[np.abs(drawn) < ceiling]
+      values += [inside.min(), inside.max()] if len(inside) else []
     if found.expected:
       band = found.expected.band
       values += [found.expected.loss_nats_per_token + sign * band for sign in (-1, 1)]
@@ -206,19 +223,18 @@ def _list_marks(curves: Sequence[Curves], colors: Sequence[str], x: str) -> list
     if len(found.skipped):
       marks.append(_Mark(-math.inf, f"{len(found.skipped):,} skipped", SKIPPED))
   else:
-    folders = [Path(os.path.abspath(c.run.workdir)).name for c in curves]
+    folders = [_name_folder(c.run) for c in curves]
     labels = name_differences([c.run.experiment for c in curves], folders)
     for found, label, color in zip(curves, labels, colors, strict=True):
       end = _find_end(found, found.smoothed, x) or _find_end(found, found.heldout, x)
       last = _find_end(found, found.heldout, x) or end
       if last:
         marks.append(_Mark(end[1], _wrap(f"{label}: {_format_loss(last[1])}"), color, end[0]))
-  for expected in {c.expected for c in curves if c.expected}:
+  for expected in _list_expected(curves):
     centre = expected.loss_nats_per_token
-    marks.append(
-      _Mark(centre, f"expected {centre:.2f} ± {expected.band:.2f}", _choose_shade(curves))
-    )
-  for guessing in {c.guessing for c in curves}:
+    color = EXPECTED if len(curves) == 1 else GREY
+    marks.append(_Mark(centre, f"expected {centre:.2f} ± {expected.band:.2f}", color))
+  for guessing in sorted({c.guessing for c in curves}):
     marks.append(_Mark(guessing, f"guessing {guessing:.2f}", GREY))
   return marks
 
@@ -239,12 +255,14 @@ def _write_marks(ax: Axes, marks: Sequence[_Mark], low: float, high: float) -> N
   for mark, place, middle in zip(
     marks, places, spread(places, heights, -0.1, inches + 0.1), strict=True
   ):
-    is_curve = mark.x is not None
+    # A line from further left would cross the panel.
+    is_near = mark.x is None or mark.x > 0.9 * ax.get_xlim()[1]
+    line = {"arrowstyle": "-", "color": _mix(mark.color, 0.6), "lw": 0.6, "relpos": (0, 0.5)}
     ax.annotate(
       mark.text,
-      xy=(mark.x if is_curve else 1.0, place / inches),
-      xycoords=("data" if is_curve else "axes fraction", "axes fraction"),
-      xytext=(1 + 0.18 / (ax.get_position().width * WIDTH), middle / inches),
+      xy=(1.0 if mark.x is None else mark.x, place / inches),
+      xycoords=("axes fraction" if mark.x is None else "data", "axes fraction"),
+      xytext=(1 + LEADER / (ax.get_position().width * WIDTH), middle / inches),
       textcoords="axes fraction",
       color=mark.color,
       fontsize=8.5,
@@ -252,14 +270,7 @@ def _write_marks(ax: Axes, marks: Sequence[_Mark], low: float, high: float) -> N
       linespacing=1.05,
       parse_math=False,
       annotation_clip=False,
-      arrowprops={
-        "arrowstyle": "-",
-        "color": _mix(mark.color, 0.6),
-        "lw": 0.6,
-        "relpos": (0, 0.5),
-        "shrinkA": 1.5,
-        "shrinkB": 3 if is_curve else 0,
-      },
+      arrowprops={**line, "shrinkA": 1.5, "shrinkB": 3 * (mark.x is not None)} if is_near else None,
     )
 
 
@@ -267,20 +278,16 @@ def _write_marks(ax: Axes, marks: Sequence[_Mark], low: float, high: float) -> N
 
 
 def _draw_norms(ax: Axes, curves: Sequence[Curves], colors: Sequence[str], x: str) -> None:
-  most = _count_points(curves)
-  series = [c.grad_norm for c in curves]
-  _draw_series(
-    ax,
-    "gradient norm",
-    [Series(s.steps, smooth(s.values, c.half_window)) for s, c in zip(series, curves, strict=True)],
-    curves,
-    colors,
-    x,
-  )
-  if len(curves) == 1 and curves[0].half_window:
-    at, values = keep_extremes(curves[0].locate(series[0].steps, x), series[0].values, most)
-    ax.plot(at, np.where(np.abs(values) < 1e9, values, np.nan), color=_mix(TRAINING), lw=0.5)
-  positive = np.concatenate([s.values[np.isfinite(s.values) & (s.values > 0)] for s in series])
+  """Draws gradient norms smoothed as losses are, over a logarithmic axis where they differ much."""
+  norms = [c.grad_norm for c in curves]
+  smoothed = [
+    Series(norm.steps, smooth(norm.values, found.half_window))
+    for norm, found in zip(norms, curves, strict=True)
+  ]
+  _draw_series(ax, "gradient norm", smoothed, curves, colors, x)
+  if len(curves) == 1:
+    _draw_raw(ax, curves[0], norms[0], "norm", x)
+  positive = np.concatenate([n.values[is_drawable(n.values) & (n.values > 0)] for n in norms])
   if not len(positive):
     return
   low, high = np.quantile(positive, [0.01, 0.99])
@@ -301,13 +308,17 @@ def _draw_series(
 ) -> None:
   """Draws one series of each run in a panel of its own, over an axis that begins at 0."""
   top = 0.0
-  for (steps, values), found, color in zip(series, curves, colors, strict=True):
+  for i, ((steps, values), found, color) in enumerate(zip(series, curves, colors, strict=True)):
     at, values = keep_extremes(found.locate(steps, x), values, _count_points(curves))
-    ax.plot(at, values, color=color, lw=1.2, zorder=3, **_dot_if_alone(values))
+    line = {"color": color, "lw": 1.2, "zorder": 3, "gid": f"{title.replace(' ', '-')}-{i}"}
+    ax.plot(at, values, **line, **_dot_if_alone(values))
     top = max([top, *values[np.isfinite(values)]])
   ax.set_ylim(0, 1.1 * top or 1)
   ax.set_title(title, loc="left", fontsize=8.5, color=INK, pad=4)
   _style(ax, curves, x, ticks=4)
+  if not top:
+    ax.set_yticks([])
+    ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=GREY, fontsize=8.5)
 
 
 # --- All panels ---
@@ -329,8 +340,9 @@ def _style(ax: Axes, curves: Sequence[Curves], x: str, ticks: int) -> None:
 
   end = max(float(found.locate(np.array([found.last_step]), x)[0]) for found in curves)
   ax.set_xlim(0, 1.01 * end or 1)
-  for axis in (ax.xaxis, ax.yaxis):
-    axis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2))
+  for axis, is_count in ((ax.xaxis, x != "seconds"), (ax.yaxis, False)):
+    steps = [1, 2, 5, 10] if is_count else [1, 2, 2.5, 5, 10]
+    axis.set_major_locator(MaxNLocator(ticks, steps=steps, min_n_ticks=2, integer=is_count))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
   ax.spines[["top", "right", "left"]].set_visible(False)
   ax.spines["bottom"].set_color(GREY)
@@ -342,14 +354,16 @@ def _style(ax: Axes, curves: Sequence[Curves], x: str, ticks: int) -> None:
 
 def _write_title(figure: Figure, losses: Axes, curves: Sequence[Curves]) -> None:
   """Writes what the runs are, and what the lines and dots of the losses are."""
-  names = {c.run.name or "run" for c in curves}
-  name = shorten_name(names.pop()) if len(names) == 1 else ""
+  names = {c.run.name for c in curves} - {""}
+  name = names.pop() if len(names) == 1 else ""
   if len(curves) == 1:
+    folder = _name_folder(curves[0].run)
+    name = shorten_name(folder if folder.startswith(name) else f"{name} ({folder})")
     done, steps = curves[0].last_step, curves[0].run.experiment.train.steps or 0
     length = f"{done:,} updates" if done >= steps else f"step {done:,} of {steps:,}"
     title = f"{name}: {length}"
   else:
-    title = f"{name}: {len(curves)} runs" if name else f"{len(curves)} runs"
+    title = f"{shorten_name(name)}: {len(curves)} runs" if name else f"{len(curves)} runs"
   window = 2 * max(c.half_window for c in curves) + 1
   words = [f"line: training, mean of {window:,} updates" if window > 1 else "line: training"]
   if window > 1 and len(curves) == 1:
@@ -384,12 +398,12 @@ def _choose_colors(number: int) -> list[str]:
   from matplotlib import colormaps
   from matplotlib.colors import to_hex
 
-  return [to_hex(colormaps["viridis"](i / number)) for i in range(number)]
+  return [to_hex(colormaps["viridis"](0.9 * i / number)) for i in range(number)]
 
 
-def _choose_shade(curves: Sequence[Curves]) -> str:
-  """Chooses the colour of expected results: grey beside the colours of several runs."""
-  return EXPECTED if len(curves) == 1 else GREY
+def _name_folder(run: History) -> str:
+  """Returns the name of a run's folder, printable."""
+  return printable(Path(os.path.abspath(run.workdir)).name)
 
 
 def _mix(color: str, share: float = 0.35) -> str:
@@ -400,7 +414,7 @@ def _mix(color: str, share: float = 0.35) -> str:
 
 def _dot_if_alone(values: np.ndarray) -> dict[str, Any]:
   """Returns how a curve of a single point is drawn: a line would not be seen."""
-  return {"marker": "o", "ms": 4} if np.isfinite(values).sum() == 1 else {}
+  return {"marker": "o", "ms": 4, "clip_on": False} if np.isfinite(values).sum() == 1 else {}
 
 
 def _format_loss(loss: float) -> str:
