@@ -40,6 +40,7 @@ import jax
 import pytest
 import small_runs
 
+from jgpt import run
 from jgpt.devices import canary
 from jgpt.system.precision import enable_x64
 
@@ -95,6 +96,18 @@ def quick():
   """
   with small_runs.compiled_quickly():
     yield
+
+
+@pytest.fixture
+def drawn():
+  """Runs draw their curves at their end, as users' do."""
+
+
+@pytest.fixture(autouse=True)
+def _draw_nothing(request, monkeypatch):
+  """Runs of the command in this process draw no curves, which takes 0.2 s, unless asked for."""
+  if "drawn" not in request.fixturenames:
+    monkeypatch.setattr(run, "draw_curves", lambda workdir: None)
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def start(*args, **options):
   return subprocess.Popen([sys.executable, "-m", *args], env=env, **(pipes | options))
 
 
-def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
+def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys, drawn):
   status, out, err = call(capsys, run.main, *FAST)
   assert status == 0 and err == ""
   for fact in (
@@ -85,7 +85,7 @@ def test_a_run_says_what_it_is_trains_saves_and_samples(folder, capsys):
   runs = folder / "runs" / "names,train.steps=40"
   assert {p.name for p in runs.iterdir()} == {
     *("experiment.json", "tokenizer.json", "env.json", "metrics.jsonl", "result.json"),
-    *("checkpoints", "samples"),
+    *("checkpoints", "samples", "plot.svg"),
   }
   rows = small_runs.read_untimed(runs)
   evaluated = [row["step"] for row in rows if "heldout/loss" in row]

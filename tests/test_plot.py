@@ -65,7 +65,7 @@ def read_svg(path):
     name = group.get("id", "")
     if re.fullmatch(r"[a-z-]+-(\d+|loss|norm)", name):
       uses = [(float(u.get("x")), float(u.get("y"))) for u in group.iter(f"{space}use")]
-      words = " ".join(p.get("d") for p in group.findall(f"{space}path"))
+      words = " ".join(p.get("d") or "" for p in group.findall(f"{space}path"))
       points = re.findall(r"[ML] (-?[\d.]+) (-?[\d.]+)", words)
       curves[name] = np.array(uses or points, float)
   return texts, curves
@@ -316,10 +316,11 @@ def test_a_result_is_expected_of_the_experiment_as_it_is_and_with_another_seed(t
 
 
 @pytest.mark.slow
-def test_a_run_draws_its_curves_at_its_end(tmp_path, monkeypatch, capsys, quick):
+def test_a_run_draws_its_curves_at_its_end(tmp_path, monkeypatch, capsys, quick, drawn):
   """Once it has trained; a failure is a warning; without matplotlib a line says what to install."""
   monkeypatch.chdir(tmp_path)
   names = ["--experiment", "names", "--set", "sample.num=1", "--workdir", "a"]
+  names += ["--set", "optimizer.decay_steps=100"]
   assert run.main([*names, "--steps", "5"]) == 0
   assert "\ncurves: a/plot.svg\n" in capsys.readouterr().out
   texts, curves = read_svg("a/plot.svg")
@@ -344,7 +345,7 @@ def test_a_run_draws_its_curves_at_its_end(tmp_path, monkeypatch, capsys, quick)
     patch.setattr(figures, "can_draw", lambda: False)
     assert run.main([*names, "--steps", "8"]) == 0
   out, err = capsys.readouterr()
-  assert out.count("pip install 'jgpt[plot]'") == 1 and "curves:" not in out and not err
+  assert out.count("pip install 'jgpt[plot]'") == 1 and "\ncurves:" not in out and not err
 
 
 @pytest.mark.slow
