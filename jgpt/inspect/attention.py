@@ -139,7 +139,7 @@ def draw_attention(weights_LNTS: np.ndarray, labels: Sequence[str]) -> Figure:
   ticks = range(0, num_tokens, math.ceil(num_tokens * 5 / (72 * side)))
   names = [cut_label(labels[t]).replace("$", r"\$") for t in ticks]  # not mathematics
   space = 72 * side / len(ticks)  # points between labels
-  font = min(9.0, 0.9 * space)
+  font = min(12.0, 0.9 * space)
   rotation = 90 if max(map(len, names)) * font * 0.7 > space else 0
   image = None
   for i, ax in enumerate(axes.flat):
@@ -150,14 +150,14 @@ def draw_attention(weights_LNTS: np.ndarray, labels: Sequence[str]) -> Figure:
     masked_TS = np.ma.masked_array(weights_LNTS[layer][head], future_TS)
     image = ax.imshow(masked_TS, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     ax.set_facecolor(ABSENT)
-    ax.set_title(f"layer {layer}, head {head}", fontsize=10 if side > 1.5 else 7)
+    ax.set_title(f"layer {layer}, head {head}", fontsize=12 if side > 1.5 else 7)
     ax.tick_params(length=0, labelsize=font)
     ax.tick_params(axis="x", labelrotation=rotation)
     ax.spines[:].set_visible(False)
   axes[0, 0].set_xticks(ticks, names)  # of all maps, which share their axes
   axes[0, 0].set_yticks(ticks, names)
-  figure.supxlabel("token that is read (grey: comes later, cannot be read)", fontsize=10)
-  figure.supylabel("token that reads", fontsize=10)
+  figure.supxlabel("token that is read (grey: comes later, cannot be read)", fontsize=12)
+  figure.supylabel("token that reads", fontsize=12)
   height = min(1.0, 5 / (side * rows))
   figure.colorbar(image, ax=axes, label="attention probability", shrink=height, aspect=30, pad=0.01)
   return figure
