@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import small_runs
 import switches
-from equivalence import QUICK, cast, compare, must_differ
+from equivalence import CPU, GPU, OLD_GPU, QUICK, TPU, cast, compare, must_differ
 from reference import numpy_gpt
 
 import jgpt.sharding
@@ -160,6 +160,15 @@ def test_loss_and_every_gradient_leaf(system, case):
 
 
 # --- The tolerances mean something ---
+
+
+def test_every_form_has_a_tolerance_and_more_precision_a_smaller_one():
+  """What describes the products of any device is in the table."""
+  for device in (CPU, GPU, OLD_GPU, TPU):
+    forms = [describe_products(*device, precision) for precision in ("default", "high", "highest")]
+    tolerances = [TOLERANCES[form] for form in forms]
+    assert tolerances == sorted(tolerances, reverse=True)
+    assert tolerances[-1] == TOLERANCES["float32"]
 
 
 @contextlib.contextmanager
