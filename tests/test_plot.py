@@ -95,7 +95,7 @@ def test_a_run_is_drawn_with_what_it_expects_and_what_guessing_has(tmp_path, cap
   assert {
     *("names: step 100 of 1,000", "step", "held out 2.45", "guessing 3.30", "expected 2.38 ± 0.03"),
     *(f"training {smoothed[-1]:.2f}", "gradient norm", "learning rate", "tokens per second"),
-    "   line: training, mean of 5 updates; pale: each update; dots: held out",
+    "line: training, mean of 5 updates; pale: each update; dots: held out",
   } < {*texts}
   (slope, start), far = fit(smoothed, curves["training-0"][:, 1])
   assert far < 0.01 and slope < 0
@@ -358,3 +358,30 @@ def test_small_runs_are_drawn_whole(tmp_path):
       assert line.get_ydata()[-1] == pytest.approx(small.result.heldout_loss)
       ends = {"step": small.result.step, "tokens": small.result.seen.tokens}
       assert x not in ends or line.get_xdata()[-1] == ends[x]
+
+
+# --- The README's pictures ---
+
+
+@pytest.mark.slow
+def test_the_readmes_pictures_are_what_their_script_makes(tmp_path):
+  """The same curves to half a point of the picture, where the text is the same, but for those of
+  time; the same words, and maps of the same size.
+  """
+  pictures = Path(jgpt.__file__).parents[1] / "notebooks" / "pictures"
+  command = [sys.executable, str(pictures / "make.py"), str(tmp_path)]
+  env = os.environ | {"PYTHONPATH": str(Path(jgpt.__file__).parents[1])}
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and done.stderr == "", done.stderr
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["attention.svg", "names.svg"]
+  there, here = (read_svg(folder / "names.svg") for folder in (pictures, tmp_path))
+  assert set(there[1]) == set(here[1]) and "expected-0" in here[1]
+  words = {"names: 1,000 updates", "expected 2.38 ± 0.03", "guessing 3.30"}
+  assert words < {*here[0]} and words < {*there[0]}
+  maps = [{*read_svg(folder / "attention.svg")[0]} for folder in (pictures, tmp_path)]
+  assert maps[0] == maps[1] >= {*"gabriel", "BOS", "layer 0, head 3"}
+  if not Path(os.environ.get("JGPT_DATA_DIR", "."), "names.txt").is_file():
+    pytest.skip("the committed pictures are of names.txt, which is not in JGPT_DATA_DIR")
+  assert {text for text in here[0] if text.startswith(("held out", "training"))} < {*there[0]}
+  for name in set(here[1]) - {"tokens-per-second-0"}:
+    np.testing.assert_allclose(here[1][name], there[1][name], atol=0.5, err_msg=name)

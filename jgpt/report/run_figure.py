@@ -376,9 +376,11 @@ def _write_title(figure: Figure, losses: Axes, curves: Sequence[Curves]) -> None
   figure.text(y=1 - 0.24 / HEIGHT, s=title, fontsize=11, weight="bold", **where)
   text = figure.text(y=1 - 0.5 / HEIGHT, s="loss, nats per token", fontsize=8.5, **where)
   losses.annotate(
-    f"   {'; '.join(words)}",
+    "; ".join(words),
     xy=(1, 0),
     xycoords=text,
+    xytext=(9, 0),  # blanks at the start of an SVG's text would be lost
+    textcoords="offset points",
     fontsize=8.5,
     color=GREY,
     va="bottom",
