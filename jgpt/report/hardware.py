@@ -79,11 +79,10 @@ def list_memory(
     devices: that share a batch.
 
   Returns:
-    A header, and a row for each choice.
+    A header, and a row for each choice; the state is parameters and moments.
   """
   free = find_free_memory(devices[0], len(devices))
-  header = "settings", "parameters, moments, gradients", "activations", "logits", "in all"
-  rows = [(*header, "of what is free")]
+  rows = [("settings", "state, gradients", "activations", "logits", "in all", "of free memory")]
   for changes in choices:
     resolved = resolve_compute(change(experiment, changes), devices[0])
     need = estimate_footprint(resolved, len(devices))
