@@ -23,6 +23,7 @@ import jgpt
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+TELLS_AN_UPDATE = "01_names"
 ON_ACCELERATORS = "03_gpt2_tpu_gpu"
 WRITES_ORACLES_OUT = "02_gradient_equivalence"  # as a reader would, so it defines functions
 NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
@@ -321,6 +322,31 @@ def execute(notebook, folder: Path, kernel: str) -> list[tuple[str, dict]]:
   return outputs
 
 
+def check_what_is_told(outputs: list[tuple[str, dict]]):
+  """Checks in the outputs of `01_names` what its text says of them, with either list of names."""
+  printed = "".join(output.get("text", "") for _, output in outputs)
+  differences = [float(x) for x in re.findall(r"largest difference .*: (\S+)\n", printed)]
+  assert len(differences) == 2
+  assert max(differences) < 1e-5
+  tables = {name: o["data"]["text/html"] for name, o in outputs if "text/html" in o.get("data", {})}
+  cells = {name: re.findall("<td[^>]*>(.*?)</td>", table) for name, table in tables.items()}
+  told = [cells["adam"][i : i + 4] for i in range(0, len(cells["adam"]), 4)]
+  values = {label: [float(x) for x in row] for label, *row in told}
+  for formula, kept in (
+    ("m by the formula", "m in opt_state"),
+    ("v by the formula", "v in opt_state"),
+    ("update by the formula", "weight after − before"),
+  ):
+    assert values[formula] == pytest.approx(values[kept], rel=1e-3)
+  adamw, adam, sgd = (cells["why"][i : i + 6] for i in (0, 6, 12))  # a name, four rates, the best
+  assert [row[-1] for row in (adamw, adam, sgd)] == ["0.01", "0.01", "0.03"]
+  assert sgd[4] == "diverges"
+  assert "diverges" not in adamw
+  assert float(adamw[2]) < float(sgd[3]) < float(adam[2])
+  begin, by_adamw, by_adam = (float(cells["why-rare"][i]) for i in (1, 4, 7))  # the rarest letter
+  assert by_adam < begin < by_adamw
+
+
 @pytest.mark.slow
 @each_notebook
 def test_runs_without_errors_and_remarks(path, tmp_path, quiet):
@@ -332,6 +358,8 @@ def test_runs_without_errors_and_remarks(path, tmp_path, quiet):
   quiet.setenv("JAX_NUM_CPU_DEVICES", "2" if path.stem == ON_ACCELERATORS else "1")
   (tmp_path / "work").mkdir()
   outputs = execute(read_notebook(path), tmp_path / "work", "python3")
+  if path.stem == TELLS_AN_UPDATE:
+    check_what_is_told(outputs)
   if path.stem == ON_ACCELERATORS:
     said = {
       name: "".join(o.get("text", "") for cell, o in outputs if cell == name) for name, _ in outputs
