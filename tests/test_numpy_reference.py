@@ -182,7 +182,13 @@ TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("case", TRAININGS)
+# Their rates are compared by themselves below, and nothing else of them is theirs alone.
+LATER = ("constant with warmup", "wsd with warmup from zero")
+
+
+@pytest.mark.parametrize(
+  "case", [pytest.param(x, marks=pytest.mark.slow) if x in LATER else x for x in TRAININGS]
+)
 def test_twenty_updates_in_float64(x64, case):
   """Twenty updates end at the oracle's parameters and moments, on the way of its losses, for every
   schedule and optimizer.

@@ -188,7 +188,7 @@ def test_trajectories_are_those_of_optax_but_for_rounding():
   "rule",
   [
     {"optimizer__name": "adamw"},
-    {"optimizer__name": "adam"},
+    pytest.param({"optimizer__name": "adam"}, marks=pytest.mark.slow),
     {"optimizer__name": "sgd", "optimizer__momentum": 0.9},
   ],
   ids=lambda rule: rule["optimizer__name"],

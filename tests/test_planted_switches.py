@@ -344,7 +344,8 @@ def floor_forgotten(put):
 
 def change_rate(put, change):
   right = jgpt.optim.schedule.make_schedule
-  for module in (jgpt.optim.chain, jgpt.step):  # what updates, and what is reported
+  # What updates, what is reported, and what is compared with the oracle's rates.
+  for module in (jgpt.optim.chain, jgpt.step, jgpt.optim.schedule):
     put(module, "make_schedule", lambda config, *rest: right(change(config), *rest))
 
 

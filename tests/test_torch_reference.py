@@ -271,7 +271,7 @@ def test_twenty_clipped_updates_in_float64(x64, monkeypatch):
   )
 
 
-@pytest.mark.parametrize("system", ["GPT-2", "nanoGPT"])
+@pytest.mark.parametrize("system", [pytest.param("GPT-2", marks=pytest.mark.slow), "nanoGPT"])
 def test_twenty_losses_in_float32(system):
   """In the precision of training, twenty losses in a row are torch's, decay, clipping and schedule
   included.
@@ -343,7 +343,9 @@ def init_as_nanogpt_does(model):
       torch.nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * len(model.h)))
 
 
-@pytest.mark.parametrize("experiment", ["shakespeare_char", "gpt2_shakespeare"])
+@pytest.mark.parametrize(
+  "experiment", ["shakespeare_char", pytest.param("gpt2_shakespeare", marks=pytest.mark.slow)]
+)
 def test_initial_values_are_spread_as_nanogpt_s(experiment):
   """Every parameter of every layer begins with nanoGPT's mean and standard deviation, and all with
   a normal's tails.
