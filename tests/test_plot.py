@@ -1,5 +1,6 @@
 """`jgpt.plot`: pictures of runs, read back from the SVG; runs of every kind; errors."""
 
+import contextlib
 import json
 import os
 import re
@@ -206,6 +207,28 @@ def test_a_million_updates_make_a_small_file(tmp_path):
   (line,) = [line for line in figure.axes[1].lines if line.get_gid() == "each-norm"]
   assert line.get_ydata().max() == 7.5
   assert sum(len(line.get_xdata()) for ax in figure.axes for line in ax.lines) < 10_000
+
+
+@pytest.mark.slow
+def test_numbers_may_be_anything(tmp_path):
+  """In rows in any order: a picture without a warning, or an error for the user."""
+  values = [NAN, np.inf, -np.inf, 1e38, -1e38, 0, 1e-45, 3.0, 1e9, -5]
+  names = ["train/loss", "train/grad_norm", "train/lr", "train/skipped", "heldout/loss"]
+  names += ["perf/seconds", "perf/tokens_per_second", "tokens"]
+  drawn = 0
+  for seed in range(12):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for step in range(rng.choice([1, 5, 60])):
+      row = {"step": int(rng.choice([step, step, rng.integers(50), 2**62]))}
+      row |= {name: float(rng.choice(values)) for name in names if rng.random() < 0.5}
+      rows.append(row)
+    folder = make_run(tmp_path / str(seed), rows)
+    for x in ("step", "tokens", "seconds"):
+      with contextlib.suppress(UserError):
+        figures.render_figure(jgpt.plot_runs(folder, x), ".svg")
+        drawn += 1
+  assert drawn > 20
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from jgpt.runs.rows import TIMED, Series
 X_AXES = ("step", "tokens", "seconds")
 WINDOW = 20  # a smoothed value is a mean over one in so many of a run's updates
 MAX_LOSS = 1e9  # a larger loss counts as not finite: the sums of its neighbours would lose digits
+MAX_COUNT = 1e18  # of tokens or seconds
 MAX_NAMED = 3  # settings that a label names; runs that differ in more have their folder's name
 MAX_NAMED_LETTERS = 48  # characters of such a label
 NO_SERIES = Series(np.zeros(0, np.int64), np.zeros(0))
@@ -105,7 +106,9 @@ def collect_curves(run: History) -> Curves:
     heldout=_sort(heldout),
     grad_norm=grad_norm,
     rate=rate,
-    tokens_per_second=per_second,
+    tokens_per_second=per_second._replace(
+      values=np.where(_is_count(per_second.values), per_second.values, np.nan)
+    ),
     skipped=np.unique(np.concatenate(skipped)),
     guessing=math.log(run.experiment.model.vocab_size),
     expected=find_expected(run.expected, run.label),
@@ -120,12 +123,22 @@ def _sort(series: Series) -> Series:
 
 
 def _read_clock(run: History) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Reads `Curves.clock` from a run's rows of time."""
+  """Reads `Curves.clock` from a run's rows of time; leaves out rows that cannot be true."""
   tokens, seconds = (_sort(run.metrics.get(name, NO_SERIES)) for name in ("tokens", TIMED))
   steps = np.intersect1d(tokens.steps, seconds.steps)
-  spent = np.cumsum(seconds.values)[np.searchsorted(seconds.steps, steps)]
+  spent = np.where(_is_count(seconds.values), seconds.values, 0.0).cumsum()
+  spent = spent[np.searchsorted(seconds.steps, steps)]
   counts = tokens.values[np.searchsorted(tokens.steps, steps)]
-  return tuple(np.concatenate([[0], values]) for values in (steps, counts, spent))
+  is_good = _is_count(counts) & (steps > 0)
+  steps, counts, spent = steps[is_good], counts[is_good], spent[is_good]
+  return tuple(
+    np.concatenate([[0], values]) for values in (steps, np.maximum.accumulate(counts), spent)
+  )
+
+
+def _is_count(values: np.ndarray) -> np.ndarray:
+  """Returns which values may be tokens or seconds of a run."""
+  return (values >= 0) & (values < MAX_COUNT)
 
 
 # --- Smoothing ---

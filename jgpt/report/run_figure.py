@@ -68,11 +68,12 @@ class _Mark:
   x: float | None = None  # where its curve ends; None for what reaches over the whole panel
 
 
-def plot_runs(runs: Sequence[str | Path], x: str = "step") -> Figure:
+def plot_runs(runs: str | Path | Sequence[str | Path], x: str = "step") -> Figure:
   """Draws the losses, gradient norms, learning rates and speeds of runs over each other.
 
   Args:
-    runs: run folders, or their checkpoints/STEP: then up to that step.
+    runs: run folders, or their checkpoints/STEP: then up to that step. A single one may stand
+      alone.
     x: "step", "tokens" (seen, padding not counted) or "seconds" (of training).
 
   Returns:

@@ -109,6 +109,17 @@ def test_tokens_and_seconds_are_those_of_the_calls_and_between_them_in_proportio
   np.testing.assert_allclose(found.locate(steps, "seconds"), [0, 0.5, 0.6, 0.8, 1.2, 1.6])
 
 
+def test_rows_of_time_that_cannot_be_true_are_left_out():
+  run = make_history(
+    train_loss=(np.arange(1, 5), np.ones(4)),
+    tokens=([1, 2, 3, 4], [7, np.inf, 5, 20]),
+    perf_seconds=([1, 2, 3, 4], [0.5, 1.0, np.nan, -3]),
+  )
+  steps, tokens, seconds = collect_curves(run).clock
+  assert steps.tolist() == [0, 1, 3, 4] and tokens.tolist() == [0, 7, 7, 20]
+  assert seconds.tolist() == [0, 0.5, 1.5, 1.5]
+
+
 def test_a_run_without_rows_has_empty_curves():
   found = collect_curves(make_history())
   assert found.last_step == 0 and not len(found.losses.steps) and not len(found.skipped)
