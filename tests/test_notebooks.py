@@ -144,14 +144,16 @@ def test_badges_lead_to_the_address_that_the_project_declares(tmp_path):
 # --- The cell that installs ---
 
 
-def run_install(python, folder, *options, **env):
+def run_install(python, folder, *options, source="", **env):
   """Runs the cell in a folder, which is in sys.path as a kernel's is.
 
   Returns its exit status, output and errors.
   """
   env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | NO_NETWORK | env
+  cell = (FOLDER / "install.py").read_text(encoding="utf-8")
+  cell = cell.replace('SOURCE = ""', f"SOURCE = {source!r}")
   done = subprocess.run(
-    [str(python), *options, "-c", (FOLDER / "install.py").read_text(encoding="utf-8")],
+    [str(python), *options, "-c", cell],
     cwd=folder,
     env=env | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
@@ -255,6 +257,18 @@ def test_the_cell_installs_the_repository_around_it(machine, tmp_path, place):
   assert f"Installing {source} " in output
   packages = list_packages(machine)
   assert packages["jgpt"] == jgpt.__version__ and packages["uniplot"] == "99.0"
+
+
+@pytest.mark.slow
+def test_a_source_is_a_place_and_never_a_name_that_pip_looks_up(empty_machine, tmp_path):
+  """Also a bare `jgpt`; it counts more than a wheel that lies there."""
+  make_wheel(tmp_path, "jgpt", "99.0")
+  status, output, error = run_install(empty_machine, tmp_path, source="jgpt")
+  assert status == 1 and f"Installing matplotlib {tmp_path / 'jgpt'} " in output
+  assert f"'{tmp_path / 'jgpt'}'" in error and "pip failed and installed nothing" in error
+  address = "git+file:///nowhere/jgpt"
+  status, output, _ = run_install(empty_machine, tmp_path, source=address)
+  assert status == 1 and f"Installing matplotlib {address} " in output
 
 
 @pytest.mark.slow
@@ -389,7 +403,8 @@ def test_without_gpt2s_weights_a_small_model_learns_the_text(tmp_path, quiet):
 
 
 @pytest.mark.slow
-def test_runs_at_colabs_versions_where_its_first_cell_installs_jgpt(tmp_path, quiet):
+@pytest.mark.parametrize("name", ["01_names", ON_ACCELERATORS])
+def test_runs_at_colabs_versions_where_its_first_cell_installs_jgpt(name, tmp_path, quiet):
   """In an environment with `oldest.txt`'s versions, and in a folder with a wheel and no more."""
   python = os.environ.get("JGPT_COLAB_PYTHON")
   if not python:
@@ -397,21 +412,21 @@ def test_runs_at_colabs_versions_where_its_first_cell_installs_jgpt(tmp_path, qu
   before = list_packages(python)
   lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
   pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
-  assert {name: before.get(name) for name in [*pinned, "jgpt"]} == pinned | {"jgpt": None}
+  assert {package: before.get(package) for package in [*pinned, "jgpt"]} == pinned | {"jgpt": None}
   kernel = tmp_path / "jupyter" / "kernels" / "colab"
   kernel.mkdir(parents=True)
   start = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
   spec = {"argv": start, "display_name": "Colab", "language": "python"}
   (kernel / "kernel.json").write_text(json.dumps(spec))
   quiet.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-  for name, value in NO_NETWORK.items():
-    quiet.setenv(name, value)
+  for variable, value in NO_NETWORK.items():
+    quiet.setenv(variable, value)
   (tmp_path / "content").mkdir()
   shutil.copy(build_wheel(tmp_path), tmp_path / "content")
-  shutil.copy(FOLDER / "01_names.ipynb", tmp_path / "content")
+  shutil.copy(FOLDER / f"{name}.ipynb", tmp_path / "content")
   subprocess.run([python, "-c", "import matplotlib.font_manager"], check=True, capture_output=True)
   try:
-    notebook = read_notebook(tmp_path / "content" / "01_names.ipynb")
+    notebook = read_notebook(tmp_path / "content" / f"{name}.ipynb")
     outputs = execute(notebook, tmp_path / "content", "colab")
     said = "".join(output["text"] for cell, output in outputs if cell == "install")
     assert "Installing" in said and f"jax       {pinned['jax']}\n" in said
