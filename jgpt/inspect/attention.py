@@ -14,6 +14,7 @@ import numpy as np
 from jgpt.report.figures import make_figure
 
 if TYPE_CHECKING:  # matplotlib is an extra, and takes half a second to import
+  from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
 # The least probability of each shade. The lower bounds are near each other, because a row's
@@ -130,34 +131,71 @@ def draw_attention(weights_LNTS: np.ndarray, labels: Sequence[str]) -> Figure:
   num_layers, num_heads, num_tokens, _ = np.shape(weights_LNTS)
   columns = num_heads if num_layers > 1 else min(num_heads, 4)
   rows = num_layers * -(-num_heads // columns)
-  # Inches of a map: large where maps are few.
+  # Inches of a map, large where maps are few, and of the space to its right and above its title. In
+  # the axes' units a map is 1 wide: one axes for all, because 144 took matplotlib 20 seconds.
   side = min(5.0 if columns == 1 else 3.0, max(1.1, 13 / columns))
-  figure = make_figure(side * columns + 1.5, side * 1.15 * rows + 1)
-  axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-  future_TS = np.triu(np.ones((num_tokens, num_tokens), bool), 1)
-  # Labels of at least 5 points; where the tokens are too many for that, some have none.
-  ticks = range(0, num_tokens, math.ceil(num_tokens * 5 / (72 * side)))
-  names = [cut_label(labels[t]).replace("$", r"\$") for t in ticks]  # not mathematics
-  space = 72 * side / len(ticks)  # points between labels
-  font = min(12.0, 0.9 * space)
-  rotation = 90 if max(map(len, names)) * font * 0.7 > space else 0
+  size = 12 if side > 1.5 else 7
+  step_x, step_y = 1 + 0.12 / side, 1 + 0.36 / side
+  figure = make_figure(side * step_x * columns + 1.5, side * step_y * rows + 0.8)
+  import matplotlib
+
+  ax = figure.subplots()
+  later_TS = np.triu(np.ones((num_tokens, num_tokens), bool), 1)
+  colors = matplotlib.colormaps["Blues"].with_extremes(bad=ABSENT)
   image = None
-  for i, ax in enumerate(axes.flat):
-    if i >= num_layers * num_heads:
-      ax.set_axis_off()
-      continue
+  for i in range(num_layers * num_heads):
     layer, head = divmod(i, num_heads)
-    masked_TS = np.ma.masked_array(weights_LNTS[layer][head], future_TS)
-    image = ax.imshow(masked_TS, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    ax.set_facecolor(ABSENT)
-    ax.set_title(f"layer {layer}, head {head}", fontsize=12 if side > 1.5 else 7)
-    ax.tick_params(length=0, labelsize=font)
-    ax.tick_params(axis="x", labelrotation=rotation)
-    ax.spines[:].set_visible(False)
-  axes[0, 0].set_xticks(ticks, names)  # of all maps, which share their axes
-  axes[0, 0].set_yticks(ticks, names)
-  figure.supxlabel("token that is read (grey: comes later, cannot be read)", fontsize=12)
-  figure.supylabel("token that reads", fontsize=12)
+    x, y = i % columns * step_x, i // columns * step_y
+    image = ax.imshow(
+      np.ma.masked_array(weights_LNTS[layer][head], later_TS),
+      extent=(x, x + 1, y + 1, y),
+      vmin=0,
+      vmax=1,
+      cmap=colors,
+      interpolation="nearest",
+    )
+    ax.text(
+      x + 0.5, y - 0.03, f"layer {layer}, head {head}", ha="center", va="bottom", fontsize=size
+    )
+  _label_edges(ax, labels, (columns, step_x), (rows, step_y), side)
   height = min(1.0, 5 / (side * rows))
-  figure.colorbar(image, ax=axes, label="attention probability", shrink=height, aspect=30, pad=0.01)
+  figure.colorbar(image, ax=ax, label="attention probability", shrink=height, aspect=30, pad=0.01)
   return figure
+
+
+def _label_edges(
+  ax: Axes,
+  labels: Sequence[str],
+  across: tuple[int, float],
+  down: tuple[int, float],
+  side: float,
+) -> None:
+  """Writes the tokens left of the first maps and below the last, and what the axes are.
+
+  Args:
+    ax: in whose units a map is 1 wide.
+    labels: of the tokens.
+    across: how many maps stand side by side, and from one to the next how far it is.
+    down: likewise of maps one below the other.
+    side: inches of a map.
+  """
+  num_tokens = len(labels)
+  # Labels of at least 5 points; where the tokens are too many for that, some have none.
+  shown = range(0, num_tokens, math.ceil(num_tokens * 5 / (72 * side)))
+  names = [cut_label(labels[t]).replace("$", r"\$") for t in shown]  # not mathematics
+  space = 72 * side / len(shown)  # points between labels
+  flat = space / (0.7 * max(map(len, names)))  # the largest letters that fit beside each other
+  rotation = 0 if flat >= min(7.0, 0.9 * space) else 90
+  font = min(12.0, 0.9 * space, 12.0 if rotation else flat)
+  xs, ys = (
+    [i * step + (t + 0.5) / num_tokens for i in range(num) for t in shown]
+    for num, step in (across, down)
+  )
+  ax.set_xticks(xs, names * across[0], fontsize=font, rotation=rotation)
+  ax.set_yticks(ys, names * down[0], fontsize=font)
+  ax.tick_params(length=0)
+  ax.spines[:].set_visible(False)
+  ax.set_xlim(0, (across[0] - 1) * across[1] + 1)
+  ax.set_ylim((down[0] - 1) * down[1] + 1, 0)
+  ax.set_xlabel("token that is read (grey: comes later, cannot be read)", fontsize=12)
+  ax.set_ylabel("token that reads", fontsize=12)

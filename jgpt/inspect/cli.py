@@ -190,9 +190,9 @@ def _print_attention(args: argparse.Namespace, run: Run) -> None:
     titles = [f"layer {layer}" for layer in range(num_layers)]
     print(f"{LEGEND}\n\n{format_maps(weights_LNTS.mean(1), titles, labels, width=width)}\n")
     print(
-      f"each map is the mean of a layer's {num_heads} heads; --layer N shows the heads of one, "
-      "--layer all those of all"
+      f"each map is the mean of a layer's {num_heads} heads; --layer N shows those of one layer,"
     )
+    print("and --layer all those of every layer")
   if args.out is not None:
     picture = figures.render_figure(draw_attention(weights_LNTS, labels), args.out.suffix)
     write_file(args.out, picture)

@@ -58,25 +58,37 @@ def test_a_figure_has_a_map_for_each_layer_and_head(layers, heads):
   weights = rng.uniform(size=(layers, heads, 4, 4))
   figure = draw_attention(weights, ["$x$", "a", "\\n", "verylongtoken"])
   figure.canvas.draw()  # lays it out; a label that is read as mathematics raises
-  drawn = [ax for ax in figure.axes if ax.images]
+  ax = figure.axes[0]
   titles = [f"layer {i}, head {j}" for i in range(layers) for j in range(heads)]
-  assert [ax.get_title() for ax in drawn] == titles
-  for ax, map_TS in zip(drawn, weights.reshape(-1, 4, 4), strict=True):
-    (image,) = ax.images
+  assert [text.get_text() for text in ax.texts] == titles
+  corners = set()
+  for image, text, map_TS in zip(ax.images, ax.texts, weights.reshape(-1, 4, 4), strict=True):
     assert image.get_clim() == (0, 1)
     data = image.get_array()
     np.testing.assert_array_equal(data.mask, np.triu(np.ones((4, 4), bool), 1))
     np.testing.assert_array_equal(data.filled(0), np.tril(map_TS))
-  edge = [label.get_text() for label in drawn[0].get_yticklabels()]
-  assert edge == [r"\$x\$", "a", "\\n", "verylon…"]
+    left, right, bottom, top = image.get_extent()  # y grows downwards
+    assert (right - left, bottom - top) == pytest.approx((1, 1))
+    x, y = text.get_position()
+    assert x == pytest.approx((left + right) / 2) and top - 0.1 < y < top
+    corners.add((round(left, 6), round(top, 6)))
+  assert len(corners) == layers * heads
+  across = heads if layers > 1 else 4
+  assert len({x for x, _ in corners}) == across and len({y for _, y in corners}) == max(
+    layers, -(-heads // 4) if layers == 1 else 0
+  )
+  edge = [label.get_text() for label in ax.get_yticklabels()]
+  assert edge[:4] == [r"\$x\$", "a", "\\n", "verylon…"]
+  left, _, bottom, top = ax.images[0].get_extent()
+  assert top < ax.get_yticks()[0] < ax.get_yticks()[3] < bottom
   width, height = figure.get_size_inches()
-  assert 4 <= width <= 16 and 3 <= height <= 20
+  assert 4 <= width <= 18 and 3 <= height <= 20
 
 
 @pytest.mark.slow
 def test_of_many_tokens_some_have_no_label():
   figure = draw_attention(np.tril(np.ones((1, 8, 300, 300))), ["t"] * 300)
   figure.canvas.draw()
-  ax = figure.axes[4]  # below, where the labels are
+  ax = figure.axes[0]
   sizes = {label.get_fontsize() for label in ax.get_xticklabels()}
-  assert len(ax.get_xticks()) < 100 and min(sizes) >= 4
+  assert len(ax.get_xticks()) < 4 * 100 and min(sizes) >= 4
