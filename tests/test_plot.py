@@ -124,6 +124,7 @@ def test_several_runs_are_told_apart_by_what_differs(tmp_path):
   assert set(curves) == names | {"guessing-0", "expected-0"}  # the first run expects it
   assert {"names: 3 runs", "peak_lr 0.01: 2.45", "peak_lr 0.03: 2.95"} < {*texts}
   assert "tokens seen in training, padding not counted" in texts
+  assert "line: training, mean of 5 updates; dots: held out, the last as a number" in texts
   heights = [curves[f"training-{i}"][-1, 1] for i in range(3)]
   assert heights[1] < heights[0] < heights[2]  # places count downwards
   content = (tmp_path / "x.svg").read_bytes()

@@ -370,7 +370,7 @@ def _write_title(figure: Figure, losses: Axes, curves: Sequence[Curves]) -> None
   if window > 1 and len(curves) == 1:
     words.append("pale: each update")
   if any(len(c.heldout.steps) for c in curves):
-    words.append("dots: held out")
+    words.append(f"dots: held out{', the last as a number' * (len(curves) > 1)}")
   if len(curves) > 1 and any(len(c.skipped) for c in curves):
     words.append("ticks: skipped updates")
   where = {"x": LEFT / WIDTH - 0.035, "color": INK, "parse_math": False}

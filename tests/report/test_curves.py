@@ -183,6 +183,7 @@ def test_labels_name_what_differs():
     "batch_size 16, seed 3",
     "batch_size 1, seed 0",
   ]
+  assert label({}, {"optimizer.name": "sgd"}) == ["optimizer adamw", "optimizer sgd"]
   assert label({"model.tied_head": True}, {"sample.num": 1}) == [
     "tied_head true",
     "tied_head false",
