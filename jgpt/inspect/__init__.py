@@ -1,7 +1,9 @@
-"""Looks into a run: its predictions for a text, and one parameter's first updates.
+"""Looks into a run: parameters, predictions and attention for a text, one number's first updates.
 
-`python -m jgpt.inspect` prints both (`cli.py`). From Python call `predict`, in `predictions.py`,
-and `trace_updates`, in `updates.py`. Importing this package imports nothing else.
+`python -m jgpt.inspect` prints them (`cli.py`). From Python call `measure_params`, in
+`parameters.py`, with `compute_next_update`, in `gradients.py`; `predict`, in `predictions.py`;
+`format_attention` and `draw_attention`, in `attention.py`; and `trace_updates`, in `updates.py`.
+Importing this package imports nothing else.
 """
 
 from __future__ import annotations

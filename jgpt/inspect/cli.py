@@ -77,7 +77,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     UserError: saying which, and what they go with.
   """
   is_alone = args.text is None and args.attention is None and args.trace is None
-  if args.trace is not None and args.text is None and args.attention is None and args.step:
+  reads_step = is_alone or args.text is not None or args.attention is not None
+  if args.step is not None and not reads_step:
     raise UserError(
       "--step goes with --text, --attention, or neither; --trace begins at the run's initial "
       "weights"

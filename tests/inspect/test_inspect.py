@@ -759,6 +759,7 @@ def test_places_are_read(words, verse):
     (["--trace", "tok_embed[1,2][0]"], "must name one number"),
     (["--trace", "tok_embed[1,2]", "--trace-steps", "0"], "--trace-steps=0 must be at least 1"),
     (["--trace", "tok_embed[1,2]", "--step", "30"], "--step goes with --text"),
+    (["--trace", "tok_embed[1,2]", "--step", "0"], "--step goes with --text"),
   ],
 )
 def test_errors_are_one_line(capsys, words, args, error):
