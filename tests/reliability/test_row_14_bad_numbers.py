@@ -244,7 +244,11 @@ def test_row_14_a_run_with_skipped_updates_stops_and_goes_on_bit_by_bit(
     resumed = run_words(tmp_path / "resumed", tmp_path, train__steps=steps)
   assert_equal_bits(straight.state, resumed.state)
   assert straight.losses.tobytes() == resumed.losses.tobytes()
-  logs = [small_runs.read_untimed(tmp_path / name) for name in ("straight", "resumed")]
+  # Each start evaluates at its own end too.
+  logs = [
+    [row for row in small_runs.read_untimed(tmp_path / name) if "train/loss" in row]
+    for name in ("straight", "resumed")
+  ]
   assert json.dumps(logs[0]) == json.dumps(logs[1])
   assert [row["step"] for row in logs[0] if row.get("train/skipped")] == [10, *range(20, 26)]
 
