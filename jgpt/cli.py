@@ -19,8 +19,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jgpt.config import Experiment, catalog
 from jgpt.config.settings import explain_unknown
@@ -59,13 +60,15 @@ OTHER_VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-  """Parses a command's arguments, and explains options and words that the command does not have.
+  """Parses a command's arguments, and explains in one line what is wrong with them.
 
   Options cannot be abbreviated: `--step` for `--steps` would be another command's option.
   """
 
   def __init__(self, **settings: Any):
     super().__init__(allow_abbrev=False, **settings)
+    for kind in (int, float):
+      self.register("type", kind, partial(_parse_number, kind))
 
   def parse_known_args(
     self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -90,6 +93,29 @@ class Parser(argparse.ArgumentParser):
       )
       raise UserError(f"{self.prog} takes options only, not {show(' '.join(rest))}{advice}")
     return found, rest
+
+  def error(self, message: str) -> NoReturn:
+    """Explains in one line what argparse refuses, instead of printing it below the usage.
+
+    Raises:
+      UserError: always.
+    """
+    raise UserError(f"{self.prog}: {message.removeprefix('argument ')}. See --help")
+
+  def _check_value(self, action: argparse.Action, value: Any) -> None:
+    if action.choices is None or value in action.choices:
+      return
+    near = near_matches(str(value), action.choices)
+    name, choices = "/".join(action.option_strings), ", ".join(action.choices)
+    raise UserError(f"{self.prog}: {name}={show(value)} must be one of {choices}.{near}")
+
+
+def _parse_number(kind: type[int] | type[float], text: str) -> int | float:
+  try:
+    return kind(text)
+  except ValueError as error:
+    need = "must be a whole number" if kind is int else "must be a number"
+    raise argparse.ArgumentTypeError(f"{show(text)} {need}") from error
 
 
 def find_unknown_options(words: Sequence[str], known: Container[str]) -> dict[str, str | None]:

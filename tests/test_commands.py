@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import small_runs
 
-from jgpt import cli, run, sample
+from jgpt import cli, export, plot, run, sample
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, list_settings, resolve
 from jgpt.report.summary import describe_rates
@@ -335,6 +335,33 @@ def test_a_users_error_is_one_line_and_status_2(folder, capsys, args, error):
     and err.startswith("error: ")
   )
   assert not (folder / "runs").exists()  # raised before anything was written
+
+
+@pytest.mark.parametrize(
+  ("main", "args", "error"),
+  [
+    (
+      plot,
+      "--run r --x token",
+      "--x='token' must be one of step, tokens, seconds. Did you mean",
+    ),
+    (plot, "--run r --x=q", "--x='q' must be one of step, tokens, seconds.\n"),
+    (export, "--out o --format hff", "--format='hff' must be one of hf, llmc, llmc-state. Did you"),
+    (export, "--run r", "the following arguments are required: --format, --out. See --help"),
+    (plot, "", "the following arguments are required: --run. See --help"),
+    (run, "--steps 1e3", "--steps: '1e3' must be a whole number. See --help"),
+    (run, "--steps", "--steps: expected one argument. See --help"),
+    (sample, "--run r --temperature=", "--temperature: '' must be a number. See --help"),
+    (sample, "--run r --step new", "--step: 'new' must be a number of updates, or best"),
+  ],
+)
+def test_what_argparse_refuses_is_one_line_and_status_2(folder, capsys, main, args, error):
+  """Choices, numbers, and what is required."""
+  status, out, err = call(capsys, main.main, *args.split())
+  assert status == 2 and out == "" and err.count("\n") == 1
+  name = main.__name__
+  assert err.startswith(f"error: python -m {name}: ") and error in err
+  assert list(folder.iterdir()) == []
 
 
 def test_print_config_reads_back_as_settings(capsys):

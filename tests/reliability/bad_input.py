@@ -113,16 +113,6 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert word in outcome.err, (word, outcome)
 
 
-def assert_wrong_usage(outcome: Outcome, *words: str) -> None:
-  """As `assert_refused`, for what the parser of arguments refuses: it may show the usage before its
-  line.
-  """
-  assert outcome.status == 2 and outcome.out == "" and outcome.left == [], outcome
-  assert "error: " in outcome.err.splitlines()[-1] and "Traceback" not in outcome.err, outcome
-  for word in words:
-    assert word in outcome.err.splitlines()[-1], (word, outcome)
-
-
 def give(cases: Sequence[Case], *, cwd: Path, timeout: float = 250, **env: str) -> list[Outcome]:
   """Gives the cases to a process in the folder `cwd`, with `env` set besides this process's own."""
   import jgpt  # only here: the child, which gets its own path, need not find it before
@@ -212,7 +202,7 @@ def _call(case: Case, compiled: _Compiled) -> dict:
     try:
       verb, *argv = case.argv
       status = cli.guard(lambda: importlib.import_module(f"jgpt.{verb}").main(argv))
-    except SystemExit as stop:  # the parser of arguments
+    except SystemExit as stop:
       status = stop.code
     except BaseException:
       status = None

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input import Case, assert_refused, assert_wrong_usage, give, settings
+from bad_input import Case, assert_refused, give, settings
 
 import jgpt
 
@@ -73,10 +73,8 @@ OPTIONS = {
   ("--step", "1"): "no option --step. Did you mean --steps",
   ("--batch_size", CODE): "data.batch_size is a whole number",
   ("names",): "takes options only, not 'names'. Try --experiment names",
-}
-USAGE = {
-  ("--steps", "1e3"): "--steps: invalid int value: '1e3'",
-  ("--steps", "__import__('os')"): "--steps: invalid int value",
+  ("--steps", "1e3"): "--steps: '1e3' must be a whole number",
+  ("--steps", "__import__('os')"): "must be a whole number",
   ("--steps",): "--steps: expected one argument",
 }
 
@@ -99,14 +97,9 @@ def test_row_19_bad_settings_are_refused_in_one_line(tmp_path):
   ]
   table += [(["run", "--experiment", name], words) for name, words in EXPERIMENTS.items()]
   table += [([*NAMES, *words], text) for words, text in OPTIONS.items()]
-  usage = [[*NAMES, *words] for words in USAGE]
-  outcomes = give(
-    [Case(argv=argv) for argv in [*(argv for argv, _ in table), *usage]], cwd=tmp_path
-  )
-  for outcome, (_, words) in zip(outcomes, table, strict=False):
+  outcomes = give([Case(argv=argv) for argv, _ in table], cwd=tmp_path)
+  for outcome, (_, words) in zip(outcomes, table, strict=True):
     assert_refused(outcome, words)
-  for outcome, words in zip(outcomes[len(table) :], USAGE.values(), strict=True):
-    assert_wrong_usage(outcome, words)
   assert {path.name for path in tmp_path.iterdir()} == {"folder.py", "os.py"}
 
 

@@ -5,7 +5,7 @@ be.
 """
 
 import pytest
-from bad_input import Case, assert_refused, assert_wrong_usage, give, settings
+from bad_input import Case, assert_refused, give, settings
 
 from jgpt import sample
 
@@ -25,11 +25,9 @@ REFUSED = {
   ("--seed", "-1"): "seed=-1 must be at least 0",
   ("--seed", "2147483648"): "must be below 2**31",
   ("--step", "7"): "no checkpoint of step 7",
-}
-USAGE = {
-  ("--temperature", "warm"): "--temperature: invalid float value: 'warm'",
-  ("--top-k", "1.5"): "--top-k: invalid int value: '1.5'",
-  ("--num", ""): "--num: invalid int value: ''",
+  ("--temperature", "warm"): "--temperature: 'warm' must be a number",
+  ("--top-k", "1.5"): "--top-k: '1.5' must be a whole number",
+  ("--num", ""): "--num: '' must be a whole number",
 }
 DRAWN = {
   "plain": (),
@@ -50,15 +48,13 @@ DRAWN = {
 @pytest.mark.slow
 def test_row_27_sampling_at_and_beyond_the_ends_of_its_settings(tmp_path):
   train = [*settings("names", "sample.num=2"), "--steps", "20", "--workdir", "run"]
-  cases = [*REFUSED, *USAGE, *DRAWN.values(), ("--num", "1"), ("--num", "1", "--max-tokens", "100")]
+  cases = [*REFUSED, *DRAWN.values(), ("--num", "1"), ("--num", "1", "--max-tokens", "100")]
   given = [Case(argv=["sample", "--run", "run", *words]) for words in cases]
   trained, *outcomes = give([Case(argv=train), *given], cwd=tmp_path, JAX_PLATFORMS="cpu")
   assert trained.status == 0, trained
   for outcome, words in zip(outcomes, REFUSED.values(), strict=False):
     assert_refused(outcome, words)
-  for outcome, words in zip(outcomes[len(REFUSED) :], USAGE.values(), strict=False):
-    assert_wrong_usage(outcome, words)
-  drawn = outcomes[len(REFUSED) + len(USAGE) :]
+  drawn = outcomes[len(REFUSED) :]
   assert [(outcome.status, outcome.err, outcome.left) for outcome in drawn] == [(0, "", [])] * len(
     drawn
   )

@@ -208,7 +208,8 @@ def test_doctor_examines_the_run_of_a_checkpoint(here, capsys):
 
 @pytest.mark.parametrize("step", ["newest", "-1", "1e3", "best ", ""])
 def test_a_step_is_a_number_or_best(step, capsys):
-  with pytest.raises(SystemExit):
-    sample.main(["--run", "r", f"--step={step}"])
-  assert "a number of updates, or best; without --step it is the newest" in capsys.readouterr().err
+  status = cli.guard(lambda: sample.main(["--run", "r", f"--step={step}"]))
+  out, err = capsys.readouterr()
+  assert status == 2 and out == "" and err.count("\n") == 1
+  assert "a number of updates, or best; without --step it is the newest" in err
   assert not os.path.exists("r")
