@@ -17,13 +17,12 @@ if TYPE_CHECKING:  # matplotlib is an extra, and takes half a second to import
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-# The least probability of each shade. The lower bounds are near each other, because a row's
-# probabilities sum to 1: over 16 tokens none is above 0.06 on average.
-SHADES = ((0.0, "·"), (0.05, "░"), (0.2, "▒"), (0.4, "▓"), (0.7, "█"))
-LEGEND = (
-  "each row is a token that reads, its columns what it reads from: itself and what came before.\n"
-  "A row sums to 1:  · below 0.05  ░ to 0.2  ▒ to 0.4  ▓ to 0.7  █ to 1"
-)
+SHADES = "·░▒▓█"
+# Where each shade but the first begins: of a short text in probability, of one that is longer in
+# even attention, 1/n to each of the n tokens that a row reads, which there is below 0.05.
+FEW_TOKENS = 20
+BOUNDS = (0.05, 0.2, 0.4, 0.7)
+EVEN_BOUNDS = (0.5, 0.8, 1.25, 3.0)
 BETWEEN = 3  # blanks between maps that stand side by side
 MAX_LABEL = 8  # characters of a label, which columns write from top to bottom
 ABSENT = "0.93"  # grey of what cannot be read, beside the almost white of probability 0
@@ -48,11 +47,26 @@ def format_attention(
     >>> found = jax.device_get(model.trace(run.params, tokens_BT, run.experiment))
     >>> print(format_attention(found.attention_LBNTS[:, 0], ["BOS", *"emma"]))
   """
-  parts = [LEGEND]
+  parts = [describe_shades(len(labels))]
   for layer, weights_NTS in enumerate(np.asarray(weights_LNTS), first_layer):
     titles = [f"head {head}" for head in range(len(weights_NTS))]
     parts.append(f"layer {layer}\n{format_maps(weights_NTS, titles, labels, width=width)}")
   return "\n\n".join(parts)
+
+
+def describe_shades(num_tokens: int) -> str:
+  """Describes how to read a map of a text of so many tokens."""
+  if num_tokens <= FEW_TOKENS:
+    bounds, unit, most = BOUNDS, "A row sums to 1:  ", "to 1"
+  else:
+    unit = "Even attention gives each of a row's n cells 1/n. In multiples of that:\n"
+    bounds, most = EVEN_BOUNDS, "more"
+  words = [f"below {bounds[0]:g}", *(f"to {bound:g}" for bound in bounds[1:]), most]
+  shades = "  ".join(f"{mark} {word}" for mark, word in zip(SHADES, words, strict=True))
+  return (
+    "each row is a token that reads, its columns what it reads from: itself and what came before.\n"
+    f"{unit}{shades}"
+  )
 
 
 def format_maps(
@@ -61,7 +75,8 @@ def format_maps(
   """Formats maps of one text side by side, in as many rows of maps as the width needs.
 
   A cell is two characters wide, which is about square, or one where that is too wide; of a text
-  that is longer still the first tokens are shown, and a line says so.
+  that is longer still the first tokens are shown, and a line says so. `describe_shades` says what a
+  shade is.
 
   Args:
     maps_MTS: probabilities [M, T, S].
@@ -72,6 +87,9 @@ def format_maps(
   maps_MTS, num_tokens = np.asarray(maps_MTS), len(labels)
   short = [cut_label(label) for label in labels]
   margin = max(map(len, short)) + 1
+  values_MTS, bounds = maps_MTS, BOUNDS
+  if num_tokens > FEW_TOKENS:
+    values_MTS, bounds = maps_MTS * np.arange(1, num_tokens + 1)[:, None], EVEN_BOUNDS
   cell = 2 if margin + 2 * num_tokens <= width else 1
   shown = max(1, min(num_tokens, (width - margin) // cell))
   size = max(cell * shown, *map(len, titles))
@@ -82,7 +100,8 @@ def format_maps(
     heads = range(begin, min(begin + per_line, len(titles)))
     lines = [("", [titles[i] for i in heads]), *(("", [line for _ in heads]) for line in header)]
     lines += [
-      (short[t], [_shade(maps_MTS[i, t, : t + 1], cell) for i in heads]) for t in range(shown)
+      (short[t], [_shade(values_MTS[i, t, : t + 1], bounds, cell) for i in heads])
+      for t in range(shown)
     ]
     groups.append(
       "\n".join(
@@ -100,9 +119,9 @@ def cut_label(label: str) -> str:
   return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"
 
 
-def _shade(probabilities: np.ndarray, cell: int) -> str:
+def _shade(values: np.ndarray, bounds: Sequence[float], cell: int) -> str:
   """Returns a row's shades; a dot stays narrow, so that it does not look like a shade."""
-  marks = [[mark for least, mark in SHADES if p >= least or not least][-1] for p in probabilities]
+  marks = [SHADES[i] for i in np.searchsorted(bounds, values, side="right")]
   return "".join(f"{mark:<{cell}}" if mark == "·" else mark * cell for mark in marks)
 
 

@@ -84,7 +84,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
       "weights"
     )
   if args.trace is None and args.set and not is_alone:
-    raise UserError("--set goes with --trace, or the table: --text reads no text of the run")
+    raise UserError(
+      "--set goes with --trace or the table of parameters; --text and --attention read no text of "
+      "the run"
+    )
   if args.layer is not None and args.attention is None and not is_alone:
     raise UserError("--layer goes with --attention, or with the table of parameters")
   if args.trace_steps < 1:
@@ -169,7 +172,12 @@ def _print_attention(args: argparse.Namespace, run: Run) -> None:
   import jax
 
   from jgpt.config.experiment import PLAIN
-  from jgpt.inspect.attention import LEGEND, draw_attention, format_attention, format_maps
+  from jgpt.inspect.attention import (
+    describe_shades,
+    draw_attention,
+    format_attention,
+    format_maps,
+  )
   from jgpt.inspect.predictions import label_token, make_trace_tokens
   from jgpt.model import trace
 
@@ -189,7 +197,8 @@ def _print_attention(args: argparse.Namespace, run: Run) -> None:
     print(format_attention(weights_LNTS, labels, width=width))
   else:
     titles = [f"layer {layer}" for layer in range(num_layers)]
-    print(f"{LEGEND}\n\n{format_maps(weights_LNTS.mean(1), titles, labels, width=width)}\n")
+    maps = format_maps(weights_LNTS.mean(1), titles, labels, width=width)
+    print(f"{describe_shades(len(labels))}\n\n{maps}\n")
     print(
       f"each map is the mean of a layer's {num_heads} heads; --layer N shows those of one layer,"
     )

@@ -50,6 +50,27 @@ def test_maps_stand_side_by_side_as_the_width_allows():
   assert cut[-3] == f"t {'█' * 28}" and cut[-1].startswith("the first 28 of 40 tokens")
 
 
+def test_shades_of_a_long_text_are_relative_to_even_attention():
+  """Row t reads t + 1 tokens, each with 1 / (t + 1) where attention is even: that has one shade in
+  every row. Up to 20 tokens a shade is a probability.
+  """
+  for num_tokens in (20, 21, 300):
+    rows = np.arange(1, num_tokens + 1)[:, None]
+    weights = np.tril(np.ones((num_tokens, num_tokens))) / rows
+    weights[-1, :10] = np.array([0.49, 0.51, 0.79, 0.81, 1.24, 1.26, 2.99, 3.01, 1, 0]) / num_tokens
+    shown = format_attention(weights[None, None], ["t"] * num_tokens, width=2 + num_tokens)
+    lines = [line[2:] for line in shown.split("\n") if line.startswith("t ")]
+    assert len(lines) == num_tokens
+    if num_tokens > 20:
+      assert lines[:-1] == ["▒" * (t + 1) for t in range(num_tokens - 1)]
+      assert lines[-1] == "·░░▒▒▓▓█▒·" + "▒" * (num_tokens - 10)
+      assert "a row's n cells 1/n. In multiples of that:\n· below 0.5  ░ to 0.8  ▒ to 1.25" in shown
+      assert "▓ to 3  █ more\n" in shown and "sums to 1" not in shown
+    else:
+      assert lines[0] == "█" and lines[-2] == "░" * 19 and lines[-1][:8] == "····░░░░"
+      assert "A row sums to 1:" in shown and "1/n" not in shown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layers", "heads"), [(1, 4), (1, 6), (2, 3), (12, 12)])
 def test_a_figure_has_a_map_for_each_layer_and_head(layers, heads):

@@ -730,7 +730,10 @@ def test_places_are_read(words, verse):
   [
     (["--text", "ax", "--layer", "0"], "--layer goes with --attention, or with the table"),
     (["--layer", "1"], "--layer=1: the model has one layer, 0. Try --layer 0"),
-    (["--text", "ax", "--set", "data.path=x"], "--set goes with --trace, or the table"),
+    (
+      ["--attention", "ax", "--set", "data.path=x"],
+      "--set goes with --trace or the table of parameters; --text and --attention read no text of",
+    ),
     (["--set", "data.path=nowhere.txt"], "nothing is at nowhere.txt"),
     (["--attention", "Zoë"], "not in the vocabulary: 'Z' 'o' 'ë'"),
     (["--out", "a.svg"], "--out is a picture of attention: it goes with --attention"),
