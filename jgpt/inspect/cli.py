@@ -27,6 +27,7 @@ from jgpt.system.files import write_file
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
   from jgpt.config import OptimizerConfig
   from jgpt.inspect.gradients import NextUpdate
+  from jgpt.inspect.parameters import ParamStats
   from jgpt.inspect.predictions import Prediction
   from jgpt.inspect.updates import Update
   from jgpt.runs.folder import RunFiles
@@ -134,12 +135,14 @@ def _print_params(args: argparse.Namespace, files: RunFiles, run: Run) -> None:
     rows = [row for row in rows if row.name.endswith(f"[{args.layer}]")]
   print(f"run         {run.workdir} at step {run.step:,}\n")
   print(f"{format_params(rows)}\n")
-  lines = describe_columns(run, found) if found else [("gradient", f"not computed: {reason}")]
+  lines = describe_columns(run, found, rows) if found else [("gradient", f"not computed: {reason}")]
   for label, line in lines:
     print(f"{label:<12}{line}")
 
 
-def describe_columns(run: Run, found: NextUpdate) -> list[tuple[str, str]]:
+def describe_columns(
+  run: Run, found: NextUpdate, rows: Sequence[ParamStats]
+) -> list[tuple[str, str]]:
   """Describes the columns of gradient and update, as labelled lines with the run's numbers."""
   optimizer = run.experiment.optimizer
   last = "the run's last" if run.step else "its first"
@@ -148,13 +151,13 @@ def describe_columns(run: Run, found: NextUpdate) -> list[tuple[str, str]]:
       "batch",
       f"of update {found.step + 1:,}, {last}; its loss is now {found.loss:.4f} nats per token",
     ),
-    ("gradient", "norm of the gradient of that loss, before clipping"),
+    ("grad", "norm of the gradient of that loss, before clipping"),
     ("ratio", "log10(rms of the update / rms of the parameter), the update being what"),
     (
       "",
       f"{optimizer.name} would now add for that batch, at that update's rate of {found.rate:.3g}",
     ),
-    ("healthy", "about -3: an update changes a parameter by a thousandth (Karpathy, makemore)"),
+    ("healthy", "about -3: a parameter changes by a thousandth (Karpathy, makemore)"),
   ]
   if not found.rate:
     lines.append(("", "the rate is 0 here, so that nothing is updated"))
@@ -162,6 +165,8 @@ def describe_columns(run: Run, found: NextUpdate) -> list[tuple[str, str]]:
     more = math.log10(optimizer.peak_lr / found.rate)
     peak = f"the peak rate of {optimizer.peak_lr:g}"
     lines.append(("", f"{peak} would add {more:.1f} to each"))
+  if any(row.log10_ratio is None for row in rows):
+    lines.append(("n/a", "there is no ratio: all entries of the parameter are 0, or of its update"))
   return lines
 
 

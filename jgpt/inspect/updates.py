@@ -31,16 +31,16 @@ class Update:
   Attributes:
     step: from 1, as the run's log counts.
     t: Adam's: updates applied so far, this one included. Skipped ones do not count, and those of
-      the run that `train.continue_from` names do; 0 before the first that is applied. The step of
-      sgd, which does not count.
+      the run that `train.continue_from` names do; 0 before the first that is applied. sgd
+      keeps no count: the step.
     is_skipped: whether the update was skipped: the moments and the number stay as they are.
     loss: of the batch before the update, nats per token.
     gradient: of the loss with respect to this number, after clipping; 0 where the batch does not
       use the number.
     m: first moment, or momentum; of sgd without momentum the gradient and the decay.
-    v: second moment; 0 of sgd.
-    m_hat: first moment with bias correction, m / (1 - b1^t); 0 where t is 0. m of sgd.
-    v_hat: second moment with bias correction, v / (1 - b2^t); 0 where t is 0, and of sgd.
+    v: second moment; for sgd, 0.
+    m_hat: first moment with bias correction, m / (1 - b1^t); 0 where t is 0; for sgd, m.
+    v_hat: second moment with bias correction, v / (1 - b2^t); 0 where t is 0, and for sgd.
     decay: weight_decay * value_before; 0 where this kind of parameter does not decay.
     rate: the learning rate.
     update: -rate * (m_hat / (sqrt(v_hat) + eps) + decay), of adam without the decay, which is in

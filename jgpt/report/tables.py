@@ -8,12 +8,13 @@ from collections.abc import Sequence
 HTML_STYLE = "font-family: monospace; padding: 1px 10px; white-space: pre"
 
 
-def format_table(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
+def format_table(rows: Sequence[Sequence[str]], sides: Sequence[str], gap: int = 2) -> str:
   """Formats cells in columns.
 
   Args:
     rows: of cells.
     sides: of each column, "left" or "right".
+    gap: blanks between columns.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   signs = [">" if side == "right" else "<" for side in sides]
@@ -21,7 +22,7 @@ def format_table(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
     [f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)]
     for row in rows
   ]
-  return "\n".join("  ".join(line).rstrip() for line in lines)
+  return "\n".join((" " * gap).join(line).rstrip() for line in lines)
 
 
 def format_html_table(

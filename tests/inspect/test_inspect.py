@@ -323,7 +323,7 @@ def check_table(capsys, run, state, *args):
   params, grads, after = (stack_blocks(tree) for tree in (state.params, grads, after.params))
   updates = jax.tree.map(lambda new, old: np.float64(new) - np.float64(old), after, params)
   header, rows, shapes = read_table(table)
-  assert header == ["parameter", "shape", "count", "norm", "rms", "largest", "gradient", "ratio"]
+  assert header == ["parameter", "shape", "count", "norm", "rms", "largest", "grad", "ratio"]
   assert [*rows] == [*(name for name, *_ in walk(run.experiment.model)), "total"]
   trees = [equivalence.leaves_by_name(tree) for tree in (params, grads, updates)]
   trees = [tree | {"total": np.concatenate([x.ravel() for x in tree.values()])} for tree in trees]
@@ -388,8 +388,12 @@ def test_the_table_of_an_older_checkpoint_and_of_none(capsys, words, tmp_path):
   assert read_table(out.split("\n\n")[1])[1]["total"][1] == pytest.approx(total, abs=1e-4)
   copy = shutil.copy(words.workdir.parent / "words.txt", tmp_path)
   assert call(capsys, "--run", words.workdir, "--set", f"data.path={copy}", "--step", 30)[1] == out
-  run = train_small(change(words.experiment, {"train.steps": 0}), tmp_path / "none")
+  assert "n/a" not in out
+  changes = {"train.steps": 0, "model.biases": "mlp"}
+  run = train_small(change(words.experiment, changes), tmp_path / "none")
   out = call(capsys, "--run", run.workdir)[1]
+  assert read_table(out.split("\n\n")[1])[1]["blocks/b_up"][-1] is None
+  assert "\nn/a         there is no ratio: all entries of the parameter are 0" in out
   rate = words.experiment.optimizer.peak_lr
   assert "of update 1, its first" in out and f"that update's rate of {rate:.3g}" in out
 

@@ -9,7 +9,13 @@ import pytest
 
 from jgpt.config.catalog import load_experiment
 from jgpt.config.settings import change, resolve
-from jgpt.inspect.parameters import measure_layers, measure_params, sum_stats
+from jgpt.inspect.parameters import (
+  ParamStats,
+  format_params,
+  measure_layers,
+  measure_params,
+  sum_stats,
+)
 from jgpt.params import count_params, walk
 from jgpt.sharding import stack_blocks, unstack_blocks
 
@@ -79,6 +85,33 @@ def check(row, p, g, u):
   assert row.log10_ratio == pytest.approx(math.log10(norm(u) / norm(p)), abs=1e-5)
 
 
+def test_a_parameter_that_the_config_does_not_declare_is_an_error():
+  """It would have no place in the table."""
+  with pytest.raises(KeyError, match="gain"):
+    measure_params({"gain": jnp.ones(3), "tok_embed": jnp.ones((288, 16))}, config=CONFIG)
+
+
+def test_the_table_of_shakespeare_char_cpu_fits_a_terminal():
+  """Of 80 columns, also with a row for each layer."""
+  config = resolve(load_experiment("shakespeare_char_cpu"), 65).model
+  rows, by_layer = [], []
+  for name, param, layers in walk(config):
+    shape = (layers, *param.shape) if name.startswith("blocks/") else param.shape
+    sizes = (99.1234, 1.0, 1e-5, 0.001)  # norm, largest, and norms of gradient and update
+    rows.append(ParamStats(name, shape, math.prod(shape), *sizes))
+    by_layer += [
+      ParamStats(f"{name}[{i}]", param.shape, math.prod(param.shape), *sizes) for i in range(layers)
+    ]
+  for table in (rows, by_layer):
+    header, *lines = format_params(table).split("\n")
+    names = ["parameter", "shape", "count", "norm", "rms", "largest", "grad", "ratio"]
+    assert header.split() == names and len(lines) == len(table) + 1
+    assert max(map(len, [header, *lines])) <= 80
+    for row, line in zip(table, lines, strict=False):
+      assert line.split()[2] == f"{row.count:,}" and line.split()[3] == "99.1234"
+      assert line.split()[-2:] == ["1.0e-05", "-5.00"]
+
+
 def test_what_is_not_given_or_zero_has_no_ratio():
   """Without a config every row of the arrays counts, and the names are sorted."""
   params = {"b": jnp.ones((2, 2)), "a": jnp.zeros(3)}
@@ -87,7 +120,10 @@ def test_what_is_not_given_or_zero_has_no_ratio():
   assert (b.norm, b.rms, b.largest, b.grad_norm, b.log10_ratio) == (2, 1, 1, None, None)
   a, b = measure_params(params, params, params)
   assert (a.grad_norm, a.log10_ratio) == (0, None) and (b.grad_norm, b.log10_ratio) == (2, 0)
-  a, b = measure_params(params, updates={"a": jnp.ones(3), "b": jnp.zeros((2, 2))})
+  updates = {"a": jnp.ones(3), "b": jnp.zeros((2, 2))}
+  table = format_params(measure_params(params, params, updates)).split("\n")
+  assert [line.split()[-1] for line in table] == ["ratio", "n/a", "n/a", "-0.06"]
+  a, b = measure_params(params, updates=updates)
   assert (a.log10_ratio, b.log10_ratio) == (None, None) and (a.update_norm, b.update_norm) == (
     pytest.approx(math.sqrt(3)),
     0,
