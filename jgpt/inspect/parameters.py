@@ -164,8 +164,10 @@ def format_params(rows: Sequence[ParamStats]) -> str:
 
 
 def _format_size(x: float) -> str:
-  """Formats three or more significant digits, so that a column is easy to compare."""
-  return f"{x:.1e}" if x and not 0.001 <= abs(x) < 10_000 else f"{x:.4f}"
+  """Formats a number in about seven characters, so that a column is narrow and easy to compare."""
+  if x and not 0.001 <= abs(x) < 10_000:
+    return f"{x:.1e}"
+  return f"{x:.4f}" if abs(x) < 100 else f"{x:.2f}"
 
 
 def _format_ratio(row: ParamStats) -> str:

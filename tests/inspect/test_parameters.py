@@ -107,6 +107,7 @@ def test_the_table_of_shakespeare_char_cpu_fits_a_terminal():
     names = ["parameter", "shape", "count", "norm", "rms", "largest", "grad", "ratio"]
     assert header.split() == names and len(lines) == len(table) + 1
     assert max(map(len, [header, *lines])) <= 80
+    assert lines[-1].split()[2] == f"{99.1234 * math.sqrt(len(table)):.2f}"
     for row, line in zip(table, lines, strict=False):
       assert line.split()[2] == f"{row.count:,}" and line.split()[3] == "99.1234"
       assert line.split()[-2:] == ["1.0e-05", "-5.00"]
