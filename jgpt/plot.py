@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from jgpt import cli
-from jgpt.errors import UserError
+from jgpt.errors import UserError, printable
 from jgpt.report.curves import X_AXES
 
 
@@ -19,14 +19,13 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status."""
   args = _parser().parse_args(argv)
   from jgpt.report.figures import render_figure
-  from jgpt.report.run_figure import plot_runs
+  from jgpt.report.run_figure import PANELS, plot_runs
   from jgpt.system.files import write_file
 
   out = _choose_out(args.run, args.out)
   figure = plot_runs(args.run, args.x)
-  content = render_figure(figure, out.suffix)
-  write_file(out, content)
-  print(f"{out}  {len(content):,} bytes")
+  write_file(out, render_figure(figure, out.suffix))
+  print(printable(f"wrote {out}: {PANELS}"))
   return 0
 
 
@@ -83,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--out",
-    metavar="FILE",
+    metavar="PATH",
     help="a new file ending in .svg or .png (default: plot.svg in the folder of the one run, which "
     "is replaced)",
   )

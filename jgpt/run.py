@@ -517,9 +517,10 @@ def _train(
       print(f"{words}\n")
     is_named = known or experiment.train.continue_from != base.train.continue_from
     again = summary.format_command(known, base, experiment) if is_named else None
-    summary.print_next(plan, texts, again)
     if plan.start_step < steps:
       draw_curves(plan.workdir)
+    summary.print_next(plan, texts, again)
+    if plan.start_step < steps:
       print_compiler_check(plan, devices[0])
   return 0
 
@@ -535,18 +536,19 @@ def draw_curves(workdir: Path) -> None:
 
   path = workdir / PLOT_FILE
   if not can_draw():
-    print("for a picture of the curves: pip install 'jgpt[plot]'")
+    how = "try pip install matplotlib, or install jgpt with its extra plot"
+    print(f"for a picture of the curves, {how}\n")
     return
   print(end="", flush=True)
   try:
-    from jgpt.report.run_figure import plot_runs
+    from jgpt.report.run_figure import PANELS, plot_runs
 
     check_no_link(path)
     write_file(path, render_figure(plot_runs([workdir]), path.suffix))
   except Exception as error:  # another library's, whatever it is
-    print(f"WARNING: {path} was not drawn: {first_line(error)[:200]}", file=sys.stderr)
+    print(f"WARNING: {path} was not drawn: {first_line(error)[:200]}\n", file=sys.stderr)
   else:
-    print(printable(f"curves: {path}"))
+    print(f"{printable(f'wrote {path}: {PANELS}')}\n")
 
 
 def print_compiler_check(plan: Plan, device: jax.Device) -> None:

@@ -85,9 +85,10 @@ def test_a_run_is_drawn_with_what_it_expects_and_what_guessing_has(tmp_path, cap
   """Every curve lies where the numbers of metrics.jsonl say, over one pair of axes."""
   rows, folder = make_rows(), make_run(tmp_path / "names", make_rows())
   assert plot.main(["--run", folder]) == 0
-  assert capsys.readouterr().out.startswith(f"{tmp_path / 'names' / 'plot.svg'}  ")
+  shown = "losses, gradient norm, learning rate and tokens per second"
+  assert capsys.readouterr().out == f"wrote {tmp_path / 'names' / 'plot.svg'}: {shown}\n"
   texts, curves = read_svg(tmp_path / "names" / "plot.svg")
-  curves_of_a_run = {"training-0", "heldout-0", "expected-0", "guessing-0", "each-loss"}
+  curves_of_a_run = {"training-0", "last-0", "heldout-0", "expected-0", "guessing-0", "each-loss"}
   below = {"gradient-norm-0", "each-norm", "learning-rate-0", "tokens-per-second-0"}
   assert set(curves) == curves_of_a_run | below
   losses = np.array([row["train/loss"] for row in rows if "train/loss" in row])
@@ -95,12 +96,14 @@ def test_a_run_is_drawn_with_what_it_expects_and_what_guessing_has(tmp_path, cap
   smoothed = [part.mean() for part in around]  # 100 updates: five of them, two on each side
   assert {
     *("names: step 100 of 1,000", "step", "held out 2.45", "guessing 3.30", "expected 2.38 ± 0.03"),
-    *(f"training {smoothed[-1]:.2f}", "gradient norm", "learning rate", "tokens per second"),
-    "line: training, mean of 5 updates; pale: each update; dots: held out",
+    *("gradient norm", "learning rate", "tokens per second", f"training {losses[-50:].mean():.2f}"),
+    "line: training, mean of 5 updates (thin: last 50); pale: each update; dots: held out",
   } < {*texts}
+  assert f"{losses[-50:].mean():.2f}" != f"{smoothed[-1]:.2f}"  # where the curve ends
   (slope, start), far = fit(smoothed, curves["training-0"][:, 1])
   assert far < 0.01 and slope < 0
   drawn = {"each-loss": losses, "heldout-0": [3.3, 2.45], "guessing-0": [np.log(27)] * 2}
+  drawn["last-0"] = [losses[-50:].mean()] * 2
   for name, values in drawn.items():
     places = slope * np.asarray(values) + start
     np.testing.assert_allclose(curves[name][:, 1], places, atol=0.01)
@@ -108,7 +111,33 @@ def test_a_run_is_drawn_with_what_it_expects_and_what_guessing_has(tmp_path, cap
   np.testing.assert_allclose(band, [slope * 2.41 + start, slope * 2.35 + start], atol=0.01)
   steps = np.arange(1, STEPS + 1)
   assert fit(steps, curves["training-0"][:, 0])[1] < 0.01
+  assert fit([1, 51, 100], [curves["training-0"][0, 0], *curves["last-0"][:, 0]])[1] < 0.01
   assert fit(0.01 * (1 - steps / STEPS), curves["learning-rate-0"][:, 1])[1] < 0.01
+
+
+@pytest.mark.parametrize(
+  ("lengths", "has_heldout", "words"),
+  [
+    ((100, 230), True, "line: training, mean of 5 to 11 updates; dots: held out, the last"),
+    ((20, 230), False, "line: training, mean of 1 to 11 updates (number: last 20 to 50)"),
+    ((20,), False, "line: training (thin: mean of the last 20)"),
+    ((1,), False, "line: training"),
+  ],
+)
+def test_a_picture_says_of_how_many_updates_its_lines_and_numbers_are_means(
+  lengths, has_heldout, words, tmp_path
+):
+  runs, ends = [], []
+  for steps in lengths:
+    rows = [row for row in make_rows(steps) if has_heldout or "heldout/loss" not in row]
+    ends.append(np.mean([row["train/loss"] for row in rows if "train/loss" in row][-50:]))
+    runs.append(read_history(make_run(tmp_path / str(steps), rows, {"train.steps": steps})))
+  figure = draw_runs(runs)
+  texts = [text.get_text() for text in figure.axes[0].texts]
+  assert texts[-1].startswith(words) and (has_heldout or texts[-1] == words)
+  labels = "training" if len(runs) == 1 else "steps "
+  found = [float(text.split()[-1]) for text in texts if text.startswith(labels)]
+  np.testing.assert_allclose(found, [2.45] * 2 if has_heldout else ends, atol=0.0051)
 
 
 def test_several_runs_are_told_apart_by_what_differs(tmp_path):
@@ -257,7 +286,7 @@ def test_a_png_is_drawn_without_jax_and_without_parameters(tmp_path):
   done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
   assert done.returncode == 0 and done.stderr == "", done.stderr
   content = (tmp_path / "a.png").read_bytes()
-  assert content.startswith(b"\x89PNG") and f"a.png  {len(content):,} bytes" in done.stdout
+  assert content.startswith(b"\x89PNG") and done.stdout.startswith("wrote a.png: losses, ")
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
@@ -279,7 +308,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
     (["--run", folder, "--out", "no/x.svg"], "no is no folder"),
     (["--run", "absent"], "absent is not a run folder"),
     (["--run", empty], "has no metrics, so there is nothing to draw"),
-    (["--run", untimed, "--x", "tokens", "--out", "y.svg"], "no rows that count tokens"),
+    (["--run", untimed, "--x", "tokens", "--out", "y.svg"], "older jgpt wrote it. Try --x step"),
     (["--run", "link"], "is a symbolic link"),
   ]
   for command, words in cases:
@@ -290,7 +319,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="there is no run to draw"):
     jgpt.plot_runs([])
   monkeypatch.setattr(figures, "can_draw", lambda: False)
-  with pytest.raises(UserError, match=re.escape("Try pip install 'jgpt[plot]'")):
+  with pytest.raises(UserError, match=r"Try pip install matplotlib, .* its extra plot"):
     plot.main(["--run", folder])
   assert Path("there.svg").read_text() == "mine"
   assert sorted(p.name for p in Path().glob("*/plot.svg")) == ["plot.svg"]  # the link
@@ -346,12 +375,15 @@ def test_a_run_draws_its_curves_at_its_end(tmp_path, monkeypatch, capsys, quick,
   names = ["--experiment", "names", "--set", "sample.num=1", "--workdir", "a"]
   names += ["--set", "optimizer.decay_steps=100"]
   assert run.main([*names, "--steps", "5"]) == 0
-  assert "\ncurves: a/plot.svg\n" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert re.search("\n\nwrote a/plot.svg: losses, .* tokens per second\n\nnext:\n", out)
+  loss = float(re.search(r"\ntraining loss (\S+) \(mean of the last 5 updates\)", out)[1])
   texts, curves = read_svg("a/plot.svg")
-  assert len(curves["training-0"]) == 5 and "names (a): 5 updates" in texts
+  assert {"names (a): 5 updates", f"training {loss:.2f}"} < {*texts}
+  assert len(curves["training-0"]) == 5
   Path("a/plot.svg").unlink()
   assert run.main([*names, "--steps", "5"]) == 0  # it is sampled again
-  assert "curves" not in capsys.readouterr().out and not Path("a/plot.svg").exists()
+  assert "wrote" not in capsys.readouterr().out and not Path("a/plot.svg").exists()
 
   def fail(runs):
     raise ValueError("no room\nat all")
@@ -359,7 +391,7 @@ def test_a_run_draws_its_curves_at_its_end(tmp_path, monkeypatch, capsys, quick,
   with monkeypatch.context() as patch:
     patch.setattr(run_figure, "plot_runs", fail)
     assert run.main([*names, "--steps", "6"]) == 0
-  assert "WARNING: a/plot.svg was not drawn: no room\n" in capsys.readouterr().err
+  assert "WARNING: a/plot.svg was not drawn: no room\n\n" in capsys.readouterr().err
   Path("there").write_text("mine")
   Path("a/plot.svg").symlink_to("../there")
   assert run.main([*names, "--steps", "7"]) == 0
@@ -369,7 +401,9 @@ def test_a_run_draws_its_curves_at_its_end(tmp_path, monkeypatch, capsys, quick,
     patch.setattr(figures, "can_draw", lambda: False)
     assert run.main([*names, "--steps", "8"]) == 0
   out, err = capsys.readouterr()
-  assert out.count("pip install 'jgpt[plot]'") == 1 and "\ncurves:" not in out and not err
+  how = "try pip install matplotlib, or install jgpt with its extra plot"
+  assert f"\n\nfor a picture of the curves, {how}\n\nnext:\n" in out
+  assert "\nwrote" not in out and not err
 
 
 @pytest.mark.slow

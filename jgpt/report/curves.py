@@ -1,6 +1,6 @@
 """From a run's metrics to what is drawn of them: smoothed losses, labels, few enough points.
 
-Pure. The drawing is in `figures.py`, the reading of a run folder in `runs/history.py`.
+Pure. The drawing is in `run_figure.py`, the reading of a run folder in `runs/history.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 from jgpt.config import Expected, Experiment
 from jgpt.config.settings import drop_derived, format_value, is_circumstance, list_settings
-from jgpt.report.verdict import find_expected
+from jgpt.report.verdict import LAST, final_loss, find_expected
 from jgpt.runs.history import History
 from jgpt.runs.rows import TIMED, Series
 
 X_AXES = ("step", "tokens", "seconds")
-WINDOW = 20  # a smoothed value is a mean over one in so many of a run's updates
+WINDOW = 20  # the smoothing window is this fraction of a run's updates: 1 / WINDOW
 MAX_LOSS = 1e9  # a larger loss counts as not finite: the sums of its neighbours would lose digits
 MAX_COUNT = 1e18  # of tokens or seconds
 MAX_NAMED = 3  # settings that a label names; runs that differ in more have their folder's name
@@ -36,6 +36,9 @@ class Curves:
     losses: training loss of each update, nats per token.
     smoothed: the same smoothed; see `smooth`.
     half_window: of the smoothing.
+    training_loss: the run's training loss, as `final_loss` computes it of the losses that are
+      drawn; None where there are none.
+    num_last: updates of which that is the mean.
     heldout: losses on the held-out part, that of the run's end included.
     grad_norm: of each update, before clipping.
     rate: the learning rate of each update.
@@ -52,6 +55,8 @@ class Curves:
   losses: Series
   smoothed: Series
   half_window: int
+  training_loss: float | None
+  num_last: int
   heldout: Series
   grad_norm: Series
   rate: Series
@@ -98,11 +103,14 @@ def collect_curves(run: History) -> Curves:
   flags = run.metrics.get("train/skipped", NO_SERIES)
   skipped = [losses.steps[~is_drawable(losses.values)], flags.steps[flags.values != 0]]
   half_window = len(losses.steps) // (2 * WINDOW)
+  drawable = losses.values[is_drawable(losses.values)]
   return Curves(
     run=run,
     losses=losses,
     smoothed=Series(losses.steps, smooth(losses.values, half_window)),
     half_window=half_window,
+    training_loss=final_loss(drawable) if len(drawable) else None,
+    num_last=min(LAST, len(drawable)),
     heldout=_sort(heldout),
     grad_norm=grad_norm,
     rate=rate,
@@ -244,7 +252,8 @@ def name_differences(experiments: Sequence[Experiment], folders: Sequence[str]) 
 
   Settings that change what is learned are named if any differ, and the number of updates; otherwise
   the other settings. A setting is named without its section where no other section has one of that
-  name. Settings that follow from others are not named.
+  name. Settings that follow from others are not named. The momentum of SGD is part of the
+  optimizer's name where that differs: "optimizer sgd, momentum 0.9" beside "optimizer adamw".
 
   Args:
     experiments: resolved, one for each run.
@@ -260,12 +269,20 @@ def name_differences(experiments: Sequence[Experiment], folders: Sequence[str]) 
   ]
   chosen = [n for n in differing if not is_circumstance(n) or n in ("train.steps", "train.epochs")]
   chosen = chosen or [name for name in differing if name.split(".")[0] != "sample"]
-  if not chosen or len(chosen) > MAX_NAMED:
+  named = {name: [name] for name in chosen}  # what stands for each
+  if "optimizer.name" in named and named.pop("optimizer.momentum", None):
+    named["optimizer.name"].append("optimizer.momentum")
+  if not named or len(named) > MAX_NAMED:
     return list(folders)
   fields = collections.Counter(name.split(".")[1] for name in settings[0])
   labels = []
   for found in settings:
-    words = [f"{_shorten(name, fields)} {format_value(found[name])}" for name in chosen]
+    words = [
+      f"{_shorten(name, fields)} {format_value(found[name])}"
+      for parts in named.values()
+      for name in parts
+      if name != "optimizer.momentum" or found["optimizer.name"] == "sgd"
+    ]
     labels.append(", ".join(words))
   if max(map(len, labels)) > MAX_NAMED_LETTERS:
     return list(folders)

@@ -32,7 +32,10 @@ def make_figure(width: float = 8.0, height: float = 4.5) -> Figure:
     UserError: if matplotlib is not installed.
   """
   if not can_draw():
-    raise UserError("pictures need matplotlib. Try pip install 'jgpt[plot]'")
+    raise UserError(
+      "pictures need the package `matplotlib`. Try pip install matplotlib, or install jgpt with "
+      "its extra plot"
+    )
   log = logging.getLogger("matplotlib")
   level = log.level
   log.setLevel(logging.ERROR)  # the first import on a machine lists its fonts, and may say so

@@ -41,10 +41,12 @@ WIDTH, HEIGHT = 8.0, 5.2  # inches
 LEFT, TOP, BOTTOM = 0.55, 0.66, 0.28  # inches around the panels
 LOW_HEIGHT, UNDER, BESIDE = 1.05, 0.72, 0.6  # inches of the panels below, and between panels
 LETTER, LINE = 0.07, 0.155  # inches, of an average letter and of a line of a label
+PANELS = "losses, gradient norm, learning rate and tokens per second"  # what a picture shows
 LEADER = 0.18  # inches from the panel of losses to the labels
 LABEL_WIDTH = 28  # letters of a line of a label
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 TRAINING, HELDOUT, EXPECTED, SKIPPED = "#0072B2", "#D55E00", "#007A5A", "#882255"
+GUESSING = "#666666"
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY, PALE = "#222222", "#666666", "#E4E4E4"
 MOST_POINTS = 12_000  # of all curves of a picture; an SVG has 20 to 30 bytes a point
@@ -136,7 +138,8 @@ def _check_drawable(found: Curves, x: str) -> None:
     )
   if x != "step" and len(found.losses.steps) and len(found.clock[0]) < 2:
     raise UserError(
-      f"{workdir / 'metrics.jsonl'} has no rows that count {x}: an older jgpt wrote it. Try x=step"
+      f"{workdir / 'metrics.jsonl'} has no rows that count {x}: an older jgpt wrote it. Try --x "
+      "step"
     )
 
 
@@ -156,6 +159,10 @@ def _draw_losses(
     )
     line = {"color": color, "lw": 1.6, "zorder": 3, "gid": f"training-{i}"}
     ax.plot(at, values, **line, **_dot_if_alone(values))
+    if is_alone and found.num_last > 1:
+      steps = found.losses.steps[is_drawable(found.losses.values)][-found.num_last :]
+      at = found.locate(steps[[0, -1]], x)
+      ax.plot(at, [found.training_loss] * 2, color=color, lw=1.0, zorder=3, gid=f"last-{i}")
     at, values = keep_evenly(found.locate(found.heldout.steps, x), found.heldout.values, MOST_DOTS)
     dots = {"ms": 5, "mew": 0.8} if len(at) <= FEW_DOTS else {"ms": 3, "mew": 0.3}
     dots |= {"color": HELDOUT if is_alone else color, "mec": "white", "gid": f"heldout-{i}"}
@@ -171,7 +178,7 @@ def _draw_losses(
     area = ax.axhspan(centre - band, centre + band, color=shade, lw=0, zorder=0.5)
     area.set_gid(f"expected-{i}")
   for i, guessing in enumerate(sorted({c.guessing for c in curves})):
-    dashes = {"color": GREY, "lw": 1.0, "ls": (0, (4, 3)), "gid": f"guessing-{i}"}
+    dashes = {"color": GUESSING, "lw": 1.0, "ls": (0, (4, 3)), "gid": f"guessing-{i}"}
     ax.axhline(guessing, **dashes, zorder=2)
   ax.set_ylim(low, high)
   _style(ax, curves, x, ticks=6)
@@ -200,7 +207,8 @@ def _find_limits(curves: Sequence[Curves]) -> tuple[float, float]:
   for found in curves:
     raw = found.losses.values[np.abs(found.losses.values) < ceiling]  # NaN is not
     values += [*np.quantile(raw, [0.01, 0.99])] if len(raw) and len(curves) == 1 else []
-    for drawn in (found.smoothed.values, found.heldout.values):
+    last = np.array([found.training_loss] if len(curves) == 1 and found.num_last else [])
+    for drawn in (found.smoothed.values, found.heldout.values, last):
       inside = drawn[np.abs(drawn) < ceiling]
       values += [inside.min(), inside.max()] if len(inside) else []
     if found.expected:
@@ -215,28 +223,27 @@ def _list_marks(curves: Sequence[Curves], colors: Sequence[str], x: str) -> list
   marks = []
   if len(curves) == 1:
     (found,) = curves
-    for name, series, color in (
-      ("training", found.smoothed, TRAINING),
-      ("held out", found.heldout, HELDOUT),
-    ):
-      if end := _find_end(found, series, x):
-        marks.append(_Mark(end[1], f"{name} {_format_loss(end[1])}", color, end[0]))
+    if end := _find_end(found, found.smoothed, x):
+      loss = found.training_loss
+      marks.append(_Mark(loss, f"training {_format_loss(loss)}", TRAINING, end[0]))
+    if end := _find_end(found, found.heldout, x):
+      marks.append(_Mark(end[1], f"held out {_format_loss(end[1])}", HELDOUT, end[0]))
     if len(found.skipped):
       marks.append(_Mark(-math.inf, f"{len(found.skipped):,} skipped", SKIPPED))
   else:
     folders = [_name_folder(c.run) for c in curves]
     labels = name_differences([c.run.experiment for c in curves], folders)
     for found, label, color in zip(curves, labels, colors, strict=True):
-      end = _find_end(found, found.smoothed, x) or _find_end(found, found.heldout, x)
-      last = _find_end(found, found.heldout, x) or end
-      if last:
-        marks.append(_Mark(end[1], _wrap(f"{label}: {_format_loss(last[1])}"), color, end[0]))
+      last = _find_end(found, found.heldout, x)
+      if end := _find_end(found, found.smoothed, x) or last:
+        loss = last[1] if last else found.training_loss
+        marks.append(_Mark(end[1], _wrap(f"{label}: {_format_loss(loss)}"), color, end[0]))
   for expected in _list_expected(curves):
     centre = expected.loss_nats_per_token
     color = EXPECTED if len(curves) == 1 else GREY
     marks.append(_Mark(centre, f"expected {centre:.2f} ± {expected.band:.2f}", color))
   for guessing in sorted({c.guessing for c in curves}):
-    marks.append(_Mark(guessing, f"guessing {guessing:.2f}", GREY))
+    marks.append(_Mark(guessing, f"guessing {guessing:.2f}", GUESSING))
   return marks
 
 
@@ -365,9 +372,8 @@ def _write_title(figure: Figure, losses: Axes, curves: Sequence[Curves]) -> None
     title = f"{name}: {length}"
   else:
     title = f"{shorten_name(name)}: {len(curves)} runs" if name else f"{len(curves)} runs"
-  window = 2 * max(c.half_window for c in curves) + 1
-  words = [f"line: training, mean of {window:,} updates" if window > 1 else "line: training"]
-  if window > 1 and len(curves) == 1:
+  words = [_describe_line(curves)]
+  if curves[0].half_window and len(curves) == 1:
     words.append("pale: each update")
   if any(len(c.heldout.steps) for c in curves):
     words.append(f"dots: held out{', the last as a number' * (len(curves) > 1)}")
@@ -387,6 +393,27 @@ def _write_title(figure: Figure, losses: Axes, curves: Sequence[Curves]) -> None
     va="bottom",
     annotation_clip=False,
   )
+
+
+def _describe_line(curves: Sequence[Curves]) -> str:
+  """Describes of how many updates the lines of training losses are means, and their numbers."""
+  trained = [found for found in curves if found.training_loss is not None]
+  windows = [2 * found.half_window + 1 for found in trained]
+  is_smoothed = max(windows, default=1) > 1
+  line = (
+    f"line: training, mean of {_format_range(windows)} updates" if is_smoothed else "line: training"
+  )
+  numbers = [c.num_last for c in trained if len(curves) == 1 or not len(c.heldout.steps)]
+  if max(numbers, default=1) == 1:
+    return line
+  which = "thin" if len(curves) == 1 else "number"
+  return f"{line} ({which}: {'' if is_smoothed else 'mean of the '}last {_format_range(numbers)})"
+
+
+def _format_range(counts: Sequence[int]) -> str:
+  """Formats counts, of which there is one at least: "5", "3 to 11"."""
+  low, high = min(counts), max(counts)
+  return f"{low:,} to {high:,}" if low < high else f"{low:,}"
 
 
 def _count_points(curves: Sequence[Curves]) -> int:

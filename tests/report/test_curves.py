@@ -64,6 +64,17 @@ def test_the_window_is_a_twentieth_of_the_updates():
     np.testing.assert_array_equal(found.smoothed.values, smooth(np.sqrt(steps), half))
 
 
+def test_the_training_loss_is_the_mean_of_the_last_fifty_finite_losses():
+  values = np.arange(80.0)
+  values[[40, 79]] = np.nan, 1e30
+  found = collect_curves(make_history(train_loss=(np.arange(1, 81), values)))
+  assert found.training_loss == (sum(range(28, 79)) - 40) / 50 and found.num_last == 50
+  found = collect_curves(make_history(train_loss=([1, 2, 3], [2, np.inf, 5])))
+  assert (found.training_loss, found.num_last) == (3.5, 2)
+  found = collect_curves(make_history(train_loss=([1], [np.nan])))
+  assert (found.training_loss, found.num_last) == (None, 0)
+
+
 # --- What a run has ---
 
 
@@ -188,6 +199,21 @@ def test_labels_name_what_differs():
     "tied_head true",
     "tied_head false",
   ]
+
+
+def test_momentum_belongs_to_the_name_of_sgd_where_optimizers_differ():
+  """It is no fourth setting, nor one of the Adams, which have none."""
+  sgd = {"optimizer.name": "sgd", "optimizer.momentum": 0.9}
+  more = {"train.seed": 1, "optimizer.peak_lr": 0.1}
+  assert label({}, sgd, {"optimizer.name": "adam"}) == [
+    *("optimizer adamw", "optimizer sgd, momentum 0.9", "optimizer adam"),
+  ]
+  assert label({}, sgd | more) == [
+    "optimizer adamw, peak_lr 0.01, seed 0",
+    "optimizer sgd, momentum 0.9, peak_lr 0.1, seed 1",
+  ]
+  assert label(sgd, {"optimizer.name": "sgd"}) == ["momentum 0.9", "momentum 0.0"]
+  assert label(sgd, {"optimizer.name": "sgd"}, {})[1] == "optimizer sgd, momentum 0.0"
 
 
 def test_what_follows_from_a_setting_is_not_named():
