@@ -52,7 +52,7 @@ from jgpt.runs.folder import (
   write_run_files,
 )
 from jgpt.runs.locate import find_checkpoint
-from jgpt.runs.origin import Origin, check_origin, open_origin
+from jgpt.runs.origin import Origin, can_continue, check_origin, open_origin
 from jgpt.runs.profile import Profile
 from jgpt.runs.resume import describe_ways, find_recorded, find_sound_step
 from jgpt.runs.text import find_run_data
@@ -149,8 +149,8 @@ def plan_run(
   saved_step = find_sound_step(workdir)[0] if workdir is not None else None
   data, origin = None, recorded.origin if recorded else None
   if recorded:
-    ways = f"; or {describe_ways(workdir)}"
-    data, place = find_run_data(workdir, recorded, experiment.data, ways)
+    ways = describe_ways(workdir, keeps_moments=can_continue(recorded.experiment))
+    data, place = find_run_data(workdir, recorded, experiment.data, f"; or {ways}")
     experiment = dataclasses.replace(experiment, data=place)
   source = open_source(experiment, origin, report) if saved_step is None else None
   adopted = recorded.adopted if recorded else ()
@@ -247,7 +247,7 @@ def claim_folder(
       raise UserError(
         f"{workdir} holds a run on another text, {recorded.data.get('location')} (SHA-256 "
         f"{recorded.data['sha256'][:12]}). To begin a run on {plan.data.text.location}, "
-        f"{describe_ways(workdir)}"
+        f"{describe_ways(workdir, keeps_moments=can_continue(recorded.experiment))}"
       )
   saved_step, damaged = find_sound_step(workdir, trusted=plan.start_step)
   if plan.start_step and saved_step is None:
@@ -477,10 +477,12 @@ def check_schedule(
   if not saved_step:
     raise UserError(f"{problem}. It has no checkpoint yet: start over with --fresh")
   kept = f"keep train.steps={planned}, or begin" if saved_step < planned else "Begin"
+  way = f"from its parameters with --init-from {workdir}"
+  if optimizer.num_moments:
+    way = f"from its parameters and moments with --continue-from {workdir}"
   raise UserError(
     f"{problem}; it is at step {saved_step}. {kept[0].upper()}{kept[1:]} a new run in another "
-    f"--workdir: from its parameters and moments with --continue-from {workdir} --set "
-    f"train.steps={steps - saved_step}, or from the beginning with --set "
+    f"--workdir: {way} --set train.steps={steps - saved_step}, or from the beginning with --set "
     f"optimizer.decay_steps={steps}"
   )
 
@@ -520,7 +522,7 @@ def check_same_run(experiment: Experiment, recorded: RunFiles, workdir: Path) ->
     fields = ", ".join(
       f"{name} is {old} there and {new} here" for name, (old, new) in differing.items()
     )
-    ways = describe_ways(workdir)
+    ways = describe_ways(workdir, keeps_moments=can_continue(recorded.experiment, differing))
     raise UserError(
       f"{workdir} holds a run with other settings: {fields}. {ways[0].upper()}{ways[1:]}"
     )

@@ -21,6 +21,8 @@ if not all(importlib.util.find_spec(name) for name in needed):
       "repository, `pip wheel --no-deps .` makes one. Upload it beside this notebook and run this "
       "cell again; or set SOURCE, above, to your own copy of the repository."
     )
+  if "://" not in SOURCE and not found[0].exists():
+    raise FileNotFoundError(f"SOURCE is {SOURCE!r}, and nothing is at {found[0].absolute()}")
   wanted.append(SOURCE if "://" in SOURCE else str(found[0].resolve()))
 if wanted:
   pip = [sys.executable, "-m", "pip"]

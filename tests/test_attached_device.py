@@ -44,7 +44,7 @@ pytestmark = pytest.mark.device
 # The largest difference from float64, relative to the largest entry of the leaf, by what products
 # read of their factors. Measured on a CPU, in the worst leaf of the five systems: float32 8e-7;
 # factors rounded to 16, 11 and 8 bits 4.1e-5, 1.3e-3 and 1.1e-2, which is 2.7 times 2^-bits each;
-# bfloat16 1.4e-2. No accelerator was there.
+# bfloat16 1.4e-2.
 TOLERANCES = {
   "float32": 1e-5,  # 24 bits: CPUs, GPUs before TF32, and "highest" everywhere
   "float32 as bfloat16, three passes": 1.2e-4,  # 16 bits, 8 * 2^-16: TPUs, "high"

@@ -295,6 +295,11 @@ class OptimizerConfig:
           f"{', '.join(PARAM_KINDS)}."
         )
 
+  @property
+  def num_moments(self) -> int:
+    """Counts the arrays that the optimizer keeps of each parameter."""
+    return 2 if self.name != "sgd" else 1 if self.momentum else 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:

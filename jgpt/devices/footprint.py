@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jgpt.config import ComputeConfig, Experiment, OptimizerConfig
+from jgpt.config import ComputeConfig, Experiment
 from jgpt.config.experiment import NUM_GROUPS
 from jgpt.config.settings import change
 from jgpt.devices.limits import FLOAT_BYTES, count_matmul_params, find_accelerator
@@ -54,11 +54,6 @@ class Footprint:
     return sum(dataclasses.astuple(self))
 
 
-def count_moments(optimizer: OptimizerConfig) -> int:
-  """Counts the arrays that the optimizer keeps of each parameter."""
-  return 2 if optimizer.name != "sgd" else 1 if optimizer.momentum else 0
-
-
 def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
   """Estimates the memory of a step on each device by formula.
 
@@ -84,7 +79,7 @@ def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
   pieces = compute.loss_chunks if isinstance(compute.loss_chunks, int) else 1
   return Footprint(
     parameters=parameters,
-    moments=count_moments(experiment.optimizer) * parameters,
+    moments=experiment.optimizer.num_moments * parameters,
     gradients=(2 if is_in_parts else 1) * parameters,
     activations=(2 if compute.dtype == "bfloat16" else FLOAT_BYTES) * tokens * layers,
     logits=2 * FLOAT_BYTES * -(-tokens // pieces) * model.padded_vocab_size,

@@ -21,7 +21,6 @@ from jgpt.config import Experiment
 from jgpt.data import sources
 from jgpt.data.paths import list_files
 from jgpt.data.sources import PinnedText
-from jgpt.devices.footprint import count_moments
 from jgpt.devices.limits import FLOAT_BYTES
 from jgpt.doctor.findings import Finding, format_bytes, from_error, note, ok, problem
 from jgpt.errors import UserError
@@ -29,6 +28,7 @@ from jgpt.params import count_params
 from jgpt.plan import plan_run
 from jgpt.runs import manifest
 from jgpt.runs.folder import RunFiles, read_last_settings
+from jgpt.runs.origin import can_continue
 from jgpt.runs.resume import describe_ways
 from jgpt.runs.rows import read_lines
 from jgpt.runs.text import list_places
@@ -162,7 +162,8 @@ def examine_resume(workdir: Path, files: RunFiles, has_steps: bool) -> list[Find
   try:
     plan = plan_run(experiment, workdir=workdir, name=files.name)
   except UserError as error:
-    return [from_error("going on", error, describe_ways(workdir))]
+    ways = describe_ways(workdir, keeps_moments=can_continue(files.experiment))
+    return [from_error("going on", error, ways)]
   text, steps = plan.data.text, plan.experiment.train.steps
   where = f"data: {text.location} ({text.kind}, SHA-256 {text.sha256[:12]}, as recorded)"
   if plan.start_step >= steps:
@@ -240,7 +241,7 @@ def _are_many(names: Iterable[str]) -> bool:
 
 def estimate_state(experiment: Experiment) -> int:
   """Estimates the bytes of a run's parameters and moments."""
-  copies = 1 + count_moments(experiment.optimizer)
+  copies = 1 + experiment.optimizer.num_moments
   return FLOAT_BYTES * copies * count_params(experiment.model)
 
 

@@ -26,7 +26,8 @@ EXTRAS = {
   "bpe": "trains byte-level BPE, encodes with GPT-2's",
   "tiktoken": "encodes byte-level BPE faster",
   "hf": "weights for and from Hugging Face",
-  "notebook": "plots, notebooks",
+  "plot": "pictures of runs",
+  "notebook": "notebooks",
 }
 
 

@@ -1,1 +1,1 @@
-"""The optimizer: its chain, the learning rate, Adam, and the losses it has seen."""
+"""The optimizer: its chain, the learning rate, Adam, momentum, statistics of the loss."""

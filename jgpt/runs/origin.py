@@ -203,8 +203,7 @@ def check_origin_settings(origin: Origin, here: dict[str, Any]) -> None:
     UserError: naming each setting that differs, and the one to set.
   """
   there = list_settings(origin.experiment)
-  kept = [n for n in there if n.startswith("model.") and n[6:] not in FREE_MODEL_SETTINGS]
-  kept += [f"optimizer.{name}" for name in list_moment_settings(origin.experiment.optimizer)]
+  kept = list_kept_settings(origin.experiment)
   differing = [n for n in kept if here.get(n, there[n]) not in (there[n], None)]
   if not differing:
     return
@@ -220,6 +219,13 @@ def check_origin_settings(origin: Origin, here: dict[str, Any]) -> None:
   )
 
 
+def list_kept_settings(origin: Experiment) -> list[str]:
+  """Lists the settings that a continued run has from its origin, as `section.field`."""
+  model = [f.name for f in dataclasses.fields(origin.model) if f.name not in FREE_MODEL_SETTINGS]
+  moments = list_moment_settings(origin.optimizer)
+  return [*(f"model.{name}" for name in model), *(f"optimizer.{name}" for name in moments)]
+
+
 def list_moment_settings(optimizer: OptimizerConfig) -> tuple[str, ...]:
   """Lists the settings of an optimizer that its moments depend on.
 
@@ -227,6 +233,16 @@ def list_moment_settings(optimizer: OptimizerConfig) -> tuple[str, ...]:
   correct Adam's; and Adam's with decay in the gradient are not AdamW's.
   """
   return ("name", "momentum") if optimizer.name == "sgd" else ("name", "momentum", "b1", "b2")
+
+
+def can_continue(origin: Experiment, changed: Iterable[str] = ()) -> bool:
+  """Returns whether a run with some settings changed can take over the moments of another.
+
+  Args:
+    origin: settings of the other run.
+    changed: names of settings, `section.field`.
+  """
+  return origin.optimizer.num_moments > 0 and not {*changed} & {*list_kept_settings(origin)}
 
 
 def _check_moments(origin: Origin) -> None:
@@ -237,7 +253,7 @@ def _check_moments(origin: Origin) -> None:
   """
   optimizer = origin.experiment.optimizer
   alone = f"To begin from the parameters alone: --init-from {origin.record['location']}"
-  if optimizer.name == "sgd" and not optimizer.momentum:
+  if not optimizer.num_moments:
     raise UserError(
       f"{origin.location} has no moments to continue with: its optimizer is sgd without momentum. "
       f"{alone}"

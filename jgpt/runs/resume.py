@@ -145,12 +145,18 @@ def find_recorded(workdir: Path) -> RunFiles | None:
   return None
 
 
-def describe_ways(workdir: Path) -> str:
-  """Describes what can be done instead of resuming a run, as the end of a sentence."""
+def describe_ways(workdir: Path, *, keeps_moments: bool) -> str:
+  """Describes what can be done instead of resuming a run, as the end of a sentence.
+
+  Args:
+    workdir: of the run.
+    keeps_moments: whether a new run can take over its moments (`origin.can_continue`).
+  """
   if not manifest.list_steps(workdir):
     return "choose another --workdir, or start over with --fresh"
   run = shlex.quote(str(workdir))
+  moments = f" or, to keep the moments, --continue-from {run}" if keeps_moments else ""
   return (
     "choose another --workdir; start over with --fresh; or begin a new run from this one, in "
-    f"another --workdir, with --init-from {run} or, to keep the moments, --continue-from {run}"
+    f"another --workdir, with --init-from {run}{moments}"
   )

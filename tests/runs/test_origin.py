@@ -161,6 +161,20 @@ def test_a_run_of_sgd_resumes_and_is_continued_with_its_momentum(base, middle, t
     continued(base, origin, optimizer__name="sgd", optimizer__momentum=0.5)
   )
 
+  # What is refused where a run goes on does not advise what is refused here.
+  ways = [
+    (tmp_path / "straight", {"optimizer.weight_decay": 0.5}, True),
+    (tmp_path / "straight", {"optimizer.name": "adam", "optimizer.momentum": 0.0}, False),
+    (tmp_path / "plain", {"data.batch_size": 3}, False),
+    (tmp_path / "plain", {"train.steps": 2}, False),
+  ]
+  for folder, changed, keeps_moments in ways:
+    recorded = read_run_files(folder).experiment
+    with pytest.raises(UserError) as caught:
+      plan_run(change(recorded, changed), workdir=folder)
+    assert "--init-from" in str(caught.value) or keeps_moments
+    assert ("--continue-from" in str(caught.value)) == keeps_moments, caught.value
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
