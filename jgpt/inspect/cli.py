@@ -25,11 +25,9 @@ from jgpt.report.tables import format_table
 from jgpt.system.files import write_file
 
 if TYPE_CHECKING:  # jax is imported after the arguments are understood
-  from jgpt.config import OptimizerConfig
   from jgpt.inspect.gradients import NextUpdate
   from jgpt.inspect.parameters import ParamStats
   from jgpt.inspect.predictions import Prediction
-  from jgpt.inspect.updates import Update
   from jgpt.runs.folder import RunFiles
   from jgpt.runs.open import Run
 
@@ -325,108 +323,26 @@ def _format_probability(value: float) -> str:
 
 def _print_trace(args: argparse.Namespace, files: RunFiles, entry: Entry) -> None:
   from jgpt.devices import runtime
+  from jgpt.inspect.trace_table import describe_formulas, describe_row, format_updates
   from jgpt.inspect.updates import trace_updates
+  from jgpt.runs.origin import Origin
   from jgpt.runs.text import find_run_data, parse_place
   from jgpt.weights.initial import find_initial
 
   experiment, workdir, num_steps = files.experiment, args.run, args.trace_steps
   data, _ = find_run_data(workdir, files, parse_place(args.set, files))
-  rows = trace_updates(experiment, runtime.devices(), data, entry, num_steps, find_initial(files))
+  initial = find_initial(files)
+  rows = trace_updates(experiment, runtime.devices(), data, entry, num_steps, initial)
+  continued = initial.location if isinstance(initial, Origin) else ""
   place = f"{entry.name}[{','.join(map(str, entry.index))}]"
   print(
     f"run         {workdir} from its initial weights: the first {num_steps} updates, made again"
   )
-  print(f"number      {place}{describe_row(entry, files)}; initially {rows[0].value_before:.6g}\n")
+  row = describe_row(entry, files.tokenizer)
+  print(f"number      {place}{row}; initially {rows[0].value_before:.6g}\n")
   print(f"{format_updates(entry, experiment.optimizer, rows)}\n")
-  for label, line in describe_formulas(entry, experiment.optimizer, rows):
+  for label, line in describe_formulas(entry, experiment.optimizer, rows, continued):
     print(f"{label:<14}{line}")
-
-
-def _is_decayed(entry: Entry, optimizer: OptimizerConfig) -> bool:
-  return bool(optimizer.weight_decay) and entry.param.kind in optimizer.decay_kinds
-
-
-def describe_row(entry: Entry, files: RunFiles) -> str:
-  """Describes the token of an entry of the embeddings or the head: ", in the row of 'e'".
-
-  "" for other parameters.
-  """
-  from jgpt.inspect.predictions import show_token
-
-  if entry.param.axes[0] != "vocab":
-    return ""
-  return f", in the row of {show_token(entry.index[0], files.tokenizer)}"
-
-
-def format_updates(entry: Entry, optimizer: OptimizerConfig, rows: Sequence[Update]) -> str:
-  """Formats a table with a row for each update, and columns for what the optimizer computes.
-
-  Adam's t has a column where it is not the step, and decay where the number decays, before the
-  moments that it is in. Of a skipped update "skipped" stands for a number.
-  """
-  with_t = any(row.t != row.step for row in rows)
-  decay = ["decay"] if _is_decayed(entry, optimizer) else []
-  adam = ["m", "v", "m_hat", "v_hat"]
-  names = {
-    "adamw": ["gradient", *adam, *decay],
-    "adam": ["gradient", *decay, *adam],
-    "sgd": ["gradient", *decay, *(["m"] if optimizer.momentum else [])],
-  }[optimizer.name]
-  names += ["rate", "update"]
-  cells = [
-    [
-      str(row.step),
-      *([str(row.t)] if with_t else []),
-      f"{row.loss:.4f}",
-      *(
-        "skipped" if row.is_skipped and name == "update" else f"{getattr(row, name):.4g}"
-        for name in names
-      ),
-      f"{row.value:.6g}",
-    ]
-    for row in rows
-  ]
-  header = ["step", *(["t"] if with_t else []), "loss", *names, "value"]
-  return format_table([header, *cells], ["right"] * len(header))
-
-
-def describe_formulas(
-  entry: Entry, optimizer: OptimizerConfig, rows: Sequence[Update]
-) -> list[tuple[str, str]]:
-  """Describes how each column is computed, as labelled lines with the run's numbers.
-
-  Args:
-    entry: of the parameters.
-    optimizer: of the run.
-    rows: of the table.
-  """
-  clip_norm, decays = optimizer.clip_norm, _is_decayed(entry, optimizer)
-  clipped = "" if clip_norm is None else f", all of them clipped to a norm of {clip_norm:g}"
-  reader = "SGD" if optimizer.name == "sgd" else "Adam"
-  seen = f"of that loss, as {reader} sees it{clipped}; 0 where the batch does not use the number"
-  lines = [("loss", "of the batch, before the update"), ("gradient", seen)]
-  decay = f"{optimizer.weight_decay:g} × value before" if decays else "none on this number"
-  is_l2 = decays and optimizer.name != "adamw"
-  g, is_decoupled = "(gradient + decay)" if is_l2 else "gradient", decays and not is_l2
-  lines += [("decay", f"{decay}, added to the gradient: L2")] * is_l2
-  if optimizer.name == "sgd":
-    begin = "it begins at 0, or as the run that this one continues left it"
-    moments = [("m", f"m = {optimizer.momentum:g} m + {g}; {begin}")] * bool(optimizer.momentum)
-    update = "m" if optimizer.momentum else g
-  else:
-    b1, b2, t = optimizer.b1, optimizer.b2, "step"
-    if any(row.t != row.step for row in rows):
-      t, counted = "t", "updates that Adam has applied; a skipped one changes no moment"
-      lines = [(t, counted), *lines]
-    # Of a run that continues another, t and the moments are that one's at first.
-    num = rows[0].t - (not rows[0].is_skipped)
-    begin = f"both begin as the moments of {num:,} updates" if num else "both begin at 0"
-    both = f"m = {b1:g} m + {1 - b1:g} {g}; v = {b2:g} v + {1 - b2:g} {g}^2; {begin}"
-    hats = f"m / (1 - {b1:g}^{t}), v / (1 - {b2:g}^{t}): corrected for a beginning at 0"
-    moments = [("m, v", both), ("m_hat, v_hat", hats)]
-    update = f"{'(' * is_decoupled}m_hat / (√v_hat + {optimizer.eps:g}){' + decay)' * is_decoupled}"
-  lines += [*moments, *([("decay", decay)] * (not is_l2))]
-  return [*lines, ("update", f"-rate × {update}"), ("value", "the value before + update")]
 
 
 # --- Arguments ---

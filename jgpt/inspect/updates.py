@@ -1,7 +1,8 @@
 """The first updates of one number of the parameters: gradient, moments, rate and update.
 
 Runs the training program of a run again from its beginning, one update at a time, and reads one
-entry of the parameters and of the optimizer's state in between. The table is printed by `cli.py`.
+entry of the parameters and of the optimizer's state in between. The table is made in
+`trace_table.py`.
 """
 
 import dataclasses

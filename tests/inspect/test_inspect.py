@@ -29,8 +29,8 @@ from jgpt.batches import Batch
 from jgpt.config.settings import change
 from jgpt.errors import UserError
 from jgpt.inspect.attention import format_attention, format_maps
-from jgpt.inspect.cli import describe_formulas, format_updates
 from jgpt.inspect.predictions import make_text_batch, mean_loss, predict, show_context, show_token
+from jgpt.inspect.trace_table import describe_formulas, format_updates
 from jgpt.inspect.updates import trace_updates
 from jgpt.model import apply, init_params
 from jgpt.params import find_entry, walk
@@ -665,6 +665,18 @@ def test_a_run_that_continues_another_is_traced_from_its_moments(words, tmp_path
   assert rows[0].value == pytest.approx(rows[0].value_before + rows[0].update, abs=1e-7)
   out = call(capsys, "--run", run.workdir, "--trace", "tok_embed[4,2]", "--trace-steps", 2)[1]
   assert "both begin as the moments of 60 updates" in out and "1 - 0.85^t" in out
+
+
+@pytest.mark.slow
+def test_where_the_momentum_begins_is_said(words, tmp_path, capsys):
+  """At 0, or where the run that is continued left it: one of the two."""
+  changes = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "train.steps": 3}
+  first = train_small(change(words.experiment, changes), tmp_path / "first")
+  changes = {"train.continue_from": str(first.workdir), "train.steps": 2}
+  second = train_small(change(first.experiment, changes), tmp_path / "second")
+  for run, begin in ((first, "at 0"), (second, f"as {first.workdir} at step 3 left it")):
+    out = call(capsys, "--run", run.workdir, "--trace", "tok_embed[4,2]", "--trace-steps", 2)[1]
+    assert f"m             m = 0.9 m + gradient; it begins {begin}\n" in out
 
 
 @pytest.mark.slow
