@@ -153,8 +153,8 @@ def test_a_run_of_sgd_resumes_and_is_continued_with_its_momentum(base, middle, t
   assert "another optimizer" in message and "optimizer.name=adamw there and sgd here" in message
   assert "--set optimizer.name=adamw --set optimizer.momentum=0.0" in message
   assert "name=sgd there and adam here" in refusal(continued(base, origin, optimizer__name="adam"))
-  plain = change(sgd, {"optimizer.momentum": 0.0, "train.steps": 1})
-  start(plain, tmp_path / "plain")
+  plain = {"optimizer.momentum": 0.0, "optimizer.schedule": "linear", "train.steps": 1}
+  start(change(sgd, plain), tmp_path / "plain")
   message = refusal(continued(base, tmp_path / "plain"))
   assert "no moments" in message and f"--init-from {tmp_path / 'plain'}" in message
   assert "0.9 there and 0.5 here" in refusal(
