@@ -132,6 +132,7 @@ def known_part(text, tokenizer):
 @example("")
 @example(" " * 300 + "\n" * 300 + "the" * 300)
 def test_the_same_ids_and_text(tokenizer, theirs, text):
+  assume("<|endoftext|>" not in text)  # theirs takes these characters for the token
   text = known_part(text, tokenizer)
   ids = theirs.encode(text, add_special_tokens=False)
   assert ids == tokenizer.encode(text)
