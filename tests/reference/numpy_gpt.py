@@ -612,9 +612,9 @@ def adamw_update(
   weight_decay: float,
   decayed: Collection[str],
 ) -> tuple[Arrays, Arrays, Arrays]:
-  """Takes one step of AdamW (Loshchilov and Hutter.
+  """Takes one step of AdamW (Loshchilov and Hutter).
 
-  The decay is multiplied by the rate, as in PyTorch).
+  As in PyTorch, the decay is multiplied by the rate.
 
   Args:
       params: The parameters, left as they are.
