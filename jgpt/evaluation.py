@@ -28,7 +28,7 @@ from jgpt.batches import (
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside, find_mesh, sum_over_data, use_mesh
+from jgpt.sharding import beside, count_batch_parts, find_mesh, sum_over_data, use_mesh
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -217,8 +217,7 @@ def count_sample_batches(corpus: Corpus, experiment: Experiment) -> int | None:
 
 def _count_rows(params: dict, experiment: Experiment) -> int:
   """Counts the sequences that the devices of the parameters compute at once."""
-  mesh = find_mesh(params)
-  return count_eval_rows(experiment, mesh.size if mesh else 1)
+  return count_eval_rows(experiment, count_batch_parts(find_mesh(params)))
 
 
 def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | None) -> dict:

@@ -213,10 +213,11 @@ def make_next_batch(experiment: Experiment, data: Data, step: int, device: jax.D
   import numpy as np
 
   from jgpt import batches
+  from jgpt.config import MeshConfig
   from jgpt.data.feed import make_feed
   from jgpt.sharding import make_mesh, replicated
 
-  alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
+  alone = dataclasses.replace(experiment, mesh=MeshConfig(data=1))
   mesh = make_mesh(alone, [device])
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   make_batch = jax.jit(batches.batch, static_argnums=2)

@@ -12,6 +12,7 @@ import optax
 from jgpt.config import ComputeConfig, ModelConfig
 from jgpt.config.experiment import PLAIN
 from jgpt.products import Tiles, einsum_bfloat16, find_precision, multiply_flat, multiply_tiles
+from jgpt.sharding import constrain
 
 
 @jax.named_scope("head")
@@ -42,6 +43,7 @@ def compute_logits(
   else:
     precision = find_precision(compute)
     logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, precision=precision)
+  logits_BTV = constrain(logits_BTV, ("batch", None, "vocab"))
   if config.padded_vocab_size == config.vocab_size:
     return logits_BTV
   real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size

@@ -34,6 +34,7 @@ from jgpt.layers import (
 from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
 from jgpt.products import find_precision, linear
+from jgpt.sharding import constrain
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -189,7 +190,8 @@ def embed(
   # A slice and not a gather, whose gradient is a scatter: a tenth of a step of `names`.
   positions_TD = jax.lax.dynamic_slice_in_dim(table_SD, position, tokens_BT.shape[1])
   x_BTD = dropout(x_BTD + positions_TD[None], *dropout_at("embedding", config, keys_B))
-  return store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)
+  x_BTD = store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)
+  return constrain(x_BTD, ("batch", None, None))
 
 
 def run_blocks(
@@ -221,7 +223,8 @@ def run_blocks(
     p, number, cache = inputs
     # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
     keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
-    return block(x_BTD, p, config, compute, keys, cache, position)
+    x_BTD, cache = block(x_BTD, p, config, compute, keys, cache, position)
+    return constrain(x_BTD, ("batch", None, None)), cache
 
   if compute.remat == "block" and cache is None:
     # Under a scan nothing can be merged with what is computed again.

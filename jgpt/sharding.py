@@ -5,6 +5,7 @@ is moved here: functions return shardings, or constrain traced arrays.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,42 +18,72 @@ from jgpt.config import Experiment, ModelConfig
 from jgpt.errors import UserError
 from jgpt.params import param_at
 
-# Logical axis -> mesh axis. What is not named here is replicated.
-RULES = {"batch": "data"}
+AXES = ("data", "fsdp", "tensor")
+# Logical axis -> mesh axes. What is not named here is replicated.
+RULES = {
+  "batch": ("data", "fsdp"),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocab": ("tensor",),
+}
 
 
 def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
-  """Makes a mesh of devices with the axis "data".
+  """Makes a mesh of devices with the axes "data", "fsdp" and "tensor".
 
   Args:
-    experiment: `mesh.data` is the number of devices to use; None uses all.
+    experiment: `mesh` says how many devices each axis has.
     devices: all there are.
 
   Raises:
-    UserError: if there are fewer devices than `mesh.data`, or they do not divide the batch.
+    UserError: if there are fewer devices than the mesh asks for, or they do not divide the batch.
   """
-  num_data = experiment.mesh.data or len(devices)
+  shape = choose_shape(experiment, len(devices))
+  num_devices, num_parts = math.prod(shape), shape[0] * shape[1]
   batch, micro = experiment.data.batch_size, experiment.train.micro_batch_size
-  most = count_usable_devices(experiment, len(devices))
-  if num_data > len(devices):
+  advice = f"mesh.data={count_usable_devices(experiment, len(devices))}"
+  if max(shape[1:]) > 1:
+    advice += " --set mesh.fsdp=1 --set mesh.tensor=1"
+  sizes = ", ".join(f"mesh.{name}={n}" for name, n in zip(AXES, shape, strict=True) if n > 1)
+  if num_devices > len(devices) or not num_devices:
     raise UserError(
-      f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set "
-      f"mesh.data={most}"
+      f"{sizes} asks for more than the {len(devices)} devices there are. Try --set {advice}"
     )
-  if (micro or batch) % num_data:
+  if (micro or batch) % num_parts:
     name, size = ("train.micro_batch_size", micro) if micro else ("data.batch_size", batch)
-    below, above = size // num_data * num_data, -(-size // num_data) * num_data
+    below, above = size // num_parts * num_parts, -(-size // num_parts) * num_parts
     nearest = f"{below} or {above}" if below else f"{above}"
     batches = ""
     if micro and batch % above:
       batches = f" --set data.batch_size={-(-batch // above) * above}"
     raise UserError(
-      f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try "
-      f"--set mesh.data={most}, or for a new run --set {name}={above}{batches}"
+      f"{name}={size} must be a multiple of the {num_parts} devices that it is divided over; "
+      f"nearest: {nearest}. Try --set {advice}, or for a new run --set {name}={above}{batches}"
     )
-  return jax.make_mesh(
-    (num_data,), ("data",), devices=devices[:num_data], axis_types=(AxisType.Auto,)
-  )
+  return jax.make_mesh(shape, AXES, devices=devices[:num_devices], axis_types=(AxisType.Auto,) * 3)
+
+
+def choose_shape(experiment: Experiment, num_devices: int) -> tuple[int, int, int]:
+  """Returns the sizes of the mesh's axes; that of -1 takes the devices that the others leave.
+
+  Raises:
+    UserError: if the others do not divide the number of devices.
+  """
+  shape = [getattr(experiment.mesh, name) for name in AXES]
+  if -1 not in shape:
+    return tuple(shape)
+  others = -math.prod(shape)
+  if num_devices % others:
+    sizes = " * ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True) if n > 1)
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    raise UserError(
+      f"{sizes} must divide the {num_devices} devices there are, since mesh."
+      f"{AXES[shape.index(-1)]}=-1 takes the others. What divides them: "
+      f"{', '.join(map(str, divisors))}"
+    )
+  shape[shape.index(-1)] = num_devices // others
+  return tuple(shape)
 
 
 def count_usable_devices(experiment: Experiment, num_devices: int) -> int:
@@ -60,6 +91,17 @@ def count_usable_devices(experiment: Experiment, num_devices: int) -> int:
   # Micro-batches divide the batch, so that what divides them divides it.
   size = experiment.train.micro_batch_size or experiment.data.batch_size
   return max(n for n in range(1, num_devices + 1) if size % n == 0)
+
+
+def count_batch_parts(mesh: Mesh | None) -> int:
+  """Counts the parts that a mesh divides a batch into; without a mesh there is one."""
+  return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+
+
+def describe_shape(mesh: Mesh) -> str:
+  """Describes a mesh as its settings: "mesh.data=4, mesh.tensor=2"."""
+  sizes = {name: n for name, n in mesh.shape.items() if n > 1} or {"data": 1}
+  return ", ".join(f"mesh.{name}={n}" for name, n in sizes.items())
 
 
 def find_mesh(tree: Any) -> Mesh | None:
@@ -81,13 +123,14 @@ def use_mesh(tree: Any) -> contextlib.AbstractContextManager:
 def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   """Maps logical axes to a partition spec.
 
-  A dimension that its mesh axis does not divide is replicated.
+  A dimension that its mesh axes do not divide is replicated.
   """
   spec = []
   for axis, size in zip(axes, shape, strict=True):
-    mesh_axis = RULES.get(axis)
-    divides = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-    spec.append(mesh_axis if divides else None)
+    # An axis of one device divides nothing, and named would only make specs differ.
+    names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
+    divides = size % math.prod(mesh.shape[name] for name in names) == 0
+    spec.append((names if len(names) > 1 else names[0]) if names and divides else None)
   return P(*spec)
 
 
@@ -97,38 +140,51 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Constrains how a traced array lies over the mesh that is set; without a mesh returns it.
+  """Constrains how a traced array lies over the mesh that is set.
+
+  Without a mesh, and inside `shard_map`, it returns the array.
 
   Args:
     x: inside jit.
     axes: one logical axis per dimension; None is never divided.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
     return x
   return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
 
 
-def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
-  """Computes `function(whole, rows)` on each device of its own rows, and sums over the devices.
+def constrain_params(params: dict, config: ModelConfig) -> dict:
+  """Constrains parameters, or what is shaped like them, to lie as `param_table` says."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
+    return params
+  return jax.lax.with_sharding_constraint(params, param_shardings(params, config, mesh))
 
-  Without this XLA would sum gradients where they arise: a tied embedding's twice, and every one
-  again in each micro-batch. Without a mesh of several devices the function is called.
+
+def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
+  """Computes `function(whole, rows)`, which sums over rows, divided over the devices.
+
+  On a mesh of "data" alone each device computes the sums of its own rows, and these are summed over
+  the devices at the end, once. Without this XLA would sum gradients where they arise: a tied
+  embedding's twice, and every one again in each micro-batch. On other meshes the function is
+  called, and XLA divides it as the arrays are: gradients have to be divided at once, since no
+  device has room for all of them.
 
   Args:
     function: returns a pytree of arrays, which sum over the rows.
-    whole: a pytree of arrays, all of which every device gets.
+    whole: a pytree of arrays, which every device has, or its part of them.
     rows: a pytree of arrays, of which each device gets its part of dimension 0; the number of
-      devices divides it.
+      parts divides it.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.empty or mesh.size == 1 or mesh.shape.get("data") != mesh.size:
     return function(whole, rows)
-  axis = RULES["batch"]
   return jax.shard_map(
-    lambda whole, rows: jax.lax.psum(function(whole, rows), axis),
-    in_specs=(P(), P(axis)),
+    lambda whole, rows: jax.lax.psum(function(whole, rows), "data"),
+    in_specs=(P(), P("data")),
     out_specs=P(),
+    axis_names=set(mesh.axis_names),
     check_vma=False,  # with it gradients of what every device has would be summed where they arise
   )(whole, rows)
 

@@ -110,7 +110,7 @@ def test_a_run_that_trains_can_evaluate(case):
     ({"mesh__data": 8}, 8, 16),
     ({"mesh__data": 8}, 1, 2),  # a run of eight devices, evaluated on one of them
     ({"mesh__data": 8}, 3, 6),
-    ({"mesh__data": None}, 8, 16),
+    ({"mesh__data": -1}, 8, 16),
     ({"mesh__data": 4, "train__micro_batch_size": 4}, 4, 4),
   ],
 )

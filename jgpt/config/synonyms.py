@@ -87,7 +87,10 @@ _DTYPES = {
 _ON_DEVICE = (
   "batches are made on the device, by the compiled program; there are no loader processes"
 )
-_ONE_PROCESS = "jgpt trains in one process, on all devices that it sees; mesh.data says how many"
+_MESH = (
+  "jgpt trains on all devices of all processes; mesh.data, mesh.fsdp and mesh.tensor divide them, "
+  "and python -m jgpt.run --help names the options of several processes"
+)
 _METRICS = "every update's metrics are in metrics.jsonl of the run folder; there is no tracker"
 _RUNS_OWN = "the run folder records the experiment's name and every setting"
 
@@ -530,7 +533,7 @@ SYNONYMS = (
   Synonym(
     names="backend ddp parallel ddp_backend local_rank node_rank nnodes master_addr master_port "
     "strategy distributed fsdp deepspeed zero_stage pipeline_parallel tensor_parallel",
-    note=_ONE_PROCESS,
+    note=_MESH,
   ),
   Synonym(
     names="dtype precision bf16 amp use_amp mixed_precision autocast torch_dtype",

@@ -61,7 +61,11 @@ def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, 
   mesh = sharding.make_mesh(experiment, devices)
   used, device = mesh.devices.size, devices[0]
   kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-  count = f"{used} of {len(devices)} devices (mesh.data={used}): " if len(devices) > 1 else ""
+  count = (
+    f"{used} of {len(devices)} devices ({sharding.describe_shape(mesh)}): "
+    if len(devices) > 1
+    else ""
+  )
   lines = [
     ("experiment", plan.name or "(from Python)"),
     ("device", f"{count}{device.platform.upper()} ({kind}), jax {jax.__version__}"),

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jgpt.batches import Stream
-from jgpt.config import Experiment, SampleConfig
+from jgpt.config import Experiment, MeshConfig, SampleConfig
 from jgpt.config.synonyms import describe_synonym
 from jgpt.data.corpus import Data, make_documents
 from jgpt.data.sources import split_documents
@@ -214,8 +214,7 @@ def _open_step(workdir: Path, step: int, devices: Sequence[jax.Device]) -> Run:
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   params = checkpoint.restore_items(folder, {"params": target})["params"]
   experiment = resolve_compute(files.experiment, devices[0])
-  if experiment.mesh.data is None:  # evaluation takes as many sequences at once as training
-    num_data = count_usable_devices(experiment, len(devices))
-    mesh = dataclasses.replace(experiment.mesh, data=num_data)
+  if experiment.mesh.num_devices is None:  # evaluation takes as many sequences as training
+    mesh = MeshConfig(data=count_usable_devices(experiment, len(devices)))
     experiment = dataclasses.replace(experiment, mesh=mesh)
   return Run(params, files.tokenizer, experiment, step, workdir)

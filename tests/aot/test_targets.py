@@ -33,7 +33,7 @@ DOCUMENTS = {  # of unlike lengths, whose targets weigh 0 past their end
   "model.dropout_places": ["embedding", "attention", "mlp_out"],
   "data.batch_size": 80,
   "train.micro_batch_size": 40,
-  "mesh.data": None,
+  "mesh.data": -1,
 }
 needs_tpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jgpt[aot-tpu]'"

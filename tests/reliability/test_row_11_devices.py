@@ -114,7 +114,7 @@ def test_row_11_processes_with_other_numbers_of_devices(tmp_path):
     "data__batch_size": 8,
     "optimizer__decay_steps": 12,
     "train__eval_every": None,
-    "mesh__data": None,
+    "mesh__data": -1,
   }
 
   def go_on(workdir, devices, steps):
