@@ -400,7 +400,7 @@ def experiments(draw):
   text = st.text().map(str.strip).filter(lambda t: t.lower() not in ("none", "null"))
   num_heads, mesh, micro, seq_len = count(64), maybe(count(4)), maybe(count(4)), count(2**30)
   micro = micro and micro * (mesh or 1)
-  number_of_tensor = count(4)
+  tensor = count(4)
   norm = draw(st.sampled_from(["rms", "layer", "layer_no_bias"]))
   batching = draw(st.sampled_from(["documents", "random", "sequential", "epochs"]))
   streams = ["characters", "bytes", "bpe", "gpt2"]
@@ -477,7 +477,7 @@ def experiments(draw):
       top_p=number(0, 1),
       max_tokens=maybe(count(100)),
     ),
-    mesh=MeshConfig(data=mesh or -1, tensor=number_of_tensor),
+    mesh=MeshConfig(data=mesh or -1, tensor=tensor),
     compute=ComputeConfig(
       tricks=draw(st.booleans()),
       attention=draw(st.sampled_from(["auto", "plain", "blocks"])),
