@@ -484,7 +484,7 @@ def list_saving(
   """
   programs = {"save": partial(checkpoint.lower_save, stacked)}
   if isinstance(placed.params["blocks"], list):
-    programs["stack"] = partial(checkpoint.stack_jit.lower, placed)
+    programs["stack"] = partial(checkpoint.lower_stack, placed)
   return programs
 
 

@@ -10,6 +10,7 @@ Starting the processes is in `cluster.py`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -20,8 +21,8 @@ import jax
 
 from jgpt.errors import TrainingError, UserError
 
-# Names of the exchanges so far: every process makes the same ones in the same order.
-_numbers = itertools.count()
+# Names of the exchanges so far, by thread: every process makes the same ones in the same order.
+_numbers: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 _seconds = [600.0]  # `mesh.timeout_seconds` of the run
 
 
@@ -40,12 +41,13 @@ def is_lead() -> bool:
   return is_alone() or jax.process_index() == 0
 
 
-def on_lead(what: str, function: Callable[[], Any]) -> Any:
+def on_lead(what: str, function: Callable[[], Any], *, thread: str = "main") -> Any:
   """Calls a function in the lead alone; returns its value, or raises its error, in every process.
 
   Args:
     what: is waited for, for the message of a process that waits in vain: "the run folder".
     function: returns what JSON can hold; a `UserError` that it raises is raised everywhere.
+    thread: names the thread that this is called in; the exchanges of each have an order of its own.
 
   Raises:
     UserError: of the function.
@@ -53,10 +55,10 @@ def on_lead(what: str, function: Callable[[], Any]) -> Any:
   """
   if is_alone():
     return function()
-  number = next(_numbers)
+  key = f"jgpt/{thread}/{next(_numbers[thread])}/0"
   if not is_lead():
-    return _open(_read(f"jgpt/{number}/0", 0, what))
-  with _posting(f"jgpt/{number}/0") as post:
+    return _open(_read(key, 0, what))
+  with _posting(key) as post:
     value = function()
     post(value)
   return value
@@ -67,7 +69,7 @@ def decide(what: str, value: Any) -> Any:
   return on_lead(what, lambda: value)
 
 
-def together(what: str, function: Callable[[], Any]) -> list[Any]:
+def together(what: str, function: Callable[[], Any], *, thread: str = "main") -> list[Any]:
   """Calls a function in every process, and returns the values of all, by process.
 
   No process goes on before all are done. Where it fails in one it fails in all.
@@ -75,6 +77,7 @@ def together(what: str, function: Callable[[], Any]) -> list[Any]:
   Args:
     what: is waited for: "the data of process".
     function: returns what JSON can hold.
+    thread: as for `on_lead`.
 
   Raises:
     UserError: of the function, in whichever process; the first one's.
@@ -82,11 +85,10 @@ def together(what: str, function: Callable[[], Any]) -> list[Any]:
   """
   if is_alone():
     return [function()]
-  number = next(_numbers)
-  with _posting(f"jgpt/{number}/{jax.process_index()}") as post:
+  key = f"jgpt/{thread}/{next(_numbers[thread])}"
+  with _posting(f"{key}/{jax.process_index()}") as post:
     post(function())
-  num = jax.process_count()
-  return [_open(_read(f"jgpt/{number}/{i}", i, what)) for i in range(num)]
+  return [_open(_read(f"{key}/{i}", i, what)) for i in range(jax.process_count())]
 
 
 def _client() -> Any:

@@ -32,12 +32,11 @@ POINTS = {
     "os.mkdir",
     r"/checkpoints/[0-9]+\.orbax-checkpoint-tmp[^/]*",
   ),  # before anything of a save
-  "leaf": ("os.mkdir", r"/(params|train_state)\.orbax-checkpoint-tmp[^/]*"),  # before the arrays
+  "leaf": ("os.mkdir", r"-tmp/(params|train_state)"),  # before the arrays
   "metadata": (
     "open",
     r"/(params|train_state)[^/]*/_METADATA",
   ),  # between the arrays and the commit
-  "item": ("os.rename", r"/(params|train_state)"),  # one of the two is complete
   "commit": ("os.rename", STEP),
   "json": ("os.rename", STEP + r"/experiment\.json"),
   "tokenizer": ("os.rename", STEP + r"/tokenizer\.json"),
