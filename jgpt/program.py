@@ -86,7 +86,7 @@ class Program:
 
     Those of a profile are waited for.
     """
-    count = jax.device_put(np.int32(num_steps), sharding.beside(state))
+    count = sharding.place(np.int32(num_steps), sharding.beside(state))
     corpus = self.feed.corpus_at(step)
     with record_call(profile, step, num_steps) as is_recorded:
       found = self.run_steps(corpus, state, count)
@@ -122,8 +122,8 @@ def compile_program(
   memory = runtime.find_free_memory(mesh.devices.flat[0], mesh.devices.size)
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
-  heldout = jax.device_put(data.heldout, whole)
-  key = jax.device_put(derive_key(experiment.train.seed, INIT, 0), whole)
+  heldout = sharding.place(data.heldout, whole)
+  key = sharding.place(derive_key(experiment.train.seed, INIT, 0), whole)
   init = jax.jit(partial(init_state, experiment=experiment))  # traced once, for shapes and values
   stacked, placed = _shape_states(init, key, experiment, mesh)
   is_read = saved_step is not None or isinstance(initial, Origin)
@@ -412,7 +412,7 @@ def _choose_state(
   if given is None:
     return init, key, lambda: key
   begin = partial(begin_state, experiment=experiment)
-  return begin, given, lambda: jax.device_put(given, sharding.replicated(mesh))
+  return begin, given, lambda: sharding.place(given, sharding.replicated(mesh))
 
 
 def continue_state(params: dict, moments: dict, experiment: Experiment) -> TrainState:

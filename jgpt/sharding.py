@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -192,6 +193,31 @@ def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) ->
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Places arrays that every process has on devices, each device's part on it.
+
+  `jax.device_put` does the same, but where there are several processes it compares their arrays,
+  for which it sends all of them to all devices.
+
+  Args:
+    tree: of arrays of NumPy, or of JAX on a device of this process.
+    shardings: a tree of them, or one for all; None is the default device.
+  """
+
+  def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = put(jax.random.key_data(x), sharding)
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  if all(s.is_fully_addressable for s in jax.tree.leaves(shardings)):
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: put(x, shardings), tree)
+  return jax.tree.map(put, tree, shardings)
 
 
 def beside(tree: Any) -> jax.sharding.Sharding | None:
