@@ -34,7 +34,7 @@ from jgpt.layers import (
 from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
 from jgpt.products import find_precision, linear
-from jgpt.sharding import constrain
+from jgpt.sharding import constrain, gather, gather_again
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -180,7 +180,7 @@ def embed(
 
   `position` is the first token's.
   """
-  x_BTD = widen(params["tok_embed"][tokens_BT])
+  x_BTD = widen(params["tok_embed"][constrain(tokens_BT, ("rows", None))])
   if config.scale_embed:
     x_BTD = x_BTD * config.d_model**0.5
   if config.positions == "sinusoidal":
@@ -189,9 +189,11 @@ def embed(
     table_SD = params["pos_embed"]
   # A slice and not a gather, whose gradient is a scatter: a tenth of a step of `names`.
   positions_TD = jax.lax.dynamic_slice_in_dim(table_SD, position, tokens_BT.shape[1])
-  x_BTD = dropout(x_BTD + positions_TD[None], *dropout_at("embedding", config, keys_B))
-  x_BTD = store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)
-  return constrain(x_BTD, ("batch", None, None))
+  # Divided as the tables are: what moves between devices is the sum, and not the tables.
+  x_BTD = constrain(x_BTD + positions_TD[None], ("rows", None, "embed"))
+  x_BTD = constrain(x_BTD, ("batch", None, None))
+  x_BTD = dropout(x_BTD, *dropout_at("embedding", config, keys_B))
+  return store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)
 
 
 def run_blocks(
@@ -221,14 +223,15 @@ def run_blocks(
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, KVCache | None]:
     p, number, cache = inputs
+    p = gather(p, config)
     # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
     keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
     x_BTD, cache = block(x_BTD, p, config, compute, keys, cache, position)
     return constrain(x_BTD, ("batch", None, None)), cache
 
-  if compute.remat == "block" and cache is None:
-    # Under a scan nothing can be merged with what is computed again.
-    layer = jax.checkpoint(layer, prevent_cse=isinstance(blocks, list))
+  # Under a scan nothing can be merged with what is computed again.
+  again = jax.checkpoint if compute.remat == "block" else gather_again
+  layer = layer if cache is not None else again(layer, prevent_cse=isinstance(blocks, list))
   if isinstance(blocks, dict):
     return jax.lax.scan(layer, x_BTD, (blocks, jnp.arange(config.num_layers), cache))
   caches = []
@@ -302,4 +305,5 @@ def finish_blocks(
 
 def find_head(params: dict, config: ModelConfig) -> jax.Array:
   """Returns the weights of the head [V, D]: the token embedding's where they are tied."""
-  return params["tok_embed"] if config.tied_head else params["unembed"]
+  name = "tok_embed" if config.tied_head else "unembed"
+  return gather({name: params[name]}, config)[name]

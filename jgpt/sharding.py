@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from jgpt.config import Experiment, ModelConfig
 from jgpt.errors import UserError
-from jgpt.params import param_at
+from jgpt.params import param_at, param_table
 
 AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. What is not named here is replicated.
 RULES = {
   "batch": ("data", "fsdp"),
+  "rows": ("data",),  # of a batch whose width is divided over "fsdp"
   "embed": ("fsdp",),
   "heads": ("tensor",),
   "mlp": ("tensor",),
@@ -161,6 +162,70 @@ def constrain_params(params: dict, config: ModelConfig) -> dict:
   if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
     return params
   return jax.lax.with_sharding_constraint(params, param_shardings(params, config, mesh))
+
+
+def gather(params: dict, config: ModelConfig) -> dict:
+  """Gathers parameters over "fsdp", for where they are used; over "tensor" they stay divided.
+
+  Their gradient lies as they do: a device gets the sum over all devices of its own part.
+
+  Args:
+    params: some of those that `param_table` names, of one block or outside of the blocks.
+    config: of the network.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _divides_params(mesh):
+    return params
+  table = param_table(config)
+  table |= table["blocks"]
+  divided = {name: to_spec(table[name].axes, x.shape, mesh) for name, x in params.items()}
+  whole = {name: P(*(None if d == "fsdp" else d for d in spec)) for name, spec in divided.items()}
+
+  # The transpose of a constraint is the same one: each device would get the whole gradient.
+  @jax.custom_vjp
+  def gather_whole(params: dict) -> dict:
+    return jax.lax.with_sharding_constraint(params, whole)
+
+  gather_whole.defvjp(
+    lambda params: (gather_whole(params), None),
+    lambda _, grads: (jax.lax.with_sharding_constraint(grads, divided),),
+  )
+  return gather_whole(params)
+
+
+def gather_again(layer: Callable, *, prevent_cse: bool) -> Callable:
+  """Returns a layer that calls `gather` in the backward pass again, and keeps no parameter whole.
+
+  Args:
+    layer: all else that it computes is kept as ever.
+    prevent_cse: as `jax.checkpoint` takes it: false under a scan.
+  """
+  if not _divides_params(jax.sharding.get_abstract_mesh()):
+    return layer
+
+  def is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name != "sharding_constraint"
+
+  return jax.checkpoint(layer, policy=is_kept, prevent_cse=prevent_cse)
+
+
+def _divides_params(mesh: jax.sharding.AbstractMesh) -> bool:
+  return mesh.shape.get("fsdp", 1) > 1 and AxisType.Auto in mesh.axis_types
+
+
+def call_divided(function: Callable, axes: tuple[str | None, ...], *arrays: jax.Array) -> jax.Array:
+  """Calls a function on each device's part of arrays: a kernel, which XLA cannot divide.
+
+  Args:
+    function: of arrays of one shape; returns such an array.
+    axes: one logical axis per dimension, over which the function does not sum.
+    arrays: inside jit.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
+    return function(*arrays)
+  spec = to_spec(axes, arrays[0].shape, mesh)
+  return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
 def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:

@@ -50,7 +50,8 @@ def _choose(experiment: Experiment, device: jax.Device) -> tuple[Experiment, lis
   if given.tricks and device.platform == "cpu":
     chosen = ComputeConfig(
       dtype="bfloat16" if is_bfloat16_quicker(experiment) else "float32",
-      matmul="flat",
+      # A flat product merges dimensions, of which one may be divided over "tensor".
+      matmul="flat" if experiment.mesh.tensor == 1 else "einsum",
       layers="scan" if experiment.model.num_layers == 1 else "unroll",
       remat="none",
       loss_chunks=1,
