@@ -35,8 +35,14 @@ warmed up before it is timed:
               microgpt.py.
   --aot       Nothing is run. Peak memory and collectives are what the compiler says, of a corpus of
               1,048,576 tokens. Estimated cycles are XLA:TPU's, loop bodies times their trips; they
-              have neither kernels nor collectives, and may be wrong by half. FLOPs are those of the
-              formula above.
+              have neither kernels nor collectives, and may be wrong by half. Of a step, compute is
+              the larger of the formula's operations and those of the compiled products, at the
+              published dense peak; memory is what the program's operations read and write, at the
+              published bandwidth; network is what each device sends, by ring algorithms, over the
+              links to its group: of n bytes over k devices n (k - 1) / k for an all-gather, a
+              reduce-scatter and an all-to-all, twice that for an all-reduce, n for a
+              collective-permute. If all three overlap a step takes the largest, if nothing does
+              their sum. No latency is in it, and no product reaches its peak: no step is faster.
 """
 
 from __future__ import annotations
@@ -71,8 +77,10 @@ def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   if args.aot:
     return _compile_ahead(args)
-  if args.experiment or args.set:
-    raise UserError("--experiment and --set go with --aot; the cases have settings of their own.")
+  if args.experiment or args.set or args.mesh:
+    raise UserError(
+      "--experiment, --set and --mesh go with --aot; the cases have settings of their own."
+    )
   chosen = list(dict.fromkeys(args.only or CASES))
   for name in chosen:
     if name not in CASES:
@@ -128,10 +136,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compile_ahead(args: argparse.Namespace) -> int:
   """Compiles an experiment's programs for devices that are not there, and prints the report."""
-  from jgpt.bench import aot
+  from jgpt.bench import aot, aot_report
   from jgpt.devices import topology
 
   aot.check_names(args.only or ())
+  meshes = list(map(aot.parse_mesh, args.mesh))
+  if meshes and args.only:
+    raise UserError("--mesh compiles the training step alone; leave out --only.")
   if args.peer:
     raise UserError("--peer measures, and nothing is run with --aot.")
   if not args.experiment:
@@ -146,12 +157,23 @@ def _compile_ahead(args: argparse.Namespace) -> int:
   from jgpt.devices import runtime
 
   runtime.set_up()
-  report = aot.compile_ahead(experiment, target, args.only or ())
-  if args.json:
-    print(json.dumps(aot.report_to_json(report), indent=2))
+  if meshes:
+    reports = []
+    for report in aot.compile_meshes(experiment, target, meshes):
+      reports.append(report)
+      print(f"compiled {len(reports)} of {len(meshes)} meshes", file=sys.stderr, flush=True)
   else:
-    print(aot.format_report(report))
-  return 1 if any(program.reason for program in report.programs) else 0
+    reports = [aot.compile_ahead(experiment, target, args.only or ())]
+  if args.json:
+    found = [aot_report.report_to_json(report) for report in reports]
+    print(json.dumps(found if meshes else found[0], indent=2))
+  else:
+    print(
+      aot_report.format_meshes(reports)
+      if len(reports) > 1
+      else aot_report.format_report(reports[0])
+    )
+  return 1 if any(program.reason for report in reports for program in report.programs) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,6 +217,14 @@ def _parser() -> argparse.ArgumentParser:
     default=[],
     metavar="SECTION.FIELD=VALUE",
     help="with --aot: change a setting of the experiment; repeat for more",
+  )
+  parser.add_argument(
+    "--mesh",
+    action="append",
+    default=[],
+    metavar="AXIS=SIZE,...",
+    help="with --aot: compile the training step on this mesh of all devices, such as "
+    "data=2,fsdp=4; repeat to compare several in one table",
   )
   parser.add_argument("--json", action="store_true", help="print JSON with every round's seconds")
   return parser
