@@ -63,7 +63,31 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
       f"{name}={size} must be a multiple of the {num_parts} devices that it is divided over; "
       f"nearest: {nearest}. Try --set {advice}, or for a new run --set {name}={above}{batches}"
     )
+  check_all_take_part(experiment, devices, num_devices)
   return jax.make_mesh(shape, AXES, devices=devices[:num_devices], axis_types=(AxisType.Auto,) * 3)
+
+
+def check_all_take_part(
+  experiment: Experiment, devices: Sequence[jax.Device], num_used: int
+) -> None:
+  """Checks that a mesh of the first devices has some of every process's.
+
+  Raises:
+    UserError: naming settings that take all devices.
+  """
+  num_devices = len(devices)
+  used = {device.process_index for device in devices[:num_used]}
+  num_idle = len({device.process_index for device in devices} - used)
+  if not num_idle:
+    return
+  fits = count_usable_devices(experiment, num_devices) == num_devices
+  batch = -(-experiment.data.batch_size // num_devices) * num_devices
+  way = "" if fits else f" --set data.batch_size={batch}"
+  raise UserError(
+    f"a mesh of {num_used} of the {num_devices} devices leaves {num_idle} of the "
+    f"{len(used) + num_idle} processes without any. Try --set mesh.data={num_devices} --set "
+    f"mesh.fsdp=1 --set mesh.tensor=1{way}, or fewer processes"
+  )
 
 
 def choose_shape(experiment: Experiment, num_devices: int) -> tuple[int, int, int]:

@@ -12,13 +12,14 @@ import stat
 import sys
 import warnings
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jgpt.config import ComputeConfig
+from jgpt.devices import processes
 from jgpt.devices.compute import PRECISIONS, describe_products
 from jgpt.devices.limits import TPU_PASSES, find_memory_limit, find_peak
 from jgpt.errors import UserError, first_line
@@ -43,6 +44,7 @@ NUMERIC_OPTIONS = {
 NUMERIC_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # Platform of JAX_PLATFORMS -> what brings its devices.
 PLATFORM_EXTRAS = {"cuda": "cuda12 or cuda13", "gpu": "cuda12 or cuda13", "tpu": "tpu"}
+ACCELERATORS = {"cuda12": "a GPU of NVIDIA's", "tpu": "a TPU"}  # by the extra that brings it
 
 
 def set_up() -> str:
@@ -205,13 +207,14 @@ def has_room(tree: Any) -> bool:
 
 
 def devices() -> list[jax.Device]:
-  """Returns the devices that jax finds.
+  """Returns the devices that jax finds, of all processes.
 
   Raises:
-    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks.
+    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks, or where jax
+      would silently compute on the CPU although an accelerator is there.
   """
   try:
-    return jax.devices()
+    found = processes.wait("the devices of all processes", jax.devices)
   # Where "cuda" is asked for and its plugin is not installed, an assertion of jax's fails.
   except (RuntimeError, AssertionError) as error:
     asked = jax.config.jax_platforms or ""
@@ -222,6 +225,32 @@ def devices() -> list[jax.Device]:
       f"jax finds no device (JAX_PLATFORMS={asked!r}){reason}. Try JAX_PLATFORMS=cpu before the "
       f"command{advice}"
     ) from error
+  unused = find_accelerator_files(os.environ)
+  if unused and not jax.config.jax_platforms and all(d.platform == "cpu" for d in found):
+    raise UserError(
+      f"this machine has {ACCELERATORS[unused]}, and jax finds the CPU only. Install what finds "
+      f"it, pip install 'jgpt[{unused}]' (python -m jgpt.doctor says more), or put "
+      "JAX_PLATFORMS=cpu before the command to train on the CPU"
+    )
+  return found
+
+
+def find_accelerator_files(env: Mapping[str, str], root: Path = Path("/")) -> str | None:
+  """Finds an accelerator of this machine by its device files, without jax.
+
+  Args:
+    env: environment variables; a GPU that they hide is none.
+    root: folder that contains dev and proc.
+
+  Returns:
+    The extra of jgpt that finds it, "cuda12" or "tpu"; None where there is none.
+  """
+  is_hidden = env.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+  gpus = root / "proc/driver/nvidia/gpus"
+  if not is_hidden and ((gpus.is_dir() and any(gpus.iterdir())) or (root / "dev/nvidia0").exists()):
+    return "cuda12"
+  is_tpu = any(name.startswith("TPU_") for name in env) and (root / "dev/vfio/0").exists()
+  return "tpu" if is_tpu or (root / "dev/accel0").exists() else None
 
 
 def describe_precision(device: jax.Device, compute: ComputeConfig) -> str:

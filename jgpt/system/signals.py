@@ -70,6 +70,10 @@ class Stop:
 
   def __init__(self):
     self.signal: int | None = None
+    # Of a run of several processes: what ends this one together with the others, and whether
+    # another one prints.
+    self.leave_process: Callable[[int, str], None] = _exit
+    self.is_quiet = False
 
   def __bool__(self) -> bool:
     return self.signal is not None
@@ -89,7 +93,16 @@ class Stop:
 
   def leave(self, line: str) -> None:
     """Prints what was saved after a signal; a command's process then ends."""
-    print_stderr(line)
+    if not self.is_quiet:
+      print_stderr(line)
+
+  def receive(self, number: int) -> None:
+    """Records a signal that has reached another process of the run."""
+    self.signal = self.signal or number
+
+  def agree(self, num_steps: int) -> int:
+    """Returns the updates that the next call makes; `SharedStop` asks the other processes."""
+    return num_steps
 
 
 # --- Signal handling for library users ---
@@ -129,7 +142,8 @@ def stop_signals() -> Iterator[Stop]:
     elif not stop:
       first = time.monotonic()
       stop.signal = number
-      print_stderr(STOPPING)
+      if not stop.is_quiet:
+        print_stderr(STOPPING)
 
   with _install_handlers(on_signal) as previous:
     yield stop
@@ -170,6 +184,10 @@ class _CommandStop(Stop):
   def leave(self, line: str) -> None:
     self._end(self.signal, line)
 
+  def receive(self, number: int) -> None:
+    self._has_arrived = True
+    self.on_signal(number)
+
   def on_arrival(self, number: int, frame: object) -> None:
     """Records that a signal has arrived; Python's handler, in the main thread."""
     self._has_arrived = True
@@ -186,9 +204,11 @@ class _CommandStop(Stop):
     if not is_first:
       _exit(EXIT_BY_SIGNAL + number, "\nstopped at once; the last checkpoint is as it was")
     if block is None:
-      print_stderr(STOPPING)
+      if not self.is_quiet:
+        print_stderr(STOPPING)
       return
-    print_stderr("\nstopping")
+    if not self.is_quiet:
+      print_stderr("\nstopping")
     # In a thread of its own, so that this one can handle a second signal.
     threading.Thread(target=self._end, args=(number, *block), daemon=True).start()
 
@@ -200,8 +220,8 @@ class _CommandStop(Stop):
     try:
       finish()
     except Exception as error:  # the last save failed
-      _exit(TrainingError.status, f"error: {error}")
-    _exit(EXIT_BY_SIGNAL + number, line)
+      self.leave_process(TrainingError.status, f"error: {error}")
+    self.leave_process(EXIT_BY_SIGNAL + number, line)
 
 
 @contextlib.contextmanager

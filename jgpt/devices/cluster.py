@@ -1,0 +1,410 @@
+"""Joins the processes of a run on several hosts, before any device is touched.
+
+A run is told of its processes by options of the command or by environment variables, or a launcher
+is recognised that jax knows: Slurm's srun, Open MPI's mpirun, TPU pods, indexed jobs of Kubernetes.
+Before jax's own service starts, process 0 calls the roll on the same port: jax ends a process whose
+peers do not come with a C++ stack trace, and cannot say which of them are missing.
+
+What the processes say to each other afterwards is in `processes.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import socket
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jgpt.devices import processes
+from jgpt.errors import UserError, first_line, show
+
+RETRY_SECONDS = 0.1  # between two attempts to reach process 0
+REPLY_SECONDS = 5.0  # for the few bytes of an answer
+# Seconds after ours until jax's own limits end a process: they print a stack trace.
+LAST_RESORT_SECONDS = 100
+# Of a launcher: how many processes there are, this one's number, and the same on its host.
+LAUNCHERS = {
+  "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
+  "mpirun": (
+    *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+  ),
+}
+TOLD_BY = {
+  "--coordinator": "JAX_COORDINATOR_ADDRESS",
+  "--num-processes": "JAX_NUM_PROCESSES",
+  "--process-id": "JAX_PROCESS_ID",
+}
+METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A process's place among those of a run.
+
+  Attributes:
+    coordinator: HOST:PORT at which process 0 is reached.
+    num_processes: of the run.
+    process_id: of this process, from 0.
+    local_device_ids: the GPUs of this host that are this process's; None for all.
+  """
+
+  coordinator: str
+  num_processes: int
+  process_id: int
+  local_device_ids: tuple[int, ...] | None = None
+
+
+def join(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  timeout: float,
+) -> None:
+  """Joins the processes of this run, if it has several; does nothing where that was done before.
+
+  Args:
+    coordinator: HOST:PORT at which process 0 is reached; None is found out, as are the others.
+    num_processes: of the run.
+    process_id: of this process.
+    timeout: seconds to wait for the others, now and later.
+
+  Raises:
+    UserError: if what is told is incomplete or contradicts itself, or not all come in time.
+  """
+  processes.set_timeout(timeout)
+  if jax.distributed.is_initialized():
+    return
+  place = find_place(coordinator, num_processes, process_id, os.environ)
+  if place is None or place.num_processes == 1:
+    return
+  call_roll(place, timeout)
+  last_resort = math.ceil(timeout) + LAST_RESORT_SECONDS
+  limits = {
+    f"{name}_timeout_seconds": last_resort
+    for name in ("heartbeat", "shutdown")  # the second is newer than jax 0.7.2
+    if f"{name}_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
+  }
+  try:
+    jax.distributed.initialize(
+      place.coordinator,
+      place.num_processes,
+      place.process_id,
+      local_device_ids=place.local_device_ids,
+      cluster_detection_method="deactivate",
+      initialization_timeout=last_resort,
+      **limits,
+    )
+  except RuntimeError as error:
+    raise UserError(
+      f"process {place.process_id} could not join the others at {place.coordinator}: "
+      f"{first_line(error)[:200]}. Try another port"
+    ) from error
+
+
+# --- Where this process stands ---
+
+
+def find_place(
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  env: Mapping[str, str],
+) -> Place | None:
+  """Finds this process's place; None where nothing says that it is one of several.
+
+  Args:
+    coordinator: as for `join`, as the other two.
+    num_processes: of the run.
+    process_id: of this process.
+    env: environment variables.
+
+  Raises:
+    UserError: if what is told is incomplete or contradicts itself.
+  """
+  coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
+  count = _read_count(num_processes, "JAX_NUM_PROCESSES", env)
+  number = _read_count(process_id, "JAX_PROCESS_ID", env)
+  launched, ids = _read_launcher(env)
+  if (coordinator, count, number) == (None, None, None):
+    if not _is_clustered(env, launched):
+      return None
+    found = _ask_jax(launched)
+    coordinator, count, number = found[:3]
+  elif coordinator is not None and count is None and number is None and launched:
+    count, number = launched
+  told = dict(zip(TOLD_BY, (coordinator, count, number), strict=True))
+  if missing := [name for name, value in told.items() if value is None]:
+    variables = " or ".join(TOLD_BY[name] for name in missing)
+    raise UserError(
+      f"{', '.join(n for n in told if n not in missing)} without {' and '.join(missing)} does not "
+      f"say which process of a run this is. Add {' and '.join(missing)} (or {variables})"
+    )
+  _check_address(coordinator)
+  if count < 1 or not 0 <= number < count:
+    raise UserError(
+      f"--process-id={number} of --num-processes={count}: ids are 0 to {max(count - 1, 0)}, one "
+      "for each process"
+    )
+  return Place(coordinator, count, number, ids)
+
+
+def _read_count(option: int | None, name: str, env: Mapping[str, str]) -> int | None:
+  if option is not None or not env.get(name):
+    return option
+  if not re.fullmatch("[0-9]{1,9}", env[name]):
+    raise UserError(f"{name}={show(env[name])} must be a whole number")
+  return int(env[name])
+
+
+def _check_address(coordinator: str) -> None:
+  host, colon, port = coordinator.rpartition(":")
+  if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+    raise UserError(
+      f"--coordinator={show(coordinator)} must be HOST:PORT, the host of process 0 and a free port "
+      "there, for example 10.0.0.1:12355"
+    )
+
+
+def _read_launcher(
+  env: Mapping[str, str],
+) -> tuple[tuple[int, int] | None, tuple[int, ...] | None]:
+  """Reads how many processes a launcher started and which one this is, and its GPUs.
+
+  A process has one GPU where its host has several processes, unless the launcher or the user has
+  chosen each one's GPUs already.
+  """
+  for names in LAUNCHERS.values():
+    size, rank, local_size, local_rank = (env.get(name, "") for name in names)
+    if not (size.isdecimal() and rank.isdecimal()):
+      continue
+    shares = bool(re.match(r"[2-9]|1[0-9]", local_size))  # Slurm's is like "2(x3),1"
+    visible = [n for n in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
+    is_chosen = "JAX_LOCAL_DEVICE_IDS" in env or len(visible) == 1
+    is_shared = shares and local_rank.isdecimal() and not is_chosen
+    return (int(size), int(rank)), (int(local_rank),) if is_shared else None
+  return None, None
+
+
+def _is_clustered(env: Mapping[str, str], launched: tuple[int, int] | None) -> bool:
+  """Returns whether this is one of several processes of a cluster that jax recognises."""
+  if launched is not None:
+    return launched[0] > 1
+  if "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env:
+    return True
+  workers = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+  if not any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))):
+    return False
+  if workers is None and "TPU_SKIP_MDS_QUERY" not in env:  # a TPU VM of Google's asks its host
+    workers = _read_metadata(env)
+  return workers is not None and "," in workers
+
+
+def _read_metadata(env: Mapping[str, str]) -> str | None:
+  host = env.get("GCE_METADATA_IP", "metadata.google.internal")
+  request = urllib.request.Request(f"http://{host}/{METADATA}")
+  request.add_header("Metadata-Flavor", "Google")
+  with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=3) as reply:
+    return reply.read(1 << 20).decode(errors="replace")
+  return None
+
+
+def _ask_jax(launched: tuple[int, int] | None) -> tuple[str, int, int, Any]:
+  """Asks jax for the coordinator, the number of processes and this one's, in its cluster.
+
+  Raises:
+    UserError: if jax does not know them.
+  """
+  from jax._src import clusters  # what `jax.distributed.initialize` calls; it tells nobody
+
+  try:
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+      None, None, None, None, None, LAST_RESORT_SECONDS
+    )
+  except (RuntimeError, KeyError, ValueError, OSError, ImportError) as error:
+    reason = f": {first_line(error)[:200]}"
+  else:
+    if None not in found[:3]:
+      return found
+    reason = ""
+  count = f"{launched[0]} processes were" if launched else "several processes were"
+  raise UserError(
+    f"{count} started, and jax does not find out where process 0 is reached{reason}. Add "
+    "--coordinator HOST:PORT, the host of process 0 and a free port there"
+  )
+
+
+# --- The roll ---
+
+
+def call_roll(place: Place, timeout: float) -> None:
+  """Waits until every process of a run has reported to process 0.
+
+  Args:
+    place: of this process.
+    timeout: seconds.
+
+  Raises:
+    UserError: in every process that came: naming those that did not, two with the same id, or
+      another number of processes; or if process 0 is not reached.
+  """
+  host, _, port = place.coordinator.rpartition(":")
+  if place.process_id == 0:
+    _receive_reports(place, int(port), timeout)
+  else:
+    _report(place, host.strip("[]"), int(port), timeout)
+
+
+def _receive_reports(place: Place, port: int, timeout: float) -> None:
+  """Receives the others' reports, and answers all of them at once."""
+  end, there, wrong = time.monotonic() + timeout, {0: socket.gethostname()}, ""
+  with contextlib.ExitStack() as stack:
+    server = stack.enter_context(_listen(place, port))
+    peers: list[socket.socket] = []
+    while len(there) < place.num_processes and not wrong:
+      server.settimeout(max(0.0, end - time.monotonic()) or 1e-3)
+      try:
+        peer = stack.enter_context(server.accept()[0])
+      except OSError:  # nobody came in time
+        missing = [i for i in range(place.num_processes) if i not in there]
+        wrong = _describe_missing(place, missing, timeout)
+        break
+      report = _receive(peer)
+      if report is None:  # not one of ours
+        continue
+      peers.append(peer)
+      number, count, host = report["process"], report["num_processes"], report["host"]
+      if count != place.num_processes:
+        wrong = f"process {number} on {host} says --num-processes={count}, and process 0 "
+        wrong += f"{place.num_processes}. Start all of them with the same number"
+      elif number in there:
+        wrong = f"two processes have --process-id={number}, on {there[number]} and on {host}. Give "
+        wrong += f"each of the {count} an id of its own, from 0"
+      there[number] = host
+    for peer in peers:
+      _send(peer, {"error": wrong})
+    for peer in peers:  # which close first, so that the port is free at once
+      _receive(peer)
+  if wrong:
+    raise UserError(wrong)
+
+
+def _describe_missing(place: Place, missing: Sequence[int], timeout: float) -> str:
+  shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+  who = f"process {shown}" if len(missing) == 1 else f"processes {shown}"
+  return (
+    f"{who} of {place.num_processes} did not join within {timeout:g} s at {place.coordinator}. See "
+    "whether each was started, with that address, and reaches it; --set mesh.timeout_seconds waits "
+    "longer"
+  )
+
+
+def _listen(place: Place, port: int) -> socket.socket:
+  """Opens the coordinator's port.
+
+  Raises:
+    UserError: if it is in use.
+  """
+  try:
+    if socket.has_dualstack_ipv6():
+      return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+  except OSError as error:
+    raise UserError(
+      f"process 0 cannot listen at {place.coordinator}: {error.strerror}. Choose another port, the "
+      "same in every process"
+    ) from error
+
+
+def _report(place: Place, host: str, port: int, timeout: float) -> None:
+  """Reports to process 0, and waits for its answer."""
+  end, reason = time.monotonic() + timeout, "no answer"
+  mine = {"process": place.process_id, "num_processes": place.num_processes}
+  mine["host"] = socket.gethostname()
+  while time.monotonic() < end:
+    try:
+      with socket.create_connection((host, port), timeout=REPLY_SECONDS) as peer:
+        _send(peer, mine)
+        # Process 0 may have begun to wait later; it is the one that knows who is missing.
+        answer = _receive(peer, timeout + REPLY_SECONDS)
+    except OSError as error:
+      reason = error.strerror or str(error)
+      time.sleep(RETRY_SECONDS)
+      continue
+    if answer is None:
+      reason = "it ended while it waited for the others"
+      break
+    if answer["error"]:
+      raise processes.mark_told(UserError(answer["error"]))
+    return
+  raise UserError(
+    f"process {place.process_id} did not reach process 0 at {place.coordinator} within "
+    f"{timeout:g} s: {reason}. See whether it was started, on that host, and no firewall is between"
+  )
+
+
+def _send(peer: socket.socket, message: dict[str, Any]) -> None:
+  with contextlib.suppress(OSError):
+    peer.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(peer: socket.socket, timeout: float = REPLY_SECONDS) -> dict[str, Any] | None:
+  """Receives a line of JSON; None where it does not come, or is none of ours."""
+  peer.settimeout(timeout)
+  try:
+    with peer.makefile("rb") as file:
+      found = json.loads(file.readline(4096))
+  except (OSError, ValueError):
+    return None
+  is_report = isinstance(found, dict) and all(
+    isinstance(found.get(name), kind)
+    for name, kind in (("process", int), ("num_processes", int), ("host", str))
+  )
+  is_answer = isinstance(found, dict) and isinstance(found.get("error"), str)
+  return found if is_report or is_answer else None
+
+
+# --- The devices of all ---
+
+
+def survey_devices(devices: Sequence[jax.Device]) -> list[tuple[str, str, str]]:
+  """Lists every process, its host and its devices; one process has no list.
+
+  Args:
+    devices: of all processes, as `runtime.devices` finds them.
+
+  Returns:
+    A header and a row for each process.
+
+  Raises:
+    UserError: if processes have devices of different kinds or not equally many.
+  """
+  if processes.is_alone():
+    return []
+  mine = [d for d in devices if d.process_index == jax.process_index()]
+  kinds = sorted({(d.platform.upper(), d.device_kind) for d in mine})
+  hosts = processes.together("the devices", lambda: [socket.gethostname(), kinds, len(mine)])
+  rows = [("process", "host", "devices")]
+  for number, (host, found, count) in enumerate(hosts):
+    words = ", ".join(p if p.lower() == k.lower() else f"{p} ({k})" for p, k in found)
+    rows.append((str(number), host, f"{count} × {words}"))
+  if len({(json.dumps(found), count) for _, found, count in hosts}) > 1:
+    there = "; ".join(f"process {n} on {host} has {words}" for n, host, words in rows[1:9])
+    raise processes.mark_told(
+      UserError(
+        f"the processes of a run must have equally many devices of one kind, and {there}. See what "
+        "JAX_PLATFORMS, CUDA_VISIBLE_DEVICES and JAX_LOCAL_DEVICE_IDS are in each"
+      )
+    )
+  return rows
