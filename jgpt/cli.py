@@ -262,7 +262,7 @@ def run_command(command: Callable[[], int]) -> int:
       sys.stdout.flush()
     return status
   except UserError as error:
-    print(describe_error(error)[1], file=sys.stderr)
+    print(describe_failure(error)[1], file=sys.stderr)
     if isinstance(error, TrainingError):
       _exit_without_joining(error.status)
     return error.status
@@ -272,22 +272,22 @@ def run_command(command: Callable[[], int]) -> int:
   except (MemoryError, RuntimeError) as error:
     if not is_out_of_memory(error):
       raise
-    print(describe_error(error)[1], file=sys.stderr)
+    print(describe_failure(error)[1], file=sys.stderr)
     return 1
   except OSError as error:
     if error.filename is not None:
-      print(describe_error(error)[1], file=sys.stderr)
+      print(describe_failure(error)[1], file=sys.stderr)
     # Standard output: its reader has ended (`| head`), or the disk is full.
     elif error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
       if error.errno != errno.EPIPE:
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would print the error again at exit
     else:
-      print(describe_error(error)[1], file=sys.stderr)
+      print(describe_failure(error)[1], file=sys.stderr)
     return 1
 
 
-def describe_error(error: BaseException) -> tuple[int, str]:
+def describe_failure(error: BaseException) -> tuple[int, str]:
   """Describes an error that ends a command: its exit status, and a line."""
   if isinstance(error, UserError):
     return error.status, f"error: {printable(str(error))}"

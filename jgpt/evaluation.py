@@ -28,7 +28,7 @@ from jgpt.batches import (
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside, count_batch_parts, find_mesh, sum_over_data, use_mesh
+from jgpt.sharding import beside, count_batch_parts, find_mesh, place, sum_over_data, use_mesh
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -281,7 +281,7 @@ def evaluate_loss(
     >>> run = jgpt.open_run("runs/names")
     >>> jgpt.evaluate_loss(run.params, run.data().heldout, run.tokenizer, run.experiment)
   """
-  placed = jax.device_put(corpus, beside(params))
+  placed = place(corpus, beside(params))
   loss, num_tokens = finish_evaluation(begin_evaluation(params, placed, experiment))
   is_stream = experiment.data.batching != "documents"
   return Evaluation(

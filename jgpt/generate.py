@@ -21,7 +21,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
 from jgpt.products import Tiles, tile_head, tile_weights
-from jgpt.sharding import beside, find_mesh, unstack_blocks
+from jgpt.sharding import beside, find_mesh, place, unstack_blocks
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -335,7 +335,7 @@ def begin_texts(
   ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), experiment.model)
   settings, max_tokens = _settings(params, ids, tokenizer, experiment, sample)
   others = (*_prompt_arrays(ids, experiment.model), key, np.float32(sample.temperature))
-  new = generate(params, *jax.device_put(others, beside(params)), **settings)
+  new = generate(params, *place(others, beside(params)), **settings)
 
   def texts() -> list[str]:
     # Where memory runs out, waiting raises an error; reading would abort the process.

@@ -278,7 +278,7 @@ def claim_folder(
 def _claim_folder(
   plan: Plan, devices: Sequence[jax.Device], stack: contextlib.ExitStack
 ) -> int | None:
-  """Claims a run folder, in the lead; see `claim_folder`."""
+  """Locks a run folder and records a start in it, in the lead; see `claim_folder`."""
   mesh = make_mesh(plan.experiment, devices)
   plan = dataclasses.replace(plan, experiment=resolve_dtype(plan.experiment, devices[0]))
   workdir = plan.workdir

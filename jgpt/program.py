@@ -119,7 +119,8 @@ def compile_program(
       or the weights to begin from are missing.
   """
   given, (mesh, experiment) = experiment, _choose_mesh(experiment, devices)
-  memory = runtime.find_free_memory(mesh.devices.flat[0], mesh.devices.size)
+  here = mesh.local_devices  # others are of other processes
+  memory = runtime.find_free_memory(here[0], len(here))
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
   heldout = sharding.place(data.heldout, whole)

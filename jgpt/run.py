@@ -12,6 +12,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # jax is imported after the arguments are understood
   import jax
 
   from jgpt.plan import Plan
+  from jgpt.runs.log import Writer
   from jgpt.system.signals import Stop
 
 
@@ -450,10 +452,9 @@ def _join(
     *(args.coordinator, args.num_processes, args.process_id),
     timeout=experiment.mesh.timeout_seconds,
   )
-  stack.enter_context(processes.watching(stop, cli.describe_error))
+  stack.enter_context(processes.watching(stop, cli.describe_failure))
   if not processes.is_lead():
-    silent = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-    stack.enter_context(contextlib.redirect_stdout(silent))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries in C++ print too
 
 
 def _name_folder(
@@ -522,7 +523,6 @@ def _train(
   from jgpt.devices import cluster, processes, runtime
   from jgpt.generate import sample_texts
   from jgpt.report import outcome, summary
-  from jgpt.report.console import ConsoleWriter
   from jgpt.report.tables import format_table
   from jgpt.runs.folder import make_subfolder
   from jgpt.system import files
@@ -534,26 +534,7 @@ def _train(
     print(f"{label:<12}{text}")
   print(flush=True)
   steps = plan.experiment.train.steps
-  writers, sample_at = [], None
-  if plan.start_step >= steps and not steps:
-    print("no updates: this makes a run folder of the weights")
-  elif plan.start_step >= steps:
-    print(
-      f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh "
-      "begins anew"
-    )
-  else:
-    if plan.start_step:
-      print(f"going on from step {plan.start_step:,}")
-    console = ConsoleWriter(
-      steps=steps,
-      log_every=plan.experiment.train.log_every,
-      start_step=plan.start_step,
-      epoch_steps=plan.epoch_steps,
-    )
-    writers = [console]
-    if processes.decide("the console", console.wants_samples and bool(plan.data.documents)):
-      sample_at = console.is_line_due
+  writers, sample_at = _open_console(plan)
   print(end="", flush=True)
   began = time.perf_counter()
   result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
@@ -583,6 +564,35 @@ def _train(
     if plan.start_step < steps:
       print_compiler_check(plan, jax.local_devices()[0])
   return 0
+
+
+def _open_console(plan: Plan) -> tuple[list[Writer], Callable[[int], bool] | None]:
+  """Prints how the run goes on; returns what prints its progress, and when that wants samples."""
+  from jgpt.devices import processes
+  from jgpt.report.console import ConsoleWriter
+
+  steps = plan.experiment.train.steps
+  writers, sample_at = [], None
+  if plan.start_step >= steps and not steps:
+    print("no updates: this makes a run folder of the weights")
+  elif plan.start_step >= steps:
+    print(
+      f"this run is finished: {plan.start_step:,} steps. A changed setting begins another, --fresh "
+      "begins anew"
+    )
+  else:
+    if plan.start_step:
+      print(f"going on from step {plan.start_step:,}")
+    console = ConsoleWriter(
+      steps=steps,
+      log_every=plan.experiment.train.log_every,
+      start_step=plan.start_step,
+      epoch_steps=plan.epoch_steps,
+    )
+    writers = [console]
+    if processes.decide("the console", console.wants_samples and bool(plan.data.documents)):
+      sample_at = console.is_line_due
+  return writers, sample_at
 
 
 def draw_curves(workdir: Path) -> None:

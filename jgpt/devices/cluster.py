@@ -17,7 +17,9 @@ import json
 import math
 import os
 import re
+import signal
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -49,7 +51,7 @@ METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Member:
   """A process's place among those of a run.
 
   Attributes:
@@ -86,10 +88,13 @@ def join(
   processes.set_timeout(timeout)
   if jax.distributed.is_initialized():
     return
-  place = find_place(coordinator, num_processes, process_id, os.environ)
+  place = find_member(coordinator, num_processes, process_id, os.environ)
   if place is None or place.num_processes == 1:
     return
   call_roll(place, timeout)
+  # jax would record SIGTERM in place of whoever handles it now, and end nothing.
+  if hasattr(jax.config, "jax_enable_preemption_service"):  # newer than jax 0.7.2
+    jax.config.update("jax_enable_preemption_service", False)
   last_resort = math.ceil(timeout) + LAST_RESORT_SECONDS
   limits = {
     f"{name}_timeout_seconds": last_resort
@@ -106,6 +111,8 @@ def join(
       initialization_timeout=last_resort,
       **limits,
     )
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM):
+      signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
   except RuntimeError as error:
     raise UserError(
       f"process {place.process_id} could not join the others at {place.coordinator}: "
@@ -116,12 +123,12 @@ def join(
 # --- Where this process stands ---
 
 
-def find_place(
+def find_member(
   coordinator: str | None,
   num_processes: int | None,
   process_id: int | None,
   env: Mapping[str, str],
-) -> Place | None:
+) -> Member | None:
   """Finds this process's place; None where nothing says that it is one of several.
 
   Args:
@@ -157,7 +164,7 @@ def find_place(
       f"--process-id={number} of --num-processes={count}: ids are 0 to {max(count - 1, 0)}, one "
       "for each process"
     )
-  return Place(coordinator, count, number, ids)
+  return Member(coordinator, count, number, ids)
 
 
 def _read_count(option: int | None, name: str, env: Mapping[str, str]) -> int | None:
@@ -221,7 +228,7 @@ def _read_metadata(env: Mapping[str, str]) -> str | None:
 
 
 def _ask_jax(launched: tuple[int, int] | None) -> tuple[str, int, int, Any]:
-  """Asks jax for the coordinator, the number of processes and this one's, in its cluster.
+  """Finds, by asking jax, the coordinator, the number of processes and this one's, in its cluster.
 
   Raises:
     UserError: if jax does not know them.
@@ -248,7 +255,7 @@ def _ask_jax(launched: tuple[int, int] | None) -> tuple[str, int, int, Any]:
 # --- The roll ---
 
 
-def call_roll(place: Place, timeout: float) -> None:
+def call_roll(place: Member, timeout: float) -> None:
   """Waits until every process of a run has reported to process 0.
 
   Args:
@@ -266,7 +273,7 @@ def call_roll(place: Place, timeout: float) -> None:
     _report(place, host.strip("[]"), int(port), timeout)
 
 
-def _receive_reports(place: Place, port: int, timeout: float) -> None:
+def _receive_reports(place: Member, port: int, timeout: float) -> None:
   """Receives the others' reports, and answers all of them at once."""
   end, there, wrong = time.monotonic() + timeout, {0: socket.gethostname()}, ""
   with contextlib.ExitStack() as stack:
@@ -300,7 +307,7 @@ def _receive_reports(place: Place, port: int, timeout: float) -> None:
     raise UserError(wrong)
 
 
-def _describe_missing(place: Place, missing: Sequence[int], timeout: float) -> str:
+def _describe_missing(place: Member, missing: Sequence[int], timeout: float) -> str:
   shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
   who = f"process {shown}" if len(missing) == 1 else f"processes {shown}"
   return (
@@ -310,7 +317,7 @@ def _describe_missing(place: Place, missing: Sequence[int], timeout: float) -> s
   )
 
 
-def _listen(place: Place, port: int) -> socket.socket:
+def _listen(place: Member, port: int) -> socket.socket:
   """Opens the coordinator's port.
 
   Raises:
@@ -327,8 +334,8 @@ def _listen(place: Place, port: int) -> socket.socket:
     ) from error
 
 
-def _report(place: Place, host: str, port: int, timeout: float) -> None:
-  """Reports to process 0, and waits for its answer."""
+def _report(place: Member, host: str, port: int, timeout: float) -> None:
+  """Sends a report to process 0, and waits for its answer."""
   end, reason = time.monotonic() + timeout, "no answer"
   mine = {"process": place.process_id, "num_processes": place.num_processes}
   mine["host"] = socket.gethostname()

@@ -66,7 +66,7 @@ class _Here:
   watch: _Watch | None = None
 
   def begin(self, what: str, *, is_waiting: bool = False, thread: str = MAIN) -> None:
-    """Says what the main thread begins; other threads say nothing."""
+    """Records what the main thread begins; what other threads begin is not told."""
     if thread == MAIN:
       self.what, self.since, self.is_waiting = what, time.monotonic(), is_waiting
 
@@ -305,7 +305,7 @@ def wait(what: str, function: Callable[[], Any], *arrays: Any) -> Any:
 
 
 def check() -> None:
-  """Raises what another process has failed with, in a library user's process.
+  """Checks that no other process has failed, in a library user's process.
 
   Raises:
     TrainingError: that, or that it is gone.
@@ -388,7 +388,7 @@ class _Watch:
         thread.join(1)
 
   def check(self) -> None:
-    """Raises what another process has failed with.
+    """Checks that no other process has failed.
 
     Raises:
       TrainingError: that, or that it is gone.
@@ -399,7 +399,7 @@ class _Watch:
   # --- Talking ---
 
   def _talk(self) -> None:
-    """Tells the others where this process is, and hears where they are."""
+    """Sends the others where this process is, and receives where they are."""
     beat = 0
     while not self._closed.wait(self._period):
       beat += 1
@@ -433,7 +433,7 @@ class _Watch:
       self.others[process] = said | {"at": time.monotonic()}
 
   def _post(self, key: str, news: dict[str, Any]) -> None:
-    """Posts news, unless another process was first."""
+    """Sends news to all, unless another process was first."""
     with contextlib.suppress(Exception):
       _client().key_value_set(f"jgpt/news/{key}", json.dumps(news))
 
@@ -621,7 +621,7 @@ class SharedStop(Stop):
     self._own = own
 
   def agree(self, num_steps: int) -> int:
-    """Agrees with the other processes on the number of updates of the next call.
+    """Finds, with the other processes, the number of updates of the next call.
 
     Returns:
       The lead's number; 0 where a signal has reached it.

@@ -44,7 +44,7 @@ NUMERIC_OPTIONS = {
 NUMERIC_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # Platform of JAX_PLATFORMS -> what brings its devices.
 PLATFORM_EXTRAS = {"cuda": "cuda12 or cuda13", "gpu": "cuda12 or cuda13", "tpu": "tpu"}
-ACCELERATORS = {"cuda12": "a GPU of NVIDIA's", "tpu": "a TPU"}  # by the extra that brings it
+BY_EXTRA = {"cuda12": "a GPU of NVIDIA's", "tpu": "a TPU"}  # by the extra that brings it
 
 
 def set_up() -> str:
@@ -225,14 +225,31 @@ def devices() -> list[jax.Device]:
       f"jax finds no device (JAX_PLATFORMS={asked!r}){reason}. Try JAX_PLATFORMS=cpu before the "
       f"command{advice}"
     ) from error
-  unused = find_accelerator_files(os.environ)
-  if unused and not jax.config.jax_platforms and all(d.platform == "cpu" for d in found):
-    raise UserError(
-      f"this machine has {ACCELERATORS[unused]}, and jax finds the CPU only. Install what finds "
-      f"it, pip install 'jgpt[{unused}]' (python -m jgpt.doctor says more), or put "
-      "JAX_PLATFORMS=cpu before the command to train on the CPU"
-    )
+  check_no_fallback(
+    {device.platform for device in found},
+    jax.config.jax_platforms,
+    find_accelerator_files(os.environ),
+  )
   return found
+
+
+def check_no_fallback(platforms: set[str], asked: str | None, there: str | None) -> None:
+  """Checks that jax does not compute on the CPU for want of what finds an accelerator.
+
+  Args:
+    platforms: of the devices that jax finds.
+    asked: JAX_PLATFORMS; where it is set, its platforms are meant.
+    there: from `find_accelerator_files`.
+
+  Raises:
+    UserError: with what to install.
+  """
+  if there is not None and not asked and platforms == {"cpu"}:
+    raise UserError(
+      f"this machine has {BY_EXTRA[there]}, and jax finds the CPU only. Install what finds "
+      f"it, pip install 'jgpt[{there}]' (python -m jgpt.doctor says more), or put "
+      "JAX_PLATFORMS=cpu before the command to compute on the CPU"
+    )
 
 
 def find_accelerator_files(env: Mapping[str, str], root: Path = Path("/")) -> str | None:

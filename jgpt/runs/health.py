@@ -192,7 +192,7 @@ def explain_skip(experiment: Experiment, state: TrainState, corpus: Corpus, step
 
   program = jax.jit(compute, compiler_options=choose_step_options(experiment))
   with sharding.use_mesh(state.params):
-    count = jax.device_put(np.int32(step - 1), sharding.beside(state.params))
+    count = sharding.place(np.int32(step - 1), sharding.beside(state.params))
     found = program(state.params, corpus, count)
   loss, norm, *finite = jax.device_get(found)
   params, grads = map(_name_nonfinite, finite)

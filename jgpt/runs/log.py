@@ -397,7 +397,7 @@ class Log:
 
 
 def _name_call(call: Call) -> str:
-  """Names the updates of a call, for processes that wait for one another."""
+  """Describes the updates of a call, for processes that wait for one another."""
   first, last = call.step - call.num_steps + 1, call.step
   return f"update {last}" if first >= last else f"updates {first} to {last}"
 

@@ -6,7 +6,8 @@
     before anything else is done JGPT_FAULT=full@json           the operation fails as on a full
     disk JGPT_FAULT=term@call=evaluation.begin_evaluation    SIGTERM to itself where that function
     is called JGPT_FAULT=freeze@any          stopped before every operation in the run folder, until
-    the parent lets it go on JGPT_FAULT=mark@call=...       nothing but the mark
+    the parent lets it go on JGPT_FAULT=hang@call=...       the thread that calls it sleeps, and
+    others go on JGPT_FAULT=mark@call=...       nothing but the mark
 
 What happens is written to the file JGPT_FAULT_MARK, one line for each time, before it happens.
 Several faults are separated by ";". Nothing of jgpt is replaced: Python reports each operation on a
@@ -21,6 +22,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +66,7 @@ class Fault:
     self.point, self.count = where.removesuffix("+"), int(count or 1)
     self.after = where.endswith("+")
     self.seen, self.done, self.waits_for = 0, False, None
-    if self.action not in {"kill", "full", "freeze", "mark", *SIGNALS}:
+    if self.action not in {"kill", "full", "freeze", "hang", "mark", *SIGNALS}:
       raise ValueError(text)
     if not self.calls and self.point not in {*POINTS, "any", "deleting"}:
       raise ValueError(text)
@@ -110,6 +112,8 @@ class Fault:
         os.kill(os.getpid(), signal.SIGKILL)
       case "freeze":  # to this thread: the process has stopped before this call returns
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+      case "hang":
+        time.sleep(1e6)
       case "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what.split(" ", 1)[1])
       case "term" | "int":
