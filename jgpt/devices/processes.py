@@ -321,7 +321,7 @@ def check() -> None:
 def watching(
   stop: Stop | None = None, describe: Callable[[BaseException], tuple[int, str]] | None = None
 ) -> Iterator[None]:
-  """Watches the other processes: an error, a signal or the end of one is one of all.
+  """Handles what befalls other processes: an error, a signal or the end of one is one of all.
 
   Inside another `watching`, and in a run of one process, nothing is done.
 
