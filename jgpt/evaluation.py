@@ -28,7 +28,15 @@ from jgpt.batches import (
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside, count_batch_parts, find_mesh, place, sum_over_data, use_mesh
+from jgpt.sharding import (
+  beside,
+  count_batch_parts,
+  find_mesh,
+  place,
+  sum_over_data,
+  use_mesh,
+  with_auto_axes,
+)
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -77,6 +85,7 @@ class HeldoutLoss(NamedTuple):
     return self.loss * self.num_tokens / math.log(2) / num_bytes
 
 
+@with_auto_axes(None)
 def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
   """Computes the sum of -log p(target) over a batch's targets, and their number, as scalars.
 
@@ -91,6 +100,7 @@ def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
 
 
 @partial(jax.jit, static_argnames=("experiment", "num_batches", "whole", "num_rows"))
+@with_auto_axes(None)
 def evaluate(
   params: dict,
   corpus: Corpus,

@@ -21,7 +21,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
 from jgpt.products import Tiles, tile_head, tile_weights
-from jgpt.sharding import beside, find_mesh, place, unstack_blocks
+from jgpt.sharding import beside, find_mesh, place, unstack_blocks, use_mesh, with_auto_axes
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -178,6 +178,7 @@ _STATIC = ("config", "compute", "num", "max_tokens", "stop_id", "top_k", "top_p"
 
 
 @partial(jax.jit, static_argnames=_STATIC)
+@with_auto_axes(None)
 def generate(
   params: dict,
   prompt_P: jax.Array,
@@ -335,7 +336,8 @@ def begin_texts(
   ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), experiment.model)
   settings, max_tokens = _settings(params, ids, tokenizer, experiment, sample)
   others = (*_prompt_arrays(ids, experiment.model), key, np.float32(sample.temperature))
-  new = generate(params, *place(others, beside(params)), **settings)
+  with use_mesh(params):
+    new = generate(params, *place(others, beside(params)), **settings)
 
   def texts() -> list[str]:
     # Where memory runs out, waiting raises an error; reading would abort the process.
@@ -367,7 +369,8 @@ def lower_texts(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside(params)),
     (*_prompt_arrays(ids, config), key, np.float32(sample.temperature)),
   )
-  return generate.lower(params, *others, **settings)
+  with use_mesh(params):
+    return generate.lower(params, *others, **settings)
 
 
 def sample_texts(

@@ -34,7 +34,7 @@ from jgpt.layers import (
 from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
 from jgpt.products import find_precision, linear
-from jgpt.sharding import constrain, gather, gather_again
+from jgpt.sharding import constrain, gather, gather_again, with_auto_axes
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -70,6 +70,7 @@ def init_params(key: jax.Array, config: ModelConfig) -> dict:
   return jax.tree_util.tree_map_with_path(draw, param_table(config))
 
 
+@with_auto_axes("tokens_BT")
 def apply(
   params: dict,
   tokens_BT: jax.Array,
@@ -110,6 +111,7 @@ class Trace(NamedTuple):
   logits_BTV: jax.Array
 
 
+@with_auto_axes(None)
 def trace(params: dict, tokens_BT: jax.Array, experiment: Experiment) -> Trace:
   """Computes the logits of each position's next token and what led to them, without dropout.
 

@@ -56,7 +56,7 @@ from jgpt.runs.origin import Origin, can_continue, check_origin, open_origin
 from jgpt.runs.profile import Profile
 from jgpt.runs.resume import describe_ways, find_recorded, find_sound_step
 from jgpt.runs.text import find_run_data
-from jgpt.sharding import make_mesh
+from jgpt.sharding import leave_mesh, make_mesh
 from jgpt.step import MAX_STEPS_PER_CALL
 from jgpt.system import locks
 from jgpt.system.signals import print_stderr
@@ -108,6 +108,7 @@ class Plan:
   profile: Profile | None = None
 
 
+@leave_mesh()
 def plan_run(
   experiment: Experiment,
   *,

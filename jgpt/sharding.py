@@ -5,8 +5,10 @@ is moved here: functions return shardings, or constrain traced arrays.
 """
 
 import contextlib
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -141,9 +143,62 @@ def find_mesh(tree: Any) -> Mesh | None:
 
 
 def use_mesh(tree: Any) -> contextlib.AbstractContextManager:
-  """Sets the mesh that a pytree of arrays or shapes lies on, for `constrain`, if there is one."""
+  """Sets the mesh that a pytree of arrays or shapes lies on, for `constrain`; maybe none at all."""
   mesh = find_mesh(tree)
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+  return leave_mesh() if mesh is None else jax.set_mesh(mesh)
+
+
+@contextlib.contextmanager
+def leave_mesh() -> Iterator[None]:
+  """Unsets the mesh that a caller may have set, for functions that choose their devices."""
+  if jax.sharding.get_abstract_mesh().empty:
+    yield
+    return
+  with jax.set_mesh(Mesh(np.empty((), object), ())):  # an empty one
+    yield
+
+
+def with_auto_axes(*outputs: str | None) -> Callable[[Callable], Callable]:
+  """Makes a function compute the same under a mesh of explicit axes, which JAX makes by default.
+
+  Explicit axes would need a sharding for every gather and product. Inside the function they are
+  automatic: XLA chooses. Under any other mesh, and without one, the function is called as it is.
+
+  Args:
+    *outputs: for each result the argument that it is divided like, by name, where dimensions that
+      the argument has not are whole; a result of None is whole on every device.
+  """
+
+  def decorate(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+      axes = jax.sharding.get_abstract_mesh().explicit_axes
+      if not axes:
+        return function(*args, **kwargs)
+      given = inspect.signature(function).bind(*args, **kwargs).arguments
+      specs = tuple(
+        P() if name is None else jax.tree.map(_find_spec, given[name]) for name in outputs
+      )
+      leaves, structure = jax.tree.flatten((args, kwargs))
+      places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+      def compute(*arrays: jax.Array) -> Any:
+        found = dict(zip(places, arrays, strict=True))
+        args, kwargs = structure.unflatten(found.get(i, x) for i, x in enumerate(leaves))
+        return function(*args, **kwargs)
+
+      out_sharding = specs[0] if len(specs) == 1 else specs
+      compute = jax.sharding.auto_axes(compute, axes=axes, out_sharding=out_sharding)
+      return compute(*(leaves[i] for i in places))
+
+    return call
+
+  return decorate
+
+
+def _find_spec(x: Any) -> P:
+  """Returns how an array is divided over explicit axes; one of NumPy is whole."""
+  return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else P()
 
 
 def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -175,7 +230,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     axes: one logical axis per dimension; None is never divided.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
+  if mesh.size == 1 or not _has_auto_axes(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
 
@@ -183,7 +238,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 def constrain_params(params: dict, config: ModelConfig) -> dict:
   """Constrains parameters, or what is shaped like them, to lie as `param_table` says."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
+  if mesh.size == 1 or not _has_auto_axes(mesh):
     return params
   return jax.lax.with_sharding_constraint(params, param_shardings(params, config, mesh))
 
@@ -252,6 +307,14 @@ def call_divided(function: Callable, axes: tuple[str | None, ...], *arrays: jax.
   return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
 
+def _has_auto_axes(mesh: jax.sharding.AbstractMesh) -> bool:
+  """Returns whether XLA may divide arrays over axes that have a meaning here.
+
+  Over axes with names of a user's own arrays lie as the user's do.
+  """
+  return not set(AXES).isdisjoint(mesh.auto_axes)
+
+
 def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
   """Computes `function(whole, rows)`, which sums over rows, divided over the devices.
 
@@ -268,7 +331,9 @@ def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) ->
       parts divides it.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.shape.get("data") != mesh.size:
+  is_divided = mesh.size > 1 and mesh.shape.get("data") == mesh.size
+  # A mesh that a caller has set need not divide the batch.
+  if not is_divided or any(x.shape[0] % mesh.size for x in jax.tree.leaves(rows)):
     return function(whole, rows)
   return jax.shard_map(
     lambda whole, rows: jax.lax.psum(function(whole, rows), "data"),

@@ -26,10 +26,12 @@ from jgpt.runs.log import Call, Log, Writer, close_quietly, open_log
 from jgpt.runs.profile import end_profile
 from jgpt.runs.result import Result, remove_result
 from jgpt.runs.saving import Saver
+from jgpt.sharding import leave_mesh
 from jgpt.step import TrainState
 from jgpt.system.signals import Stop, describe_stop, stop_signals
 
 
+@leave_mesh()
 def train_run(
   plan: Plan,
   *,

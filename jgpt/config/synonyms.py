@@ -80,6 +80,12 @@ _ACTIVATIONS = {
   "tanh": "gelu_tanh",
 }
 _ALL_PLACES = "model.dropout_places=embedding,attention,attention_out,mlp_out"
+_PLACES = {
+  "attention": "attn_pdrop attention_dropout attn_dropout attention_probs_dropout_prob",
+  "attention_out,mlp_out": "resid_pdrop residual_dropout resid_dropout hidden_dropout "
+  "hidden_dropout_prob",
+  "embedding": "embd_pdrop embedding_dropout embd_dropout embed_dropout emb_dropout",
+}
 _DTYPES = {
   **dict.fromkeys(("true", "1", "bf16", "bf16-mixed", "bf16-true"), "bfloat16"),
   **dict.fromkeys(("false", "0", "no", "fp32", "32", "32-true"), "float32"),
@@ -87,9 +93,13 @@ _DTYPES = {
 _ON_DEVICE = (
   "batches are made on the device, by the compiled program; there are no loader processes"
 )
-_MESH = (
-  "jgpt trains on all devices of all processes; mesh.data, mesh.fsdp and mesh.tensor divide them, "
-  "and python -m jgpt.run --help names the options of several processes"
+_FSDP = (
+  "mesh.fsdp devices share parameters, gradients and moments, as in ZeRO's stage 3; mesh.data=1 "
+  "beside mesh.fsdp=-1 takes all devices for it, and a larger mesh.data has as many copies"
+)
+_PROCESSES = (
+  "each host has one process, which takes all of its devices; --coordinator HOST:PORT, "
+  "--num-processes N and --process-id I of python -m jgpt.run say which where no cluster does"
 )
 _METRICS = "every update's metrics are in metrics.jsonl of the run folder; there is no tracker"
 _RUNS_OWN = "the run folder records the experiment's name and every setting"
@@ -397,20 +407,13 @@ SYNONYMS = (
     names="dropout dropout_rate dropout_prob drop_rate p_dropout drop p_drop dropout_p",
     settings=("model.dropout", _ALL_PLACES),
   ),
-  Synonym(
-    names="attn_pdrop attention_dropout attn_dropout attention_probs_dropout_prob",
-    settings=("model.dropout", "model.dropout_places=attention"),
-    note="one rate holds at all of model.dropout_places",
-  ),
-  Synonym(
-    names="resid_pdrop residual_dropout resid_dropout hidden_dropout hidden_dropout_prob",
-    settings=("model.dropout", "model.dropout_places=attention_out,mlp_out"),
-    note="one rate holds at all of model.dropout_places",
-  ),
-  Synonym(
-    names="embd_pdrop embedding_dropout embd_dropout embed_dropout emb_dropout",
-    settings=("model.dropout", "model.dropout_places=embedding"),
-    note="one rate holds at all of model.dropout_places",
+  *(
+    Synonym(
+      names=names,
+      settings=("model.dropout", f"model.dropout_places={places}"),
+      note="one rate holds at all of model.dropout_places",
+    )
+    for places, names in _PLACES.items()
   ),
   Synonym(
     names="tie_word_embeddings tied tie tie_weights weight_tying tied_embeddings tie_embeddings "
@@ -525,15 +528,33 @@ SYNONYMS = (
     note="jax chooses the device: JAX_PLATFORMS=cpu before the command takes the CPU",
   ),
   Synonym(
-    names="devices num_devices n_devices num_gpus n_gpu n_gpus gpus world_size nproc_per_node "
-    "nproc num_processes data_parallel",
+    names="devices num_devices n_devices num_gpus n_gpu n_gpus gpus nproc_per_node nproc "
+    "data_parallel data_parallel_size dp dp_size",
     settings=("mesh.data",),
-    note="the devices that a batch is divided over; none takes all",
+    values=dict.fromkeys(("none", "all", "auto", "true"), "-1"),
+    note="mesh.data copies of the model share a batch; -1 takes all devices",
   ),
   Synonym(
-    names="backend ddp parallel ddp_backend local_rank node_rank nnodes master_addr master_port "
-    "strategy distributed fsdp deepspeed zero_stage pipeline_parallel tensor_parallel",
-    note=_MESH,
+    names="fsdp fsdp_size",
+    settings=("mesh.fsdp",),
+    values=dict.fromkeys(("true", "1", "full_shard", "hybrid_shard"), ""),
+    note=_FSDP,
+  ),
+  Synonym(
+    names="fully_sharded_data_parallel hsdp zero zero_stage deepspeed sharding_strategy", note=_FSDP
+  ),
+  Synonym(
+    names="tensor_parallel tensor_parallel_size tp tp_size tensor_model_parallel_size mp "
+    "model_parallel model_parallel_size",
+    settings=("mesh.tensor",),
+  ),
+  Synonym(names="world_size num_processes nnodes", flags=("--num-processes",), note=_PROCESSES),
+  Synonym(names="node_rank process_id rank", flags=("--process-id",), note=_PROCESSES),
+  Synonym(names="master_addr coordinator", flags=("--coordinator",), note=_PROCESSES),
+  Synonym(
+    names="backend ddp ddp_backend parallel distributed strategy local_rank master_port "
+    "pipeline_parallel",
+    note=f"mesh.data, mesh.fsdp and mesh.tensor divide the work; {_PROCESSES}",
   ),
   Synonym(
     names="dtype precision bf16 amp use_amp mixed_precision autocast torch_dtype",

@@ -32,7 +32,7 @@ from jgpt.runs.folder import read_run_files
 from jgpt.runs.locate import BEST, Step, describe_better_step, locate_run, order_steps
 from jgpt.runs.rows import Series, read_jsonl, read_series
 from jgpt.runs.text import find_run_data
-from jgpt.sharding import count_usable_devices
+from jgpt.sharding import count_usable_devices, leave_mesh
 from jgpt.system.files import is_temporary
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
@@ -156,6 +156,7 @@ def choose_sample(
   return config, train.seed
 
 
+@leave_mesh()
 def open_run(workdir: str | Path, step: Step = None) -> Run:
   """Reads a run's parameters and settings from one of its checkpoints, and verifies them.
 
