@@ -21,7 +21,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
 from jgpt.products import Tiles, tile_head, tile_weights
-from jgpt.sharding import beside, find_mesh, place, unstack_blocks, use_mesh, with_auto_axes
+from jgpt.sharding import beside, find_mesh, gather, place, unstack_blocks, use_mesh, with_auto_axes
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -226,6 +226,9 @@ def generate(
   text_BT = jnp.full((num, P + max_tokens), fill, jnp.int32).at[:, :P].set(prompt_P)
   # A loop over stacked layers would copy each layer's weights for every token.
   params, config = round_weights(unstack_blocks(params), config, compute)
+  # Gathered over "fsdp" once and not for every token: parameters alone are small beside training.
+  blocks = [gather(p, config) for p in params["blocks"]]
+  params = gather({n: x for n, x in params.items() if n != "blocks"}, config) | {"blocks": blocks}
   length = min(S, P + max_tokens)  # a shorter cache is read faster
   if P == 1:
     cache = init_cache(params, num, length, config, compute)
