@@ -21,7 +21,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
 from jgpt.products import Tiles, tile_head, tile_weights
-from jgpt.sharding import beside, find_mesh, gather, place, unstack_blocks, use_mesh, with_auto_axes
+from jgpt.sharding import beside, gather, place, unstack_blocks, use_mesh, with_auto_axes
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -337,7 +337,7 @@ def begin_texts(
   """Starts `generate_texts`; calling what is returned waits for the device and gives the texts."""
   sample = sample or experiment.sample
   ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), experiment.model)
-  settings, max_tokens = _settings(params, ids, tokenizer, experiment, sample)
+  settings, max_tokens = _settings(ids, tokenizer, experiment, sample)
   others = (*_prompt_arrays(ids, experiment.model), key, np.float32(sample.temperature))
   with use_mesh(params):
     new = generate(params, *place(others, beside(params)), **settings)
@@ -366,7 +366,7 @@ def lower_texts(
   """
   config, sample = experiment.model, sample or experiment.sample
   ids = [0] if tokenizer is None else fit_prompt(tokenizer.encode_prompt(sample.prompt), config)[0]
-  settings, _ = _settings(params, ids, tokenizer, experiment, sample)
+  settings, _ = _settings(ids, tokenizer, experiment, sample)
   key = jax.eval_shape(partial(derive_key, experiment.train.seed, SAMPLE, 0))
   others = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside(params)),
@@ -403,7 +403,6 @@ def _prompt_arrays(ids: list[int], config: ModelConfig) -> tuple[np.ndarray, np.
 
 
 def _settings(
-  params: dict,
   ids: list[int],
   tokenizer: Tokenizer | None,
   experiment: Experiment,
@@ -413,13 +412,9 @@ def _settings(
   config = experiment.model
   room = config.max_seq_len - len(ids) + 1
   max_tokens = room if sample.max_tokens is None else sample.max_tokens
-  compute, mesh = experiment.compute, find_mesh(params)
-  if compute.attention == "splash" and mesh is not None and mesh.size > 1:
-    # The compiler divides no such kernel over devices, and here each of them computes everything.
-    compute = dataclasses.replace(compute, attention="blocks")
   settings = {
     "config": config,
-    "compute": compute,
+    "compute": experiment.compute,
     "num": sample.num,
     # Without a limit computed for the whole context, and cut by the caller: one executable for
     # every prompt length.
