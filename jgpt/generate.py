@@ -111,11 +111,24 @@ def round_weights(
   return rounded, dataclasses.replace(config, tied_head=False)
 
 
+def arrange_weights(
+  params: dict, config: ModelConfig, compute: ComputeConfig
+) -> tuple[dict, ModelConfig]:
+  """Rounds weights as `round_weights` does, and gathers them over "fsdp".
+
+  Once and not for every token: parameters by themselves take little beside what training takes.
+  """
+  params, config = round_weights(params, config, compute)
+  blocks = [gather(p, config) for p in params["blocks"]]
+  rest = gather({name: x for name, x in params.items() if name != "blocks"}, config)
+  return rest | {"blocks": blocks}, config
+
+
 def tile_params(params: dict, compute: ComputeConfig) -> dict:
   """Arranges the weights of products for decoding one text, as XLA:CPU is quick at it.
 
   Args:
-    params: from `round_weights`.
+    params: from `arrange_weights`.
     compute: how to compute.
   """
   if compute.dtype != "bfloat16" or compute.matmul != "flat":
@@ -221,14 +234,10 @@ def generate(
     int32 [B, max_tokens], the new tokens; from the stop token (or the end) on filled with `stop_id`
     (or 0).
   """
-  S, fill = config.max_seq_len, 0 if stop_id is None else stop_id
-  P = prompt_P.shape[0]
+  S, P, fill = config.max_seq_len, prompt_P.shape[0], 0 if stop_id is None else stop_id
   text_BT = jnp.full((num, P + max_tokens), fill, jnp.int32).at[:, :P].set(prompt_P)
   # A loop over stacked layers would copy each layer's weights for every token.
-  params, config = round_weights(unstack_blocks(params), config, compute)
-  # Gathered over "fsdp" once and not for every token: parameters alone are small beside training.
-  blocks = [gather(p, config) for p in params["blocks"]]
-  params = gather({n: x for n, x in params.items() if n != "blocks"}, config) | {"blocks": blocks}
+  params, config = arrange_weights(unstack_blocks(params), config, compute)
   length = min(S, P + max_tokens)  # a shorter cache is read faster
   if P == 1:
     cache = init_cache(params, num, length, config, compute)

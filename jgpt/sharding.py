@@ -150,7 +150,7 @@ def use_mesh(tree: Any) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def leave_mesh() -> Iterator[None]:
-  """Sets no mesh in place of the one that a caller may have set, for functions that choose their devices."""
+  """Hides the mesh that a caller may have set, for functions that choose their devices."""
   if jax.sharding.get_abstract_mesh().empty:
     yield
     return
