@@ -114,7 +114,7 @@ def round_weights(
 def arrange_weights(
   params: dict, config: ModelConfig, compute: ComputeConfig
 ) -> tuple[dict, ModelConfig]:
-  """Rounds weights as `round_weights` does, and gathers them over "fsdp".
+  """Gathers weights over "fsdp", rounded as `round_weights` does.
 
   Once and not for every token: parameters by themselves take little beside what training takes.
   """
