@@ -11,6 +11,8 @@ import contextlib
 import functools
 import math
 import os
+import secrets
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
@@ -157,13 +160,12 @@ class Manager:
   ) -> None:
     """Saves one checkpoint, in the thread; sets `copied` when the arrays may be donated."""
     folder = self.folder / str(note.step)
-    partial = folder.with_name(f"{note.step}{PARTIAL_SUFFIX}")
     try:
-      with _naming_process():
-        make = functools.partial(_make_folders, folder, partial, items)
-        processes.on_lead("the folder of a checkpoint", make, thread=SAVES)
-        write = functools.partial(self._write_arrays, partial, items, copied)
-        processes.together("the arrays of a checkpoint", write, thread=SAVES)
+      make = functools.partial(_make_folders, folder, list(items))
+      name = processes.on_lead("the folder of a checkpoint", make, thread=SAVES)
+      partial = folder.with_name(name)
+      write = functools.partial(self._write_arrays, partial, items, copied)
+      processes.together("the arrays of a checkpoint", write, thread=SAVES)
     finally:
       copied.set()
     complete = functools.partial(self._complete, note, items, leaves, partial, folder)
@@ -174,7 +176,8 @@ class Manager:
     with _naming_process():
       writes = []
       for name, item in items.items():
-        args = ocp.args.StandardSave(item)  # copied when `async_save` returns
+        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), item)
+        args = ocp.args.PyTreeSave(arrays)  # they are copied when `async_save` returns
         writes += asyncio.run(self._writer.async_save(epath.Path(partial / name), args=args)) or []
       copied.set()
       for write in writes:
@@ -225,24 +228,38 @@ class Manager:
     return list_steps(self._workdir)
 
 
-def _make_handler() -> ocp.StandardCheckpointHandler:
+def _make_handler() -> ocp.PyTreeCheckpointHandler:
   """Makes what reads and writes trees of arrays.
 
-  It is used without orbax's checkpointers. Where there are several processes, those wait for one
-  another by computing on the devices, in the background and beside the training, whose programs
-  would wait for them for ever; and a process that failed is waited for until a deadline.
+  It is used without orbax's checkpointers. The processes of those wait for one another by computing
+  on the devices, in the background, beside programs of the training that may wait for just that;
+  and for a process that failed they wait until a deadline of minutes.
   """
-  return ocp.StandardCheckpointHandler()
+  # The default array handler writes metadata that nothing here reads, for which the others poll
+  # the disk until process 0 has made a folder.
+  types = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=types)
 
 
-def _make_folders(folder: Path, partial: Path, items: Collection[str]) -> None:
-  """Makes the folders in which a checkpoint is written, and deletes what failed saves left."""
-  for left in (folder, partial):
-    if os.path.lexists(left):
-      manifest.remove_step(left)
-  os.mkdir(partial)
-  for name in items:
-    os.mkdir(partial / name)
+def _make_folders(folder: Path, items: Collection[str]) -> str:
+  """Makes the folders in which a checkpoint is written, and deletes what failed saves left.
+
+  Returns:
+    The name of the temporary folder. Each attempt has its own, because a process whose save has
+    failed may still be writing.
+  """
+  with _naming_process():
+    if os.path.lexists(folder):
+      manifest.remove_step(folder)
+    for left in folder.parent.glob(f"{folder.name}{PARTIAL_SUFFIX}*"):
+      shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}-{secrets.token_hex(4)}")
+    os.mkdir(partial)
+    for name in items:
+      os.mkdir(partial / name)
+    return partial.name
 
 
 @contextlib.contextmanager
@@ -495,7 +512,8 @@ def _read_items(
   reader = _make_handler()
 
   def read(item: str) -> Any:
-    args = ocp.args.StandardRestore(targets[item])
+    how = ocp.checkpoint_utils.construct_restore_args(targets[item])
+    args = ocp.args.PyTreeRestore(targets[item], restore_args=how)
     return reader.restore(epath.Path((folder / item).resolve()), args=args)
 
   with _explain_errors(folder):

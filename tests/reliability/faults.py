@@ -34,7 +34,7 @@ POINTS = {
     "os.mkdir",
     r"/checkpoints/[0-9]+\.orbax-checkpoint-tmp[^/]*",
   ),  # before anything of a save
-  "leaf": ("os.mkdir", r"-tmp/(params|train_state)"),  # before the arrays
+  "leaf": ("os.mkdir", r"-tmp[^/]*/(params|train_state)"),  # before the arrays
   "metadata": (
     "open",
     r"/(params|train_state)[^/]*/_METADATA",
