@@ -21,7 +21,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
 from jgpt.products import Tiles, tile_head, tile_weights
-from jgpt.sharding import beside, gather, place, unstack_blocks, use_mesh, with_auto_axes
+from jgpt.sharding import beside, constrain, gather, place, unstack_blocks, use_mesh, with_auto_axes
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -281,7 +281,8 @@ def generate(
     _, text_BT, _ = jax.lax.while_loop(
       lambda c: (c[0] < end) & ~jnp.all(c[2]), slide, (n, text_BT, done_B)
     )
-  return jax.lax.dynamic_slice_in_dim(text_BT, prompt_len, max_tokens, axis=1)
+  new_BT = jax.lax.dynamic_slice_in_dim(text_BT, prompt_len, max_tokens, axis=1)
+  return constrain(new_BT, (None, None))  # every process reads them
 
 
 def fit_prompt(ids: list[int], config: ModelConfig) -> tuple[list[int], int]:
