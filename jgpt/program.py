@@ -26,13 +26,13 @@ from jgpt.devices import runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.devices.footprint import (
   Budget,
-  Footprint,
   describe_bytes,
   describe_footprint,
   estimate_footprint,
   list_remedies,
   measure_program,
   scale_footprint,
+  share_params,
 )
 from jgpt.errors import UserError, first_line
 from jgpt.evaluation import lower_evaluation
@@ -132,7 +132,7 @@ def compile_program(
   make, shapes, make_argument = _choose_state(experiment, data, source, init, key, stacked, mesh)
   make_state = _jit_state(make, placed, experiment, is_read=is_read)
   if num_steps > 0:
-    check_state_memory(estimate_footprint(experiment, mesh.devices.size), memory)
+    check_state_memory(experiment, mesh.devices.size, memory)
   if jax.config.jax_disable_jit:  # nothing is traced: each function computes as it is called
     run_steps = jit_steps(experiment, placed, mesh) if num_steps > 0 else None
     return Program(experiment, make_state(make_argument()), run_steps, feed, heldout)
@@ -156,23 +156,34 @@ def compile_program(
     return Program(experiment, state.result(), run_steps, feed, heldout, memory)
 
 
-def check_state_memory(footprint: Footprint, memory: int | None) -> None:
+def check_state_memory(experiment: Experiment, num_devices: int, memory: int | None) -> None:
   """Checks that parameters and moments have room, before they are made.
 
   Args:
-    footprint: of a step.
-    memory: bytes of each device that it can take; None where it is not known.
+    experiment: from `resolve_compute`.
+    num_devices: of the mesh.
+    memory: bytes of each device that a step can take; None where it is not known.
 
   Raises:
     UserError: if they have not, whatever the other settings are.
   """
-  least = footprint.parameters + footprint.moments
-  if memory is not None and least > memory:
-    raise UserError(
-      f"parameters and moments alone take {describe_bytes(least)} of memory on each device, and "
-      f"{describe_bytes(memory)} are free. What fits is a smaller model: see model.d_model and "
-      "model.num_layers"
-    )
+
+  def measure(experiment: Experiment) -> int:
+    footprint = estimate_footprint(experiment, num_devices)
+    return footprint.parameters + footprint.moments
+
+  least = measure(experiment)
+  if memory is None or least <= memory:
+    return
+  words = (
+    f"parameters and moments alone take {describe_bytes(least)} of memory on each device, and "
+    f"{describe_bytes(memory)} are free"
+  )
+  shared = share_params(experiment, num_devices)
+  if shared and (less := measure(change(experiment, shared))) <= memory:
+    settings = " ".join(f"--set {name}={value}" for name, value in shared.items())
+    raise UserError(f"{words}. Try {settings}, with which they take {describe_bytes(less)}")
+  raise UserError(f"{words}. What fits is a smaller model: see model.d_model and model.num_layers")
 
 
 def check_memory(

@@ -103,12 +103,14 @@ def choose_shape(experiment: Experiment, num_devices: int) -> tuple[int, int, in
     return tuple(shape)
   others = -math.prod(shape)
   if num_devices % others:
-    sizes = " * ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True) if n > 1)
-    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    given = {a: n for a, n in zip(AXES, shape, strict=True) if n > 1}
+    sizes, advice, left = " * ".join(f"mesh.{a}={n}" for a, n in given.items()), [], num_devices
+    for axis, size in given.items():
+      advice.append(f"--set mesh.{axis}={math.gcd(size, left)}")
+      left //= math.gcd(size, left)
     raise UserError(
       f"{sizes} must divide the {num_devices} devices there are, since mesh."
-      f"{AXES[shape.index(-1)]}=-1 takes the others. What divides them: "
-      f"{', '.join(map(str, divisors))}"
+      f"{AXES[shape.index(-1)]}=-1 takes the others. Try {' '.join(advice)}"
     )
   shape[shape.index(-1)] = num_devices // others
   return tuple(shape)

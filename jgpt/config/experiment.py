@@ -445,7 +445,10 @@ class MeshConfig:
     sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
     for name, size in sizes.items():
       if size < 1 and size != -1:
-        raise UserError(f"mesh.{name}={size} must be at least 1, or -1 for the devices left over.")
+        raise UserError(
+          f"mesh.{name}={size} must be at least 1, or -1 for the devices left over. Try --set "
+          f"mesh.{name}=1"
+        )
     if (open_ended := [f"mesh.{name}=-1" for name, size in sizes.items() if size == -1])[1:]:
       last = open_ended[-1].partition("=")[0]
       raise UserError(f"only one of {', '.join(open_ended)} can be -1. Try --set {last}=1")

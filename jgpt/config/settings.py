@@ -214,7 +214,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, kind(value)
   except ValueError:
     pass
-  raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.")
+  left = " Try --set mesh.data=-1, which takes all devices" if name == "mesh.data" else ""
+  raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.{left}")
 
 
 # --- Names that are not jgpt's ---
