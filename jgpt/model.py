@@ -92,7 +92,7 @@ def apply(
     padding is -inf.
   """
   x_BTD = run_network(params, tokens_BT, config, compute, keys_B)
-  return compute_logits(x_BTD, find_head(params, config), config, compute)
+  return compute_logits(x_BTD, find_head(params, config, compute), config, compute)
 
 
 class Trace(NamedTuple):
@@ -150,7 +150,7 @@ def predict_logits(
 ) -> jax.Array:
   """Computes the logits [B, T, V] from the residual stream after the last block."""
   x_BTD = finish_blocks(params, x_BTD, config, compute)
-  return compute_logits(x_BTD, find_head(params, config), config, compute)
+  return compute_logits(x_BTD, find_head(params, config, compute), config, compute)
 
 
 def run_network(
@@ -225,7 +225,7 @@ def run_blocks(
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, KVCache | None]:
     p, number, cache = inputs
-    p = gather(p, config)
+    p = gather(p, config, compute)
     # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
     keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
     x_BTD, cache = block(x_BTD, p, config, compute, keys, cache, position)
@@ -305,7 +305,7 @@ def finish_blocks(
   return norm(x_BTD, params, "norm_final", config, compute)
 
 
-def find_head(params: dict, config: ModelConfig) -> jax.Array:
+def find_head(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> jax.Array:
   """Returns the weights of the head [V, D]: the token embedding's where they are tied."""
   name = "tok_embed" if config.tied_head else "unembed"
-  return gather({name: params[name]}, config)[name]
+  return gather({name: params[name]}, config, compute)[name]

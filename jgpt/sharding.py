@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jgpt.config import Experiment, ModelConfig
+from jgpt.config import ComputeConfig, Experiment, ModelConfig
+from jgpt.config.experiment import PLAIN
 from jgpt.errors import UserError
 from jgpt.params import param_at, param_table
 
@@ -245,7 +246,7 @@ def constrain_params(params: dict, config: ModelConfig) -> dict:
   return jax.lax.with_sharding_constraint(params, param_shardings(params, config, mesh))
 
 
-def gather(params: dict, config: ModelConfig) -> dict:
+def gather(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> dict:
   """Gathers parameters over "fsdp", for where they are used; over "tensor" they stay divided.
 
   Their gradient lies as they do: a device gets the sum over all devices of its own part.
@@ -253,6 +254,8 @@ def gather(params: dict, config: ModelConfig) -> dict:
   Args:
     params: some of those that `param_table` names, of one block or outside of the blocks.
     config: of the network.
+    compute: with `dtype` "bfloat16" weights, which products would round, are rounded before they
+      move: half of the bytes.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not _divides_params(mesh):
@@ -261,11 +264,17 @@ def gather(params: dict, config: ModelConfig) -> dict:
   table |= table["blocks"]
   divided = {name: to_spec(table[name].axes, x.shape, mesh) for name, x in params.items()}
   whole = {name: P(*(None if d == "fsdp" else d for d in spec)) for name, spec in divided.items()}
+  is_rounded = {name: table[name].kind not in ("gain", "bias") for name in params}
 
   # The transpose of a constraint is the same one: each device would get the whole gradient.
   @jax.custom_vjp
   def gather_whole(params: dict) -> dict:
-    return jax.lax.with_sharding_constraint(params, whole)
+    sent = params
+    if compute.dtype == "bfloat16":
+      sent = {k: x.astype(jnp.bfloat16) if is_rounded[k] else x for k, x in params.items()}
+      sent = jax.lax.with_sharding_constraint(sent, divided)
+    sent = jax.lax.with_sharding_constraint(sent, whole)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), sent, params)
 
   gather_whole.defvjp(
     lambda params: (gather_whole(params), None),
@@ -278,14 +287,15 @@ def gather_again(layer: Callable, *, prevent_cse: bool) -> Callable:
   """Returns a layer that calls `gather` in the backward pass again, and keeps no parameter whole.
 
   Args:
-    layer: all else that it computes is kept as ever.
+    layer: what else it computes is kept as ever.
     prevent_cse: as `jax.checkpoint` takes it: false under a scan.
   """
   if not _divides_params(jax.sharding.get_abstract_mesh()):
     return layer
 
-  def is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name != "sharding_constraint"
+  def is_kept(_: Any, *arrays: Any, **params: Any) -> bool:
+    inside = params["call_jaxpr"].eqns if "call_jaxpr" in params else ()
+    return all(equation.primitive.name != "sharding_constraint" for equation in inside)
 
   return jax.checkpoint(layer, policy=is_kept, prevent_cse=prevent_cse)
 

@@ -76,7 +76,7 @@ def loss_fn(
   config, compute = experiment.model, experiment.compute
   x_BTD = run_network(params, batch.inputs_BT, config, compute, keys_B)
   total_weight = jnp.sum(batch.weights_BT) if total_weight is None else total_weight
-  head_VD, (_, targets_BT, weights_BT) = find_head(params, config), batch
+  head_VD, (_, targets_BT, weights_BT) = find_head(params, config, compute), batch
   return sum_nats(x_BTD, head_VD, targets_BT, weights_BT, config, compute) / total_weight
 
 

@@ -46,17 +46,18 @@ def explain_compute(experiment: Experiment, device: jax.Device) -> list[str]:
 
 
 def _choose(experiment: Experiment, device: jax.Device) -> tuple[Experiment, list[str]]:
-  given, chosen = experiment.compute, PLAIN
+  given, chosen, mesh = experiment.compute, PLAIN, experiment.mesh
   if given.tricks and device.platform == "cpu":
     chosen = ComputeConfig(
       dtype="bfloat16" if is_bfloat16_quicker(experiment) else "float32",
       # A flat product merges dimensions, of which one may be divided over "tensor".
-      matmul="flat" if experiment.mesh.tensor == 1 else "einsum",
+      matmul="flat" if mesh.tensor == 1 else "einsum",
       layers="scan" if experiment.model.num_layers == 1 else "unroll",
       remat="none",
       loss_chunks=1,
       group_documents=is_grouping_worthwhile(experiment),
-      select="ordered",
+      # One entry of each moment is looked at: of those that are divided all would be gathered.
+      select="ordered" if mesh.fsdp == mesh.tensor == 1 else "plain",
     )
   elif given.tricks:
     chosen = choose_for_accelerator(experiment, device)
