@@ -216,7 +216,7 @@ def check_same_plan(plan: Plan) -> None:
       "the step to begin at": plan.start_step,
       "the SHA-256 of the weights": (plan.weights or plan.origin or {}).get("sha256"),
       **settings,
-      **runtime.find_numeric_options(),
+      **{n: v for n, v in runtime.find_numeric_options().items() if n.startswith("jax_")},
     },
     "Start every process with the same command, on the same files",
   )

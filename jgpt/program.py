@@ -22,7 +22,7 @@ from jgpt.config import Experiment
 from jgpt.config.settings import change
 from jgpt.data.corpus import Data
 from jgpt.data.feed import Feed, make_feed
-from jgpt.devices import runtime
+from jgpt.devices import processes, runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.devices.footprint import (
   Budget,
@@ -247,7 +247,8 @@ def advise_memory(
     words = f"a step takes {describe_bytes(needed)} of memory on each device{there}"
   else:
     words = f"a step takes more memory than a device has{there} ({needed[:200]})"
-  print_stderr(f"{words}; compiling others, to see what fits ...")
+  if processes.is_lead():
+    print_stderr(f"{words}; compiling others, to see what fits ...")
   words += f"; by formula: {describe_footprint(formula)}"
   remedies, size = list_remedies(experiment, resolved.compute, num_devices, kind), None
   for changes in remedies:

@@ -552,7 +552,7 @@ def _train(
   outcome.write_outcome(plan, result)
   samples = make_subfolder(plan.workdir, "samples")
   files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
-  with stop.leaving(saved):
+  with stop.leaving(saved), processes.busy("the end of the run"):
     summary.print_result(plan, result, texts, time.perf_counter() - began)
     if words := summary.describe_end(plan, result):
       print(f"{words}\n")

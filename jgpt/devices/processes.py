@@ -31,9 +31,10 @@ import jax
 from jgpt.errors import TrainingError, UserError, first_line
 from jgpt.system.signals import EXIT_BY_SIGNAL, Stop, print_stderr
 
-MAIN = "main"
+MAIN, MAKING = "main", "making"
 BEAT_SECONDS = 0.25  # between two signs of life; more in runs of many processes
 BEATS_PER_SECOND = 400  # of all processes together, at most
+PATIENCE = 6  # times the timeout are waited for in threads that save
 SILENT_SECONDS = 100.0  # without a sign of life a process is gone, unless the timeout is shorter
 GONE_SECONDS = 3.0  # the same once a collective has failed
 CAUSE_SECONDS = 10.0  # that one waits for the cause of a collective that failed
@@ -210,7 +211,7 @@ def check_same(what: str, values: dict[str, Any], advice: str) -> None:
 @contextlib.contextmanager
 def _posting(key: str, what: str, thread: str) -> Iterator[Callable[[Any], None]]:
   """Yields what posts a value under a key; an error is posted in its place, and raised."""
-  _here.begin(f"making {what}", thread=thread)
+  _here.begin(f"{MAKING} {what}", thread=thread)
 
   def post(value: Any) -> None:
     _client().key_value_set(key, json.dumps({"value": value}))
@@ -230,7 +231,9 @@ def _read(key: str, process: int, what: str, thread: str) -> dict[str, Any]:
   Raises:
     TrainingError: if it does not come in time.
   """
-  end = time.monotonic() + _here.seconds
+  # The main thread's waits are watched. In other threads a process may write gigabytes.
+  seconds = _here.seconds * (1 if thread == MAIN else PATIENCE)
+  end = time.monotonic() + seconds + (0 if _here.watch is None else 2)
   _here.begin(what, is_waiting=True, thread=thread)
   while True:
     try:
@@ -238,10 +241,10 @@ def _read(key: str, process: int, what: str, thread: str) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
       check()
       if _here.watch is not None and _here.watch.others.get(process, {}).get("is_busy"):
-        end = time.monotonic() + _here.seconds
+        end = time.monotonic() + seconds
       if time.monotonic() > end:
         raise TrainingError(
-          f"process {_state().process_id} waited {_here.seconds:g} s for process {process}: {what}"
+          f"process {_state().process_id} waited {seconds:g} s for process {process}: {what}"
         ) from error
     else:
       _here.begin(f"after {what}", thread=thread)
@@ -291,7 +294,7 @@ def wait(what: str, function: Callable[[], Any], *arrays: Any) -> Any:
   """
   if is_alone():
     return function()
-  _here.make_key()
+  _here.number += 1
   _here.begin(what, is_waiting=True)
   pause = 5e-4
   for array in jax.tree.leaves(arrays):
@@ -338,8 +341,7 @@ def watching(
   try:
     watch.start()
     yield
-    if describe is not None:
-      decide("the end", None)
+    decide("the end", None)  # the others may not be done
   except Exception as error:
     watch.fail(error)
   finally:
@@ -374,8 +376,9 @@ class _Watch:
 
   def start(self) -> None:
     """Starts the threads."""
-    if self._stop is not None:
+    if self._stop is not None and self._describe is not None:
       self._stop.leave_process = self.leave
+    if self._stop is not None:
       self._stop.is_quiet = self._me > 0
     for thread in self._threads:
       thread.start()
@@ -455,10 +458,11 @@ class _Watch:
 
   def _give_up(self, line: str, status: int = TrainingError.status) -> None:
     """Ends the process of a command; in others the main thread raises an error."""
+    line = line.removeprefix("error: ")
     if self._describe is None:
       self._failure = self._failure or TrainingError(line)
     else:
-      self.leave(status, f"error: {line}" if status <= EXIT_BY_SIGNAL else line)
+      self.leave(status, line if status > EXIT_BY_SIGNAL else f"error: {line}", is_told=True)
 
   def _find_lost(self, began: float, seconds: float) -> str | None:
     """Describes the processes that have given no sign of life for so long; None without any."""
@@ -491,15 +495,17 @@ class _Watch:
     late = [
       p
       for p, said in others.items()
-      if said["number"] < _here.number or not said["is_waiting"] or said["for"] < 0
+      if said["number"] < _here.number
+      or (said["number"] == _here.number and said["what"].startswith(MAKING))
     ]
-    if late:
-      said = others[late[0]]
-      return (
-        f"process {self._me} waited {waited:.0f} s for {_here.what}, which {self._name(late)} has "
-        f"not begun; its last word was: {said['what']}, {said['for']:.0f} s ago"
-      )
-    return None
+    if not late:
+      return None
+    said = others[late[0]]
+    ago = said["for"] + time.monotonic() - said["at"]
+    return (
+      f"process {self._me} waited {waited:.0f} s for {_here.what}: {self._name(late)} has not come "
+      f"so far; what it said {ago:.0f} s ago: {said['what']}"
+    )
 
   def _name(self, numbers: list[int]) -> str:
     hosts = [self.others.get(p, {}).get("host") for p in numbers]
@@ -539,9 +545,9 @@ class _Watch:
       time.sleep(0.05)
     return error
 
-  def _post_end(self, status: int, line: str) -> None:
+  def _post_end(self, status: int, line: str, *, is_told: bool = False) -> None:
     said = {"status": status, "line": line, "process": self._me, "host": socket.gethostname()}
-    self._post("end", said)
+    self._post("end", said | {"is_told": is_told})
 
   def leave(self, status: int, line: str, *, is_told: bool = False) -> None:
     """Ends this process together with the others; returns never.
@@ -560,19 +566,15 @@ class _Watch:
     os._exit(status)
 
   def _say_goodbye(self, status: int, line: str, is_told: bool) -> None:
-    self._post_end(status, line)
+    self._post_end(status, line, is_told=is_told)
     try:
       end = json.loads(_client().blocking_key_value_get("jgpt/news/end", 2000))
     except Exception:
-      end = {"status": status, "line": line, "process": self._me, "host": ""}
+      end = {"status": status, "line": line, "process": self._me, "is_told": True}
     status, line, number = end["status"], end["line"], end["process"]
-    is_own = number == self._me
     if self._me == 0:
-      where = (
-        ""
-        if is_own or is_told or status > EXIT_BY_SIGNAL
-        else (f"process {number} on {end['host']}: ")
-      )
+      is_own = number == self._me or end["is_told"] or status > EXIT_BY_SIGNAL
+      where = "" if is_own else f"process {number} on {end['host']}: "
       prefix = "error: " if line.startswith("error: ") else ""
       _flush_output()
       print_stderr(f"{prefix}{where}{line.removeprefix(prefix)}")
@@ -628,6 +630,8 @@ class SharedStop(Stop):
     """
     told = decide("the number of updates of the next call", [num_steps, self._own.signal])
     self.signal = told[1]
+    if self.signal is not None and self._own.signal is None:
+      self._own.receive(self.signal)
     return told[0] if self.signal is None else 0
 
   @contextlib.contextmanager

@@ -39,6 +39,12 @@ IN_CI = (
   "test_row_26_names_that_are_no_words",
   "test_row_28_every_transfer_is_explicit",
   "test_row_28_without_jit_the_plain_functions_train",
+  "test_row_30_a_process_that[dies in a step]",
+  "test_row_30_a_process_that[hangs in a step]",
+  "test_row_30_a_process_that_never_starts[0",
+  "test_row_31_a_signal_to_one_process_ends_all[training]",
+  "test_row_31_a_signal_to_one_process_ends_all[evaluating]",
+  "test_row_31_an_error_of_one_process_is_shown_once",
 )
 # Whole files that the default run, which is to take less than five minutes, leaves to CI.
 SLOW_FILES = (

@@ -7,7 +7,8 @@
     disk JGPT_FAULT=term@call=evaluation.begin_evaluation    SIGTERM to itself where that function
     is called JGPT_FAULT=freeze@any          stopped before every operation in the run folder, until
     the parent lets it go on JGPT_FAULT=hang@call=...       the thread that calls it sleeps, and
-    others go on JGPT_FAULT=mark@call=...       nothing but the mark
+    others go on JGPT_FAULT=fail@call=...       the call raises an error
+    JGPT_FAULT=mark@call=...       nothing but the mark
 
 What happens is written to the file JGPT_FAULT_MARK, one line for each time, before it happens.
 Several faults are separated by ";". Nothing of jgpt is replaced: Python reports each operation on a
@@ -66,7 +67,7 @@ class Fault:
     self.point, self.count = where.removesuffix("+"), int(count or 1)
     self.after = where.endswith("+")
     self.seen, self.done, self.waits_for = 0, False, None
-    if self.action not in {"kill", "full", "freeze", "hang", "mark", *SIGNALS}:
+    if self.action not in {"kill", "full", "fail", "freeze", "hang", "mark", *SIGNALS}:
       raise ValueError(text)
     if not self.calls and self.point not in {*POINTS, "any", "deleting"}:
       raise ValueError(text)
@@ -112,6 +113,8 @@ class Fault:
         os.kill(os.getpid(), signal.SIGKILL)
       case "freeze":  # to this thread: the process has stopped before this call returns
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+      case "fail":
+        raise ValueError("what failed here")
       case "hang":
         time.sleep(1e6)
       case "full":
