@@ -64,7 +64,8 @@ def train_run(
   workdir, train, devices = plan.workdir, plan.experiment.train, runtime.devices()
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
-    stack.enter_context(processes.watching(stop))
+    seconds = plan.experiment.mesh.timeout_seconds
+    stack.enter_context(processes.watching(stop, seconds=seconds))
     stop = processes.share_stop(stop)
     saved_step, manager, rows, clock = None, None, (), stack.enter_context(start_clock())
     stack.enter_context(end_profile(plan.profile))

@@ -35,7 +35,7 @@ MAIN, MAKING = "main", "making"
 BEAT_SECONDS = 0.25  # between two signs of life; more in runs of many processes
 BEATS_PER_SECOND = 400  # of all processes together, at most
 PATIENCE = 6  # times the timeout are waited for in threads that save
-SILENT_SECONDS = 100.0  # without a sign of life a process is gone, unless the timeout is shorter
+SILENT_SECONDS = 60.0  # without a sign of life a process is gone, unless the timeout is shorter
 GONE_SECONDS = 3.0  # the same once a collective has failed
 CAUSE_SECONDS = 10.0  # that one waits for the cause of a collective that failed
 LEAVE_SECONDS = 5.0  # that processes have to end by themselves before the lead does
@@ -322,7 +322,10 @@ def check() -> None:
 
 @contextlib.contextmanager
 def watching(
-  stop: Stop | None = None, describe: Callable[[BaseException], tuple[int, str]] | None = None
+  stop: Stop | None = None,
+  describe: Callable[[BaseException], tuple[int, str]] | None = None,
+  *,
+  seconds: float | None = None,
 ) -> Iterator[None]:
   """Handles what befalls other processes: an error, a signal or the end of one is one of all.
 
@@ -333,7 +336,9 @@ def watching(
     describe: returns the exit status and a line for an error; given by a command. Its process then
       ends at an error of its own or another one, wherever it is, and the lead prints the line. None
       is for library users: errors are raised in the functions of this module, and no process ends.
+    seconds: as for `set_timeout`; None leaves it as it is.
   """
+  set_timeout(seconds or _here.seconds)
   if is_alone() or _here.watch is not None:
     yield
     return
@@ -477,12 +482,10 @@ class _Watch:
     if not lost:
       return None
     said = self.others.get(lost[0])
-    last = f"; its last word was: {said['what']}" if said else ""
-    return f"{self._name(lost)} gave no sign of life for {seconds:.3g} s{last}{self._waited_for()}"
-
-  def _waited_for(self) -> str:
-    waits = f", waiting for {_here.what}" if _here.is_waiting else f", at: {_here.what}"
-    return f". Process {self._me} ends{waits}"
+    last = f"; the last that it said: {said['what']}" if said else ""
+    here = f"waited for {_here.what}" if _here.is_waiting else f"was at: {_here.what}"
+    who = self._name(lost)
+    return f"{who} gave no sign of life for {seconds:.3g} s{last}; process {self._me} {here}"
 
   def _find_late(self) -> str | None:
     """Describes the processes that this one has waited for too long; None without any."""
@@ -501,10 +504,11 @@ class _Watch:
     if not late:
       return None
     said = others[late[0]]
-    ago = said["for"] + time.monotonic() - said["at"]
+    silent = time.monotonic() - said["at"]
+    state = "has not come so far" if silent < GONE_SECONDS else "gives no sign of life"
     return (
-      f"process {self._me} waited {waited:.0f} s for {_here.what}: {self._name(late)} has not come "
-      f"so far; what it said {ago:.0f} s ago: {said['what']}"
+      f"process {self._me} waited {waited:.0f} s for {_here.what}: {self._name(late)} {state}; "
+      f"what it said {said['for'] + silent:.0f} s ago: {said['what']}"
     )
 
   def _name(self, numbers: list[int]) -> str:

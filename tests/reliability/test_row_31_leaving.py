@@ -155,3 +155,44 @@ def test_row_31_a_failure_of_one_process_ends_all(texts, which, where):
   assert statuses == [1, 1] and processes[which].fired, said
   errors = [line for c in processes for line in c.err.splitlines() if line.startswith("error:")]
   assert len(errors) == 1 and errors[0] in processes[0].err, said
+
+
+# --- From Python ---
+
+
+def start_library_users(stack, texts, folder, steps, timeout, fault=None):
+  """Starts two processes of a program that calls `train_run`; the second may have a fault."""
+  address = f"127.0.0.1:{children.find_port()}"
+  return [
+    stack.enter_context(
+      children.Child(
+        *("library_user", address, i, 2, folder, steps, timeout),
+        cwd=texts,
+        fault=fault if i else None,
+        folder=folder,
+      )
+    )
+    for i in range(2)
+  ]
+
+
+@pytest.mark.slow
+def test_row_31_processes_that_a_user_has_started(texts):
+  """As the command, but nothing is printed for them, and no process is ended."""
+  with contextlib.ExitStack() as stack:
+    processes = start_library_users(stack, texts, "library", 3, 60)
+    statuses, said = wait_for_all(processes)
+  assert statuses == [0, 0], said
+  assert all("trained 3 steps, 3 losses" in child.out for child in processes), said
+  assert children.steps_there(texts / "library") == [3]
+
+
+@pytest.mark.slow
+def test_row_31_a_user_catches_what_ends_another_process(texts):
+  with contextlib.ExitStack() as stack:
+    fault = "hang@call=program.advance:4"
+    processes = start_library_users(stack, texts, "caught", 10_000, 6, fault)
+    processes[1].wait_until(lambda: processes[1].fired)
+    processes[0].wait_until(lambda: "caught: " in processes[0].out)
+    line = processes[0].out.partition("caught: ")[2]
+  assert "process 1 " in line and "has not come so far" in line
