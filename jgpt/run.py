@@ -527,7 +527,7 @@ def _train(
   from jgpt.runs.folder import make_subfolder
   from jgpt.system import files
 
-  devices = runtime.devices()
+  devices = runtime.devices(to_train=True)
   if table := cluster.survey_devices(devices):
     print(f"{format_table(table, ['left'] * 3)}\n")
   for label, text in summary.describe_plan(plan, devices):

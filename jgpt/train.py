@@ -61,7 +61,7 @@ def train_run(
     >>> result = jgpt.train_run(plan)
     >>> result.losses[-1]
   """
-  workdir, train, devices = plan.workdir, plan.experiment.train, runtime.devices()
+  workdir, train, devices = plan.workdir, plan.experiment.train, runtime.devices(to_train=True)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     seconds = plan.experiment.mesh.timeout_seconds

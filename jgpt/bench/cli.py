@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   jax.config.update("jax_enable_compilation_cache", False)  # else "compile" would time reading
-  devices = runtime.devices()
+  devices = runtime.devices(to_train=True)
   device = devices[0]
   session = Session(
     args.rounds,

@@ -206,12 +206,15 @@ def has_room(tree: Any) -> bool:
   return True
 
 
-def devices() -> list[jax.Device]:
+def devices(*, to_train: bool = False) -> list[jax.Device]:
   """Returns the devices that jax finds, of all processes.
 
+  Args:
+    to_train: whether it is an error that jax would compute on the CPU although an accelerator is
+      there.
+
   Raises:
-    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks, or where jax
-      would silently compute on the CPU although an accelerator is there.
+    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks, and for that.
   """
   try:
     found = processes.wait("the devices of all processes", jax.devices)
@@ -225,11 +228,9 @@ def devices() -> list[jax.Device]:
       f"jax finds no device (JAX_PLATFORMS={asked!r}){reason}. Try JAX_PLATFORMS=cpu before the "
       f"command{advice}"
     ) from error
-  check_no_fallback(
-    {device.platform for device in found},
-    jax.config.jax_platforms,
-    find_accelerator_files(os.environ),
-  )
+  if to_train:
+    there = find_accelerator_files(os.environ)
+    check_no_fallback({device.platform for device in found}, jax.config.jax_platforms, there)
   return found
 
 
