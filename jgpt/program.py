@@ -425,7 +425,11 @@ def _choose_state(
   if given is None:
     return init, key, lambda: key
   begin = partial(begin_state, experiment=experiment)
-  return begin, given, lambda: sharding.place(given, sharding.replicated(mesh))
+  places = sharding.param_shardings(given, experiment.model, mesh)
+  shapes = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given, places
+  )
+  return begin, shapes, lambda: sharding.place(given, places)
 
 
 def continue_state(params: dict, moments: dict, experiment: Experiment) -> TrainState:

@@ -131,13 +131,15 @@ class Manager:
       for save in saves:  # two threads may wait: the loop, and the one that ends the process
         save.result()
     except Exception as error:  # orbax and TensorStore have no base class for their errors
-      raise TrainingError(self.describe_failure(error)) from error
+      raise self.describe_failure(error) from error
 
-  def describe_failure(self, error: BaseException) -> str:
-    """Describes a failed save, and which checkpoint is the last one now."""
-    return (
-      f"a checkpoint could not be written to {self.folder}: {_shorten(error)}. "
-      f"{self.describe_last()}"
+  def describe_failure(self, error: BaseException) -> TrainingError:
+    """Describes a failed save, and which checkpoint is the last one now, in every process alike."""
+    return processes.mark_told(
+      TrainingError(
+        f"a checkpoint could not be written to {self.folder}: {_shorten(error)}. "
+        f"{self.describe_last()}"
+      )
     )
 
   def describe_last(self) -> str:
@@ -412,7 +414,7 @@ def save_checkpoint(
     _begin_save(manager, state, note, is_held)
     with contextlib.suppress(TrainingError):
       manager.wait()
-    raise TrainingError(manager.describe_failure(error.__cause__)) from error.__cause__
+    raise manager.describe_failure(error.__cause__) from error.__cause__
   _begin_save(manager, state, note, is_held)
 
 
@@ -428,10 +430,11 @@ def _begin_save(manager: Manager, state: TrainState, note: StepNote, is_held: bo
   leaves = jax.device_get(survey(items))
   bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
   if bad:
-    raise TrainingError(
-      f"after step {note.step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are "
-      f"not): that is not saved. {manager.describe_last()}. "
-      "Try a lower optimizer.peak_lr"
+    raise processes.mark_told(
+      TrainingError(
+        f"after step {note.step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are "
+        f"not): that is not saved. {manager.describe_last()}. Try a lower optimizer.peak_lr"
+      )
     )
   manager.begin_save(note, items, leaves, is_held=is_held)
 
