@@ -138,12 +138,11 @@ def test_a_step_compiles_for_v6e():
 @needs_tpu
 @pytest.mark.parametrize("target", ["tpu:v5e:2x4", "tpu:v5e:1x1"])
 def test_text_after_a_prompt_is_sampled_on_tpus(target):
-  """Also past the context. Sampling is not divided, and on several chips has no kernel."""
+  """Also past the context; on several chips each runs the kernel on its part."""
   changes = TWO_LAYERS | {"data.seq_len": 300, "sample.prompt": "a cab " * 50, "sample.num": 2}
   changes |= {"sample.max_tokens": 2000, "compute.attention": "splash"}
   found = compile_for(target, changes, names=["sampling"])
-  kernels = found["programs"]["sampling"]["kernels"]
-  assert bool(kernels) == target.endswith("1x1")
+  assert found["programs"]["sampling"]["kernels"]
 
 
 @needs_gpu
