@@ -84,11 +84,8 @@ def test_a_mesh_divides_a_footprint():
   """GPT-2 on 8 devices: each has its part of the matrices, the tables and the batch."""
   whole = estimate(gpt2())
   fsdp = estimate(gpt2(**{"mesh.data": 1, "mesh.fsdp": 8}))
-  # Gains and biases of norms and of what adds to the residual stream are on every device.
-  small = 768 * (12 * 6 + 2) + 12 * 4 * (3 * 768 + 3072)
-  small -= 12 * 4 * (3 * 768 + 3072) - 12 * (3 * 768 + 3072)
-  matrices = 124_439_808 + 768 * (50304 - 50257) - small
-  assert 4 * matrices / 8 < fsdp.parameters < 4 * (matrices / 8 + small) + 4
+  # Besides what every device has: gains, and biases.
+  assert whole.parameters / 8 < fsdp.parameters < whole.parameters / 7.9
   assert fsdp.moments == 2 * fsdp.gradients == 2 * fsdp.parameters
   assert (fsdp.activations, fsdp.logits) == (whole.activations, whole.logits)
   tensor = estimate(gpt2(**{"mesh.data": 2, "mesh.tensor": 4}))
