@@ -182,7 +182,11 @@ def embed(
 
   `position` is the first token's.
   """
-  x_BTD = widen(params["tok_embed"][constrain(tokens_BT, ("rows", None))])
+  # The width is divided as the tables' is: what moves between devices is the sum, not the tables.
+  divided = ("rows", None, "embed")
+  table_VD = constrain(params["tok_embed"], ("vocab", "embed"))
+  x_BTD = table_VD[constrain(tokens_BT, divided[:2])]
+  x_BTD = widen(constrain(x_BTD, divided))
   if config.scale_embed:
     x_BTD = x_BTD * config.d_model**0.5
   if config.positions == "sinusoidal":
@@ -191,8 +195,7 @@ def embed(
     table_SD = params["pos_embed"]
   # A slice and not a gather, whose gradient is a scatter: a tenth of a step of `names`.
   positions_TD = jax.lax.dynamic_slice_in_dim(table_SD, position, tokens_BT.shape[1])
-  # Divided as the tables are: what moves between devices is the sum, and not the tables.
-  x_BTD = constrain(x_BTD + positions_TD[None], ("rows", None, "embed"))
+  x_BTD = constrain(x_BTD + positions_TD[None], divided)
   x_BTD = constrain(x_BTD, ("batch", None, None))
   x_BTD = dropout(x_BTD, *dropout_at("embedding", config, keys_B))
   return store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)

@@ -49,7 +49,7 @@ def find_collectives(text: str) -> list[Collective]:
     if begin:
       lines = bodies[begin[2]] = []
       entry = begin[2] if begin[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # the attributes of a kernel may have lines that begin with one
       lines = None
     elif lines is not None:
       lines.append(line)
@@ -104,7 +104,9 @@ def list_arrays(text: str) -> set[tuple[str, tuple[int, ...]]]:
   return set(read_shapes(text))
 
 
-def count_step_bytes(experiment: Experiment, shape: tuple[int, int, int]) -> dict[str, float]:
+def count_step_bytes(
+  experiment: Experiment, shape: tuple[int, int, int], weight_size: int = 4
+) -> dict[str, float]:
   """Counts the bytes that a step of a stacked network has to move, by kind, on each device.
 
   Matrices are gathered twice in each layer, for the forward and the backward pass, and once for the
@@ -115,6 +117,7 @@ def count_step_bytes(experiment: Experiment, shape: tuple[int, int, int]) -> dic
   Args:
     experiment: resolved; its head is tied, activations are float32.
     shape: sizes of data, fsdp and tensor, which divide everything.
+    weight_size: bytes of a weight that is gathered.
   """
   config, data = experiment.model, experiment.data
   num_data, num_fsdp, num_tensor = shape
@@ -127,7 +130,7 @@ def count_step_bytes(experiment: Experiment, shape: tuple[int, int, int]) -> dic
   stream = 4 * tokens * config.d_model
   total = collections.Counter()
   if num_fsdp > 1:
-    total["all-gather"] = 2 * layers + head + 4 * tokens * num_fsdp
+    total["all-gather"] = weight_size / 4 * (2 * layers + head) + 4 * tokens * num_fsdp
     total["reduce"] = layers + head
     total["all-to-all"] = 2 * stream
   if num_data > 1:
