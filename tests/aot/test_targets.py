@@ -199,6 +199,25 @@ def test_bench_says_what_does_not_fit_in_the_compilers_words():
   assert steps["fits"] is False and steps["compiles"] is False and steps["peak_bytes"] is None
 
 
+@needs_tpu
+def test_bench_compares_meshes_of_tpus():
+  """Each chip sends the gradients once on data, and on fsdp what is gathered too."""
+  settings = ["--set", "data.batch_size=64", "--mesh", "data=8", "--mesh", "data=2,fsdp=4"]
+  done = bench("--aot", "tpu:v5e:2x4", "--experiment", "names", "--json", *settings)
+  assert done.returncode == 0, done.stderr[-2000:]
+  data, fsdp = json.loads(done.stdout)
+  assert data["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1} and fsdp["mesh"]["fsdp"] == 4
+  gradients = 2 * 4 * 4192 * 7 / 8
+  assert gradients <= data["step"]["sent_bytes"] <= 1.02 * gradients
+  # Of a product of a handful of numbers the compiler may make a sum.
+  assert 0.2 < data["step"]["program_flops"] / data["step"]["flops"] < 5
+  for found in (data, fsdp):
+    step, (program,) = found["step"], found["programs"]
+    assert 0 < step["network_seconds"] < step["most_seconds"] < 0.01
+    assert {axis for c in program["collectives"] for axis in c["axes"]} <= {"data", "fsdp"}
+    assert all(c["seconds"] is not None for c in program["collectives"])
+
+
 @needs_gpu
 def test_a_step_that_does_not_fit_is_refused_with_settings_that_do():
   """On a T4, whose compiler refuses nothing: 64 sequences have 13 GB of logits alone."""
