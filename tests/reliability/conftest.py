@@ -45,6 +45,8 @@ IN_CI = (
   "test_row_31_a_signal_to_one_process_ends_all[training]",
   "test_row_31_a_signal_to_one_process_ends_all[evaluating]",
   "test_row_31_an_error_of_one_process_is_shown_once",
+  "test_the_tasks_of_srun_are_one_run",
+  "test_mpirun_starts_one_run",
 )
 # Whole files that the default run, which is to take less than five minutes, leaves to CI.
 SLOW_FILES = (
