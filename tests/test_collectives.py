@@ -1,7 +1,7 @@
 """What moves between the devices of a mesh in a step: kinds, counts and bytes, in XLA's program.
 
 On 8 virtual CPUs, whose compiler has no reduce-scatter: it sums over "fsdp" by an all-reduce, of
-which a device keeps its part.
+which a device keeps its part. For accelerators see tests/aot/test_targets_of_meshes.py.
 """
 
 import math
