@@ -24,10 +24,10 @@ RUN = {
 SOON = 30.0  # seconds until all have ended; they take about three
 
 
-def train(texts, workdir, stack, faults=None, more=None, env=None, **changes):
+def train(texts, workdir, stack, faults=None, more=None, **changes):
   """Starts two processes of a small run on a stream of bytes."""
   args = children.arguments("bytes", workdir, **(RUN | changes))
-  options = {"faults": faults, "more": more, "folder": workdir, "env": env or {}}
+  options = {"faults": faults, "more": more, "folder": workdir}
   return children.start_processes(stack, *args, cwd=texts, **options)
 
 
@@ -54,8 +54,7 @@ def test_row_31_two_processes_train_as_one(texts, monkeypatch, capsys, quick):
   """The losses are those of one process with two devices; process 0 alone prints and writes."""
   monkeypatch.chdir(texts)
   with contextlib.ExitStack() as stack:
-    quickly = {"JGPT_COMPILE_QUICKLY": "1"}  # which `faults.py` reads
-    processes = train(texts, "pair", stack, dict.fromkeys((0, 1), "mark@lock"), env=quickly)
+    processes = train(texts, "pair", stack)
     assert run.main(children.arguments("bytes", "alone", **(RUN | {"mesh__data": 2}))) == 0
     statuses, said = wait_for_all(processes)
   assert statuses == [0, 0], said
