@@ -31,6 +31,7 @@ from jgpt.devices import processes
 from jgpt.errors import UserError, first_line, show
 
 RETRY_SECONDS = 0.1  # between two attempts to reach process 0
+LATE_SECONDS = 0.3  # for reports that are under way when the roll fails
 REPLY_SECONDS = 5.0  # for the few bytes of an answer
 # Seconds after ours until jax's own limits end a process: they print a stack trace.
 LAST_RESORT_SECONDS = 100
@@ -299,6 +300,10 @@ def _receive_reports(place: Member, port: int, timeout: float) -> None:
         wrong = f"two processes have --process-id={number}, on {there[number]} and on {host}. Give "
         wrong += f"each of the {count} an id of its own, from 0"
       there[number] = host
+    server.settimeout(LATE_SECONDS)
+    with contextlib.suppress(OSError):  # those that have come meanwhile are to know too
+      while wrong:
+        peers.append(stack.enter_context(server.accept()[0]))
     for peer in peers:
       _send(peer, {"error": wrong})
     for peer in peers:  # which close first, so that the port is free at once

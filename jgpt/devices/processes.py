@@ -346,7 +346,7 @@ def watching(
   try:
     watch.start()
     yield
-    decide("the end", None)  # the others may not be done
+    together("the end", lambda: None)  # the others may not be done
   except Exception as error:
     watch.fail(error)
   finally:
@@ -570,6 +570,8 @@ class _Watch:
     os._exit(status)
 
   def _say_goodbye(self, status: int, line: str, is_told: bool) -> None:
+    if status > EXIT_BY_SIGNAL:  # the thread that tells of signals ends with this one
+      self._post("signal", {"number": status - EXIT_BY_SIGNAL})
     self._post_end(status, line, is_told=is_told)
     try:
       end = json.loads(_client().blocking_key_value_get("jgpt/news/end", 2000))
