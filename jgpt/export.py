@@ -180,7 +180,7 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
 
   changes = {"model.dropout": 0.0, "train.micro_batch_size": None}
   experiment = dataclasses.replace(change(run.experiment, changes), compute=PLAIN)
-  device = runtime.devices()[0]
+  device = runtime.devices(is_local=True)[0]
   config, batch = experiment.model, make_next_batch(run.experiment, data, run.step, device)
   step = jax.device_put(np.int32(run.step))
   loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, step, experiment)

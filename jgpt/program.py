@@ -22,7 +22,7 @@ from jgpt.config import Experiment
 from jgpt.config.settings import change
 from jgpt.data.corpus import Data
 from jgpt.data.feed import Feed, make_feed
-from jgpt.devices import processes, runtime
+from jgpt.devices import cluster, processes, runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.devices.footprint import (
   Budget,
@@ -115,12 +115,14 @@ def compile_program(
     num_steps: updates that are left; without any the step is not compiled.
 
   Raises:
-    UserError: if the devices do not fit the settings, a step would take more memory than they have,
-      or the weights to begin from are missing.
+    UserError: if the devices do not fit the settings or each other, a step would take more memory
+      than they have, or the weights to begin from are missing.
   """
+  cluster.survey_devices(devices)
   given, (mesh, experiment) = experiment, _choose_mesh(experiment, devices)
-  here = mesh.local_devices  # others are of other processes
-  memory = runtime.find_free_memory(here[0], len(here))
+  chosen = dataclasses.asdict(experiment.compute)  # by what this host's processor can do
+  processes.check_same("the programs", chosen, "Try --set compute.dtype=float32")
+  memory = _find_memory(mesh)
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
   heldout = sharding.place(data.heldout, whole)
@@ -154,6 +156,13 @@ def compile_program(
     for compiled in ahead:  # later calls find them done
       compiled.result()
     return Program(experiment, state.result(), run_steps, feed, heldout, memory)
+
+
+def _find_memory(mesh: jax.sharding.Mesh) -> int | None:
+  """Finds the bytes that a step can take of each device: the least of all processes' ones."""
+  here = mesh.local_devices  # others are of other processes
+  found = processes.together("the memory", lambda: runtime.find_free_memory(here[0], len(here)))
+  return None if None in found else min(found)
 
 
 def check_state_memory(experiment: Experiment, num_devices: int, memory: int | None) -> None:

@@ -170,7 +170,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
   several = parser.add_argument_group(
     "several processes",
     "for a run on several hosts, started once on each; under Slurm, Open MPI, on TPU pods and in "
-    "indexed jobs of Kubernetes nothing need be said",
+    "indexed jobs of Kubernetes no option is needed",
   )
   several.add_argument(
     "--coordinator",
@@ -178,7 +178,10 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     help="the host of process 0 and a free port there (or JAX_COORDINATOR_ADDRESS)",
   )
   several.add_argument(
-    "--num-processes", type=int, metavar="N", help="processes in all (or JAX_NUM_PROCESSES)"
+    "--num-processes",
+    type=int,
+    metavar="N",
+    help="processes in all; 1 is alone, whatever a launcher says (or JAX_NUM_PROCESSES)",
   )
   several.add_argument(
     "--process-id", type=int, metavar="I", help="this one's number, from 0 (or JAX_PROCESS_ID)"

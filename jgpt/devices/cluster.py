@@ -17,12 +17,13 @@ import json
 import math
 import os
 import re
+import selectors
 import signal
 import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,15 +34,17 @@ from jgpt.errors import UserError, first_line, show
 RETRY_SECONDS = 0.1  # between two attempts to reach process 0
 LATE_SECONDS = 0.3  # for reports that are under way when the roll fails
 REPLY_SECONDS = 5.0  # for the few bytes of an answer
+LONGEST_LINE = 4096  # bytes of a report or an answer
 # Seconds after ours until jax's own limits end a process: they print a stack trace.
 LAST_RESORT_SECONDS = 100
-# Of a launcher: how many processes there are, this one's number, and the same on its host.
+# Of a launcher: how many processes there are, this one's number, and the same on its host. In a job
+# of Slurm's, mpirun starts its daemons with srun, and their variables are in its processes too.
 LAUNCHERS = {
-  "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
   "mpirun": (
     *("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
   ),
+  "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"),
 }
 TOLD_BY = {
   "--coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -144,6 +147,8 @@ def find_member(
   coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
   count = _read_count(num_processes, "JAX_NUM_PROCESSES", env)
   number = _read_count(process_id, "JAX_PROCESS_ID", env)
+  if count == 1 and not number:  # alone, whatever a launcher says
+    return None
   launched, ids = _read_launcher(env)
   if (coordinator, count, number) == (None, None, None):
     if not _is_clustered(env, launched):
@@ -193,16 +198,27 @@ def _read_launcher(
   A process has one GPU where its host has several processes, unless the launcher or the user has
   chosen each one's GPUs already.
   """
-  for names in LAUNCHERS.values():
+  for launcher, names in LAUNCHERS.items():
     size, rank, local_size, local_rank = (env.get(name, "") for name in names)
     if not (size.isdecimal() and rank.isdecimal()):
       continue
-    shares = bool(re.match(r"[2-9]|1[0-9]", local_size))  # Slurm's is like "2(x3),1"
     visible = [n for n in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
     is_chosen = "JAX_LOCAL_DEVICE_IDS" in env or len(visible) == 1
-    is_shared = shares and local_rank.isdecimal() and not is_chosen
+    is_chosen |= launcher == "srun" and "SLURM_GPUS_PER_TASK" in env
+    is_shared = _count_tasks(local_size, env) > 1 and local_rank.isdecimal() and not is_chosen
     return (int(size), int(rank)), (int(local_rank),) if is_shared else None
   return None, None
+
+
+def _count_tasks(text: str, env: Mapping[str, str]) -> int:
+  """Counts a launcher's processes on this host; Slurm's text has all hosts, as in "2(x3),1"."""
+  counts = [
+    int(num)
+    for num, times in re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", text)
+    for _ in range(int(times or 1))
+  ]
+  node = env.get("SLURM_NODEID", "")
+  return counts[min(int(node) if node.isdecimal() else 0, len(counts) - 1)] if counts else 1
 
 
 def _is_clustered(env: Mapping[str, str], launched: tuple[int, int] | None) -> bool:
@@ -275,24 +291,19 @@ def call_roll(place: Member, timeout: float) -> None:
 
 
 def _receive_reports(place: Member, port: int, timeout: float) -> None:
-  """Receives the others' reports, and answers all of them at once."""
+  """Receives the others' reports, and answers all of them at once.
+
+  Nothing is authenticated: whoever reaches the port can take a process's place.
+  """
   end, there, wrong = time.monotonic() + timeout, {0: socket.gethostname()}, ""
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(place, port))
     peers: list[socket.socket] = []
-    while len(there) < place.num_processes and not wrong:
-      server.settimeout(max(0.0, end - time.monotonic()) or 1e-3)
-      try:
-        peer = stack.enter_context(server.accept()[0])
-      except OSError:  # nobody came in time
-        missing = [i for i in range(place.num_processes) if i not in there]
-        wrong = _describe_missing(place, missing, timeout)
-        break
-      report = _receive(peer)
-      if report is None:  # not one of ours
+    for peer, report in _await_reports(server, stack, end):
+      number, count, host = report["process"], report["num_processes"], report["host"]
+      if not 0 < number < count:  # not one of ours
         continue
       peers.append(peer)
-      number, count, host = report["process"], report["num_processes"], report["host"]
       if count != place.num_processes:
         wrong = f"process {number} on {host} says --num-processes={count}, and process 0 "
         wrong += f"{place.num_processes}. Start all of them with the same number"
@@ -300,6 +311,11 @@ def _receive_reports(place: Member, port: int, timeout: float) -> None:
         wrong = f"two processes have --process-id={number}, on {there[number]} and on {host}. Give "
         wrong += f"each of the {count} an id of its own, from 0"
       there[number] = host
+      if wrong or len(there) == place.num_processes:
+        break
+    else:
+      missing = [i for i in range(place.num_processes) if i not in there]
+      wrong = _describe_missing(place, missing, timeout)
     server.settimeout(LATE_SECONDS)
     with contextlib.suppress(OSError):  # those that have come meanwhile are to know too
       while wrong:
@@ -310,6 +326,41 @@ def _receive_reports(place: Member, port: int, timeout: float) -> None:
       _receive(peer)
   if wrong:
     raise UserError(wrong)
+
+
+def _await_reports(
+  server: socket.socket, stack: contextlib.ExitStack, end: float
+) -> Iterator[tuple[socket.socket, dict[str, Any]]]:
+  """Yields reports as they come, with their connections; one that says nothing delays nobody.
+
+  Args:
+    server: listens.
+    stack: closes the connections.
+    end: by `time.monotonic`, after which nothing is waited for.
+  """
+  received: dict[socket.socket, bytes] = {}
+  server.settimeout(RETRY_SECONDS)
+  with selectors.DefaultSelector() as selector:
+    selector.register(server, selectors.EVENT_READ)
+    while (left := end - time.monotonic()) > 0:
+      for peer in [key.fileobj for key, _ in selector.select(left)]:
+        if peer is server:
+          with contextlib.suppress(OSError):  # who came is gone already
+            peer = stack.enter_context(server.accept()[0])
+            selector.register(peer, selectors.EVENT_READ)
+            received[peer] = b""
+          continue
+        try:
+          part = peer.recv(LONGEST_LINE)
+        except OSError:
+          part = b""
+        received[peer] += part
+        if part and b"\n" not in part and len(received[peer]) < LONGEST_LINE:
+          continue
+        selector.unregister(peer)
+        report = _read_message(received.pop(peer))
+        if report is not None and "process" in report:
+          yield peer, report
 
 
 def _describe_missing(place: Member, missing: Sequence[int], timeout: float) -> str:
@@ -376,8 +427,16 @@ def _receive(peer: socket.socket, timeout: float = REPLY_SECONDS) -> dict[str, A
   peer.settimeout(timeout)
   try:
     with peer.makefile("rb") as file:
-      found = json.loads(file.readline(4096))
-  except (OSError, ValueError):
+      return _read_message(file.readline(LONGEST_LINE))
+  except OSError:
+    return None
+
+
+def _read_message(line: bytes) -> dict[str, Any] | None:
+  """Reads a report or an answer; None where a line is neither."""
+  try:
+    found = json.loads(line)
+  except (ValueError, RecursionError):
     return None
   is_report = isinstance(found, dict) and all(
     isinstance(found.get(name), kind)

@@ -47,7 +47,7 @@ def explain_compute(experiment: Experiment, device: jax.Device) -> list[str]:
 
 def _choose(experiment: Experiment, device: jax.Device) -> tuple[Experiment, list[str]]:
   given, chosen = experiment.compute, PLAIN
-  is_divided = not experiment.mesh.fsdp == experiment.mesh.tensor == 1  # are parameters
+  is_divided = (experiment.mesh.fsdp, experiment.mesh.tensor) != (1, 1)  # are parameters
   if given.tricks and device.platform == "cpu":
     chosen = ComputeConfig(
       dtype="bfloat16" if is_bfloat16_quicker(experiment) else "float32",

@@ -206,12 +206,13 @@ def has_room(tree: Any) -> bool:
   return True
 
 
-def devices(*, to_train: bool = False) -> list[jax.Device]:
+def devices(*, to_train: bool = False, is_local: bool = False) -> list[jax.Device]:
   """Returns the devices that jax finds, of all processes.
 
   Args:
     to_train: whether it is an error that jax would compute on the CPU although an accelerator is
       there.
+    is_local: whether to return those of this process only, for what it computes alone.
 
   Raises:
     UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks, and for that.
@@ -231,7 +232,7 @@ def devices(*, to_train: bool = False) -> list[jax.Device]:
   if to_train:
     there = find_accelerator_files(os.environ)
     check_no_fallback({device.platform for device in found}, jax.config.jax_platforms, there)
-  return found
+  return jax.local_devices() if is_local else found
 
 
 def check_no_fallback(platforms: set[str], asked: str | None, there: str | None) -> None:
@@ -258,14 +259,14 @@ def find_accelerator_files(env: Mapping[str, str], root: Path = Path("/")) -> st
 
   Args:
     env: environment variables; a GPU that they hide is none.
-    root: folder that contains dev and proc.
+    root: folder that contains dev. The folders of a driver in /proc are a host's, and in a
+      container without GPUs too.
 
   Returns:
     The extra of jgpt that finds it, "cuda12" or "tpu"; None where there is none.
   """
   is_hidden = env.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
-  gpus = root / "proc/driver/nvidia/gpus"
-  if not is_hidden and ((gpus.is_dir() and any(gpus.iterdir())) or (root / "dev/nvidia0").exists()):
+  if not is_hidden and any((root / "dev").glob("nvidia[0-9]*")):
     return "cuda12"
   is_tpu = any(name.startswith("TPU_") for name in env) and (root / "dev/vfio/0").exists()
   return "tpu" if is_tpu or (root / "dev/accel0").exists() else None

@@ -66,7 +66,7 @@ def compute_next_update(run: Run, data: Data) -> NextUpdate:
     >>> found = compute_next_update(run, run.data())
     >>> rows = measure_params(run.params, found.grads, found.updates, run.experiment.model)
   """
-  devices = runtime.devices()
+  devices = runtime.devices(is_local=True)
   experiment, step = _fit_mesh(run.experiment, len(devices)), max(0, run.step - 1)
   mesh = make_mesh(experiment, devices)
   place = replicated(mesh)

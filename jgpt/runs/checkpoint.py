@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +44,8 @@ from jgpt.system.signals import print_stderr
 
 COPIES = ("experiment.json", "tokenizer.json")  # of the run folder's files, in each checkpoint
 SAVES, READS = "save", "read"  # threads with exchanges of their own (`devices/processes.py`)
+# In which a host sees what another one has made: NFS keeps for so long that there was nothing.
+SHARING_SECONDS = 60.0
 
 # --- Writing ---
 
@@ -74,7 +77,7 @@ class Manager:
   """
 
   def __init__(self, workdir: Path, keep_latest: int, keep_best: int):
-    self.folder = (workdir / "checkpoints").resolve()
+    self.folder = workdir.resolve() / "checkpoints"
     self._workdir, self._keep = workdir, (keep_latest, keep_best)
     self._copies, self._data = {}, {}
     self.steps: list[int] = processes.on_lead("the checkpoints", self._open)
@@ -96,6 +99,12 @@ class Manager:
     Raises:
       UserError: if it does not: then each process would keep its part of the arrays to itself.
     """
+    end = time.monotonic() + SHARING_SECONDS
+    while not self.folder.is_dir() and time.monotonic() < end:
+      for folder in self.folder.parents[:2]:  # a list asks the server again
+        with contextlib.suppress(OSError):
+          os.listdir(folder)
+      time.sleep(0.5)
     if not self.folder.is_dir():
       raise UserError(
         f"process {jax.process_index()} on {socket.gethostname()} does not see {self.folder}, "

@@ -176,7 +176,7 @@ def open_run(workdir: str | Path, step: Step = None) -> Run:
   workdir, step = locate_run(workdir, step)
   if not os.path.isdir(workdir / "checkpoints"):
     read_run_files(workdir)  # raises an error that says what is missing
-  devices = runtime.devices()
+  devices = runtime.devices(is_local=True)
   if step is not None and step != BEST:
     return _open_step(workdir, manifest.find_step(workdir, step), devices)
   while True:

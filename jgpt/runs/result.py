@@ -105,7 +105,7 @@ def find_best(evaluations: Sequence[tuple[int, HeldoutLoss]]) -> tuple[int, Held
 
 
 def remove_result(workdir: Path) -> None:
-  """Deletes result.json, which is of an end that is one no more; the lead does."""
+  """Deletes result.json of an earlier end; only the lead does."""
   if processes.is_lead():
     (workdir / RESULT_FILE).unlink(missing_ok=True)
 
