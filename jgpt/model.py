@@ -34,7 +34,7 @@ from jgpt.layers import (
 from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
 from jgpt.products import find_precision, linear
-from jgpt.sharding import constrain, gather, gather_again, with_auto_axes
+from jgpt.sharding import constrain, defer_gather, gather, with_auto_axes
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -228,15 +228,15 @@ def run_blocks(
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, KVCache | None]:
     p, number, cache = inputs
-    p = gather(p, config, compute)
+    p = p if cache is not None else defer_gather(p, config, compute)
     # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
     keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
     x_BTD, cache = block(x_BTD, p, config, compute, keys, cache, position)
     return constrain(x_BTD, ("batch", None, None)), cache
 
-  # Under a scan nothing can be merged with what is computed again.
-  again = jax.checkpoint if compute.remat == "block" else gather_again
-  layer = layer if cache is not None else again(layer, prevent_cse=isinstance(blocks, list))
+  if compute.remat == "block" and cache is None:
+    # Under a scan nothing can be merged with what is computed again.
+    layer = jax.checkpoint(layer, prevent_cse=isinstance(blocks, list))
   if isinstance(blocks, dict):
     return jax.lax.scan(layer, x_BTD, (blocks, jnp.arange(config.num_layers), cache))
   caches = []

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -235,69 +236,98 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size == 1 or not _has_auto_axes(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
+  spec = to_spec(axes, x.shape, mesh)
+  if not set(mesh.axis_names) <= set(AXES):  # over a user's axes arrays lie as the user's do
+    spec = P(*(P.UNCONSTRAINED if axis is None else axis for axis in spec))
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain_params(params: dict, config: ModelConfig) -> dict:
-  """Constrains parameters, or what is shaped like them, to lie as `param_table` says."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size == 1 or not _has_auto_axes(mesh):
-    return params
-  return jax.lax.with_sharding_constraint(params, param_shardings(params, config, mesh))
+@struct.dataclass
+class Divided:
+  """A weight that lies divided over "fsdp", and which a product gathers when it multiplies.
+
+  Attributes:
+    w: the weight.
+    divided: how it lies, static.
+    whole: how it lies once it is gathered, static.
+    is_rounded: whether it moves in bfloat16, static.
+  """
+
+  w: jax.Array
+  divided: P = struct.field(pytree_node=False)
+  whole: P = struct.field(pytree_node=False)
+  is_rounded: bool = struct.field(pytree_node=False)
+
+  def gather(self) -> jax.Array:
+    """Returns the weight without the division over "fsdp"; over "tensor" it stays divided."""
+    sent = self.w
+    if self.is_rounded and sent.dtype != jnp.bfloat16:
+      # Rounded where it lies: half of the bytes move.
+      sent = jax.lax.with_sharding_constraint(sent.astype(jnp.bfloat16), self.divided)
+    return jax.lax.with_sharding_constraint(sent, self.whole).astype(self.w.dtype)
 
 
-def gather(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> dict:
-  """Gathers parameters over "fsdp", for where they are used; over "tensor" they stay divided.
-
-  Their gradient lies as they do: a device gets the sum over all devices of its own part.
+def defer_gather(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> dict:
+  """Returns parameters whose products gather them; without "fsdp" the same ones.
 
   Args:
     params: some of those that `param_table` names, of one block or outside of the blocks.
     config: of the network.
     compute: with `dtype` "bfloat16" weights, which products would round, are rounded before they
-      move: half of the bytes.
+      move.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if not _divides_params(mesh):
     return params
   table = param_table(config)
   table |= table["blocks"]
-  divided = {name: to_spec(table[name].axes, x.shape, mesh) for name, x in params.items()}
-  whole = {name: P(*(None if d == "fsdp" else d for d in spec)) for name, spec in divided.items()}
-  is_rounded = {name: table[name].kind not in ("gain", "bias") for name in params}
 
-  # The transpose of a constraint is the same one: each device would get the whole gradient.
-  @jax.custom_vjp
-  def gather_whole(params: dict) -> dict:
-    sent = params
-    if compute.dtype == "bfloat16":
-      sent = {k: x.astype(jnp.bfloat16) if is_rounded[k] else x for k, x in params.items()}
-      sent = jax.lax.with_sharding_constraint(sent, divided)
-    sent = jax.lax.with_sharding_constraint(sent, whole)
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), sent, params)
+  def defer(name: str, x: jax.Array) -> Divided | jax.Array:
+    spec = to_spec(table[name].axes, x.shape, mesh)
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return x if spec == whole else Divided(x, spec, whole, compute.dtype == "bfloat16")
 
-  gather_whole.defvjp(
-    lambda params: (gather_whole(params), None),
-    lambda _, grads: (jax.lax.with_sharding_constraint(grads, divided),),
-  )
-  return gather_whole(params)
+  return {name: defer(name, x) for name, x in params.items()}
 
 
-def gather_again(layer: Callable, *, prevent_cse: bool) -> Callable:
-  """Returns a layer that calls `gather` in the backward pass again, and keeps no parameter whole.
+def gather(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> dict:
+  """Gathers parameters over "fsdp"; arguments are those of `defer_gather`.
+
+  Their gradient lies as they do: a device gets the sum over all devices of its own part.
+  """
+
+  def gather_one(x: Divided | jax.Array) -> jax.Array:
+    return multiply_divided(lambda w: w, x) if isinstance(x, Divided) else x
+
+  deferred = defer_gather(params, config, compute)
+  return {name: gather_one(x) for name, x in deferred.items()}
+
+
+def multiply_divided(product: Callable[..., jax.Array], w: Divided, *xs: jax.Array) -> jax.Array:
+  """Computes `product(*xs, weight)`, and keeps no whole weight for the backward pass.
+
+  That gathers the weight again. The weight's gradient lies as the weight does.
 
   Args:
-    layer: what else it computes is kept as ever.
-    prevent_cse: as `jax.checkpoint` takes it: false under a scan.
+    product: linear in the weight, its last argument.
+    w: the weight.
+    *xs: other arguments.
   """
-  if not _divides_params(jax.sharding.get_abstract_mesh()):
-    return layer
 
-  def is_kept(_: Any, *arrays: Any, **params: Any) -> bool:
-    inside = params["call_jaxpr"].eqns if "call_jaxpr" in params else ()
-    return all(equation.primitive.name != "sharding_constraint" for equation in inside)
+  @jax.custom_vjp
+  def multiply(w: jax.Array, *xs: jax.Array) -> jax.Array:
+    return product(*xs, place.replace(w=w).gather())
 
-  return jax.checkpoint(layer, policy=is_kept, prevent_cse=prevent_cse)
+  def backward(saved: tuple, g: jax.Array) -> tuple:
+    # Without the barrier both passes of a layer that is written out would share what is gathered.
+    (w, *xs), g = jax.lax.optimization_barrier((saved, g))
+    grads = jax.vjp(product, *xs, place.replace(w=w).gather())[1](g)
+    # The transpose of the constraint is the same one: each device would get the whole gradient.
+    return jax.lax.with_sharding_constraint(grads[-1], place.divided), *grads[:-1]
+
+  place = w
+  multiply.defvjp(lambda *arrays: (multiply(*arrays), arrays), backward)
+  return multiply(w.w, *xs)
 
 
 def _divides_params(mesh: jax.sharding.AbstractMesh) -> bool:

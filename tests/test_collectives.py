@@ -83,8 +83,8 @@ def test_what_moves_is_what_has_to_move_on_every_mesh(shape, capfd):
   check_step(shape, {}, capfd)
 
 
-def gather_once(layer, *, prevent_cse):
-  return layer
+def gather_once(params, config, compute):
+  return sharding.gather(params, config, compute)
 
 
 def unconstrained(x, axes):
@@ -95,7 +95,7 @@ def unconstrained(x, axes):
 @pytest.mark.parametrize("wrong", [gather_once, unconstrained])
 def test_what_moves_needlessly_is_found(wrong, capfd):
   """Layers that keep whole parameters; a stream that lies as the compiler likes."""
-  name = {gather_once: "gather_again", unconstrained: "constrain"}[wrong]
+  name = {gather_once: "defer_gather", unconstrained: "constrain"}[wrong]
   with mock.patch.object(model, name, wrong), pytest.raises(AssertionError):
     check_step((4, 2, 1), {"model.d_ff": 160}, capfd)  # a program that was not compiled before
 

@@ -199,6 +199,17 @@ def test_cases_cover_experiments_axes_and_shapes():
 # --- Planted errors ---
 
 
+def test_over_axes_of_a_users_own_arrays_stay_divided():
+  """Only "data" has a meaning here: what lies over "model" is the user's."""
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=auto)
+  spec = jax.sharding.PartitionSpec("data", None, "model")
+  x = jax.device_put(np.ones((8, 4, 6), np.float32), jax.sharding.NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    found = jax.jit(lambda x: sharding.constrain(x + 1, ("batch", None, None)))(x)
+  assert found.sharding.shard_shape(found.shape) == (2, 4, 3)
+
+
 def without_sum(function, whole, rows):
   """As `sum_over_data`, but each device keeps its own rows' sums."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -217,7 +228,7 @@ def gather_doubled(gather, *args):
 PLANTED = {
   "no sum over data": ("step.sum_over_data", without_sum, ("text", (2, 1, 1), {}, {}, "float32")),
   "gradients counted twice": (
-    "model.gather",
+    "model.defer_gather",
     partial(gather_doubled, sharding.gather),
     ("text", (1, 2, 1), {}, {}, "float32"),
   ),
