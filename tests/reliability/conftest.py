@@ -29,6 +29,7 @@ IN_CI = (
   "test_row_11_restored_on_another_mesh_the_leaves_are_the_same[1x1x1-1x4x1]",
   "test_row_11_restored_on_another_mesh_the_leaves_are_the_same[2x2x2-4x1x2]",
   "test_row_11_any_reader_has_one_device",
+  "test_row_11_a_run_goes_on_over_other_processes[fsdp]",
   "test_row_11_two_processes_save_and_restore",
   "test_row_12_options_of_jax_in_the_environment_change_no_bit",
   "test_row_13_a_run_that_gets_worse_keeps_its_best",

@@ -1,6 +1,7 @@
-"""One of the processes of `test_row_11_processes.py`: `python -m peer ADDRESS NUM ID WORKDIR`.
+"""One of the two processes of a test: `python -m peer FUNCTION ADDRESS ID WORKDIR`.
 
-It has one device. What it finds is printed as one JSON object.
+It has one device. What it finds is printed as one JSON object. The tests are in
+`test_row_11_processes.py`.
 """
 
 import json
@@ -24,6 +25,13 @@ from jgpt.runs import checkpoint
 from jgpt.runs.manifest import list_steps
 from jgpt.step import init_state
 
+# Parameters and moments of 512 MB.
+LARGE = {
+  "model.d_model": 1088,
+  "model.num_layers": 3,
+  "model.num_heads": 2,
+  "model.d_ff": 4 * 1088,
+}
 SIZES = {
   "data.batch_size": 8,
   "model.d_model": 32,
@@ -33,8 +41,8 @@ SIZES = {
 }
 
 
-def make_experiment(**mesh):
-  experiment = change(load_experiment("names"), SIZES)
+def make_experiment(sizes=SIZES, **mesh):
+  experiment = change(load_experiment("names"), SIZES | sizes)
   return resolve(change(experiment, {f"mesh.{name}": n for name, n in mesh.items()}), 27)
 
 
@@ -114,11 +122,53 @@ def save_and_restore(workdir: Path) -> dict:
   return found
 
 
-def main(address: str, num: str, number: str, workdir: str) -> None:
+class Peak:
+  """The most memory that this process has had since this was made, over what it had then."""
+
+  def __init__(self):
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest size so far
+    self._before = self.read("VmRSS")
+
+  def read(self, name: str = "VmHWM") -> int:
+    """Bytes of an entry of the kernel's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+  def measure(self) -> int:
+    return self.read() - self._before
+
+
+def measure_memory(workdir: Path) -> dict:
+  """What making, saving and restoring a large state takes in this process."""
+  found = {}
+  for layers in ("scan", "unroll"):
+    experiment = make_experiment(LARGE, fsdp=2)
+    _, draw = shape_state(experiment, jax.devices(), layers=layers)
+    peak = Peak()
+    state = jax.block_until_ready(draw())
+    found |= {
+      "whole": sum(x.nbytes for x in jax.tree.leaves(state)),
+      "here": sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards),
+      f"{layers}: making": peak.measure(),
+    }
+    peak = Peak()
+    with checkpoint.open_checkpoints(workdir, keep_latest=1) as manager:
+      checkpoint.save_checkpoint(manager, with_step(state, 1 + len(found)))
+    found[f"{layers}: saving"] = peak.measure()
+    del state
+  stacked, _ = shape_state(experiment, jax.devices())
+  peak = Peak()
+  jax.block_until_ready(
+    checkpoint.restore(workdir / "checkpoints" / str(manager.steps[-1]), stacked)
+  )
+  return found | {"restoring": peak.measure()}
+
+
+def main(function: str, address: str, number: str, workdir: str) -> None:
   jax.config.update("jax_num_cpu_devices", 1)
-  jax.distributed.initialize(address, int(num), int(number))
+  jax.distributed.initialize(address, 2, int(number))
   processes.set_timeout(60)
-  print(json.dumps(save_and_restore(Path(workdir))), flush=True)
+  print(json.dumps(globals()[function](Path(workdir))), flush=True)
 
 
 if __name__ == "__main__":
