@@ -228,7 +228,8 @@ def run_blocks(
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, KVCache | None]:
     p, number, cache = inputs
-    p = p if cache is not None else defer_gather(p, config, compute)
+    if cache is None:  # a block that is computed again gathers again; otherwise its products do
+      p = (gather if compute.remat == "block" else defer_gather)(p, config, compute)
     # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
     keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
     x_BTD, cache = block(x_BTD, p, config, compute, keys, cache, position)

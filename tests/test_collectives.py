@@ -83,6 +83,11 @@ def test_what_moves_is_what_has_to_move_on_every_mesh(shape, capfd):
   check_step(shape, {}, capfd)
 
 
+@pytest.mark.slow
+def test_a_block_that_is_computed_again_gathers_no_more_than_others(capfd):
+  check_step((1, 8, 1), {"compute.remat": "block"}, capfd)
+
+
 def gather_once(params, config, compute):
   return sharding.gather(params, config, compute)
 
