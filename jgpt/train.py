@@ -97,7 +97,8 @@ def train_run(
     if log.health.exhausted:
       end()
       corpus = program.feed.corpus_at(log.health.exhausted - 1)
-      raise TrainingError(explain_stop(program.experiment, state, corpus, log.health, workdir))
+      why = explain_stop(program.experiment, state, corpus, log.health, workdir)
+      raise processes.mark_told(TrainingError(why))
     heldout = None
     if not stop:
       with stop.leaving(describe_stop(step, workdir), end):

@@ -17,12 +17,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +49,7 @@ class _Here:
 
   Attributes:
     seconds: `mesh.timeout_seconds` of the run.
+    prefix: of the keys of this watch, which no later one in the same processes has.
     number: exchanges and waits of the main thread so far; every process makes the same ones in the
       same order.
     numbers: exchanges so far, by thread.
@@ -58,6 +61,7 @@ class _Here:
   """
 
   seconds: float = 600.0
+  prefix: str = "jgpt/0"
   number: int = 0
   numbers: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   what: str = "starting"
@@ -75,10 +79,17 @@ class _Here:
     """Makes the key of the next exchange of a thread."""
     self.number += thread == MAIN
     self.numbers[thread] += 1
-    return f"jgpt/{thread}/{self.numbers[thread]}"
+    return f"{self.prefix}/{thread}/{self.numbers[thread]}"
+
+  def begin_anew(self, run: int) -> None:
+    """Begins to count again, under other keys: what was told so far is not read again."""
+    self.prefix, self.number, self.watch = f"jgpt/{run}", 0, None
+    self.numbers = collections.Counter()
+    self.begin("between two runs")
 
 
 _here = _Here()  # as much belongs to the process as `jax.distributed` does
+_runs = itertools.count(1)  # as every process watches the same runs, they number them alike
 
 
 def set_timeout(seconds: float) -> None:
@@ -337,8 +348,16 @@ def watching(
       ends at an error of its own or another one, wherever it is, and the lead prints the line. None
       is for library users: errors are raised in the functions of this module, and no process ends.
     seconds: as for `set_timeout`; None leaves it as it is.
+
+  Raises:
+    UserError: if another thread of this process watches: two runs at once would mix what they tell.
   """
   set_timeout(seconds or _here.seconds)
+  if _here.watch is not None and _here.watch.thread != threading.get_ident():
+    raise UserError(
+      "another thread of this process trains in the same processes; two runs need processes of "
+      "their own. Call train_run again when the first has ended"
+    )
   if is_alone() or _here.watch is not None:
     yield
     return
@@ -349,9 +368,12 @@ def watching(
     together("the end", lambda: None)  # the others may not be done
   except Exception as error:
     watch.fail(error)
+  except KeyboardInterrupt:
+    watch.interrupt()
+    raise
   finally:
-    _here.watch = None
     watch.close()
+    _here.begin_anew(next(_runs))
 
 
 class _Watch:
@@ -359,6 +381,7 @@ class _Watch:
 
   Attributes:
     others: by process, what it said last: see `_Here`; "at", when it was heard, and "beat".
+    thread: the one that watches.
   """
 
   def __init__(
@@ -366,6 +389,8 @@ class _Watch:
   ):
     self._stop, self._describe = stop, describe
     self._me, self._num = _state().process_id, _state().num_processes
+    self._prefix, self.thread = _here.prefix, threading.get_ident()
+    self._deleted: collections.Counter[str] = collections.Counter()  # exchanges, by thread
     self._period = max(BEAT_SECONDS, self._num / BEATS_PER_SECOND)
     self._closed = threading.Event()
     self._lock = threading.Lock()
@@ -382,7 +407,7 @@ class _Watch:
   def start(self) -> None:
     """Starts the threads."""
     if self._stop is not None and self._describe is not None:
-      self._stop.leave_process = self.leave
+      self._stop.leave_process, self._stop.tell_end = self.leave, self._tell_end
     if self._stop is not None:
       self._stop.is_quiet = self._me > 0
     for thread in self._threads:
@@ -415,17 +440,20 @@ class _Watch:
         "beat": beat,
         "host": socket.gethostname(),
         **{name: getattr(_here, name) for name in ("number", "what", "is_waiting", "is_busy")},
+        "numbers": dict(_here.numbers),
         "for": time.monotonic() - _here.since,
       }
       with contextlib.suppress(Exception):  # the judge sees that there is no answer
         client = _client()
-        client.key_value_set(f"jgpt/at/{self._me}", json.dumps(mine), allow_overwrite=True)
+        client.key_value_set(
+          f"{self._prefix}/at/{self._me}", json.dumps(mine), allow_overwrite=True
+        )
         signal = self._stop.signal if self._stop is not None else None
-        for key, text in client.key_value_dir_get("jgpt/at/"):
+        for key, text in client.key_value_dir_get(f"{self._prefix}/at/"):
           self._hear(int(key.rpartition("/")[2]), json.loads(text))
         news = {
           key.rpartition("/")[2]: json.loads(text)
-          for key, text in client.key_value_dir_get("jgpt/news/")
+          for key, text in client.key_value_dir_get(f"{self._prefix}/news/")
         }
         self._answered = time.monotonic()
         if signal is not None and "signal" not in news:
@@ -434,6 +462,19 @@ class _Watch:
           self._stop.receive(news["signal"]["number"])
         if self._end is None and "end" in news:
           self._end, self._end_heard = news["end"], time.monotonic()
+        if self._me == 0:
+          self._delete_passed(client)
+
+  def _delete_passed(self, client: Any) -> None:
+    """Deletes the exchanges that every process has passed: a run makes millions."""
+    if len(self.others) < self._num:
+      return
+    everyone = [_here.numbers, *(said["numbers"] for said in self.others.values())]
+    for thread in list(_here.numbers):
+      under_way = min(numbers.get(thread, 0) for numbers in everyone)
+      for number in range(self._deleted[thread] + 1, under_way):
+        client.key_value_delete(f"{self._prefix}/{thread}/{number}")
+        self._deleted[thread] = number
 
   def _hear(self, process: int, said: dict[str, Any]) -> None:
     before = self.others.get(process)
@@ -443,7 +484,7 @@ class _Watch:
   def _post(self, key: str, news: dict[str, Any]) -> None:
     """Sends news to all, unless another process was first."""
     with contextlib.suppress(Exception):
-      _client().key_value_set(f"jgpt/news/{key}", json.dumps(news))
+      _client().key_value_set(f"{self._prefix}/news/{key}", json.dumps(news))
 
   # --- Judging ---
 
@@ -529,16 +570,25 @@ class _Watch:
       Exception: the error otherwise.
     """
     failure = self._find_cause(error)
+    is_told = getattr(failure, "is_told", False)
     if self._describe is None:
-      if not getattr(failure, "is_told", False) and self._failure is None:
+      if not is_told and self._failure is None:
         self._post_end(1, str(failure))
       raise failure from (None if failure is error else error)
+    if not is_told and not isinstance(
+      failure, (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError)
+    ):
+      traceback.print_exception(failure)  # a bug; the line that all show is not enough
     status, line = self._describe(failure)
-    self.leave(status, line, is_told=getattr(failure, "is_told", False))
+    self.leave(status, line, is_told=is_told)
+
+  def interrupt(self) -> None:
+    """Sends the others that a library user has interrupted this process."""
+    self._post_end(1, "interrupted")
 
   def _find_cause(self, error: Exception) -> Exception:
     """Returns what has caused an error: that of a collective is another process's end."""
-    if isinstance(error, UserError) or not isinstance(error, jax.errors.JaxRuntimeError):
+    if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error):
       return error
     began, until = time.monotonic(), time.monotonic() + CAUSE_SECONDS
     while time.monotonic() < until:
@@ -552,6 +602,12 @@ class _Watch:
   def _post_end(self, status: int, line: str, *, is_told: bool = False) -> None:
     said = {"status": status, "line": line, "process": self._me, "host": socket.gethostname()}
     self._post("end", said | {"is_told": is_told})
+
+  def _tell_end(self, status: int, line: str) -> None:
+    """Sends the others an end at once; does not wait for a service that does not answer."""
+    helper = threading.Thread(target=self._post_end, args=(status, line), daemon=True)
+    helper.start()
+    helper.join(GONE_SECONDS / 10)
 
   def leave(self, status: int, line: str, *, is_told: bool = False) -> None:
     """Ends this process together with the others; returns never.
@@ -574,7 +630,7 @@ class _Watch:
       self._post("signal", {"number": status - EXIT_BY_SIGNAL})
     self._post_end(status, line, is_told=is_told)
     try:
-      end = json.loads(_client().blocking_key_value_get("jgpt/news/end", 2000))
+      end = json.loads(_client().blocking_key_value_get(f"{self._prefix}/news/end", 2000))
     except Exception:
       end = {"status": status, "line": line, "process": self._me, "is_told": True}
     status, line, number = end["status"], end["line"], end["process"]
@@ -590,16 +646,17 @@ class _Watch:
         time.sleep(0.02)
     else:
       try:
-        _client().blocking_key_value_get("jgpt/news/shown", int(1000 * LEAVE_SECONDS))
+        wait = int(1000 * LEAVE_SECONDS)
+        _client().blocking_key_value_get(f"{self._prefix}/news/shown", wait)
       except Exception:
         print_stderr(line)  # the lead cannot
       with contextlib.suppress(Exception):
-        _client().key_value_set(f"jgpt/gone/{self._me}", "1")
+        _client().key_value_set(f"{self._prefix}/gone/{self._me}", "1")
     os._exit(status)
 
   def _count_gone(self) -> int:
     try:
-      return len(_client().key_value_dir_get("jgpt/gone/"))
+      return len(_client().key_value_dir_get(f"{self._prefix}/gone/"))
     except Exception:
       return self._num
 
@@ -643,7 +700,12 @@ class SharedStop(Stop):
   @contextlib.contextmanager
   def leaving(self, line: str, finish: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Marks a block of code in which nothing is unsaved; see `Stop.leaving`."""
-    with self._own.leaving(line, finish):
+
+    def finish_with_signal() -> None:
+      self.signal = self._own.signal  # the end that is on record is a signal's
+      finish()
+
+    with self._own.leaving(line, finish_with_signal):
       yield
 
   def leave(self, line: str) -> None:

@@ -31,12 +31,12 @@ def train(texts, workdir, stack, faults=None, more=None, **changes):
   return children.start_processes(stack, *args, cwd=texts, **options)
 
 
-def wait_for_all(processes, timeout=150):
+def wait_for_all(processes, timeout=150, tracebacks=0):
   """The exit statuses, and a text of everything printed for assertions."""
   end = time.monotonic() + timeout
   statuses = [child.wait(max(1, end - time.monotonic())) for child in processes]
   said = "\n".join(f"--- {i}\n{c.out}\n{c.err}" for i, c in enumerate(processes))
-  assert "Traceback" not in said and "Check failure" not in said, said
+  assert said.count("Traceback") == tracebacks and "Check failure" not in said, said
   return statuses, said
 
 
@@ -145,12 +145,12 @@ def test_row_31_an_error_of_one_process_is_shown_once_and_ends_all(texts):
 @pytest.mark.slow
 @pytest.mark.parametrize(("which", "where"), [(0, "log"), (1, "call=generate.sample_texts")])
 def test_row_31_a_failure_of_one_process_ends_all(texts, which, where):
-  """A disk that is full before the training, and what only one process fails with."""
+  """A disk that is full before the training, and a bug in one process, which shows where."""
   action = "full" if where == "log" else "fail"
   workdir = f"failed in {which}"
   with contextlib.ExitStack() as stack:
     processes = train(texts, workdir, stack, {which: f"{action}@{where}"})
-    statuses, said = wait_for_all(processes)
+    statuses, said = wait_for_all(processes, tracebacks=which)
   assert statuses == [1, 1] and processes[which].fired, said
   errors = [line for c in processes for line in c.err.splitlines() if line.startswith("error:")]
   assert len(errors) == 1 and errors[0] in processes[0].err, said
@@ -184,6 +184,23 @@ def test_row_31_processes_that_a_user_has_started(texts):
   assert statuses == [0, 0], said
   assert all("trained 3 steps, 3 losses" in child.out for child in processes), said
   assert children.steps_there(texts / "library") == [3]
+
+
+@pytest.mark.slow
+def test_row_31_an_end_that_is_caught_does_not_end_what_comes_next(texts):
+  """After a signal, an error and an interrupt; and exchanges that all have passed are deleted."""
+  address = f"127.0.0.1:{children.find_port()}"
+  with contextlib.ExitStack() as stack:
+    processes = [
+      stack.enter_context(children.Child("watches", address, i, cwd=texts)) for i in range(2)
+    ]
+    statuses, said = wait_for_all(processes, 60)
+  assert statuses == [0, 0], said
+  keys = [int(n) for child in processes for n in re.findall(r"signal 15, (\d+) keys", child.out)]
+  assert len(keys) == 2 and max(keys) < 10, said
+  assert "caught TrainingError nothing there\ncaught TrainingError inter" in processes[0].out, said
+  assert "caught LookupError nothing there\ncaught KeyboardInterrupt" in processes[1].out, said
+  assert all(child.out.endswith("the end\n") for child in processes), said
 
 
 @pytest.mark.slow
