@@ -102,9 +102,8 @@ def train_run(
     heldout = None
     if not stop:
       with stop.leaving(describe_stop(step, workdir), end):
-        heldout = log.find_whole_evaluation(step) or evaluate_heldout(
-          state.params, program.heldout, program.experiment
-        )
+        evaluate = partial(evaluate_heldout, state.params, program.heldout, program.experiment)
+        heldout = log.find_whole_evaluation(step) or processes.wait("the loss", evaluate)
       clock.look("evaluating")
     return end(heldout)
 

@@ -436,7 +436,8 @@ def _begin_save(manager: Manager, state: TrainState, note: StepNote, is_held: bo
   if note.step in manager.steps:
     return
   items = _to_items(state)
-  leaves = jax.device_get(survey(items))
+  surveyed = survey(items)
+  leaves = processes.wait("the digests", lambda: jax.device_get(surveyed), surveyed)
   bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
   if bad:
     raise processes.mark_told(

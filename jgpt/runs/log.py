@@ -333,15 +333,16 @@ class Log:
     self.losses.frombytes(losses.tobytes())
     seconds = self.clock.look("training" if call.num_steps else "evaluating")
     heldout, evaluation = None, call.evaluation
-    while evaluation is not None and not evaluation.nats.is_ready() and not stop:
-      processes.check()
-      time.sleep(0.002)
+    if evaluation is not None:
+      processes.wait("the held-out loss", lambda: _wait_unless(stop, evaluation))
     # With a stop, devices may be done in one process and not in another.
     if evaluation is not None and processes.decide("the loss", evaluation.nats.is_ready()):
       heldout = HeldoutLoss(*finish_evaluation(evaluation), self._sample_batches)
       self.evaluations.append((call.step, heldout))
       self.clock.look("evaluating")
-    drawn = tuple(call.texts()) if call.texts and not stop else ()
+    drawn = ()
+    if call.texts and not stop:
+      drawn = tuple(processes.wait("the samples", call.texts))
     if drawn:
       self.clock.look("sampling")
     loss, tokens = heldout.loss if heldout else None, self.count_seen(call.step).tokens
@@ -394,6 +395,13 @@ class Log:
           f"{type(writer).__name__} stopped{at} ({getattr(error, 'strerror', None) or error}); "
           "training goes on"
         )
+
+
+def _wait_unless(stop: Stop, evaluation: EvalSums) -> None:
+  """Waits until an evaluation is done, or for a stop."""
+  while not evaluation.nats.is_ready() and not stop:
+    processes.check()
+    time.sleep(0.002)
 
 
 def _name_call(call: Call) -> str:
