@@ -33,7 +33,7 @@ HOLE = "\0"  # in place of a value that is computed
 OPTIONS = {
   *("--prompt", "--out", "--run", "--step", "--heldout-tokens", "--text", "--experiment"),
   *("--workdir", "--init-from", "--continue-from", "--data", "--fresh", "--part", "--set"),
-  *("--profile", "--layer", "--x", "--mesh"),
+  *("--profile", "--layer", "--x", "--mesh", "--aot"),
 }
 STEPS = ["--steps", "3"]
 
