@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jgpt.fused_attention import KERNELS, find_obstacle
 from jgpt.layers import dropout, widen
+from jgpt.sharding import call_divided
 
 NUM_BLOCKS = 4  # of queries, in `attend_in_blocks`
 
@@ -54,7 +55,8 @@ def attention(
   if implementation in KERNELS and is_causal:
     drops = keys_B is not None
     if find_obstacle(implementation, H, v_BSNH.dtype, drops=drops, precision=precision) is None:
-      return KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH)
+      axes = ("batch", None, "heads", None)
+      return call_divided(KERNELS[implementation], axes, q_BTNH, k_BSNH, v_BSNH)
   if implementation == "blocks" and is_causal:
     return attend_in_blocks(q_BTNH, k_BSNH, v_BSNH, rate=rate, keys_B=keys_B, precision=precision)
   visible_TS = jnp.tril(jnp.ones((T, S), bool)) if is_causal else jnp.ones((T, S), bool)

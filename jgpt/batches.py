@@ -222,9 +222,9 @@ def count_eval_rows(experiment: Experiment, num_devices: int) -> int:
   More documents are taken where that is no more than `MIN_ACTIVATION` numbers.
 
   Args:
-    experiment: resolved. `mesh.data` is the number of devices of training; None is
-      `num_devices`.
-    num_devices: that the evaluation is divided over.
+    experiment: resolved. `mesh` says how many parts training divided a batch into; where it does
+      not, these are `num_devices`.
+    num_devices: that the evaluation is divided over, those that hold the same rows counted once.
 
   Returns:
     A multiple of `num_devices`.
@@ -233,7 +233,7 @@ def count_eval_rows(experiment: Experiment, num_devices: int) -> int:
   rows = experiment.train.micro_batch_size or data.batch_size
   if experiment.compute.group_documents is True:
     rows = data.batch_size // NUM_GROUPS
-  rows = max(1, rows // (experiment.mesh.data or num_devices))
+  rows = max(1, rows // (experiment.mesh.num_batch_parts or num_devices))
   if data.batching == "documents":
     widths = model.padded_vocab_size, model.d_ff, 3 * model.d_model, model.num_heads * data.seq_len
     rows = max(rows, MIN_ACTIVATION // (data.seq_len * max(widths)))

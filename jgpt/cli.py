@@ -262,7 +262,7 @@ def run_command(command: Callable[[], int]) -> int:
       sys.stdout.flush()
     return status
   except UserError as error:
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    print(describe_failure(error)[1], file=sys.stderr)
     if isinstance(error, TrainingError):
       _exit_without_joining(error.status)
     return error.status
@@ -270,26 +270,41 @@ def run_command(command: Callable[[], int]) -> int:
     print("\ninterrupted", file=sys.stderr)
     return 130
   except (MemoryError, RuntimeError) as error:
-    if not isinstance(error, MemoryError) and not re.search(
-      "RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)
-    ):
+    if not is_out_of_memory(error):
       raise
-    print(
-      f"error: there is not enough memory: {' '.join(str(error).split())[:200]}. {LESS_MEMORY}",
-      file=sys.stderr,
-    )
+    print(describe_failure(error)[1], file=sys.stderr)
     return 1
   except OSError as error:
     if error.filename is not None:
-      print(f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+      print(describe_failure(error)[1], file=sys.stderr)
     # Standard output: its reader has ended (`| head`), or the disk is full.
     elif error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
       if error.errno != errno.EPIPE:
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would print the error again at exit
     else:
-      print(f"error: {first_line(error)}", file=sys.stderr)
+      print(describe_failure(error)[1], file=sys.stderr)
     return 1
+
+
+def describe_failure(error: BaseException) -> tuple[int, str]:
+  """Describes an error that ends a command: its exit status, and a line."""
+  if isinstance(error, UserError):
+    return error.status, f"error: {printable(str(error))}"
+  if is_out_of_memory(error):
+    words = f"there is not enough memory: {' '.join(str(error).split())[:200]}. {LESS_MEMORY}"
+    return 1, f"error: {words}"
+  if isinstance(error, OSError) and error.filename is not None:
+    return 1, f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}"
+  kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+  return 1, f"error: {kind}{printable(first_line(error))}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+  """Returns whether memory was lacking, on the host or on a device."""
+  is_jax = isinstance(error, RuntimeError)
+  words = "RESOURCE_EXHAUSTED|[Oo]ut of memory"
+  return isinstance(error, MemoryError) or (is_jax and bool(re.search(words, str(error))))
 
 
 def _exit_without_joining(status: int) -> None:

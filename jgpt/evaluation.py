@@ -28,7 +28,15 @@ from jgpt.batches import (
 )
 from jgpt.config import Experiment
 from jgpt.params import count_params
-from jgpt.sharding import beside, find_mesh, sum_over_data, use_mesh
+from jgpt.sharding import (
+  beside,
+  count_batch_parts,
+  find_mesh,
+  place,
+  sum_over_data,
+  use_mesh,
+  with_auto_axes,
+)
 from jgpt.step import loss_fn
 from jgpt.text.tokenizer import Tokenizer
 
@@ -77,6 +85,7 @@ class HeldoutLoss(NamedTuple):
     return self.loss * self.num_tokens / math.log(2) / num_bytes
 
 
+@with_auto_axes(None)
 def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
   """Computes the sum of -log p(target) over a batch's targets, and their number, as scalars.
 
@@ -91,6 +100,7 @@ def eval_step(params: dict, batch: Batch, experiment: Experiment) -> EvalSums:
 
 
 @partial(jax.jit, static_argnames=("experiment", "num_batches", "whole", "num_rows"))
+@with_auto_axes(None)
 def evaluate(
   params: dict,
   corpus: Corpus,
@@ -217,8 +227,7 @@ def count_sample_batches(corpus: Corpus, experiment: Experiment) -> int | None:
 
 def _count_rows(params: dict, experiment: Experiment) -> int:
   """Counts the sequences that the devices of the parameters compute at once."""
-  mesh = find_mesh(params)
-  return count_eval_rows(experiment, mesh.size if mesh else 1)
+  return count_eval_rows(experiment, count_batch_parts(find_mesh(params)))
 
 
 def _choose_batches(corpus: Corpus, experiment: Experiment, num_batches: int | None) -> dict:
@@ -282,7 +291,7 @@ def evaluate_loss(
     >>> run = jgpt.open_run("runs/names")
     >>> jgpt.evaluate_loss(run.params, run.data().heldout, run.tokenizer, run.experiment)
   """
-  placed = jax.device_put(corpus, beside(params))
+  placed = place(corpus, beside(params))
   loss, num_tokens = finish_evaluation(begin_evaluation(params, placed, experiment))
   is_stream = experiment.data.batching != "documents"
   return Evaluation(

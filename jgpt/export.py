@@ -180,7 +180,7 @@ def export_llmc_state(run: Run, data: Data, out: Path) -> list[Path]:
 
   changes = {"model.dropout": 0.0, "train.micro_batch_size": None}
   experiment = dataclasses.replace(change(run.experiment, changes), compute=PLAIN)
-  device = runtime.devices()[0]
+  device = runtime.devices(is_local=True)[0]
   config, batch = experiment.model, make_next_batch(run.experiment, data, run.step, device)
   step = jax.device_put(np.int32(run.step))
   loss, grads = jax.jit(loss_and_grads, static_argnums=3)(run.params, batch, step, experiment)
@@ -213,10 +213,11 @@ def make_next_batch(experiment: Experiment, data: Data, step: int, device: jax.D
   import numpy as np
 
   from jgpt import batches
+  from jgpt.config import MeshConfig
   from jgpt.data.feed import make_feed
   from jgpt.sharding import make_mesh, replicated
 
-  alone = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, data=1))
+  alone = dataclasses.replace(experiment, mesh=MeshConfig(data=1))
   mesh = make_mesh(alone, [device])
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   make_batch = jax.jit(batches.batch, static_argnums=2)

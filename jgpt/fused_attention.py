@@ -51,9 +51,9 @@ def attend_by_splash(
 ) -> jax.Array:
   """Computes causal attention by JAX's splash attention for TPUs.
 
-  The compiler cannot divide the kernel over devices: on several of them call it inside
-  `jax.shard_map`. Positions are filled up to a multiple of 128 at the end, which no query before
-  sees, and cut away.
+  The compiler cannot divide the kernel over devices: on several of them call it by
+  `sharding.call_divided`. Positions are filled up to a multiple of 128 at the end, which no query
+  before sees, and cut away.
 
   Args:
     q_BTNH: queries, bfloat16 or float32.

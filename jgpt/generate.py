@@ -21,7 +21,7 @@ from jgpt.keys import SAMPLE, derive_key
 from jgpt.layers import store
 from jgpt.model import Cache, embed, find_head, predict_logits, run_blocks
 from jgpt.products import Tiles, tile_head, tile_weights
-from jgpt.sharding import beside, find_mesh, unstack_blocks
+from jgpt.sharding import beside, constrain, gather, place, unstack_blocks, use_mesh, with_auto_axes
 from jgpt.text.tokenizer import CharTokenizer, Tokenizer, find_known_char
 
 # --- The cache ---
@@ -111,11 +111,24 @@ def round_weights(
   return rounded, dataclasses.replace(config, tied_head=False)
 
 
+def arrange_weights(
+  params: dict, config: ModelConfig, compute: ComputeConfig
+) -> tuple[dict, ModelConfig]:
+  """Gathers weights over "fsdp", rounded as `round_weights` does.
+
+  Once and not for every token: parameters by themselves take little beside what training takes.
+  """
+  params, config = round_weights(params, config, compute)
+  blocks = [gather(p, config) for p in params["blocks"]]
+  rest = gather({name: x for name, x in params.items() if name != "blocks"}, config)
+  return rest | {"blocks": blocks}, config
+
+
 def tile_params(params: dict, compute: ComputeConfig) -> dict:
   """Arranges the weights of products for decoding one text, as XLA:CPU is quick at it.
 
   Args:
-    params: from `round_weights`.
+    params: from `arrange_weights`.
     compute: how to compute.
   """
   if compute.dtype != "bfloat16" or compute.matmul != "flat":
@@ -178,6 +191,7 @@ _STATIC = ("config", "compute", "num", "max_tokens", "stop_id", "top_k", "top_p"
 
 
 @partial(jax.jit, static_argnames=_STATIC)
+@with_auto_axes(None)
 def generate(
   params: dict,
   prompt_P: jax.Array,
@@ -220,11 +234,10 @@ def generate(
     int32 [B, max_tokens], the new tokens; from the stop token (or the end) on filled with `stop_id`
     (or 0).
   """
-  S, fill = config.max_seq_len, 0 if stop_id is None else stop_id
-  P = prompt_P.shape[0]
+  S, P, fill = config.max_seq_len, prompt_P.shape[0], 0 if stop_id is None else stop_id
   text_BT = jnp.full((num, P + max_tokens), fill, jnp.int32).at[:, :P].set(prompt_P)
   # A loop over stacked layers would copy each layer's weights for every token.
-  params, config = round_weights(unstack_blocks(params), config, compute)
+  params, config = arrange_weights(unstack_blocks(params), config, compute)
   length = min(S, P + max_tokens)  # a shorter cache is read faster
   if P == 1:
     cache = init_cache(params, num, length, config, compute)
@@ -268,7 +281,8 @@ def generate(
     _, text_BT, _ = jax.lax.while_loop(
       lambda c: (c[0] < end) & ~jnp.all(c[2]), slide, (n, text_BT, done_B)
     )
-  return jax.lax.dynamic_slice_in_dim(text_BT, prompt_len, max_tokens, axis=1)
+  new_BT = jax.lax.dynamic_slice_in_dim(text_BT, prompt_len, max_tokens, axis=1)
+  return constrain(new_BT, (None, None))  # every process reads them
 
 
 def fit_prompt(ids: list[int], config: ModelConfig) -> tuple[list[int], int]:
@@ -333,9 +347,10 @@ def begin_texts(
   """Starts `generate_texts`; calling what is returned waits for the device and gives the texts."""
   sample = sample or experiment.sample
   ids, _ = fit_prompt(tokenizer.encode_prompt(sample.prompt), experiment.model)
-  settings, max_tokens = _settings(params, ids, tokenizer, experiment, sample)
+  settings, max_tokens = _settings(ids, tokenizer, experiment, sample)
   others = (*_prompt_arrays(ids, experiment.model), key, np.float32(sample.temperature))
-  new = generate(params, *jax.device_put(others, beside(params)), **settings)
+  with use_mesh(params):
+    new = generate(params, *place(others, beside(params)), **settings)
 
   def texts() -> list[str]:
     # Where memory runs out, waiting raises an error; reading would abort the process.
@@ -361,13 +376,14 @@ def lower_texts(
   """
   config, sample = experiment.model, sample or experiment.sample
   ids = [0] if tokenizer is None else fit_prompt(tokenizer.encode_prompt(sample.prompt), config)[0]
-  settings, _ = _settings(params, ids, tokenizer, experiment, sample)
+  settings, _ = _settings(ids, tokenizer, experiment, sample)
   key = jax.eval_shape(partial(derive_key, experiment.train.seed, SAMPLE, 0))
   others = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside(params)),
     (*_prompt_arrays(ids, config), key, np.float32(sample.temperature)),
   )
-  return generate.lower(params, *others, **settings)
+  with use_mesh(params):
+    return generate.lower(params, *others, **settings)
 
 
 def sample_texts(
@@ -397,7 +413,6 @@ def _prompt_arrays(ids: list[int], config: ModelConfig) -> tuple[np.ndarray, np.
 
 
 def _settings(
-  params: dict,
   ids: list[int],
   tokenizer: Tokenizer | None,
   experiment: Experiment,
@@ -407,13 +422,9 @@ def _settings(
   config = experiment.model
   room = config.max_seq_len - len(ids) + 1
   max_tokens = room if sample.max_tokens is None else sample.max_tokens
-  compute, mesh = experiment.compute, find_mesh(params)
-  if compute.attention == "splash" and mesh is not None and mesh.size > 1:
-    # The compiler divides no such kernel over devices, and here each of them computes everything.
-    compute = dataclasses.replace(compute, attention="blocks")
   settings = {
     "config": config,
-    "compute": compute,
+    "compute": experiment.compute,
     "num": sample.num,
     # Without a limit computed for the whole context, and cut by the caller: one executable for
     # every prompt length.

@@ -12,6 +12,7 @@ import optax
 from jgpt.config import ComputeConfig, ModelConfig
 from jgpt.config.experiment import PLAIN
 from jgpt.products import Tiles, einsum_bfloat16, find_precision, multiply_flat, multiply_tiles
+from jgpt.sharding import constrain
 
 
 @jax.named_scope("head")
@@ -42,6 +43,7 @@ def compute_logits(
   else:
     precision = find_precision(compute)
     logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, precision=precision)
+  logits_BTV = constrain(logits_BTV, ("batch", None, "vocab"))
   if config.padded_vocab_size == config.vocab_size:
     return logits_BTV
   real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
@@ -74,8 +76,7 @@ def sum_nats(
     logits_BTV = compute_logits(x_BTD, head_VD, config, compute)
     nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
     return jnp.sum(nats_BT * weights_BT)
-  x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-  return sum_in_chunks(config, compute, x_MD, head_VD, targets_BT.ravel(), weights_BT.ravel())
+  return sum_in_chunks(config, compute, x_BTD, head_VD, targets_BT, weights_BT)
 
 
 # --- In chunks ---
@@ -85,92 +86,98 @@ def sum_nats(
 def sum_in_chunks(
   config: ModelConfig,
   compute: ComputeConfig,
-  x_MD: jax.Array,
+  x_BTD: jax.Array,
   head_VD: jax.Array,
-  targets_M: jax.Array,
-  weights_M: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
 ) -> jax.Array:
-  """Computes `sum_nats` of M tokens in `compute.loss_chunks` pieces, one after the other.
+  """Computes `sum_nats` in `compute.loss_chunks` pieces, one after the other.
 
   The logits of one piece are in memory at a time. Where gradients are wanted, those of a piece are
-  computed from its logits in the forward pass, so that nothing is computed twice.
+  computed from its logits in the forward pass, so that nothing is computed twice. A piece has some
+  positions of every sequence, at least one, so that it lies on all devices.
 
   Args:
     config: of the network.
     compute: how to compute; `loss_chunks` is a number.
-    x_MD: floating point.
+    x_BTD: floating point.
     head_VD: weights of the head.
-    targets_M: int32 ids.
-    weights_M: of each target.
+    targets_BT: int32 ids.
+    weights_BT: of each target.
 
   Returns:
     Scalar, nats.
   """
 
   def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
-    x_CD, targets_C, weights_C = chunk
-    nats_C, _ = _compare(_compute_matrix(config, compute, x_CD, head_VD), targets_C)
-    return total + jnp.sum(nats_C * weights_C), None
+    x_BCD, targets_BC, weights_BC = chunk
+    nats_BC, _ = _compare(compute_logits(x_BCD, head_VD, config, compute), targets_BC)
+    return total + jnp.sum(nats_BC * weights_BC), None
 
-  chunks = _split(compute.loss_chunks, x_MD, targets_M, weights_M)
+  chunks = _split(compute.loss_chunks, x_BTD, targets_BT, weights_BT)
   return jax.lax.scan(add, jnp.zeros((), head_VD.dtype), chunks)[0]
 
 
 def _forward(
   config: ModelConfig,
   compute: ComputeConfig,
-  x_MD: jax.Array,
+  x_BTD: jax.Array,
   head_VD: jax.Array,
-  targets_M: jax.Array,
-  weights_M: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
 ) -> tuple[jax.Array, tuple]:
   """Computes the sum, and what it changes by x, head and weights."""
   # Of a copy in float32 the gradient is not rounded before it is scaled.
-  x = x_MD.astype(jnp.promote_types(x_MD.dtype, jnp.float32))
+  x = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
 
   def add(carry: tuple, chunk: tuple) -> tuple[tuple, tuple]:
     total, grad_VD = carry
-    x_CD, targets_C, weights_C = chunk
-    logits_CV, pull_back = jax.vjp(partial(_compute_matrix, config, compute), x_CD, head_VD)
-    nats_C, log_p_CV = _compare(logits_CV, targets_C)
-    is_target_CV = jnp.arange(logits_CV.shape[1])[None] == targets_C[:, None]
-    grad_CD, grad = pull_back((jnp.exp(log_p_CV) - is_target_CV) * weights_C[:, None])
-    return (total + jnp.sum(nats_C * weights_C), grad_VD + grad), (grad_CD, nats_C)
+    x_BCD, targets_BC, weights_BC = chunk
+    compute_part = partial(compute_logits, config=config, compute=compute)
+    logits_BCV, pull_back = jax.vjp(compute_part, x_BCD, head_VD)
+    nats_BC, log_p_BCV = _compare(logits_BCV, targets_BC)
+    is_target_BCV = jnp.arange(logits_BCV.shape[2])[None, None] == targets_BC[..., None]
+    grad_BCD, grad = pull_back((jnp.exp(log_p_BCV) - is_target_BCV) * weights_BC[..., None])
+    grad_VD = constrain(grad_VD + grad, ("vocab", "embed"))
+    return (total + jnp.sum(nats_BC * weights_BC), grad_VD), (grad_BCD, nats_BC)
 
-  chunks = _split(compute.loss_chunks, x, targets_M, weights_M)
+  chunks = _split(compute.loss_chunks, x, targets_BT, weights_BT)
   start = jnp.zeros((), head_VD.dtype), jnp.zeros_like(head_VD)
-  (total, grad_VD), (grads, nats) = jax.lax.scan(add, start, chunks)
-  M, D = x.shape
-  like = jnp.zeros((), x_MD.dtype)  # of which only the dtype is read
-  return total, (grads.reshape(-1, D)[:M], grad_VD, nats.ravel()[:M], like)
+  (total, grad_VD), parts = jax.lax.scan(add, start, chunks)
+  grad_BTD, nats_BT = (_join(part, x.shape[1]) for part in parts)
+  like = jnp.zeros((), x_BTD.dtype)  # of which only the dtype is read
+  return total, (grad_BTD, grad_VD, nats_BT, like)
 
 
 def _backward(config: ModelConfig, compute: ComputeConfig, saved: tuple, g: jax.Array) -> tuple:
-  grad_MD, grad_VD, nats_M, like = saved
-  return (g * grad_MD).astype(like.dtype), g * grad_VD, None, g * nats_M
+  grad_BTD, grad_VD, nats_BT, like = saved
+  return (g * grad_BTD).astype(like.dtype), g * grad_VD, None, g * nats_BT
 
 
 sum_in_chunks.defvjp(_forward, _backward)
 
 
 def _split(num: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Divides dimension 0 into `num` pieces of one length, the last filled up with zeros."""
-  size = -(-arrays[0].shape[0] // num)
+  """Divides positions into at most `num` pieces of one length, the last filled up with zeros."""
+  T = arrays[0].shape[1]
+  size = -(-T // num)
+  num = -(-T // size)
 
-  def split(x: jax.Array) -> jax.Array:
-    padding = [(0, num * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(num, size, *x.shape[1:])
+  def split(x_BT: jax.Array) -> jax.Array:
+    padding = [(0, 0), (0, num * size - T)] + [(0, 0)] * (x_BT.ndim - 2)
+    x_BPC = jnp.pad(x_BT, padding).reshape(len(x_BT), num, size, *x_BT.shape[2:])
+    return x_BPC.swapaxes(0, 1)
 
   return tuple(map(split, arrays))
 
 
-def _compute_matrix(
-  config: ModelConfig, compute: ComputeConfig, x_CD: jax.Array, head_VD: jax.Array
-) -> jax.Array:
-  return compute_logits(x_CD[None], head_VD, config, compute)[0]
+def _join(x_PBC: jax.Array, T: int) -> jax.Array:
+  """Joins pieces of positions."""
+  x_BPC = x_PBC.swapaxes(0, 1)
+  return x_BPC.reshape(len(x_BPC), -1, *x_PBC.shape[3:])[:, :T]
 
 
-def _compare(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _compare(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Computes -log p of the targets, and log p of every token."""
-  log_p_CV = jax.nn.log_softmax(logits_CV)
-  return -jnp.take_along_axis(log_p_CV, targets_C[:, None], axis=1)[:, 0], log_p_CV
+  log_p_BCV = jax.nn.log_softmax(logits_BCV)
+  return -jnp.take_along_axis(log_p_BCV, targets_BC[..., None], axis=2)[..., 0], log_p_BCV

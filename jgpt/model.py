@@ -34,6 +34,7 @@ from jgpt.layers import (
 from jgpt.loss import compute_logits
 from jgpt.params import Param, param_table
 from jgpt.products import find_precision, linear
+from jgpt.sharding import constrain, defer_gather, gather, with_auto_axes
 
 Cache = KVCache | list[KVCache]  # as the blocks are: layers stacked, or in a list
 
@@ -69,6 +70,7 @@ def init_params(key: jax.Array, config: ModelConfig) -> dict:
   return jax.tree_util.tree_map_with_path(draw, param_table(config))
 
 
+@with_auto_axes("tokens_BT")
 def apply(
   params: dict,
   tokens_BT: jax.Array,
@@ -90,7 +92,7 @@ def apply(
     padding is -inf.
   """
   x_BTD = run_network(params, tokens_BT, config, compute, keys_B)
-  return compute_logits(x_BTD, find_head(params, config), config, compute)
+  return compute_logits(x_BTD, find_head(params, config, compute), config, compute)
 
 
 class Trace(NamedTuple):
@@ -109,6 +111,7 @@ class Trace(NamedTuple):
   logits_BTV: jax.Array
 
 
+@with_auto_axes(None)
 def trace(params: dict, tokens_BT: jax.Array, experiment: Experiment) -> Trace:
   """Computes the logits of each position's next token and what led to them, without dropout.
 
@@ -147,7 +150,7 @@ def predict_logits(
 ) -> jax.Array:
   """Computes the logits [B, T, V] from the residual stream after the last block."""
   x_BTD = finish_blocks(params, x_BTD, config, compute)
-  return compute_logits(x_BTD, find_head(params, config), config, compute)
+  return compute_logits(x_BTD, find_head(params, config, compute), config, compute)
 
 
 def run_network(
@@ -179,7 +182,11 @@ def embed(
 
   `position` is the first token's.
   """
-  x_BTD = widen(params["tok_embed"][tokens_BT])
+  # The width is divided as the tables' is: what moves between devices is the sum, not the tables.
+  divided = ("rows", None, "embed")
+  table_VD = constrain(params["tok_embed"], ("vocab", "embed"))
+  x_BTD = table_VD[constrain(tokens_BT, divided[:2])]
+  x_BTD = widen(constrain(x_BTD, divided))
   if config.scale_embed:
     x_BTD = x_BTD * config.d_model**0.5
   if config.positions == "sinusoidal":
@@ -188,7 +195,9 @@ def embed(
     table_SD = params["pos_embed"]
   # A slice and not a gather, whose gradient is a scatter: a tenth of a step of `names`.
   positions_TD = jax.lax.dynamic_slice_in_dim(table_SD, position, tokens_BT.shape[1])
-  x_BTD = dropout(x_BTD + positions_TD[None], *dropout_at("embedding", config, keys_B))
+  x_BTD = constrain(x_BTD + positions_TD[None], divided)
+  x_BTD = constrain(x_BTD, ("batch", None, None))
+  x_BTD = dropout(x_BTD, *dropout_at("embedding", config, keys_B))
   return store(rms_norm(x_BTD) if config.norm_embed else x_BTD, compute)
 
 
@@ -219,9 +228,12 @@ def run_blocks(
 
   def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, KVCache | None]:
     p, number, cache = inputs
+    if cache is None:  # a block that is computed again gathers again; otherwise its products do
+      p = (gather if compute.remat == "block" else defer_gather)(p, config, compute)
     # Folded with numbers that no dropout place has, so that no layer's key is a place's key.
     keys = None if keys_B is None else fold_in_rows(keys_B, len(DROPOUT_PLACES) + number)
-    return block(x_BTD, p, config, compute, keys, cache, position)
+    x_BTD, cache = block(x_BTD, p, config, compute, keys, cache, position)
+    return constrain(x_BTD, ("batch", None, None)), cache
 
   if compute.remat == "block" and cache is None:
     # Under a scan nothing can be merged with what is computed again.
@@ -297,6 +309,7 @@ def finish_blocks(
   return norm(x_BTD, params, "norm_final", config, compute)
 
 
-def find_head(params: dict, config: ModelConfig) -> jax.Array:
+def find_head(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> jax.Array:
   """Returns the weights of the head [V, D]: the token embedding's where they are tied."""
-  return params["tok_embed"] if config.tied_head else params["unembed"]
+  name = "tok_embed" if config.tied_head else "unembed"
+  return gather({name: params[name]}, config, compute)[name]

@@ -56,7 +56,7 @@ def param_table(config: ModelConfig) -> dict:
   residual_std = std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
 
   def gain() -> Param:
-    return Param((D,), ("embed",), "gain", std=0.0, mean=1.0)
+    return Param((D,), (None,), "gain", std=0.0, mean=1.0)
 
   def bias(*shape: int, axes: tuple[str | None, ...]) -> Param:
     return Param(shape, axes, "bias", std=0.0)
@@ -67,24 +67,24 @@ def param_table(config: ModelConfig) -> dict:
   # A parameter that the config leaves out is False here, and is removed below.
   block = {
     "norm_attn_gain": gains and gain(),
-    "norm_attn_bias": norm_biases and bias(D, axes=("embed",)),
+    "norm_attn_bias": norm_biases and bias(D, axes=(None,)),
     "w_qkv": Param((D, 3, N, H), ("embed", None, "heads", None), "matrix", std),
     "b_qkv": biases and bias(3, N, H, axes=(None, "heads", None)),
     "w_out": Param((N, H, D), ("heads", None, "embed"), "matrix", residual_std),
-    "b_out": biases and bias(D, axes=("embed",)),
+    "b_out": biases and bias(D, axes=(None,)),
     "norm_mlp_gain": gains and gain(),
-    "norm_mlp_bias": norm_biases and bias(D, axes=("embed",)),
+    "norm_mlp_bias": norm_biases and bias(D, axes=(None,)),
     "w_up": Param((D, F), ("embed", "mlp"), "matrix", std),
     "b_up": mlp_biases and bias(F, axes=("mlp",)),
     "w_down": Param((F, D), ("mlp", "embed"), "matrix", residual_std),
-    "b_down": mlp_biases and bias(D, axes=("embed",)),
+    "b_down": mlp_biases and bias(D, axes=(None,)),
   }
   table = {
     "tok_embed": Param((V, D), ("vocab", "embed"), "embedding", std, padding=padding),
     "pos_embed": learned and Param((S, D), (None, "embed"), "embedding", std),
     "blocks": {name: param for name, param in block.items() if param},
     "norm_final_gain": config.norm_final and gains and gain(),
-    "norm_final_bias": config.norm_final and norm_biases and bias(D, axes=("embed",)),
+    "norm_final_bias": config.norm_final and norm_biases and bias(D, axes=(None,)),
     "unembed": not config.tied_head
     and Param((V, D), ("vocab", "embed"), "head", std, padding=padding),
   }

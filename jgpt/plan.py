@@ -35,7 +35,7 @@ from jgpt.config.settings import (
   resolve,
 )
 from jgpt.data.corpus import Data, check_path, find_data, is_text_of
-from jgpt.devices import runtime
+from jgpt.devices import processes, runtime
 from jgpt.devices.compute import resolve_compute, resolve_dtype
 from jgpt.errors import UserError, printable
 from jgpt.evaluation import schedule_evaluations
@@ -56,7 +56,7 @@ from jgpt.runs.origin import Origin, can_continue, check_origin, open_origin
 from jgpt.runs.profile import Profile
 from jgpt.runs.resume import describe_ways, find_recorded, find_sound_step
 from jgpt.runs.text import find_run_data
-from jgpt.sharding import make_mesh
+from jgpt.sharding import leave_mesh, make_mesh
 from jgpt.step import MAX_STEPS_PER_CALL
 from jgpt.system import locks
 from jgpt.system.signals import print_stderr
@@ -108,6 +108,7 @@ class Plan:
   profile: Profile | None = None
 
 
+@leave_mesh()
 def plan_run(
   experiment: Experiment,
   *,
@@ -146,13 +147,19 @@ def plan_run(
     check_other_folder(experiment, workdir, recorded)
     experiment = resolve_as_recorded(experiment, recorded)
     check_same_run(experiment, recorded, workdir)
-  saved_step = find_sound_step(workdir)[0] if workdir is not None else None
+  saved_step = None
+  if workdir is not None:
+    saved_step = processes.on_lead("the checkpoints", lambda: find_sound_step(workdir)[0])
   data, origin = None, recorded.origin if recorded else None
   if recorded:
     ways = describe_ways(workdir, keeps_moments=can_continue(recorded.experiment))
-    data, place = find_run_data(workdir, recorded, experiment.data, f"; or {ways}")
+    data, place = processes.lead_first(
+      "the data", lambda: find_run_data(workdir, recorded, experiment.data, f"; or {ways}")
+    )
     experiment = dataclasses.replace(experiment, data=place)
-  source = open_source(experiment, origin, report) if saved_step is None else None
+  source = None
+  if saved_step is None:
+    source = processes.lead_first("the weights", lambda: open_source(experiment, origin, report))
   adopted = recorded.adopted if recorded else ()
   if source and not recorded:
     values = list_settings(experiment)
@@ -162,7 +169,10 @@ def plan_run(
     check_weights_tokenizer(source, experiment.data)
   if data is None:
     tokenizer = source.tokenizer if source else None
-    data = find_data(experiment.data, experiment.train.seed, tokenizer=tokenizer)
+    seed = experiment.train.seed
+    data = processes.lead_first(
+      "the data", lambda: find_data(experiment.data, seed, tokenizer=tokenizer)
+    )
   epoch_steps = count_epoch_steps(data.train, experiment.data) if experiment.train.epochs else None
   if isinstance(source, Weights):
     check_weights_vocabulary(source, data.tokenizer)
@@ -177,9 +187,38 @@ def plan_run(
   elif initial:
     origin = initial.record
   check_prompt(experiment.sample, data.tokenizer)  # else the error would come after the training
-  return Plan(
+  plan = Plan(
     *(name, experiment, data, workdir, saved_step or 0, epoch_steps),
     *(initial, weights, origin, adopted, time.perf_counter() - began),
+  )
+  check_same_plan(plan)
+  return plan
+
+
+def check_same_plan(plan: Plan) -> None:
+  """Checks that all processes of a run have planned the same.
+
+  Raises:
+    UserError: in every process, naming what differs and in which one.
+  """
+  settings = {n: format_value(value) for n, value in list_settings(plan.experiment).items()}
+  for name in ("data.path", "data.source"):  # the same text may lie elsewhere on another host
+    del settings[name]
+  processes.check_same(
+    "the plan",
+    {
+      "jgpt": jgpt.__version__,
+      "jax": jax.__version__,
+      "jgpt's keys": IMPLEMENTATION,
+      "the run folder": None if plan.workdir is None else os.path.abspath(plan.workdir),
+      "the SHA-256 of the text": plan.data.text.sha256,
+      "the tokenizer": plan.data.tokenizer.digest,
+      "the step to begin at": plan.start_step,
+      "the SHA-256 of the weights": (plan.weights or plan.origin or {}).get("sha256"),
+      **settings,
+      **{n: v for n, v in runtime.find_numeric_options().items() if n.startswith("jax_")},
+    },
+    "Start every process with the same command, on the same files",
   )
 
 
@@ -226,7 +265,7 @@ def claim_folder(
 ) -> int | None:
   """Locks a run folder until the stack closes, and records this start in it.
 
-  Damaged checkpoints are renamed, with a warning.
+  Damaged checkpoints are renamed, with a warning. The lead does this for all processes.
 
   Returns:
     The step to restore; None where there is no checkpoint.
@@ -234,6 +273,13 @@ def claim_folder(
   Raises:
     UserError: if another process writes to the folder, or it changed since the plan was made.
   """
+  return processes.on_lead("the run folder", lambda: _claim_folder(plan, devices, stack))
+
+
+def _claim_folder(
+  plan: Plan, devices: Sequence[jax.Device], stack: contextlib.ExitStack
+) -> int | None:
+  """Locks a run folder and records a start in it, in the lead; see `claim_folder`."""
   mesh = make_mesh(plan.experiment, devices)
   plan = dataclasses.replace(plan, experiment=resolve_dtype(plan.experiment, devices[0]))
   workdir = plan.workdir

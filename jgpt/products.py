@@ -12,6 +12,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jgpt.config import ComputeConfig
+from jgpt.sharding import Divided, multiply_divided
 
 TILE = 64  # columns, of which XLA:CPU computes as many at a time
 MAX_TILES = 64  # in one product: with 786 XLA:CPU chooses another kind of product
@@ -44,13 +45,15 @@ def linear(equation: str, x: jax.Array, p: dict, name: str, compute: ComputeConf
   return y if bias is None else y + bias[None, None]
 
 
-def project(equation: str, x: jax.Array, w: jax.Array | Tiles, compute: ComputeConfig) -> jax.Array:
+def project(
+  equation: str, x: jax.Array, w: jax.Array | Tiles | Divided, compute: ComputeConfig
+) -> jax.Array:
   """Computes `einsum(equation, x, w)`, contracting x's dimensions after batch and position.
 
   Args:
     equation: contracts the last dimensions of x with the first of w, in their order.
     x: [B, T, ...].
-    w: weights; those in tiles have one row of x.
+    w: weights; those in tiles have one row of x, divided ones are gathered.
     compute: with `dtype` "bfloat16" the operands are rounded to bfloat16, also those of the
       gradient's products, and the result and the gradients are float32. With `matmul` "flat" one
       plain product of two matrices is computed: on a CPU einsum's gradients take a tenth of a small
@@ -60,6 +63,8 @@ def project(equation: str, x: jax.Array, w: jax.Array | Tiles, compute: ComputeC
   Returns:
     [B, T, ...], float32; without "bfloat16" in the operands' dtype.
   """
+  if isinstance(w, Divided):
+    return multiply_divided(lambda x, w: project(equation, x, w, compute), w, x)
   if isinstance(w, Tiles):
     num = x.ndim - 2
     return multiply_tiles(x.ravel(), w).reshape(*x.shape[:2], *w.shape[num:])

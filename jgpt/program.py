@@ -22,17 +22,17 @@ from jgpt.config import Experiment
 from jgpt.config.settings import change
 from jgpt.data.corpus import Data
 from jgpt.data.feed import Feed, make_feed
-from jgpt.devices import runtime
+from jgpt.devices import cluster, processes, runtime
 from jgpt.devices.compute import choose_quick_options, choose_step_options, resolve_compute
 from jgpt.devices.footprint import (
   Budget,
-  Footprint,
   describe_bytes,
   describe_footprint,
   estimate_footprint,
   list_remedies,
   measure_program,
   scale_footprint,
+  share_params,
 )
 from jgpt.errors import UserError, first_line
 from jgpt.evaluation import lower_evaluation
@@ -86,7 +86,7 @@ class Program:
 
     Those of a profile are waited for.
     """
-    count = jax.device_put(np.int32(num_steps), sharding.beside(state))
+    count = sharding.place(np.int32(num_steps), sharding.beside(state))
     corpus = self.feed.corpus_at(step)
     with record_call(profile, step, num_steps) as is_recorded:
       found = self.run_steps(corpus, state, count)
@@ -115,15 +115,18 @@ def compile_program(
     num_steps: updates that are left; without any the step is not compiled.
 
   Raises:
-    UserError: if the devices do not fit the settings, a step would take more memory than they have,
-      or the weights to begin from are missing.
+    UserError: if the devices do not fit the settings or each other, a step would take more memory
+      than they have, or the weights to begin from are missing.
   """
+  cluster.survey_devices(devices)
   given, (mesh, experiment) = experiment, _choose_mesh(experiment, devices)
-  memory = runtime.find_free_memory(mesh.devices.flat[0], mesh.devices.size)
+  chosen = dataclasses.asdict(experiment.compute)  # by what this host's processor can do
+  processes.check_same("the programs", chosen, "Try --set compute.dtype=float32")
+  memory = _find_memory(mesh)
   feed = make_feed(data.train, experiment.data, experiment.train.seed, mesh)
   whole = sharding.replicated(mesh)
-  heldout = jax.device_put(data.heldout, whole)
-  key = jax.device_put(derive_key(experiment.train.seed, INIT, 0), whole)
+  heldout = sharding.place(data.heldout, whole)
+  key = sharding.place(derive_key(experiment.train.seed, INIT, 0), whole)
   init = jax.jit(partial(init_state, experiment=experiment))  # traced once, for shapes and values
   stacked, placed = _shape_states(init, key, experiment, mesh)
   is_read = saved_step is not None or isinstance(initial, Origin)
@@ -131,7 +134,7 @@ def compile_program(
   make, shapes, make_argument = _choose_state(experiment, data, source, init, key, stacked, mesh)
   make_state = _jit_state(make, placed, experiment, is_read=is_read)
   if num_steps > 0:
-    check_state_memory(estimate_footprint(experiment, mesh.devices.size), memory)
+    check_state_memory(experiment, mesh.devices.size, memory)
   if jax.config.jax_disable_jit:  # nothing is traced: each function computes as it is called
     run_steps = jit_steps(experiment, placed, mesh) if num_steps > 0 else None
     return Program(experiment, make_state(make_argument()), run_steps, feed, heldout)
@@ -155,23 +158,41 @@ def compile_program(
     return Program(experiment, state.result(), run_steps, feed, heldout, memory)
 
 
-def check_state_memory(footprint: Footprint, memory: int | None) -> None:
+def _find_memory(mesh: jax.sharding.Mesh) -> int | None:
+  """Finds the bytes that a step can take of each device: the least of all processes' ones."""
+  here = mesh.local_devices  # others are of other processes
+  found = processes.together("the memory", lambda: runtime.find_free_memory(here[0], len(here)))
+  return None if None in found else min(found)
+
+
+def check_state_memory(experiment: Experiment, num_devices: int, memory: int | None) -> None:
   """Checks that parameters and moments have room, before they are made.
 
   Args:
-    footprint: of a step.
-    memory: bytes of each device that it can take; None where it is not known.
+    experiment: from `resolve_compute`.
+    num_devices: of the mesh.
+    memory: bytes of each device that a step can take; None where it is not known.
 
   Raises:
     UserError: if they have not, whatever the other settings are.
   """
-  least = footprint.parameters + footprint.moments
-  if memory is not None and least > memory:
-    raise UserError(
-      f"parameters and moments alone take {describe_bytes(least)} of memory on each device, and "
-      f"{describe_bytes(memory)} are free. What fits is a smaller model: see model.d_model and "
-      "model.num_layers"
-    )
+
+  def measure(experiment: Experiment) -> int:
+    footprint = estimate_footprint(experiment, num_devices)
+    return footprint.parameters + footprint.moments
+
+  least = measure(experiment)
+  if memory is None or least <= memory:
+    return
+  words = (
+    f"parameters and moments alone take {describe_bytes(least)} of memory on each device, and "
+    f"{describe_bytes(memory)} are free"
+  )
+  shared = share_params(experiment, num_devices)
+  if shared and (less := measure(change(experiment, shared))) <= memory:
+    settings = " ".join(f"--set {name}={value}" for name, value in shared.items())
+    raise UserError(f"{words}. Try {settings}, with which they take {describe_bytes(less)}")
+  raise UserError(f"{words}. What fits is a smaller model: see model.d_model and model.num_layers")
 
 
 def check_memory(
@@ -235,7 +256,8 @@ def advise_memory(
     words = f"a step takes {describe_bytes(needed)} of memory on each device{there}"
   else:
     words = f"a step takes more memory than a device has{there} ({needed[:200]})"
-  print_stderr(f"{words}; compiling others, to see what fits ...")
+  if processes.is_lead():
+    print_stderr(f"{words}; compiling others, to see what fits ...")
   words += f"; by formula: {describe_footprint(formula)}"
   remedies, size = list_remedies(experiment, resolved.compute, num_devices, kind), None
   for changes in remedies:
@@ -412,7 +434,11 @@ def _choose_state(
   if given is None:
     return init, key, lambda: key
   begin = partial(begin_state, experiment=experiment)
-  return begin, given, lambda: jax.device_put(given, sharding.replicated(mesh))
+  places = sharding.param_shardings(given, experiment.model, mesh)
+  shapes = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given, places
+  )
+  return begin, shapes, lambda: sharding.place(given, places)
 
 
 def continue_state(params: dict, moments: dict, experiment: Experiment) -> TrainState:
@@ -484,7 +510,7 @@ def list_saving(
   """
   programs = {"save": partial(checkpoint.lower_save, stacked)}
   if isinstance(placed.params["blocks"], list):
-    programs["stack"] = partial(checkpoint.stack_jit.lower, placed)
+    programs["stack"] = partial(checkpoint.lower_stack, placed)
   return programs
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # jax is imported after the arguments are understood
   import jax
 
   from jgpt.plan import Plan
+  from jgpt.runs.log import Writer
   from jgpt.system.signals import Stop
 
 
@@ -78,24 +80,19 @@ def main(argv: list[str] | None = None) -> int:
     vocab_size = recorded.tokenizer.vocab_size if recorded else None
     print(format_config(name, experiment, vocab_size))
     return 0
-  with signals.exit_on_signals() as stop:
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(signals.exit_on_signals())
     with stop.leaving(
       "stopped before training; nothing is lost, the same command begins again or goes on"
     ):
-      from jgpt.devices import runtime
-      from jgpt.plan import default_workdir, find_default_run
+      from jgpt.devices import processes, runtime
 
       if note := runtime.set_up():
         print(note, file=sys.stderr)
-      workdir = (
-        Path(os.path.expanduser(args.workdir))
-        if args.workdir
-        else default_workdir(name, base, experiment)
+      _join(args, experiment, stop, stack)
+      workdir = Path(
+        processes.on_lead("the run folder", lambda: _name_folder(args, name, base, experiment))
       )
-      is_new = not args.workdir and not args.fresh and not os.path.lexists(workdir)
-      if is_new and (same := find_default_run(name, base, experiment)):
-        print(f"{same} holds this run, on the same text under another name", file=sys.stderr)
-        workdir = same
       plan = _plan(args, name, experiment, workdir)
       if profile is not None:
         from jgpt.runs.profile import choose_updates
@@ -164,7 +161,31 @@ def _parser() -> argparse.ArgumentParser:
     "--resume", action="store_true", help="resume the run in the folder; an error if there is none"
   )
   _add_reports(parser)
+  _add_processes(parser)
   return parser
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of a run of several processes."""
+  several = parser.add_argument_group(
+    "several processes",
+    "for a run on several hosts, started once on each; under Slurm, Open MPI, on TPU pods and in "
+    "indexed jobs of Kubernetes no option is needed",
+  )
+  several.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="the host of process 0 and a free port there (or JAX_COORDINATOR_ADDRESS)",
+  )
+  several.add_argument(
+    "--num-processes",
+    type=int,
+    metavar="N",
+    help="processes in all; 1 is alone, whatever a launcher says (or JAX_NUM_PROCESSES)",
+  )
+  several.add_argument(
+    "--process-id", type=int, metavar="I", help="this one's number, from 0 (or JAX_PROCESS_ID)"
+  )
 
 
 def _add_reports(parser: argparse.ArgumentParser) -> None:
@@ -424,8 +445,40 @@ def report_download(done: int, total: int) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
+def _join(
+  args: argparse.Namespace, experiment: Experiment, stop: Stop, stack: contextlib.ExitStack
+) -> None:
+  """Joins the other processes of the run, if there are any; the lead alone prints from then on."""
+  from jgpt.devices import cluster, processes
+
+  cluster.join(
+    *(args.coordinator, args.num_processes, args.process_id),
+    timeout=experiment.mesh.timeout_seconds,
+  )
+  stack.enter_context(processes.watching(stop, cli.describe_failure))
+  if not processes.is_lead():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries in C++ print too
+
+
+def _name_folder(
+  args: argparse.Namespace, name: str, base: Experiment, experiment: Experiment
+) -> str:
+  """Returns the run folder that the arguments ask for."""
+  from jgpt.plan import default_workdir, find_default_run
+
+  if args.workdir:
+    return os.path.expanduser(args.workdir)
+  workdir = default_workdir(name, base, experiment)
+  is_new = not args.fresh and not os.path.lexists(workdir)
+  if is_new and (same := find_default_run(name, base, experiment)):
+    print(f"{same} holds this run, on the same text under another name", file=sys.stderr)
+    workdir = same
+  return str(workdir)
+
+
 def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: Path) -> Plan:
   """Plans the run that the arguments ask for, in its folder."""
+  from jgpt.devices import processes
   from jgpt.plan import plan_run
   from jgpt.runs import manifest
 
@@ -444,11 +497,15 @@ def _plan(args: argparse.Namespace, name: str, experiment: Experiment, workdir: 
       )
     # Raises what is wrong with the settings, before anything is moved.
     plan_run(experiment, report=report_download)
-    if old := set_run_aside(workdir):
+    if old := processes.on_lead("the old run", lambda: _to_text(set_run_aside(workdir))):
       print(f"the old run is kept in {old}")
   if args.resume:
-    manifest.find_step(workdir, None)
+    processes.on_lead("the checkpoints", lambda: manifest.find_step(workdir, None))
   return plan_run(experiment, workdir=workdir, name=name, report=report_download)
+
+
+def _to_text(path: Path | None) -> str | None:
+  return None if path is None else str(path)
 
 
 def _train(
@@ -463,18 +520,60 @@ def _train(
     plan: of the run.
     stop: from `exit_on_signals`.
   """
+  import jax
+
   from jgpt import train
-  from jgpt.devices import runtime
+  from jgpt.devices import cluster, processes, runtime
   from jgpt.generate import sample_texts
   from jgpt.report import outcome, summary
-  from jgpt.report.console import ConsoleWriter
+  from jgpt.report.tables import format_table
   from jgpt.runs.folder import make_subfolder
   from jgpt.system import files
 
-  devices = runtime.devices()
+  devices = runtime.devices(to_train=True)
+  if table := cluster.survey_devices(devices):
+    print(f"{format_table(table, ['left'] * 3)}\n")
   for label, text in summary.describe_plan(plan, devices):
     print(f"{label:<12}{text}")
   print(flush=True)
+  steps = plan.experiment.train.steps
+  writers, sample_at = _open_console(plan)
+  print(end="", flush=True)
+  began = time.perf_counter()
+  result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
+  step = result.step
+  saved = signals.describe_stop(step, plan.workdir)
+  if result.signal:
+    stop.leave(saved)
+  with stop.leaving(saved):
+    sampling = time.perf_counter()
+    texts = sample_texts(result.state.params, result.tokenizer, step, result.experiment)
+  seconds = result.seconds["sampling"] + time.perf_counter() - sampling
+  result = dataclasses.replace(result, seconds=result.seconds | {"sampling": seconds})
+  if not processes.is_lead():
+    return 0
+  outcome.write_outcome(plan, result)
+  samples = make_subfolder(plan.workdir, "samples")
+  files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
+  with stop.leaving(saved), processes.busy("the end of the run"):
+    summary.print_result(plan, result, texts, time.perf_counter() - began)
+    if words := summary.describe_end(plan, result):
+      print(f"{words}\n")
+    is_named = known or experiment.train.continue_from != base.train.continue_from
+    again = summary.format_command(known, base, experiment) if is_named else None
+    if plan.start_step < steps:
+      draw_curves(plan.workdir)
+    summary.print_next(plan, texts, again)
+    if plan.start_step < steps:
+      print_compiler_check(plan, jax.local_devices()[0])
+  return 0
+
+
+def _open_console(plan: Plan) -> tuple[list[Writer], Callable[[int], bool] | None]:
+  """Prints how the run goes on; returns what prints its progress, and when that wants samples."""
+  from jgpt.devices import processes
+  from jgpt.report.console import ConsoleWriter
+
   steps = plan.experiment.train.steps
   writers, sample_at = [], None
   if plan.start_step >= steps and not steps:
@@ -494,35 +593,9 @@ def _train(
       epoch_steps=plan.epoch_steps,
     )
     writers = [console]
-    if console.wants_samples and plan.data.documents:
+    if processes.decide("the console", console.wants_samples and bool(plan.data.documents)):
       sample_at = console.is_line_due
-  print(end="", flush=True)
-  began = time.perf_counter()
-  result = train.train_run(plan, writers=writers, sample_at=sample_at, stop=stop)
-  step = result.step
-  saved = signals.describe_stop(step, plan.workdir)
-  if result.signal:
-    stop.leave(saved)
-  with stop.leaving(saved):
-    sampling = time.perf_counter()
-    texts = sample_texts(result.state.params, result.tokenizer, step, result.experiment)
-  seconds = result.seconds["sampling"] + time.perf_counter() - sampling
-  result = dataclasses.replace(result, seconds=result.seconds | {"sampling": seconds})
-  outcome.write_outcome(plan, result)
-  samples = make_subfolder(plan.workdir, "samples")
-  files.write_text(samples / f"step_{step}.txt", "".join(f"{t}\n" for t in texts))
-  with stop.leaving(saved):
-    summary.print_result(plan, result, texts, time.perf_counter() - began)
-    if words := summary.describe_end(plan, result):
-      print(f"{words}\n")
-    is_named = known or experiment.train.continue_from != base.train.continue_from
-    again = summary.format_command(known, base, experiment) if is_named else None
-    if plan.start_step < steps:
-      draw_curves(plan.workdir)
-    summary.print_next(plan, texts, again)
-    if plan.start_step < steps:
-      print_compiler_check(plan, devices[0])
-  return 0
+  return writers, sample_at
 
 
 def draw_curves(workdir: Path) -> None:

@@ -5,54 +5,117 @@ is moved here: functions return shardings, or constrain traced arrays.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jgpt.config import Experiment, ModelConfig
+from jgpt.config import ComputeConfig, Experiment, ModelConfig
+from jgpt.config.experiment import PLAIN
 from jgpt.errors import UserError
-from jgpt.params import param_at
+from jgpt.params import param_at, param_table
 
-# Logical axis -> mesh axis. What is not named here is replicated.
-RULES = {"batch": "data"}
+AXES = ("data", "fsdp", "tensor")
+# Logical axis -> mesh axes. What is not named here is replicated.
+RULES = {
+  "batch": ("data", "fsdp"),
+  "rows": ("data",),  # of a batch whose width is divided over "fsdp"
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocab": ("tensor",),
+}
 
 
 def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
-  """Makes a mesh of devices with the axis "data".
+  """Makes a mesh of devices with the axes "data", "fsdp" and "tensor".
 
   Args:
-    experiment: `mesh.data` is the number of devices to use; None uses all.
+    experiment: `mesh` says how many devices each axis has.
     devices: all there are.
 
   Raises:
-    UserError: if there are fewer devices than `mesh.data`, or they do not divide the batch.
+    UserError: if there are fewer devices than the mesh asks for, or they do not divide the batch.
   """
-  num_data = experiment.mesh.data or len(devices)
+  shape = choose_shape(experiment, len(devices))
+  num_devices, num_parts = math.prod(shape), shape[0] * shape[1]
   batch, micro = experiment.data.batch_size, experiment.train.micro_batch_size
-  most = count_usable_devices(experiment, len(devices))
-  if num_data > len(devices):
+  advice = f"mesh.data={count_usable_devices(experiment, len(devices))}"
+  if max(shape[1:]) > 1:
+    advice += " --set mesh.fsdp=1 --set mesh.tensor=1"
+  sizes = ", ".join(f"mesh.{name}={n}" for name, n in zip(AXES, shape, strict=True) if n > 1)
+  if num_devices > len(devices) or not num_devices:
     raise UserError(
-      f"mesh.data={num_data} asks for more than the {len(devices)} devices there are. Try --set "
-      f"mesh.data={most}"
+      f"{sizes} asks for more than the {len(devices)} devices there are. Try --set {advice}"
     )
-  if (micro or batch) % num_data:
+  if (micro or batch) % num_parts:
     name, size = ("train.micro_batch_size", micro) if micro else ("data.batch_size", batch)
-    below, above = size // num_data * num_data, -(-size // num_data) * num_data
+    below, above = size // num_parts * num_parts, -(-size // num_parts) * num_parts
     nearest = f"{below} or {above}" if below else f"{above}"
     batches = ""
     if micro and batch % above:
       batches = f" --set data.batch_size={-(-batch // above) * above}"
     raise UserError(
-      f"{name}={size} must be a multiple of the {num_data} devices; nearest: {nearest}. Try "
-      f"--set mesh.data={most}, or for a new run --set {name}={above}{batches}"
+      f"{name}={size} must be a multiple of the {num_parts} devices that it is divided over; "
+      f"nearest: {nearest}. Try --set {advice}, or for a new run --set {name}={above}{batches}"
     )
-  return jax.make_mesh(
-    (num_data,), ("data",), devices=devices[:num_data], axis_types=(AxisType.Auto,)
+  check_all_take_part(experiment, devices, num_devices)
+  return jax.make_mesh(shape, AXES, devices=devices[:num_devices], axis_types=(AxisType.Auto,) * 3)
+
+
+def check_all_take_part(
+  experiment: Experiment, devices: Sequence[jax.Device], num_used: int
+) -> None:
+  """Checks that a mesh of the first devices has some of every process's.
+
+  Raises:
+    UserError: naming settings that take all devices.
+  """
+  num_devices = len(devices)
+  used = {device.process_index for device in devices[:num_used]}
+  num_idle = len({device.process_index for device in devices} - used)
+  if not num_idle:
+    return
+  fits = count_usable_devices(experiment, num_devices) == num_devices
+  batch = -(-experiment.data.batch_size // num_devices) * num_devices
+  way = "" if fits else f" --set data.batch_size={batch}"
+  raise UserError(
+    f"a mesh of {num_used} of the {num_devices} devices leaves {num_idle} of the "
+    f"{len(used) + num_idle} processes without any. Try --set mesh.data={num_devices} --set "
+    f"mesh.fsdp=1 --set mesh.tensor=1{way}, or fewer processes"
   )
+
+
+def choose_shape(experiment: Experiment, num_devices: int) -> tuple[int, int, int]:
+  """Returns the sizes of the mesh's axes; that of -1 takes the devices that the others leave.
+
+  Raises:
+    UserError: if the others do not divide the number of devices.
+  """
+  shape = [getattr(experiment.mesh, name) for name in AXES]
+  if -1 not in shape:
+    return tuple(shape)
+  others = -math.prod(shape)
+  if num_devices % others:
+    given = {a: n for a, n in zip(AXES, shape, strict=True) if n > 1}
+    sizes, advice, left = " * ".join(f"mesh.{a}={n}" for a, n in given.items()), [], num_devices
+    for axis, size in given.items():
+      advice.append(f"--set mesh.{axis}={math.gcd(size, left)}")
+      left //= math.gcd(size, left)
+    raise UserError(
+      f"{sizes} must divide the {num_devices} devices there are, since mesh."
+      f"{AXES[shape.index(-1)]}=-1 takes the others. Try {' '.join(advice)}"
+    )
+  shape[shape.index(-1)] = num_devices // others
+  return tuple(shape)
 
 
 def count_usable_devices(experiment: Experiment, num_devices: int) -> int:
@@ -60,6 +123,17 @@ def count_usable_devices(experiment: Experiment, num_devices: int) -> int:
   # Micro-batches divide the batch, so that what divides them divides it.
   size = experiment.train.micro_batch_size or experiment.data.batch_size
   return max(n for n in range(1, num_devices + 1) if size % n == 0)
+
+
+def count_batch_parts(mesh: Mesh | None) -> int:
+  """Counts the parts that a mesh divides a batch into; without a mesh there is one."""
+  return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+
+
+def describe_shape(mesh: Mesh) -> str:
+  """Describes a mesh as its settings: "mesh.data=4, mesh.tensor=2"."""
+  sizes = {name: n for name, n in mesh.shape.items() if n > 1} or {"data": 1}
+  return ", ".join(f"mesh.{name}={n}" for name, n in sizes.items())
 
 
 def find_mesh(tree: Any) -> Mesh | None:
@@ -73,21 +147,75 @@ def find_mesh(tree: Any) -> Mesh | None:
 
 
 def use_mesh(tree: Any) -> contextlib.AbstractContextManager:
-  """Sets the mesh that a pytree of arrays or shapes lies on, for `constrain`, if there is one."""
+  """Sets the mesh that a pytree of arrays or shapes lies on, for `constrain`; maybe none at all."""
   mesh = find_mesh(tree)
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+  return leave_mesh() if mesh is None else jax.set_mesh(mesh)
+
+
+@contextlib.contextmanager
+def leave_mesh() -> Iterator[None]:
+  """Hides the mesh that a caller may have set, for functions that choose their devices."""
+  if jax.sharding.get_abstract_mesh().empty:
+    yield
+    return
+  with jax.set_mesh(Mesh(np.empty((), object), ())):  # an empty one
+    yield
+
+
+def with_auto_axes(*outputs: str | None) -> Callable[[Callable], Callable]:
+  """Makes a function compute the same under a mesh of explicit axes, which JAX makes by default.
+
+  Explicit axes would need a sharding for every gather and product. Inside the function they are
+  automatic: XLA chooses. Under any other mesh, and without one, the function is called as it is.
+
+  Args:
+    *outputs: for each result the argument that it is divided like, by name, where dimensions that
+      the argument has not are whole; a result of None is whole on every device.
+  """
+
+  def decorate(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+      axes = jax.sharding.get_abstract_mesh().explicit_axes
+      if not axes:
+        return function(*args, **kwargs)
+      given = inspect.signature(function).bind(*args, **kwargs).arguments
+      specs = tuple(
+        P() if name is None else jax.tree.map(_find_spec, given[name]) for name in outputs
+      )
+      leaves, structure = jax.tree.flatten((args, kwargs))
+      places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+      def compute(*arrays: jax.Array) -> Any:
+        found = dict(zip(places, arrays, strict=True))
+        args, kwargs = structure.unflatten(found.get(i, x) for i, x in enumerate(leaves))
+        return function(*args, **kwargs)
+
+      out_sharding = specs[0] if len(specs) == 1 else specs
+      compute = jax.sharding.auto_axes(compute, axes=axes, out_sharding=out_sharding)
+      return compute(*(leaves[i] for i in places))
+
+    return call
+
+  return decorate
+
+
+def _find_spec(x: Any) -> P:
+  """Returns how an array is divided over explicit axes; one of NumPy is whole."""
+  return jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else P()
 
 
 def to_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   """Maps logical axes to a partition spec.
 
-  A dimension that its mesh axis does not divide is replicated.
+  A dimension that its mesh axes do not divide is replicated.
   """
   spec = []
   for axis, size in zip(axes, shape, strict=True):
-    mesh_axis = RULES.get(axis)
-    divides = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-    spec.append(mesh_axis if divides else None)
+    # An axis of one device divides nothing, and named would only make specs differ.
+    names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
+    divides = size % math.prod(mesh.shape[name] for name in names) == 0
+    spec.append((names if len(names) > 1 else names[0]) if names and divides else None)
   return P(*spec)
 
 
@@ -97,38 +225,163 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Constrains how a traced array lies over the mesh that is set; without a mesh returns it.
+  """Constrains how a traced array lies over the mesh that is set.
+
+  Without a mesh, and inside `shard_map`, it returns the array.
 
   Args:
     x: inside jit.
     axes: one logical axis per dimension; None is never divided.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.size == 1 or not _has_auto_axes(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, to_spec(axes, x.shape, mesh))
+  spec = to_spec(axes, x.shape, mesh)
+  if not set(mesh.axis_names) <= set(AXES):  # over a user's axes arrays lie as the user's do
+    spec = P(*(P.UNCONSTRAINED if axis is None else axis for axis in spec))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+@struct.dataclass
+class Divided:
+  """A weight that lies divided over "fsdp", and which a product gathers when it multiplies.
+
+  Attributes:
+    w: the weight.
+    divided: how it lies, static.
+    whole: how it lies once it is gathered, static.
+    is_rounded: whether it moves in bfloat16, static.
+  """
+
+  w: jax.Array
+  divided: P = struct.field(pytree_node=False)
+  whole: P = struct.field(pytree_node=False)
+  is_rounded: bool = struct.field(pytree_node=False)
+
+  def gather(self) -> jax.Array:
+    """Returns the weight without the division over "fsdp"; over "tensor" it stays divided."""
+    sent = self.w
+    if self.is_rounded and sent.dtype != jnp.bfloat16:
+      # Rounded where it lies: half of the bytes move.
+      sent = jax.lax.with_sharding_constraint(sent.astype(jnp.bfloat16), self.divided)
+    return jax.lax.with_sharding_constraint(sent, self.whole).astype(self.w.dtype)
+
+
+def defer_gather(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> dict:
+  """Returns parameters whose products gather them; without "fsdp" the same ones.
+
+  Args:
+    params: some of those that `param_table` names, of one block or outside of the blocks.
+    config: of the network.
+    compute: with `dtype` "bfloat16" weights, which products would round, are rounded before they
+      move.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _divides_params(mesh):
+    return params
+  table = param_table(config)
+  table |= table["blocks"]
+
+  def defer(name: str, x: jax.Array) -> Divided | jax.Array:
+    spec = to_spec(table[name].axes, x.shape, mesh)
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return x if spec == whole else Divided(x, spec, whole, compute.dtype == "bfloat16")
+
+  return {name: defer(name, x) for name, x in params.items()}
+
+
+def gather(params: dict, config: ModelConfig, compute: ComputeConfig = PLAIN) -> dict:
+  """Gathers parameters over "fsdp"; arguments are those of `defer_gather`.
+
+  Their gradient lies as they do: a device gets the sum over all devices of its own part.
+  """
+
+  def gather_one(x: Divided | jax.Array) -> jax.Array:
+    return multiply_divided(lambda w: w, x) if isinstance(x, Divided) else x
+
+  deferred = defer_gather(params, config, compute)
+  return {name: gather_one(x) for name, x in deferred.items()}
+
+
+def multiply_divided(product: Callable[..., jax.Array], w: Divided, *xs: jax.Array) -> jax.Array:
+  """Computes `product(*xs, weight)`, and keeps no whole weight for the backward pass.
+
+  That gathers the weight again. The weight's gradient lies as the weight does.
+
+  Args:
+    product: linear in the weight, its last argument.
+    w: the weight.
+    *xs: other arguments.
+  """
+
+  @jax.custom_vjp
+  def multiply(w: jax.Array, *xs: jax.Array) -> jax.Array:
+    return product(*xs, place.replace(w=w).gather())
+
+  def backward(saved: tuple, g: jax.Array) -> tuple:
+    # Without the barrier both passes of a layer that is written out would share what is gathered.
+    (w, *xs), g = jax.lax.optimization_barrier((saved, g))
+    grads = jax.vjp(product, *xs, place.replace(w=w).gather())[1](g)
+    # The transpose of the constraint is the same one: each device would get the whole gradient.
+    return jax.lax.with_sharding_constraint(grads[-1], place.divided), *grads[:-1]
+
+  place = w
+  multiply.defvjp(lambda *arrays: (multiply(*arrays), arrays), backward)
+  return multiply(w.w, *xs)
+
+
+def _divides_params(mesh: jax.sharding.AbstractMesh) -> bool:
+  return mesh.shape.get("fsdp", 1) > 1 and AxisType.Auto in mesh.axis_types
+
+
+def call_divided(function: Callable, axes: tuple[str | None, ...], *arrays: jax.Array) -> jax.Array:
+  """Calls a function on each device's part of arrays: a kernel, which XLA cannot divide.
+
+  Args:
+    function: of arrays of one shape; returns such an array.
+    axes: one logical axis per dimension, over which the function does not sum.
+    arrays: inside jit.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or AxisType.Auto not in mesh.axis_types:
+    return function(*arrays)
+  spec = to_spec(axes, arrays[0].shape, mesh)
+  return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
+def _has_auto_axes(mesh: jax.sharding.AbstractMesh) -> bool:
+  """Returns whether XLA may divide arrays over axes that have a meaning here.
+
+  Over axes with names of a user's own arrays lie as the user's do.
+  """
+  return not set(AXES).isdisjoint(mesh.auto_axes)
 
 
 def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) -> Any:
-  """Computes `function(whole, rows)` on each device of its own rows, and sums over the devices.
+  """Computes `function(whole, rows)`, which sums over rows, divided over the devices.
 
-  Without this XLA would sum gradients where they arise: a tied embedding's twice, and every one
-  again in each micro-batch. Without a mesh of several devices the function is called.
+  On a mesh of "data" alone each device computes the sums of its own rows, and these are summed over
+  the devices at the end, once. Without this XLA would sum gradients where they arise: a tied
+  embedding's twice, and every one again in each micro-batch. On other meshes the function is
+  called, and XLA divides it as the arrays are: gradients have to be divided at once, since no
+  device has room for all of them.
 
   Args:
     function: returns a pytree of arrays, which sum over the rows.
-    whole: a pytree of arrays, all of which every device gets.
+    whole: a pytree of arrays, which every device has, or its part of them.
     rows: a pytree of arrays, of which each device gets its part of dimension 0; the number of
-      devices divides it.
+      parts divides it.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  is_divided = mesh.size > 1 and mesh.shape.get("data") == mesh.size
+  # A mesh that a caller has set need not divide the batch.
+  if not is_divided or any(x.shape[0] % mesh.size for x in jax.tree.leaves(rows)):
     return function(whole, rows)
-  axis = RULES["batch"]
   return jax.shard_map(
-    lambda whole, rows: jax.lax.psum(function(whole, rows), axis),
-    in_specs=(P(), P(axis)),
+    lambda whole, rows: jax.lax.psum(function(whole, rows), "data"),
+    in_specs=(P(), P("data")),
     out_specs=P(),
+    axis_names=set(mesh.axis_names),
     check_vma=False,  # with it gradients of what every device has would be summed where they arise
   )(whole, rows)
 
@@ -136,6 +389,31 @@ def sum_over_data(function: Callable[[Any, Any], Any], whole: Any, rows: Any) ->
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Places arrays that every process has on devices, each device's part on it.
+
+  `jax.device_put` does the same, but where there are several processes it compares their arrays,
+  for which it sends all of them to all devices.
+
+  Args:
+    tree: of arrays of NumPy, or of JAX on a device of this process.
+    shardings: a tree of them, or one for all; None is the default device.
+  """
+
+  def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = put(jax.random.key_data(x), sharding)
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  if all(s.is_fully_addressable for s in jax.tree.leaves(shardings)):
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: put(x, shardings), tree)
+  return jax.tree.map(put, tree, shardings)
 
 
 def beside(tree: Any) -> jax.sharding.Sharding | None:

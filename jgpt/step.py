@@ -20,7 +20,7 @@ from jgpt.optim.adam import select_tree
 from jgpt.optim.chain import make_optimizer
 from jgpt.optim.schedule import make_schedule
 from jgpt.optim.spikes import z_score
-from jgpt.sharding import sum_over_data
+from jgpt.sharding import sum_over_data, with_auto_axes
 
 MAX_STEPS_PER_CALL = 1024  # also the length of the metrics that a call returns
 
@@ -53,6 +53,7 @@ def begin_state(params: dict, experiment: Experiment, hyper: Hyper | None = None
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
+@with_auto_axes(None)
 def loss_fn(
   params: dict,
   batch: Batch,
@@ -75,10 +76,11 @@ def loss_fn(
   config, compute = experiment.model, experiment.compute
   x_BTD = run_network(params, batch.inputs_BT, config, compute, keys_B)
   total_weight = jnp.sum(batch.weights_BT) if total_weight is None else total_weight
-  head_VD, (_, targets_BT, weights_BT) = find_head(params, config), batch
+  head_VD, (_, targets_BT, weights_BT) = find_head(params, config, compute), batch
   return sum_nats(x_BTD, head_VD, targets_BT, weights_BT, config, compute) / total_weight
 
 
+@with_auto_axes(None, "params")
 def loss_and_grads(
   params: dict,
   batch: Batch,
@@ -134,6 +136,7 @@ def loss_and_grads(
   return sum_over_data(add_parts, (params, jnp.sum(batch.weights_BT)), (batch, keys_B))
 
 
+@with_auto_axes("state", None)
 def train_step(
   state: TrainState, batch: Batch, experiment: Experiment, hyper: Hyper | None = None
 ) -> tuple[TrainState, dict]:
@@ -168,6 +171,7 @@ def train_step(
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
+@with_auto_axes("state", None)
 def train_steps(
   state: TrainState,
   corpus: Corpus,

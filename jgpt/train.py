@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jgpt.devices import runtime
+from jgpt.devices import processes, runtime
 from jgpt.errors import TrainingError
 from jgpt.evaluation import begin_due_evaluation, evaluate_heldout
 from jgpt.generate import begin_samples
@@ -22,14 +22,16 @@ from jgpt.report.outcome import conclude_run
 from jgpt.runs import checkpoint
 from jgpt.runs.clock import start_clock
 from jgpt.runs.health import explain_stop
-from jgpt.runs.log import Call, JsonlWriter, Log, Writer, close_quietly
+from jgpt.runs.log import Call, Log, Writer, close_quietly, open_log
 from jgpt.runs.profile import end_profile
 from jgpt.runs.result import Result, remove_result
 from jgpt.runs.saving import Saver
+from jgpt.sharding import leave_mesh
 from jgpt.step import TrainState
 from jgpt.system.signals import Stop, describe_stop, stop_signals
 
 
+@leave_mesh()
 def train_run(
   plan: Plan,
   *,
@@ -59,9 +61,12 @@ def train_run(
     >>> result = jgpt.train_run(plan)
     >>> result.losses[-1]
   """
-  workdir, train, devices = plan.workdir, plan.experiment.train, runtime.devices()
+  workdir, train, devices = plan.workdir, plan.experiment.train, runtime.devices(to_train=True)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
+    seconds = plan.experiment.mesh.timeout_seconds
+    stack.enter_context(processes.watching(stop, seconds=seconds))
+    stop = processes.share_stop(stop)
     saved_step, manager, rows, clock = None, None, (), stack.enter_context(start_clock())
     stack.enter_context(end_profile(plan.profile))
     for writer in writers:
@@ -70,20 +75,19 @@ def train_run(
       saved_step = claim_folder(plan, devices, stack)
       keep = {"keep_latest": train.keep_latest, "keep_best": train.keep_best}
       manager = stack.enter_context(checkpoint.open_checkpoints(workdir, **keep))
-      log_file = JsonlWriter(workdir / "metrics.jsonl", saved_step or 0)
-      stack.callback(close_quietly, log_file)
-      rows, writers = log_file.kept, [log_file, *writers]
+      rows, writers = open_log(workdir, saved_step or 0, writers, stack)
       if (saved_step or 0) < train.steps:
         remove_result(workdir)
     # The folder may have moved on since the plan was made.
     plan = dataclasses.replace(plan, start_step=saved_step or 0)
-    with stop.leaving(describe_stop(plan.start_step, workdir)):
+    with stop.leaving(describe_stop(plan.start_step, workdir)), processes.busy("compiling"):
       program = compile_program(
         *(plan.experiment, devices, plan.data, plan.initial),
         manager=manager,
         saved_step=saved_step,
         num_steps=train.steps - plan.start_step,
       )
+      processes.together("the compiled programs", lambda: None)
     clock.look("compiling")
     log = Log(list(writers), rows, program.experiment, plan.data, clock, program.budget)
     saver = Saver(manager, log, train)
@@ -93,13 +97,13 @@ def train_run(
     if log.health.exhausted:
       end()
       corpus = program.feed.corpus_at(log.health.exhausted - 1)
-      raise TrainingError(explain_stop(program.experiment, state, corpus, log.health, workdir))
+      why = explain_stop(program.experiment, state, corpus, log.health, workdir)
+      raise processes.mark_told(TrainingError(why))
     heldout = None
     if not stop:
       with stop.leaving(describe_stop(step, workdir), end):
-        heldout = log.find_whole_evaluation(step) or evaluate_heldout(
-          state.params, program.heldout, program.experiment
-        )
+        evaluate = partial(evaluate_heldout, state.params, program.heldout, program.experiment)
+        heldout = log.find_whole_evaluation(step) or processes.wait("the loss", evaluate)
       clock.look("evaluating")
     return end(heldout)
 
@@ -123,8 +127,8 @@ def _loop(
     pending = None if evaluation is None else Call(step, 0, {}, evaluation, None)
   while step < train.steps and not stop and not log.health.exhausted:
     num_steps = next_stop(step, train, plan.epoch_steps, feed.block_steps, plan.profile) - step
-    num_steps = min(num_steps, log.count_steps(SECONDS_PER_CALL, pending))
-    if not num_steps:  # train.max_seconds are over
+    num_steps = stop.agree(min(num_steps, log.count_steps(SECONDS_PER_CALL, pending)))
+    if not num_steps:  # train.max_seconds are over, or a signal has reached another process
       break
     state, metrics = program.advance(state, step, num_steps, plan.profile)
     step += num_steps

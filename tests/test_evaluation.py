@@ -110,7 +110,7 @@ def test_a_run_that_trains_can_evaluate(case):
     ({"mesh__data": 8}, 8, 16),
     ({"mesh__data": 8}, 1, 2),  # a run of eight devices, evaluated on one of them
     ({"mesh__data": 8}, 3, 6),
-    ({"mesh__data": None}, 8, 16),
+    ({"mesh__data": -1}, 8, 16),
     ({"mesh__data": 4, "train__micro_batch_size": 4}, 4, 4),
   ],
 )
@@ -129,8 +129,10 @@ def test_short_documents_are_taken_many_at_once():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", ["random", "documents"])
-def test_an_evaluation_is_one_however_it_is_divided(batching):
-  """Parts that the batch, the text and the devices do not fill: weights of 0 fill them up."""
+def test_an_evaluation_is_one_however_it_is_divided(batching, x64):
+  """Parts that the batch, the text and the devices do not fill: weights of 0 fill them up; and
+  parameters that are divided.
+  """
   rng = np.random.default_rng(0)
   if batching == "documents":
     name, changes = "names", {"data__batch_size": 12}
@@ -142,17 +144,25 @@ def test_an_evaluation_is_one_however_it_is_divided(batching):
     corpus = Stream(rng.integers(0, 27, 1000).astype(np.int32))
     num_tokens = 999
   params = init_params(jax.random.key(0), make_experiment(name, 256).model)
+  params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
   found = []
-  for micro, devices in ((None, 1), (4, 2), (None, 3)):
-    divided = {"train__micro_batch_size": micro, "mesh__data": devices} | changes
-    experiment = make_experiment(name, 256, **divided)
+  for micro, *shape in (
+    (None, 1, 1, 1),
+    (4, 2, 1, 1),
+    (None, 3, 1, 1),
+    (4, 2, 2, 2),
+    (None, 1, 6, 1),
+  ):
+    sizes = {f"mesh__{axis}": n for axis, n in zip(sharding.AXES, shape, strict=True)}
+    experiment = make_experiment(name, 256, train__micro_batch_size=micro, **sizes, **changes)
     mesh = sharding.make_mesh(experiment, jax.devices())
-    placed = jax.device_put(params, sharding.replicated(mesh))
+    places = sharding.param_shardings(params, experiment.model, mesh)
+    placed = jax.device_put(params, places)
     found.append(finish_evaluation(begin_evaluation(placed, corpus, experiment)))
     alone = jax.device_put(params, jax.devices()[7])
     found.append(finish_evaluation(begin_evaluation(alone, corpus, experiment)))
   assert {tokens for _, tokens in found} == {num_tokens}
-  np.testing.assert_allclose([loss for loss, _ in found], found[0][0], rtol=1e-6)
+  np.testing.assert_allclose([loss for loss, _ in found], found[0][0], rtol=1e-10)
 
 
 # --- Digits ---

@@ -12,16 +12,25 @@ import numpy as np
 import pytest
 from equivalence import CPU, QUICK
 
+from jgpt.bench import hlo
 from jgpt.config import SampleConfig
 from jgpt.config.catalog import load_experiment
 from jgpt.config.experiment import PLAIN
 from jgpt.config.settings import change
 from jgpt.devices.compute import resolve_compute
 from jgpt.errors import UserError
-from jgpt.generate import check_prompt, draw, fit_prompt, generate, generate_texts, sample_texts
+from jgpt.generate import (
+  check_prompt,
+  draw,
+  fit_prompt,
+  generate,
+  generate_texts,
+  lower_texts,
+  sample_texts,
+)
 from jgpt.keys import SAMPLE, derive_key
 from jgpt.model import apply, init_params
-from jgpt.sharding import arrange_blocks
+from jgpt.sharding import AXES, arrange_blocks, make_mesh, param_shardings
 from jgpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
 NAMES = load_experiment("names")
@@ -206,6 +215,38 @@ def test_greedy_decoding_equals_full_passes(params, how, prompt):
   assert isinstance(params["blocks"], dict) == (how == "plain")
   drawn = texts(params, num=1, temperature=0.0, experiment=experiment, prompt=prompt)
   assert drawn == [TOKENIZER.decode(text)] and len(drawn[0]) > len(prompt) + 3
+
+
+# Of eight devices; CI takes the first three.
+SHAPES = [(2, 2, 2), (1, 8, 1), (4, 1, 2), (8, 1, 1), (1, 1, 8), (4, 2, 1), (2, 4, 1), (2, 1, 4)]
+SHAPES += [(1, 4, 2), (1, 2, 4)]
+MESHES = [
+  pytest.param(s, marks=pytest.mark.exhaustive if i > 2 else ()) for i, s in enumerate(SHAPES)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES)
+def test_parameters_on_many_devices_draw_the_same_texts(params, shape):
+  """Texts that the devices divide and others, with a prompt and without one; weights are gathered
+  before the loop over tokens, and not for each.
+  """
+  sizes = {f"mesh.{axis}": n for axis, n in zip(AXES, shape, strict=True)}
+  experiment = change(EXPERIMENT, {"data.batch_size": 8, "compute.layers": "unroll", **sizes})
+  mesh = make_mesh(experiment, jax.devices())
+  placed = jax.device_put(params, param_shardings(params, CONFIG, mesh))
+  for settings in ({"num": 8, "prompt": "abc"}, {"num": 3, "temperature": 0.0}):
+    sample = dataclasses.replace(experiment.sample, **settings)
+    key = jax.random.key(3)
+    expected = generate_texts(params, TOKENIZER, key, experiment, sample)
+    assert generate_texts(placed, TOKENIZER, key, experiment, sample) == expected
+  few = dataclasses.replace(experiment.sample, num=2)
+  lowered = lower_texts(placed, TOKENIZER, experiment, few)
+  module = hlo.parse_module(lowered.compile().as_text())
+  size = min(x.size for x in jax.tree.leaves(params["blocks"])) / CONFIG.num_layers
+  gathers = [c for c in hlo.find_collectives(module) if c.kind == "all-gather"]
+  assert all(not c.loops or c.num_bytes < 4 * size for c in gathers)
+  assert any(not c.loops and c.num_bytes >= 4 * size for c in gathers) == (shape[1] > 1)
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "abc", "abcdefghijklmno", "abcdefghijklmnopqrstuv"])

@@ -28,9 +28,10 @@ ORDER = [
   ["system"],
   ["config"],
   ["text", "keys", "params"],
+  ["sharding"],
   ["layers", "products", "fused_attention"],
   ["attention", "loss"],
-  ["model", "sharding"],
+  ["model"],
   ["optim", "batches"],
   ["step"],
   ["evaluation", "generate"],
@@ -277,7 +278,8 @@ VERBS_OF_DOCSTRINGS = (
   "Adds Answers Appends Applies Arranges Begins Calls Checks Chooses Closes Compares Compiles "
   "Computes Constrains Continues Converts Counts Creates Cuts Declares Deletes Derives Describes "
   "Diagnoses Divides Downloads Draws Encodes Ends Escapes Estimates Evaluates Examines Explains "
-  "Fills Finds Flushes Formats Groups Handles Hides Holds Imports Indents Initialises Installs "
+  "Fills Finds Flushes Formats Gathers Groups Handles Hides Holds Imports Indents Initialises "
+  "Installs "
   "Iterates Joins Keeps Limits Lists Loads Locks Looks Makes Maps Marks Measures Multiplies Opens "
   "Pads Parses Places Plans Prepares Prints Reads Receives Records Removes Renames Repeats "
   "Replaces Requests Resolves Restores Returns Runs Saves Sends Sets Shows Sorts Splits Stacks "

@@ -166,7 +166,7 @@ def scale_left_out(put):
 
 
 def no_gradient_for_the_tied_head(put):
-  put(jgpt.step, "find_head", lambda params, config: stop(params["tok_embed"]))
+  put(jgpt.step, "find_head", lambda params, *rest: stop(params["tok_embed"]))
 
 
 def no_gradient_for_the_tied_embedding(put):

@@ -17,7 +17,7 @@ from jgpt.runs.folder import RunFiles, write_run_files
 
 def test_every_program_is_traced_from_shapes():
   """For eight devices and for one; nothing is computed, and no device has to be free."""
-  changes = {"data.batch_size": 16, "mesh.data": None, "train.eval_batches": 1}
+  changes = {"data.batch_size": 16, "mesh.data": -1, "train.eval_batches": 1}
   experiment = resolve(change(load_experiment("names"), changes), 27)
   programs = program.lower_programs(experiment, jax.devices(), 17 * 1000, num_heldout=17 * 600)
   names = ["init", "steps", "save", "sampling", "evaluation", "evaluation of 1 batches"]
@@ -37,7 +37,7 @@ def test_every_program_is_traced_from_shapes():
 def test_programs_are_compiled_before_they_are_called(tmp_path, monkeypatch):
   """What `compile_program` traced is what a step, an evaluation, samples and a save call."""
   monkeypatch.setattr(program, "choose_step_options", lambda experiment: small_runs.QUICK)
-  changes = {"data.batch_size": 8, "mesh.data": None, "model.num_layers": 2}
+  changes = {"data.batch_size": 8, "mesh.data": -1, "model.num_layers": 2}
   changes["train.eval_batches"] = 1
   plan = plan_run(change(load_experiment("names"), changes))
   found = {"kind": "", "location": "", "sha256": ""}
@@ -71,7 +71,7 @@ SMALL = {
   "model.max_seq_len": 24,
   "data.seq_len": 24,
   "data.batch_size": 80,
-  "mesh.data": None,
+  "mesh.data": -1,
 }
 PLACES = ("embedding", "attention", "attention_out", "activation", "mlp_out")
 DROPOUT = {"model.dropout": 0.1, "model.dropout_places": PLACES}

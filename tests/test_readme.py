@@ -250,6 +250,7 @@ def commands() -> list[tuple[str, str, tuple[str, ...], bool]]:
     in_blocks = [part for line in in_blocks for part in line.split("&&")]
     in_text = [span for span in spans(page) if span.startswith("python -m jgpt.")]
     for line in [*in_blocks, *in_text]:
+      line = line.removesuffix("'" if line.count("'") % 2 else "")  # of a command around it
       if m := re.search(r"python -m jgpt\.(\w+)( .*)?$", line.rstrip()):
         args = tuple(shlex.split(m[2] or "", comments=True))
         if args != ("--help",):
@@ -315,6 +316,8 @@ def find_obstacle(verb: str, args: tuple[str, ...]) -> str:
     return "takes half a gigabyte from the network (tests/weights)"
   if verb == "doctor" and not args:
     return "looks at the whole machine, and at the network (tests/doctor)"
+  if "--coordinator" in args or any(arg.startswith("mesh.") for arg in args):
+    return "is for several processes or hosts (tests/reliability/test_launchers.py)"
   if not args:
     return "names a command without its arguments"
   if verb == "export" and "--run" not in args:

@@ -33,7 +33,7 @@ HOLE = "\0"  # in place of a value that is computed
 OPTIONS = {
   *("--prompt", "--out", "--run", "--step", "--heldout-tokens", "--text", "--experiment"),
   *("--workdir", "--init-from", "--continue-from", "--data", "--fresh", "--part", "--set"),
-  *("--profile", "--layer", "--x"),
+  *("--profile", "--layer", "--x", "--mesh", "--aot"),
 }
 STEPS = ["--steps", "3"]
 
@@ -141,7 +141,7 @@ def test_a_batch_that_devices_do_not_divide_is_mended_by_what_a_resumed_run_may_
   """The batch size is part of a run's identity; the number of devices is not."""
   plan = plan_run(change(catalog.load_experiment("names"), {"data.batch_size": 20}))
   devices = jax.devices()[:num_devices]
-  experiment = change(plan.experiment, {"mesh.data": None})
+  experiment = change(plan.experiment, {"mesh.data": -1})
   if 20 % num_devices == 0:
     make_mesh(experiment, devices)
     return

@@ -44,7 +44,7 @@ def loss_of(monkeypatch):
   training computes them.
   """
   monkeypatch.setattr(jgpt.step, "run_network", lambda logits_BTV, *rest: logits_BTV)
-  monkeypatch.setattr(jgpt.step, "find_head", lambda logits_BTV, config: None)
+  monkeypatch.setattr(jgpt.step, "find_head", lambda logits_BTV, *rest: None)
   monkeypatch.setattr(jgpt.loss, "compute_logits", lambda logits_BTV, *rest: logits_BTV)
 
   @jax.jit

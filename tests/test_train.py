@@ -180,8 +180,8 @@ def test_a_run_resumes_on_another_number_of_devices(experiment, tmp_path):
 
 @pytest.mark.parametrize(("batch_size", "nearest"), [(12, "8 or 16"), (4, "8")])
 def test_a_batch_that_devices_do_not_divide_is_refused(experiment, batch_size, nearest):
-  base = change(experiment, {"data.batch_size": batch_size, "mesh.data": None})
-  with pytest.raises(UserError, match=f"multiple of the 8 devices; nearest: {nearest}"):
+  base = change(experiment, {"data.batch_size": batch_size, "mesh.data": -1})
+  with pytest.raises(UserError, match=f"the 8 devices that it is divided over; nearest: {nearest}"):
     run(base)
 
 

@@ -2,22 +2,24 @@
 
 Nothing is run, so nothing here is measured but the time of compiling: what a program needs is what
 its compiler says, and how long it would take is an estimate. The devices are in
-`devices/topology.py`, and the compiler's text is read in `hlo.py`.
+`devices/topology.py`. The compiler's text is read in `hlo.py`, its work is counted in `work.py`,
+and what that takes at least in `roofline.py`; JSON and tables are in `aot_report.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from jgpt.bench import hlo
-from jgpt.bench.results import align, format_seconds, format_size
+from jgpt.bench import hlo, roofline, work
+from jgpt.bench.roofline import Exchange, StepBound
 from jgpt.config import Experiment
+from jgpt.config.settings import change
 from jgpt.devices import limits, topology
 from jgpt.errors import UserError, near_matches
-from jgpt.params import count_params
 
 if TYPE_CHECKING:  # jax is imported after the environment is set
   import jax
@@ -38,9 +40,11 @@ class AheadProgram:
       not known.
     peak_bytes: of a device's memory while it runs, by the compiler.
     moved_bytes: of its arguments and results, each read or written at least once.
-    collectives: its collective operations.
+    exchanges: its collective operations, on the run's mesh.
     kernels: calls of kernels that XLA did not write, by target.
     cycles: XLA's estimate, of TPUs; kernels and collectives have none. None for other devices.
+    flops: of its matrix products; of "steps", in one step.
+    traffic_bytes: that it reads from a device's memory and writes; of "steps", in one step.
   """
 
   name: str
@@ -48,33 +52,11 @@ class AheadProgram:
   reason: str = ""
   peak_bytes: int | None = None
   moved_bytes: int | None = None
-  collectives: tuple[hlo.Collective, ...] = ()
+  exchanges: tuple[Exchange, ...] = ()
   kernels: dict[str, int] = dataclasses.field(default_factory=dict)
   cycles: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepBound:
-  """What an update takes at least on a device, and by the compiler's estimate.
-
-  Attributes:
-    flops: by `limits.count_train_flops`.
-    tokens: that the device computes.
-    peak_seconds: `flops` at the device's peak; None where the peak is not known.
-    bandwidth_seconds: the program's arguments and results at the bandwidth of its memory.
-    estimated_seconds: estimated cycles at the clock; without kernels and collectives.
-  """
-
-  flops: float
-  tokens: int
-  peak_seconds: float | None
-  bandwidth_seconds: float | None
-  estimated_seconds: float | None
-
-  @property
-  def least_seconds(self) -> float | None:
-    """Returns the larger of the two bounds; None where none is known."""
-    return max(filter(None, (self.peak_seconds, self.bandwidth_seconds)), default=None)
+  flops: int | None = None
+  traffic_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +66,7 @@ class AheadReport:
   Attributes:
     target: the devices.
     kind: jax's `device_kind`.
-    num_devices: that the run uses.
+    mesh: sizes of its axes.
     memory: bytes that jax's programs have on a device; None where it is not known.
     experiment: resolved, `compute` too.
     notes: what of `compute` could not be chosen as asked, a line each.
@@ -95,13 +77,76 @@ class AheadReport:
 
   target: topology.Target
   kind: str
-  num_devices: int
+  mesh: dict[str, int]
   memory: int | None
   experiment: Experiment
   notes: list[str]
   versions: dict[str, str]
   programs: list[AheadProgram]
   step: StepBound | None = None
+
+  @property
+  def num_devices(self) -> int:
+    """Counts the devices that the run uses."""
+    return math.prod(self.mesh.values())
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """Parses a mesh, such as "data=2,fsdp=4", to settings; axes without a size have one device.
+
+  Raises:
+    UserError: if it names no axes and sizes.
+  """
+  from jgpt.sharding import AXES
+
+  sizes = dict.fromkeys(AXES, 1)
+  for item in text.split(","):
+    name, _, size = item.strip().partition("=")
+    if name not in AXES:
+      near = near_matches(name, AXES)
+      raise UserError(
+        f"--mesh {text}: there is no axis {name!r}.{near} Axes are {', '.join(AXES)}; for example "
+        "--mesh data=2,fsdp=4"
+      )
+    if not size.isascii() or not size.isdigit() or not int(size):
+      raise UserError(f"--mesh {text}: {name}={size} is no number of devices. Try {name}=8")
+    sizes[name] = int(size)
+  return {f"mesh.{name}": size for name, size in sizes.items()}
+
+
+def compile_meshes(
+  experiment: Experiment, target: topology.Target, meshes: Sequence[dict[str, int]]
+) -> Iterator[AheadReport]:
+  """Compiles the training step of a run on each of several meshes of all devices.
+
+  Args:
+    experiment: resolved; `compute` may hold "auto".
+    target: from `topology.parse_target`; its environment is set.
+    meshes: from `parse_mesh`.
+
+  Raises:
+    UserError: before anything is compiled, if a mesh does not fit the devices or the batch.
+  """
+  from jgpt.sharding import make_mesh
+
+  devices = topology.find_target_devices(target)
+  for mesh in meshes:
+    if math.prod(mesh.values()) != len(devices):
+      raise UserError(
+        f"{describe_mesh(mesh)} is a mesh of {math.prod(mesh.values())} devices, and "
+        f"{target.name} has {len(devices)}. Try --mesh fsdp={len(devices)}"
+      )
+  changed = [change(experiment, mesh) for mesh in meshes]
+  for one in changed:
+    make_mesh(one, devices)
+  for one in changed:
+    yield compile_ahead(one, target, ("steps",))
+
+
+def describe_mesh(mesh: dict[str, int]) -> str:
+  """Formats a mesh as `parse_mesh` reads it, without axes of one device."""
+  sizes = {name.removeprefix("mesh."): n for name, n in mesh.items() if n > 1}
+  return ",".join(f"{name}={n}" for name, n in (sizes or {"data": 1}).items())
 
 
 def compile_ahead(
@@ -127,11 +172,12 @@ def compile_ahead(
   lowered = lower_programs(experiment, devices, NUM_TOKENS, names=wanted)
   notes = explain_compute(experiment, devices[0])
   experiment = resolve_compute(experiment, devices[0])
-  programs = [_compile(name, x) for name, x in lowered.items()]
+  network = topology.find_network(target, list(mesh.devices.flat))
+  programs = [_compile(name, x, dict(mesh.shape), network) for name, x in lowered.items()]
   report = AheadReport(
     target,
     devices[0].device_kind,
-    mesh.size,
+    dict(mesh.shape),
     limits.find_memory_limit(devices[0].device_kind),
     experiment,
     notes,
@@ -162,7 +208,12 @@ def _expand_names(names: Sequence[str], eval_batches: int | None) -> set[str]:
   return {*names, *sample}
 
 
-def _compile(name: str, lowered: jax.stages.Lowered) -> AheadProgram:
+def _compile(
+  name: str,
+  lowered: jax.stages.Lowered,
+  mesh: dict[str, int],
+  network: topology.Network | None,
+) -> AheadProgram:
   import jax
 
   from jgpt.devices.footprint import measure_program
@@ -180,9 +231,13 @@ def _compile(name: str, lowered: jax.stages.Lowered) -> AheadProgram:
     seconds,
     peak_bytes=measure_program(compiled),
     moved_bytes=sizes.argument_size_in_bytes + sizes.output_size_in_bytes,
-    collectives=tuple(hlo.find_collectives(module)),
+    exchanges=tuple(
+      roofline.describe_exchange(found, mesh, network) for found in hlo.find_collectives(module)
+    ),
     kernels=hlo.count_kernels(module),
     cycles=hlo.estimate_cycles(module),
+    flops=work.count_flops(module),
+    traffic_bytes=work.count_traffic(module),
   )
 
 
@@ -190,154 +245,30 @@ def bound_step(report: AheadReport, steps: AheadProgram) -> StepBound:
   """Computes what an update takes at least on one of the devices."""
   data, compute = report.experiment.data, report.experiment.compute
   device = limits.find_accelerator(report.kind)
+  sequences = data.batch_size / report.num_devices
   tokens = data.batch_size * data.seq_len // report.num_devices
   flops = tokens * limits.count_train_flops(report.experiment.model, data.seq_len)
   peak = limits.find_peak(report.kind, compute.dtype, compute.precision)
   clock = topology.find_clock(report.target)
   return StepBound(
     flops=flops,
+    program_flops=steps.flops,
+    traffic_bytes=steps.traffic_bytes,
+    sent_bytes=sum(x.sent_bytes * x.collective.trips for x in steps.exchanges),
+    sequences=sequences,
     tokens=tokens,
-    peak_seconds=flops / peak if peak else None,
-    bandwidth_seconds=steps.moved_bytes / device.bandwidth if device else None,
+    num_devices=report.num_devices,
+    peak=peak,
+    compute_seconds=max(flops, steps.flops) / peak if peak else None,
+    memory_seconds=steps.traffic_bytes / device.bandwidth if device else None,
+    network_seconds=add_seconds(steps.exchanges),
+    tensor_seconds=add_seconds([x for x in steps.exchanges if "tensor" in x.axes]),
     estimated_seconds=steps.cycles / clock if steps.cycles and clock else None,
   )
 
 
-def report_to_json(report: AheadReport) -> dict[str, Any]:
-  """Returns a report for `json`, in seconds and bytes; "estimates" says what was not measured."""
-  return {
-    "target": report.target.name,
-    "device_kind": report.kind,
-    "devices": report.num_devices,
-    "memory_bytes": report.memory,
-    "versions": report.versions,
-    "compute": dataclasses.asdict(report.experiment.compute),
-    "notes": report.notes,
-    "programs": [
-      dataclasses.asdict(program)
-      | {
-        "compiles": not program.reason,
-        "fits": does_fit(report, program),
-        "collectives": [
-          dataclasses.asdict(found) | {"trips": found.trips} for found in program.collectives
-        ],
-      }
-      for program in report.programs
-    ],
-    "step": report.step and dataclasses.asdict(report.step),
-    "measured": ["compile_seconds"],
-    "estimates": ["cycles", "estimated_seconds"],
-  }
-
-
-def does_fit(report: AheadReport, program: AheadProgram) -> bool | None:
-  """Returns whether a program fits into a device's memory; None where that is not known."""
-  if program.reason:
-    return False if "RESOURCE_EXHAUSTED" in program.reason else None
-  return None if report.memory is None else program.peak_bytes <= report.memory
-
-
-# --- Tables ---
-
-
-def format_report(report: AheadReport) -> str:
-  """Formats a report: the devices, a table of programs, their collectives, and the bounds."""
-  tables = [
-    format_head(report),
-    format_programs(report),
-    format_collectives(report),
-    format_bound(report),
-  ]
-  return "\n\n".join(table for table in tables if table)
-
-
-def format_head(report: AheadReport) -> str:
-  """Formats what was compiled for what, with which versions."""
-  from jgpt.config.settings import format_value
-
-  data, chosen = report.experiment.data, dataclasses.asdict(report.experiment.compute)
-  micro = report.experiment.train.micro_batch_size
-  memory = "memory not known" if report.memory is None else f"{format_size(report.memory)} each"
-  batch = f"{data.batch_size} sequences of {data.seq_len:,} a step"
-  if micro:
-    batch += f", {micro} at a time"
-  return "\n".join(
-    [
-      f"{report.target.name}: {report.num_devices} x {report.kind}, {memory} for jax's programs; "
-      "compiled only, nothing was run",
-      ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-      f"{count_params(report.experiment.model):,} parameters; {batch}, "
-      f"{(micro or data.batch_size) / report.num_devices:g} on each device",
-      "compute " + " ".join(f"{name}={format_value(value)}" for name, value in chosen.items()),
-      *report.notes,
-    ]
-  )
-
-
-def format_programs(report: AheadReport) -> str:
-  """Formats the table of programs, and below it why some do not compile."""
-  fits = {True: "fits", False: "does not fit", None: "n/a"}
-  table = [["program", "compiles", "peak memory", "", "compile", "estimated cycles", "kernels"]]
-  for program in report.programs:
-    table.append(
-      [
-        program.name,
-        "no" if program.reason else "yes",
-        "" if program.peak_bytes is None else format_size(program.peak_bytes),
-        fits[does_fit(report, program)],
-        f"{program.compile_seconds:.1f} s",
-        "" if program.cycles is None else f"{program.cycles / 1e6:,.1f} M",
-        ", ".join(f"{count} {name}" for name, count in program.kernels.items()),
-      ]
-    )
-  reasons = [f"{program.name}: {program.reason}" for program in report.programs if program.reason]
-  return "\n".join([align(table), *reasons])
-
-
-def format_collectives(report: AheadReport) -> str:
-  """Formats the collectives of each program, those of one kind and place in one line."""
-  table = [["collectives of", "kind", "number", "bytes", "where"]]
-  for program in report.programs:
-    found: dict[tuple[str, str], list[int]] = {}
-    for collective in program.collectives:
-      where = describe_place(program, collective)
-      found.setdefault((collective.kind, where), []).append(collective.num_bytes)
-    for (kind, where), sizes in found.items():
-      table.append([program.name, kind, str(len(sizes)), format_size(sum(sizes)), where])
-  return align(table) if len(table) > 1 else ""
-
-
-def describe_place(program: AheadProgram, collective: hlo.Collective) -> str:
-  """Describes the loops around a collective; around a step is the loop over steps."""
-  loops = collective.loops[1:] if program.name == "steps" else collective.loops
-  inside = [f"in a loop of {loop.trips or 'unknown length'}" for loop in reversed(loops)]
-  once = "once a step" if program.name == "steps" else "once"
-  return f"{' '.join(inside)}: {collective.trips} times" if inside else once
-
-
-def format_bound(report: AheadReport) -> str:
-  """Formats what a step takes at least, and the compiler's estimate."""
-  step = report.step
-  if step is None:
-    return ""
-  times = {
-    "at the device's peak": step.peak_seconds,
-    "arguments and results at its bandwidth": step.bandwidth_seconds,
-    "by estimated cycles": step.estimated_seconds,
-  }
-  table = [["of a step, on each device", "time", "tokens/s", ""]]
-  for name, seconds in times.items():
-    if seconds is None:
-      table.append([name, "n/a", "", ""])
-      continue
-    kind = "estimate, not measured; kernels and collectives are not in it"
-    table.append(
-      [
-        name,
-        format_seconds(seconds),
-        f"{step.tokens / seconds:,.0f}",
-        kind if name.startswith("by") else "bound",
-      ]
-    )
-  formula = f"FLOPs of a step on each device, by 6 P + 6 L D T a token: {step.flops:.4g}"
-  return f"{align(table)}\n{formula}"
+def add_seconds(exchanges: Sequence[Exchange]) -> float | None:
+  """Adds the times of exchanges; None where one is not known."""
+  if any(exchange.seconds is None for exchange in exchanges):
+    return None
+  return sum(exchange.seconds * exchange.collective.trips for exchange in exchanges)

@@ -33,10 +33,21 @@ warmed up before it is timed:
               and with torch.compile; beside bf16 under torch.autocast, on a CPU eager; for sampling
               GPT2LMHeadModel.generate of Transformers. scalar: names in plain Python, as in
               microgpt.py.
+  --scaling   Virtual devices share the cores that one device has too, so no row is faster than the
+              first: efficiency is its time divided by a row's in the same round, and shows what
+              dividing a step costs. Every setup is a process, or two, of its own. What is sent is
+              counted in the compiled step, by ring algorithms. Losses of the first 10 steps are
+              compared.
   --aot       Nothing is run. Peak memory and collectives are what the compiler says, of a corpus of
               1,048,576 tokens. Estimated cycles are XLA:TPU's, loop bodies times their trips; they
-              have neither kernels nor collectives, and may be wrong by half. FLOPs are those of the
-              formula above.
+              have neither kernels nor collectives, and may be wrong by half. Of a step, compute is
+              the larger of the formula's operations and those of the compiled products, at the
+              published dense peak; memory is what the program's operations read and write, at the
+              published bandwidth; network is what each device sends, by ring algorithms, over the
+              links to its group: of n bytes over k devices n (k - 1) / k for an all-gather, a
+              reduce-scatter and an all-to-all, twice that for an all-reduce, n for a
+              collective-permute. If all three overlap a step takes the largest, if nothing does
+              their sum. No latency is in it, and no product reaches its peak: no step is faster.
 """
 
 from __future__ import annotations
@@ -71,16 +82,22 @@ def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   if args.aot:
     return _compile_ahead(args)
+  if args.mesh:
+    raise UserError("--mesh goes with --aot. Try --aot tpu:v5e:2x4 --mesh fsdp=8")
+  if args.rounds < 1:
+    raise UserError(f"--rounds={args.rounds} must be at least 1.")
+  if args.scaling:
+    return _measure_scaling(args)
   if args.experiment or args.set:
-    raise UserError("--experiment and --set go with --aot; the cases have settings of their own.")
+    raise UserError(
+      "--experiment and --set go with --aot and --scaling; the cases have settings of their own."
+    )
   chosen = list(dict.fromkeys(args.only or CASES))
   for name in chosen:
     if name not in CASES:
       raise UserError(
         f"there is no case {name!r}.{near_matches(name, CASES)} There are {', '.join(CASES)}."
       )
-  if args.rounds < 1:
-    raise UserError(f"--rounds={args.rounds} must be at least 1.")
   load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
   from jgpt.bench import peers
   from jgpt.devices import runtime
@@ -93,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
   if note := runtime.set_up():
     print(note, file=sys.stderr)
   jax.config.update("jax_enable_compilation_cache", False)  # else "compile" would time reading
-  devices = runtime.devices()
+  devices = runtime.devices(to_train=True)
   device = devices[0]
   session = Session(
     args.rounds,
@@ -126,14 +143,33 @@ def main(argv: list[str] | None = None) -> int:
   return 1 if failures else 0
 
 
+def _measure_scaling(args: argparse.Namespace) -> int:
+  """Times an experiment's step on several virtual devices and processes, and prints the table."""
+  from jgpt.bench import scaling
+
+  if args.only or args.peer:
+    raise UserError("--only and --peer are of the cases, and --scaling has its own.")
+  name = args.experiment or scaling.EXPERIMENT
+  changes = dict(map(parse_setting, args.set))
+  rows = scaling.measure_scaling(name, changes, args.rounds)
+  if args.json:
+    print(json.dumps({"experiment": name, "rows": scaling.scaling_to_json(rows)}, indent=2))
+  else:
+    print(scaling.format_scaling(rows, name))
+  return 0
+
+
 def _compile_ahead(args: argparse.Namespace) -> int:
   """Compiles an experiment's programs for devices that are not there, and prints the report."""
-  from jgpt.bench import aot
+  from jgpt.bench import aot, aot_report
   from jgpt.devices import topology
 
   aot.check_names(args.only or ())
-  if args.peer:
-    raise UserError("--peer measures, and nothing is run with --aot.")
+  meshes = list(map(aot.parse_mesh, args.mesh))
+  if meshes and args.only:
+    raise UserError("--mesh compiles the training step alone; leave out --only.")
+  if args.peer or args.scaling:
+    raise UserError("--peer and --scaling measure, and nothing is run with --aot.")
   if not args.experiment:
     names = ", ".join(catalog.list_experiments())
     raise UserError(f"--aot needs an experiment: --experiment NAME, one of {names}")
@@ -146,12 +182,23 @@ def _compile_ahead(args: argparse.Namespace) -> int:
   from jgpt.devices import runtime
 
   runtime.set_up()
-  report = aot.compile_ahead(experiment, target, args.only or ())
-  if args.json:
-    print(json.dumps(aot.report_to_json(report), indent=2))
+  if meshes:
+    reports = []
+    for report in aot.compile_meshes(experiment, target, meshes):
+      reports.append(report)
+      print(f"compiled {len(reports)} of {len(meshes)} meshes", file=sys.stderr, flush=True)
   else:
-    print(aot.format_report(report))
-  return 1 if any(program.reason for program in report.programs) else 0
+    reports = [aot.compile_ahead(experiment, target, args.only or ())]
+  if args.json:
+    found = [aot_report.report_to_json(report) for report in reports]
+    print(json.dumps(found if meshes else found[0], indent=2))
+  else:
+    print(
+      aot_report.format_meshes(reports)
+      if len(reports) > 1
+      else aot_report.format_report(reports[0])
+    )
+  return 1 if any(program.reason for report in reports for program in report.programs) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,13 +235,31 @@ def _parser() -> argparse.ArgumentParser:
     help="measure nothing: compile an experiment's programs for devices that are not there, such "
     "as tpu:v5e:2x4 or gpu:h100:8, and report memory, collectives and estimates",
   )
-  parser.add_argument("--experiment", metavar="NAME", help="with --aot: an experiment of jgpt.run")
+  parser.add_argument(
+    "--scaling",
+    action="store_true",
+    help="time an experiment's step on 1, 2, 4 and 8 virtual CPU devices and on two processes",
+  )
+  parser.add_argument(
+    "--experiment",
+    metavar="NAME",
+    help="with --aot and --scaling: an experiment of jgpt.run (with --scaling by default "
+    "shakespeare_bytes)",
+  )
   parser.add_argument(
     "--set",
     action="append",
     default=[],
     metavar="SECTION.FIELD=VALUE",
-    help="with --aot: change a setting of the experiment; repeat for more",
+    help="with --aot and --scaling: change a setting of the experiment; repeat for more",
+  )
+  parser.add_argument(
+    "--mesh",
+    action="append",
+    default=[],
+    metavar="AXIS=SIZE,...",
+    help="with --aot: compile the training step on this mesh of all devices, such as "
+    "data=2,fsdp=4; repeat to compare several in one table",
   )
   parser.add_argument("--json", action="store_true", help="print JSON with every round's seconds")
   return parser

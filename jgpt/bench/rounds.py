@@ -1,6 +1,6 @@
-"""Rounds in which contenders take turns, and the parent's side of a peer's process.
+"""Rounds in which contenders take turns, and the parent's side of a contender's process.
 
-The process itself is in `peers.py`. Imports no jax.
+The process itself is in `peers.py`, and in `scaling.py`. Imports no jax.
 """
 
 from __future__ import annotations
@@ -51,18 +51,19 @@ def make_child_env() -> dict[str, str]:
 
 
 class Worker:
-  """A peer in a process of its own, built and warmed up once; calling it times steps.
+  """A contender in a process of its own, built and warmed up once; calling it times steps.
 
   Attributes:
-    process: in which the peer runs.
-    versions: of the peer's packages, by name.
+    process: in which it runs.
+    about: what it said of itself when it was warmed up.
   """
 
-  def __init__(self, spec: dict[str, Any]):
-    """Starts `python -m jgpt.bench.peers` and waits until the peer is warmed up.
+  def __init__(self, spec: dict[str, Any], module: str = "jgpt.bench.peers"):
+    """Starts a process and waits until what it runs is warmed up.
 
     Args:
-      spec: what to build, as described in `peers.py`.
+      spec: what to build, as described in the module.
+      module: that is run: it speaks the protocol of `peers.py`.
 
     Raises:
       UserError: if the peer has no such model.
@@ -70,7 +71,7 @@ class Worker:
     """
     self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
     self.process = subprocess.Popen(
-      [sys.executable, "-m", "jgpt.bench.peers"],
+      [sys.executable, "-m", module],
       env=make_child_env(),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -79,7 +80,7 @@ class Worker:
       encoding="utf-8",
     )
     try:
-      self.versions: dict[str, str] = self._ask(spec)["versions"]
+      self.about: dict[str, Any] = self._ask(spec)
     except BaseException:
       self.close()
       raise

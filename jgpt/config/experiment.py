@@ -420,17 +420,50 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """The devices to use.
+  """The devices to use, in a mesh of data x fsdp x tensor.
+
+  At most one of the three sizes is -1, which takes the devices that the others leave. A batch is
+  divided over data x fsdp, whose product must divide `data.batch_size`, or `train.micro_batch_size`
+  where it is set.
 
   Attributes:
-    data: devices that the batch is divided over; None takes all. Must divide `data.batch_size`, or
-      `train.micro_batch_size` where it is set.
+    data: devices, or groups of them, that hold the same parameters.
+    fsdp: devices that each parameter and its moments are divided over; each device has a part of
+      the batch, and gets a layer's parameters when it computes the layer.
+    tensor: devices that heads, the MLP's hidden units and the vocabulary are divided over; they
+      compute the same part of the batch together.
+    timeout_seconds: how long a process of a run on several hosts waits for another one.
   """
 
-  data: int | None = ranged(None, least=1)
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  timeout_seconds: float = ranged(600.0, least=1)
 
   def __post_init__(self):
     check_fields(self, "mesh")
+    sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+    for name, size in sizes.items():
+      if size < 1 and size != -1:
+        raise UserError(
+          f"mesh.{name}={size} must be at least 1, or -1 for the devices left over. Try --set "
+          f"mesh.{name}=1"
+        )
+    if (open_ended := [f"mesh.{name}=-1" for name, size in sizes.items() if size == -1])[1:]:
+      last = open_ended[-1].partition("=")[0]
+      raise UserError(f"only one of {', '.join(open_ended)} can be -1. Try --set {last}=1")
+
+  @property
+  def num_devices(self) -> int | None:
+    """Returns how many devices the mesh has; None where that depends on how many there are."""
+    size = self.data * self.fsdp * self.tensor
+    return None if size < 0 else size
+
+  @property
+  def num_batch_parts(self) -> int | None:
+    """Returns how many parts a batch is divided into; None where that is not known yet."""
+    size = self.data * self.fsdp
+    return None if size < 0 else size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -562,18 +595,22 @@ class Experiment:
         f"train.micro_batch_size={micro}; what divides it: {divisors}. Try --set "
         f"train.micro_batch_size={divisors.split(' ')[0]}"
       )
-    if self.mesh.data and (micro or self.data.batch_size) % self.mesh.data:
+    # Where a size is -1 the other one must divide the batch too.
+    num_parts = abs(self.mesh.data * self.mesh.fsdp)
+    if (micro or self.data.batch_size) % num_parts:
       what = (
         f"train.micro_batch_size={micro}" if micro else f"data.batch_size={self.data.batch_size}"
       )
-      raise UserError(
-        f"{what} must be a multiple of mesh.data={self.mesh.data}. Try --set mesh.data=1"
-      )
+      sizes = "mesh.data" if self.mesh.fsdp == 1 else "mesh.data * mesh.fsdp"
+      if self.mesh.data == -1:
+        sizes = "mesh.fsdp"
+      advice = "mesh.data=1" if self.mesh.fsdp == 1 else "mesh.fsdp=1"
+      raise UserError(f"{what} must be a multiple of {sizes}={num_parts}. Try --set {advice}")
     if self.compute.group_documents is True and not may_group_documents(self):
       raise UserError(
         "compute.group_documents=true needs data.batching=documents, a data.batch_size that is a "
         f"multiple of {NUM_GROUPS}, an even data.seq_len, no dropout, no train.micro_batch_size "
-        "and mesh.data=1. Try --set compute.group_documents=auto"
+        "and one device (mesh.data=1). Try --set compute.group_documents=auto"
       )
     if self.train.steps is None and self.data.batching != "epochs":
       raise UserError(
@@ -591,7 +628,7 @@ def may_group_documents(experiment: Experiment) -> bool:
     and data.seq_len % 2 == 0
     and train.micro_batch_size is None
     and not experiment.model.dropout  # a mask depends on where a document stands
-    and experiment.mesh.data == 1  # sorted, a divided batch would move between devices
+    and experiment.mesh.num_devices == 1  # sorted, a divided batch would move between devices
   )
 
 

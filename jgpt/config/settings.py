@@ -52,6 +52,8 @@ RENAMED = {
   "mesh.tricks": ("compute.tricks", {}),
   "mesh.scan_layers": ("compute.layers", {None: "auto", True: "scan", False: "unroll"}),
 }
+# Former values of settings that have kept their name, which older run folders have.
+FORMER = {"mesh.data": {None: -1}}
 # What older run folders mean by leaving a setting out, where that is not its default.
 LEFT_OUT = {"compute.dtype": "float32"}
 SIZE = "model.size"  # not a field: sets several fields
@@ -212,7 +214,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, kind(value)
   except ValueError:
     pass
-  raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.")
+  left = " Try --set mesh.data=-1, which takes all devices" if name == "mesh.data" else ""
+  raise UserError(f"{name}={show(value)} must be {describe_type(hint)}.{left}")
 
 
 # --- Names that are not jgpt's ---
@@ -511,7 +514,7 @@ def experiment_from_json(value: Any) -> Experiment:
 def _rename(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
   """Returns an experiment in JSON with the settings of `RENAMED` under their new names.
 
-  What `LEFT_OUT` says is filled in.
+  What `LEFT_OUT` says is filled in, and the values of `FORMER` are today's.
   """
   value = {section: dict(fields) for section, fields in value.items()}
   for name, meant in LEFT_OUT.items():
@@ -522,9 +525,13 @@ def _rename(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if field in value.get(section, {}):
       given = value[section].pop(field)
       value.setdefault(new_section, {})[new_field] = _translate(given, values)
+  for name, values in FORMER.items():
+    section, field = name.split(".")
+    if field in value.get(section, {}):
+      value[section][field] = _translate(value[section][field], values)
   return value
 
 
-def _translate(value: Any, values: dict[bool | None, str]) -> Any:
-  """Returns the value that a renamed setting has today."""
+def _translate(value: Any, values: dict[bool | None, Any]) -> Any:
+  """Returns the value that a former one of a setting is today."""
   return values.get(value, value) if value is None or isinstance(value, bool) else value

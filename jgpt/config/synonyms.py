@@ -80,6 +80,12 @@ _ACTIVATIONS = {
   "tanh": "gelu_tanh",
 }
 _ALL_PLACES = "model.dropout_places=embedding,attention,attention_out,mlp_out"
+_PLACES = {
+  "attention": "attn_pdrop attention_dropout attn_dropout attention_probs_dropout_prob",
+  "attention_out,mlp_out": "resid_pdrop residual_dropout resid_dropout hidden_dropout "
+  "hidden_dropout_prob",
+  "embedding": "embd_pdrop embedding_dropout embd_dropout embed_dropout emb_dropout",
+}
 _DTYPES = {
   **dict.fromkeys(("true", "1", "bf16", "bf16-mixed", "bf16-true"), "bfloat16"),
   **dict.fromkeys(("false", "0", "no", "fp32", "32", "32-true"), "float32"),
@@ -87,9 +93,137 @@ _DTYPES = {
 _ON_DEVICE = (
   "batches are made on the device, by the compiled program; there are no loader processes"
 )
-_ONE_PROCESS = "jgpt trains in one process, on all devices that it sees; mesh.data says how many"
+_FSDP = (
+  "mesh.fsdp devices share parameters, gradients and moments, as in ZeRO's stage 3; mesh.data=1 "
+  "beside mesh.fsdp=-1 takes all devices for it, and a larger mesh.data has as many copies"
+)
+_PROCESSES = (
+  "each host has one process, which takes all of its devices; --coordinator HOST:PORT, "
+  "--num-processes N and --process-id I of python -m jgpt.run say which where no cluster does"
+)
 _METRICS = "every update's metrics are in metrics.jsonl of the run folder; there is no tracker"
 _RUNS_OWN = "the run folder records the experiment's name and every setting"
+
+# Names that nothing stands for -> why, or what does the same.
+_NOTES = {
+  "skip_update_gradz": "updates are skipped by their loss alone, optimizer.skip_spikes",
+  "nesterov use_nesterov dampening amsgrad": (
+    "optimizer.name is adamw, adam, or sgd with optimizer.momentum, in their plain forms"
+  ),
+  "eval_batch_size per_device_eval_batch_size val_batch_size": (
+    "evaluations take batches of data.batch_size; train.eval_batches says how many"
+  ),
+  "dataset dataset_name data_dir dataset_path dataset_dir": (
+    "an experiment names its text: --experiment shakespeare_char, for example; "
+    "data.path names a text or token files of your own"
+  ),
+  (
+    "val_file val_path test_path test_file validation_file input_val_bin val_bin val_data "
+    "eval_file val_data_path"
+  ): (
+    "the held-out part is cut from the text: data.heldout_fraction, or data.heldout_tokens; "
+    "of token files it is those with val in their names"
+  ),
+  "shuffle stride drop_last packing group_by_length": (
+    "data.batching says the order of sequences: documents, random, sequential or epochs"
+  ),
+  (
+    "num_workers dataloader_num_workers pin_memory dataloader_pin_memory prefetch "
+    "prefetch_factor preprocessing_num_workers num_proc"
+  ): _ON_DEVICE,
+  "mlp_ratio ffn_mult ff_mult expansion_factor expansion": (
+    "model.d_ff is the MLP's width itself, in GPT-2 four times model.d_model"
+  ),
+  "head_size d_head dim_head d_k d_v head_dim": (
+    "the size of a head is model.d_model / model.num_heads"
+  ),
+  "n_kv_head n_kv_heads num_kv_heads num_key_value_heads n_query_groups": (
+    "every head has keys and values of its own"
+  ),
+  "qkv_bias attention_bias": (
+    "model.biases=all gives every projection a bias, mlp those of the MLP, none none"
+  ),
+  "layer_norm_epsilon layer_norm_eps norm_eps rms_norm_eps ln_eps": (
+    "the epsilon of norms is 1e-5 and no setting"
+  ),
+  (
+    "rope rotary use_rope rope_theta rotary_dim alibi swiglu gated_mlp n_experts "
+    "num_experts moe sliding_window qk_norm"
+  ): (
+    "the network is GPT-2's family: model.positions, model.activation, model.norm and "
+    "model.biases are its choices"
+  ),
+  "clip_value gradient_clip_algorithm": (
+    "gradients are clipped by their global norm, optimizer.clip_norm"
+  ),
+  "resume_from_checkpoint resume resume_from resume_path resume_ckpt": (
+    "the same command again goes on from the newest checkpoint of its run folder; --resume "
+    "insists on one"
+  ),
+  "overwrite_output_dir overwrite restart from_scratch": (
+    "--fresh sets the run folder aside and starts over"
+  ),
+  (
+    "always_save_checkpoint save_strategy save_best save_best_only load_best_model_at_end "
+    "metric_for_best_model greater_is_better"
+  ): (
+    "checkpoints are saved by train.save_every and train.save_every_seconds and at the end; "
+    "train.keep_best of the lowest held-out loss are kept, and --step best reads the best one"
+  ),
+  "eval_only do_eval inference_only do_predict eval_strategy evaluation_strategy": (
+    "train.eval_every says how often a run evaluates; python -m jgpt.evaluate evaluates one "
+    "that is there"
+  ),
+  "do_train mode task": "python -m jgpt.run trains",
+  "early_stopping early_stopping_patience patience": (
+    "a run makes train.steps updates; train.keep_best keeps the best checkpoints among them"
+  ),
+  "do_sample greedy": "sample.temperature=0 takes the most probable token, any other draws",
+  (
+    "num_beams beam_size beam_width repetition_penalty no_repeat_ngram_size length_penalty "
+    "min_p typical_p frequency_penalty presence_penalty"
+  ): "texts are drawn with a temperature, top-k and top-p, and in no other way",
+  "min_length eos_token_id bos_token_id pad_token_id stop_token use_cache": (
+    "a text ends at the tokenizer's stop token, after sample.max_tokens, or where the context "
+    "is full"
+  ),
+  "device accelerator device_type use_cpu no_cuda use_cuda cuda gpu cpu tpu use_mps_device": (
+    "jax chooses the device: JAX_PLATFORMS=cpu before the command takes the CPU"
+  ),
+  "fully_sharded_data_parallel hsdp zero zero_stage deepspeed sharding_strategy": _FSDP,
+  (
+    "backend ddp ddp_backend parallel distributed strategy local_rank master_port pipeline_parallel"
+  ): f"mesh.data, mesh.fsdp and mesh.tensor divide the work; {_PROCESSES}",
+  "fp16 half fp16_opt_level grad_scaler loss_scale fp32 param_dtype master_weights": (
+    "compute.dtype is float32 or bfloat16, which needs no scaled loss; parameters and moments "
+    "are float32"
+  ),
+  "compile torch_compile use_compile jit fullgraph": (
+    "every step is compiled; JAX_DISABLE_JIT=1 before the command runs it uncompiled"
+  ),
+  "flash flash_attention use_flash use_flash_attention attn_implementation attn_impl sdpa": (
+    "compute.attention chooses the form of attention, fused kernels among them"
+  ),
+  (
+    "wandb_log wandb_project wandb_run_name use_wandb wandb report_to tensorboard "
+    "use_tensorboard mlflow log_to_wandb wandb_entity"
+  ): _METRICS,
+  "run_name exp_name experiment_name project_name run_id": (
+    f"{_RUNS_OWN}; --workdir names the folder"
+  ),
+  "push_to_hub hub_model_id hub_token": (
+    "python -m jgpt.export --format hf writes a folder for Hugging Face's Transformers"
+  ),
+  "profile profiler write_tensors trace debug verbose quiet disable_tqdm": (
+    "a run prints its progress and writes metrics.jsonl; --profile DIR writes a profile of "
+    "some updates, python -m jgpt.bench measures speed, and python -m jgpt.inspect --trace follows "
+    "a parameter"
+  ),
+  "label_smoothing loss loss_fn criterion label_smoothing_factor z_loss aux_loss ignore_index": (
+    "the loss is the mean negative log-likelihood, in nats per token"
+  ),
+  "lora use_lora lora_r lora_rank lora_alpha peft freeze": "all parameters are trained",
+}
 
 SYNONYMS = (
   # --- The length of training, and its periods ---
@@ -212,10 +346,6 @@ SYNONYMS = (
     values=_NO,
   ),
   Synonym(
-    names="skip_update_gradz",
-    note="updates are skipped by their loss alone, optimizer.skip_spikes",
-  ),
-  Synonym(
     names="optim optimizer optimizer_type optimizer_name optim_name opt opt_type",
     settings=("optimizer.name",),
     values=_OPTIMIZERS,
@@ -228,10 +358,6 @@ SYNONYMS = (
     for name in ("adamw", "adam", "sgd")
   ),
   Synonym(names="sgd_momentum mu", settings=("optimizer.momentum", "optimizer.name=sgd")),
-  Synonym(
-    names="nesterov use_nesterov dampening amsgrad",
-    note="optimizer.name is adamw, adam, or sgd with optimizer.momentum, in their plain forms",
-  ),
   # --- The batch, and the data ---
   Synonym(
     names="per_device_train_batch_size per_gpu_train_batch_size train_batch_size "
@@ -260,10 +386,6 @@ SYNONYMS = (
     note="data.batch_size counts the sequences of a whole update",
   ),
   Synonym(
-    names="eval_batch_size per_device_eval_batch_size val_batch_size",
-    note="evaluations take batches of data.batch_size; train.eval_batches says how many",
-  ),
-  Synonym(
     names="block_size t context_length context_size context_len ctx_len ctx_size context_window "
     "window_size sequence_length seq_length seqlen max_len max_seq_length max_sequence_length "
     "max_context_length model_max_length n_positions n_ctx max_position_embeddings "
@@ -278,21 +400,10 @@ SYNONYMS = (
     note="in sampling sample.max_tokens counts the new tokens",
   ),
   Synonym(
-    names="dataset dataset_name data_dir dataset_path dataset_dir",
-    note="an experiment names its text: --experiment shakespeare_char, for example; "
-    "data.path names a text or token files of your own",
-  ),
-  Synonym(
     names="train_file train_path text file filename training_file data_file data_path text_file "
     "input_file input_bin train_bin train_data train_data_path corpus file_path input data",
     settings=("data.path",),
     flags=("--data",),
-  ),
-  Synonym(
-    names="val_file val_path test_path test_file validation_file input_val_bin val_bin val_data "
-    "eval_file val_data_path",
-    note="the held-out part is cut from the text: data.heldout_fraction, or data.heldout_tokens; "
-    "of token files it is those with val in their names",
   ),
   Synonym(
     names="val_split split val_ratio val_fraction val_size validation_split validation_ratio "
@@ -320,15 +431,6 @@ SYNONYMS = (
     names="vocab vocabulary_size n_vocab num_tokens padded_vocab_size",
     settings=("model.vocab_size",),
   ),
-  Synonym(
-    names="shuffle stride drop_last packing group_by_length",
-    note="data.batching says the order of sequences: documents, random, sequential or epochs",
-  ),
-  Synonym(
-    names="num_workers dataloader_num_workers pin_memory dataloader_pin_memory prefetch "
-    "prefetch_factor preprocessing_num_workers num_proc",
-    note=_ON_DEVICE,
-  ),
   # --- The network ---
   Synonym(
     names="n_layer n_layers num_layer num_hidden_layers layers n_blocks num_blocks n_block "
@@ -354,18 +456,6 @@ SYNONYMS = (
     settings=("model.d_ff",),
   ),
   Synonym(
-    names="mlp_ratio ffn_mult ff_mult expansion_factor expansion",
-    note="model.d_ff is the MLP's width itself, in GPT-2 four times model.d_model",
-  ),
-  Synonym(
-    names="head_size d_head dim_head d_k d_v head_dim",
-    note="the size of a head is model.d_model / model.num_heads",
-  ),
-  Synonym(
-    names="n_kv_head n_kv_heads num_kv_heads num_key_value_heads n_query_groups",
-    note="every head has keys and values of its own",
-  ),
-  Synonym(
     names="activation_function hidden_act act activation_fn act_fn nonlinearity",
     settings=("model.activation",),
     values=_ACTIVATIONS,
@@ -378,36 +468,21 @@ SYNONYMS = (
     "layer_no_bias",
   ),
   Synonym(
-    names="qkv_bias attention_bias",
-    note="model.biases=all gives every projection a bias, mlp those of the MLP, none none",
-  ),
-  Synonym(
     names="norm_type normalization layer_norm_type",
     settings=("model.norm",),
     values={"rmsnorm": "rms", "rms_norm": "rms", "layernorm": "layer", "layer_norm": "layer"},
   ),
   Synonym(
-    names="layer_norm_epsilon layer_norm_eps norm_eps rms_norm_eps ln_eps",
-    note="the epsilon of norms is 1e-5 and no setting",
-  ),
-  Synonym(
     names="dropout dropout_rate dropout_prob drop_rate p_dropout drop p_drop dropout_p",
     settings=("model.dropout", _ALL_PLACES),
   ),
-  Synonym(
-    names="attn_pdrop attention_dropout attn_dropout attention_probs_dropout_prob",
-    settings=("model.dropout", "model.dropout_places=attention"),
-    note="one rate holds at all of model.dropout_places",
-  ),
-  Synonym(
-    names="resid_pdrop residual_dropout resid_dropout hidden_dropout hidden_dropout_prob",
-    settings=("model.dropout", "model.dropout_places=attention_out,mlp_out"),
-    note="one rate holds at all of model.dropout_places",
-  ),
-  Synonym(
-    names="embd_pdrop embedding_dropout embd_dropout embed_dropout emb_dropout",
-    settings=("model.dropout", "model.dropout_places=embedding"),
-    note="one rate holds at all of model.dropout_places",
+  *(
+    Synonym(
+      names=names,
+      settings=("model.dropout", f"model.dropout_places={places}"),
+      note="one rate holds at all of model.dropout_places",
+    )
+    for places, names in _PLACES.items()
   ),
   Synonym(
     names="tie_word_embeddings tied tie tie_weights weight_tying tied_embeddings tie_embeddings "
@@ -418,16 +493,6 @@ SYNONYMS = (
   Synonym(
     names="initializer_range init_scale weight_init_std init_stddev std",
     settings=("model.init_std",),
-  ),
-  Synonym(
-    names="rope rotary use_rope rope_theta rotary_dim alibi swiglu gated_mlp n_experts "
-    "num_experts moe sliding_window qk_norm",
-    note="the network is GPT-2's family: model.positions, model.activation, model.norm and "
-    "model.biases are its choices",
-  ),
-  Synonym(
-    names="clip_value gradient_clip_algorithm",
-    note="gradients are clipped by their global norm, optimizer.clip_norm",
   ),
   Synonym(
     names="position_embedding_type pos_encoding positional_encoding pos_embed_type pos_emb",
@@ -455,34 +520,9 @@ SYNONYMS = (
     flags=("--run",),
   ),
   Synonym(
-    names="resume_from_checkpoint resume resume_from resume_path resume_ckpt",
-    note="the same command again goes on from the newest checkpoint of its run folder; --resume "
-    "insists on one",
-  ),
-  Synonym(
     names="out_dir output_dir save_dir work_dir checkpoint_dir ckpt_dir log_dir logging_dir "
     "run_dir results_dir model_dir save_path output",
     flags=("--workdir", "--run", "--out"),
-  ),
-  Synonym(
-    names="overwrite_output_dir overwrite restart from_scratch",
-    note="--fresh sets the run folder aside and starts over",
-  ),
-  Synonym(
-    names="always_save_checkpoint save_strategy save_best save_best_only load_best_model_at_end "
-    "metric_for_best_model greater_is_better",
-    note="checkpoints are saved by train.save_every and train.save_every_seconds and at the end; "
-    "train.keep_best of the lowest held-out loss are kept, and --step best reads the best one",
-  ),
-  Synonym(
-    names="eval_only do_eval inference_only do_predict eval_strategy evaluation_strategy",
-    note="train.eval_every says how often a run evaluates; python -m jgpt.evaluate evaluates one "
-    "that is there",
-  ),
-  Synonym(names="do_train mode task", note="python -m jgpt.run trains"),
-  Synonym(
-    names="early_stopping early_stopping_patience patience",
-    note="a run makes train.steps updates; train.keep_best keeps the best checkpoints among them",
   ),
   # --- Sampling ---
   Synonym(
@@ -502,36 +542,28 @@ SYNONYMS = (
   Synonym(names="temp sampling_temperature", settings=("sample.temperature",)),
   Synonym(names="k topk", settings=("sample.top_k",)),
   Synonym(names="p topp nucleus nucleus_p", settings=("sample.top_p",)),
-  Synonym(
-    names="do_sample greedy",
-    note="sample.temperature=0 takes the most probable token, any other draws",
-  ),
-  Synonym(
-    names="num_beams beam_size beam_width repetition_penalty no_repeat_ngram_size length_penalty "
-    "min_p typical_p frequency_penalty presence_penalty",
-    note="texts are drawn with a temperature, top-k and top-p, and in no other way",
-  ),
-  Synonym(
-    names="min_length eos_token_id bos_token_id pad_token_id stop_token use_cache",
-    note="a text ends at the tokenizer's stop token, after sample.max_tokens, or where the context "
-    "is full",
-  ),
   # --- The machine ---
   Synonym(
-    names="device accelerator device_type use_cpu no_cuda use_cuda cuda gpu cpu tpu use_mps_device",
-    note="jax chooses the device: JAX_PLATFORMS=cpu before the command takes the CPU",
-  ),
-  Synonym(
-    names="devices num_devices n_devices num_gpus n_gpu n_gpus gpus world_size nproc_per_node "
-    "nproc num_processes data_parallel",
+    names="devices num_devices n_devices num_gpus n_gpu n_gpus gpus nproc_per_node nproc "
+    "data_parallel data_parallel_size dp dp_size",
     settings=("mesh.data",),
-    note="the devices that a batch is divided over; none takes all",
+    values=dict.fromkeys(("none", "all", "auto", "true"), "-1"),
+    note="mesh.data copies of the model share a batch; -1 takes all devices",
   ),
   Synonym(
-    names="backend ddp parallel ddp_backend local_rank node_rank nnodes master_addr master_port "
-    "strategy distributed fsdp deepspeed zero_stage pipeline_parallel tensor_parallel",
-    note=_ONE_PROCESS,
+    names="fsdp fsdp_size",
+    settings=("mesh.fsdp",),
+    values=dict.fromkeys(("true", "1", "full_shard", "hybrid_shard"), ""),
+    note=_FSDP,
   ),
+  Synonym(
+    names="tensor_parallel tensor_parallel_size tp tp_size tensor_model_parallel_size mp "
+    "model_parallel model_parallel_size",
+    settings=("mesh.tensor",),
+  ),
+  Synonym(names="world_size num_processes nnodes", flags=("--num-processes",), note=_PROCESSES),
+  Synonym(names="node_rank process_id rank", flags=("--process-id",), note=_PROCESSES),
+  Synonym(names="master_addr coordinator", flags=("--coordinator",), note=_PROCESSES),
   Synonym(
     names="dtype precision bf16 amp use_amp mixed_precision autocast torch_dtype",
     settings=("compute.dtype",),
@@ -539,22 +571,9 @@ SYNONYMS = (
     note="of activations and products; parameters, moments and sums are float32",
   ),
   Synonym(
-    names="fp16 half fp16_opt_level grad_scaler loss_scale fp32 param_dtype master_weights",
-    note="compute.dtype is float32 or bfloat16, which needs no scaled loss; parameters and moments "
-    "are float32",
-  ),
-  Synonym(
     names="tf32 tensorcores allow_tf32",
     settings=("compute.precision",),
     values={"true": "default", "1": "default", "false": "highest", "0": "highest"},
-  ),
-  Synonym(
-    names="compile torch_compile use_compile jit fullgraph",
-    note="every step is compiled; JAX_DISABLE_JIT=1 before the command runs it uncompiled",
-  ),
-  Synonym(
-    names="flash flash_attention use_flash use_flash_attention attn_implementation attn_impl sdpa",
-    note="compute.attention chooses the form of attention, fused kernels among them",
   ),
   Synonym(
     names="gradient_checkpointing activation_checkpointing recompute remat use_remat",
@@ -562,42 +581,16 @@ SYNONYMS = (
     values={"true": "block", "1": "block", "2": "block", "false": "none", "0": "none"},
   ),
   Synonym(
-    names="wandb_log wandb_project wandb_run_name use_wandb wandb report_to tensorboard "
-    "use_tensorboard mlflow log_to_wandb wandb_entity",
-    note=_METRICS,
-  ),
-  Synonym(
-    names="run_name exp_name experiment_name project_name run_id",
-    note=f"{_RUNS_OWN}; --workdir names the folder",
-  ),
-  Synonym(
     names="config config_file config_path cfg",
     flags=("--experiment",),
     note="an experiment is a Python file",
-  ),
-  Synonym(
-    names="push_to_hub hub_model_id hub_token",
-    note="python -m jgpt.export --format hf writes a folder for Hugging Face's Transformers",
-  ),
-  Synonym(
-    names="profile profiler write_tensors trace debug verbose quiet disable_tqdm",
-    note="a run prints its progress and writes metrics.jsonl; --profile DIR writes a profile of "
-    "some updates, python -m jgpt.bench measures speed, and python -m jgpt.inspect --trace follows "
-    "a parameter",
-  ),
-  Synonym(
-    names="label_smoothing loss loss_fn criterion label_smoothing_factor z_loss aux_loss "
-    "ignore_index",
-    note="the loss is the mean negative log-likelihood, in nats per token",
-  ),
-  Synonym(
-    names="lora use_lora lora_r lora_rank lora_alpha peft freeze", note="all parameters are trained"
   ),
   Synonym(
     names="shard_size tokens_per_shard",
     flags=("--shard-tokens",),
     note="python -m jgpt.prepare makes token files",
   ),
+  *(Synonym(names=names, note=note) for names, note in _NOTES.items()),
 )
 
 # The letters of llm.c's train_gpt2cu, by the names of the table or jgpt's own; -h is --help here.

@@ -1,15 +1,16 @@
 """The training tokens on the devices: all of them at once, or a block of steps at a time.
 
 A corpus that fits on the devices is placed there once. A larger one is read from its memory-mapped
-files by a thread that is one block ahead. Both give the same batches, those of `batches.py`, bit
-for bit. The files are in `token_files.py`, and the training loop is in `train.py`.
+files by a thread that is one block ahead; of several processes each reads its rows of every batch.
+Both give the same batches, those of `batches.py`, bit for bit. The files are in `token_files.py`,
+and the training loop is in `train.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 
@@ -55,7 +56,7 @@ def make_feed(corpus: Corpus, config: DataConfig, seed: int, mesh: Mesh) -> Feed
   if isinstance(corpus, Stream) and isinstance(corpus.tokens, TokenFiles):
     block_steps = count_block_steps(config)
     return Feed(_BlockReader(corpus.tokens, config, seed, block_steps, mesh).corpus_at, block_steps)
-  placed = jax.device_put(corpus, sharding.replicated(mesh))
+  placed = sharding.place(corpus, sharding.replicated(mesh))
   return Feed(lambda step: placed)
 
 
@@ -66,9 +67,14 @@ def count_block_steps(config: DataConfig) -> int:
 
 
 def cut(
-  tokens: TokenFiles, first_step: int, num_steps: int, config: DataConfig, seed: int
+  tokens: TokenFiles,
+  first_step: int,
+  num_steps: int,
+  config: DataConfig,
+  seed: int,
+  rows: np.ndarray | None = None,
 ) -> CutBatches:
-  """Cuts the batches of consecutive steps from files.
+  """Cuts the batches of consecutive steps from files, or some rows of each.
 
   Args:
     tokens: the stream.
@@ -76,6 +82,7 @@ def cut(
     num_steps: at least 1.
     config: decides how batches are cut.
     seed: of random windows and of the order of epochs.
+    rows: numbers of the rows that are read; None reads all.
 
   Returns:
     NumPy arrays.
@@ -84,6 +91,8 @@ def cut(
   if config.num_batches:
     steps = steps % config.num_batches
   starts, counts = find_starts(len(tokens), steps, config, seed)
+  if rows is not None:
+    starts, counts = starts[:, rows], counts[:, rows]
   windows = np.empty((*starts.shape, config.seq_len + 1), np.int32)
   for place in np.ndindex(starts.shape):
     windows[place] = tokens.read(int(starts[place]), int(starts[place]) + config.seq_len + 1)
@@ -145,14 +154,51 @@ def cut_shardings(mesh: Mesh) -> CutBatches:
   return CutBatches(windows=rows, counts=rows, first_step=sharding.replicated(mesh))
 
 
+def find_rows(mesh: Mesh, batch_size: int, devices: Collection[jax.Device]) -> np.ndarray:
+  """Finds the rows of a batch that devices of a mesh hold, ascending, each once."""
+  parts = sharding.batch_sharding(mesh).devices_indices_map((batch_size,))
+  held = {part[0].indices(batch_size) for device, part in parts.items() if device in devices}
+  return np.unique(np.concatenate([np.arange(*part) for part in held]))
+
+
+def place_rows(local: CutBatches, rows: np.ndarray, batch_size: int, mesh: Mesh) -> CutBatches:
+  """Places rows of batches on the devices of this process, as its part of the whole batches.
+
+  Args:
+    local: NumPy arrays, of the rows that this process's devices hold.
+    rows: the numbers of those, from `find_rows`.
+    batch_size: of the whole batches.
+    mesh: the devices, of all processes.
+  """
+
+  def put(x: np.ndarray, place: NamedSharding) -> jax.Array:
+    shape = (len(x), batch_size, *x.shape[2:])
+
+    def take(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[1].indices(batch_size)
+      first = np.searchsorted(rows, start)
+      return x[:, first : first + stop - start]
+
+    return jax.make_array_from_callback(shape, place, take)
+
+  places = cut_shardings(mesh)
+  windows, counts = put(local.windows, places.windows), put(local.counts, places.counts)
+  return CutBatches(windows, counts, sharding.place(local.first_step, places.first_step))
+
+
 class _BlockReader:
-  """Reads blocks of batches from files, the next one while the steps of the current one run."""
+  """Reads blocks of batches from files, the next one while the steps of the current one run.
+
+  Each process reads the rows that its devices hold.
+  """
 
   def __init__(
     self, tokens: TokenFiles, config: DataConfig, seed: int, block_steps: int, mesh: Mesh
   ):
-    self._cut = partial(cut, tokens, num_steps=block_steps, config=config, seed=seed)
-    self._block_steps, self._shardings = block_steps, cut_shardings(mesh)
+    rows = find_rows(mesh, config.batch_size, mesh.local_devices)
+    self._cut = partial(cut, tokens, num_steps=block_steps, config=config, seed=seed, rows=rows)
+    self._place = partial(place_rows, rows=rows, batch_size=config.batch_size, mesh=mesh)
+    self._block_steps = block_steps
     self._pool = ThreadPoolExecutor(1, thread_name_prefix="jgpt-feed")
     self._blocks: dict[int, Future] = {}
 
@@ -166,4 +212,4 @@ class _BlockReader:
     return wanted[number].result()
 
   def _read(self, number: int) -> CutBatches:
-    return jax.device_put(self._cut(first_step=number * self._block_steps), self._shardings)
+    return self._place(self._cut(first_step=number * self._block_steps))

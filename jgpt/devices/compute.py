@@ -47,15 +47,18 @@ def explain_compute(experiment: Experiment, device: jax.Device) -> list[str]:
 
 def _choose(experiment: Experiment, device: jax.Device) -> tuple[Experiment, list[str]]:
   given, chosen = experiment.compute, PLAIN
+  is_divided = (experiment.mesh.fsdp, experiment.mesh.tensor) != (1, 1)  # are parameters
   if given.tricks and device.platform == "cpu":
     chosen = ComputeConfig(
       dtype="bfloat16" if is_bfloat16_quicker(experiment) else "float32",
-      matmul="flat",
+      # A flat product merges dimensions, of which one may be divided.
+      matmul="einsum" if is_divided else "flat",
       layers="scan" if experiment.model.num_layers == 1 else "unroll",
       remat="none",
       loss_chunks=1,
       group_documents=is_grouping_worthwhile(experiment),
-      select="ordered",
+      # In order, an entry of each moment is looked at, for which divided ones would be gathered.
+      select="plain" if is_divided else "ordered",
     )
   elif given.tricks:
     chosen = choose_for_accelerator(experiment, device)

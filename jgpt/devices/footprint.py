@@ -7,6 +7,8 @@ Pure arithmetic, apart from asking compiled programs for their sizes. What a dev
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -16,7 +18,8 @@ from jgpt.config.experiment import NUM_GROUPS
 from jgpt.config.settings import change
 from jgpt.devices.limits import FLOAT_BYTES, count_matmul_params, find_accelerator
 from jgpt.errors import UserError
-from jgpt.params import count_params
+from jgpt.params import count_params, walk
+from jgpt.sharding import AXES, choose_shape, to_spec
 
 REMATS = ("none", "elementwise", "block")  # values of `compute.remat`, most memory first
 CHUNK_TOKENS = 1024  # of a piece of the loss that is advised
@@ -25,11 +28,15 @@ ELEMENTWISE_COST = 0.05
 # Peak FLOP/s over bytes/s of memory of a device that is not known; TPUs and recent GPUs have 160 to
 # 400, T4 25.
 INTENSITY = 100.0
+NETWORK = 8.0  # an estimate: memory's bytes/s over those between devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
   """Bytes that a training step takes of a device, by formula.
+
+  P are the parameters that a device has: those that "fsdp" and "tensor" divide are its part. D, F,
+  N and the vocabulary are the model's; "tensor" divides F, N and the vocabulary, and half of 8 D.
 
   Attributes:
     parameters: 4 P, float32.
@@ -62,28 +69,65 @@ def estimate_footprint(experiment: Experiment, num_devices: int) -> Footprint:
 
   Args:
     experiment: from `resolve_compute`.
-    num_devices: that share a batch.
+    num_devices: all there are, of which the mesh has those that it asks for.
   """
   model, compute, T = experiment.model, experiment.compute, experiment.data.seq_len
-  tokens = _count_rows(experiment) // num_devices * T
-  is_in_parts = tokens * num_devices < experiment.data.batch_size * T
-  numbers = 8 * model.d_model + 2 * model.d_ff
+  sizes = dict(zip(AXES, choose_shape(experiment, num_devices), strict=True))
+  num_parts = sizes["data"] * sizes["fsdp"]
+  tokens = _count_rows(experiment) // num_parts * T
+  is_in_parts = tokens * num_parts < experiment.data.batch_size * T
+
+  def divide(size: int) -> int:
+    return size // sizes["tensor"] if size % sizes["tensor"] == 0 else size
+
+  heads, hidden = divide(model.num_heads), divide(model.d_ff)
+  numbers = 4 * model.d_model + 4 * heads * model.head_dim + 2 * hidden
   if compute.remat == "elementwise":
-    numbers -= 2 * model.d_model + model.d_ff
+    numbers -= 2 * model.d_model + hidden
   if compute.attention in ("plain", "blocks"):
-    numbers += model.num_heads * T * (5 if compute.attention == "blocks" else 8) // 8
+    numbers += heads * T * (5 if compute.attention == "blocks" else 8) // 8
   layers = model.num_layers * numbers
   if compute.remat == "block":
     layers = model.num_layers * model.d_model + numbers
-  parameters = FLOAT_BYTES * count_params(model)
+  parameters = FLOAT_BYTES * count_device_params(experiment, sizes)
   pieces = compute.loss_chunks if isinstance(compute.loss_chunks, int) else 1
   return Footprint(
     parameters=parameters,
     moments=experiment.optimizer.num_moments * parameters,
     gradients=(2 if is_in_parts else 1) * parameters,
     activations=(2 if compute.dtype == "bfloat16" else FLOAT_BYTES) * tokens * layers,
-    logits=2 * FLOAT_BYTES * -(-tokens // pieces) * model.padded_vocab_size,
+    logits=2 * FLOAT_BYTES * -(-tokens // pieces) * divide(model.padded_vocab_size),
   )
+
+
+def count_device_params(experiment: Experiment, sizes: dict[str, int]) -> int:
+  """Counts the parameters, or the parts of them, that a device of a mesh has.
+
+  Args:
+    experiment: resolved.
+    sizes: of the mesh's axes.
+  """
+  mesh, total = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)), 0
+  for _, param, layers in walk(experiment.model):
+    spec = to_spec(param.axes, param.shape, mesh)
+    total += param.size * layers // math.prod(sizes[axis] for axis in spec if axis)
+  return total
+
+
+def share_params(experiment: Experiment, num_devices: int) -> dict[str, Any]:
+  """Returns the sizes of a mesh whose devices share the parameters that each has whole.
+
+  Args:
+    experiment: resolved.
+    num_devices: all of the mesh.
+
+  Returns:
+    Changes as `settings.change` takes them; none where there is nothing to share.
+  """
+  data, fsdp, _ = choose_shape(experiment, num_devices)
+  if data == 1 or experiment.model.d_model % (data * fsdp):
+    return {}
+  return {"mesh.data": 1, "mesh.fsdp": data * fsdp}
 
 
 def scale_footprint(footprint: Footprint, known: Footprint, measured: int) -> float:
@@ -166,38 +210,40 @@ def list_remedies(
 ) -> list[dict[str, Any]]:
   """Lists changes of circumstances that take less memory, by the time that they cost, least first.
 
-  They are chunks of the loss, recomputing blocks, micro-batches of fewer sequences, and these
-  together; nothing that would make another run.
+  They are chunks of the loss, recomputing blocks, micro-batches of fewer sequences, parameters that
+  devices share, and these together; nothing that would make another run.
 
   Args:
     experiment: `compute` may hold "auto".
     compute: the same, resolved.
-    num_devices: that share a batch.
+    num_devices: of the mesh.
     kind: of the devices, as jax names it.
 
   Returns:
     Changes as `settings.change` takes them; the last of the list takes the least memory.
   """
-  rows = (experiment.train.micro_batch_size or experiment.data.batch_size) // num_devices
+  data, fsdp, _ = choose_shape(experiment, num_devices)
+  rows = (experiment.train.micro_batch_size or experiment.data.batch_size) // (data * fsdp)
   sizes = [n for n in range(rows, 0, -1) if rows % n == 0]
   halved = [next(n for n in sizes if n <= rows >> i) for i in range(rows.bit_length())]
+  shared = share_params(experiment, num_devices)
   found = []
-  for size in dict.fromkeys(halved):
+  for size, mesh in itertools.product(dict.fromkeys(halved), [{}, shared] if shared else [{}]):
     pieces = size * experiment.data.seq_len // CHUNK_TOKENS
     chunks = max(2, 1 << max(pieces.bit_length() - 1, 0))  # a power of two
-    for loss_chunks in (None, chunks):
-      for remat in (None, "elementwise", "block"):
-        changes = {
-          "train.micro_batch_size": size * num_devices if size < rows else None,
-          "compute.loss_chunks": loss_chunks if chunks > compute.loss_chunks else None,
-          "compute.remat": remat if remat in REMATS[REMATS.index(compute.remat) + 1 :] else None,
-        }
-        changes = {name: value for name, value in changes.items() if value is not None}
-        try:
-          change(experiment, changes)
-        except UserError:  # as where a setting that was given has no micro-batches
-          continue
-        found += [changes] if changes and changes not in found else []
+    for loss_chunks, remat in itertools.product((None, chunks), (None, "elementwise", "block")):
+      changes = {
+        **mesh,
+        "train.micro_batch_size": size * data * fsdp if size < rows else None,
+        "compute.loss_chunks": loss_chunks if chunks > compute.loss_chunks else None,
+        "compute.remat": remat if remat in REMATS[REMATS.index(compute.remat) + 1 :] else None,
+      }
+      changes = {name: value for name, value in changes.items() if value is not None}
+      try:
+        change(experiment, changes)
+      except UserError:  # as where a setting that was given has no micro-batches
+        continue
+      found += [changes] if changes and changes not in found else []
   costs = [_estimate_cost(experiment, changes, num_devices, kind) for changes in found]
   return [changes for _, _, changes in sorted(zip(costs, range(len(found)), found, strict=True))]
 
@@ -208,7 +254,8 @@ def _estimate_cost(
   """Estimates the time that changes add to a step, as a share of it.
 
   Chunks compute the head's product once more, recomputing all others' of the forward pass; each
-  part of a batch reads gradients and their sum and writes it, at 40% of the peak's pace.
+  part of a batch reads gradients and their sum and writes it, at 40% of the peak's pace; parameters
+  that devices share are gathered once more than gradients are summed, in each part.
   """
   model, data = experiment.model, experiment.data
   head = model.vocab_size * model.d_model
@@ -220,12 +267,11 @@ def _estimate_cost(
     cost += ELEMENTWISE_COST
   elif "compute.remat" in changes:
     cost += 2 * (whole // 6 - head) / whole
-  if "train.micro_batch_size" in changes:
-    device = find_accelerator(kind)
-    intensity = INTENSITY
-    if device is not None:
-      intensity = (device.bf16 or device.float32) / device.bandwidth
-    parts = data.batch_size // changes["train.micro_batch_size"]
-    tokens = data.batch_size // num_devices * data.seq_len
-    cost += (parts - 1) * 3 * FLOAT_BYTES * count_params(model) * 0.4 * intensity / (whole * tokens)
-  return cost
+  device = find_accelerator(kind)
+  intensity = (device.bf16 or device.float32) / device.bandwidth if device else INTENSITY
+  parts = data.batch_size // (changes.get("train.micro_batch_size") or data.batch_size)
+  tokens = data.batch_size // num_devices * data.seq_len
+  share = FLOAT_BYTES * count_params(model) * 0.4 * intensity / (whole * max(tokens, 1))
+  if "mesh.fsdp" in changes:
+    cost += parts * NETWORK * share
+  return cost + (parts - 1) * 3 * share

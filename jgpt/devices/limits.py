@@ -24,6 +24,9 @@ class Accelerator:
     float32: the same of float32 by the ordinary units; None for TPUs, which have bfloat16's alone.
     memory: bytes that programs can have in all.
     bandwidth: of its memory, bytes/s.
+    interconnect: bytes/s that it can send to others at a time, over all its links: of TPUs in a
+      slice, of GPUs in a host. None where there is no such network, or it differs by machine.
+    ports: of a TPU, one to each neighbour in a torus; None for GPUs, which are joined by a switch.
   """
 
   kind: str
@@ -32,6 +35,8 @@ class Accelerator:
   float32: float | None
   memory: int
   bandwidth: float
+  interconnect: float | None = None
+  ports: int | None = None
 
 
 def _list_accelerators() -> tuple[Accelerator, ...]:
@@ -41,27 +46,32 @@ def _list_accelerators() -> tuple[Accelerator, ...]:
   Cloud's pages on each TPU). Memory: of TPUs what libtpu 0.0.42 names when it refuses a program
   ("exceeds available HBM"), of NVIDIA's what CUDA reports, rounded down, as in the descriptions in
   XLA's repository (xla/backends/gpu/target_config/specs), or PyTorch's errors (T4, L4, H200).
+  Interconnects are published for both directions together, and half of that is here: NVLink's 600
+  GB/s of an A100, 900 of an H100 and H200, 1,800 of a B200 on their boards of eight (PCIe cards are
+  joined in pairs, if at all); 400 GB/s of a TPU v5e, 800 of a v6e, 1,200 of a v5p
+  (docs.cloud.google.com/tpu/docs/v5e, v6e, v5p), and of a v4 2,400 Gbps each way (docs/v4).
   """
   rows = (
-    # kind, bfloat16, TF32, float32, memory, bandwidth
-    ("Tesla T4", None, None, 8.1, 14.7, 320),
-    ("NVIDIA L4", 121, 60, 30.3, 22.1, 300),
-    ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5, 79.2, 2039),
-    ("NVIDIA A100 80GB", 312, 156, 19.5, 79.2, 1935),
-    ("NVIDIA A100-SXM4-40GB", 312, 156, 19.5, 39.3, 1555),
-    ("NVIDIA A100-PCIE-40GB", 312, 156, 19.5, 39.3, 1555),
-    ("NVIDIA H100 80GB HBM3", 989, 494, 67, 79.1, 3350),
-    ("NVIDIA H100 PCIe", 756, 378, 51, 79.1, 2000),
-    ("NVIDIA H200 NVL", 835, 417, 60, 139.0, 4800),
-    ("NVIDIA H200", 989, 494, 67, 139.0, 4800),
-    ("NVIDIA B200", 2250, 1100, 80, 178.3, 7700),
-    ("TPU v4", 275, None, None, 30.75, 1200),
-    ("TPU v5 lite", 197, None, None, 15.75, 819),
-    ("TPU v5e", 197, None, None, 15.75, 819),
-    ("TPU v5", 459, None, None, 95.74, 2765),  # v5p says "TPU v5" or "TPU v5p"
-    ("TPU v6 lite", 918, None, None, 31.25, 1640),
-    ("TPU v6e", 918, None, None, 31.25, 1640),
-    ("TPU7x", 1153.5, None, None, 94.75, 3690),  # a chip is two of jax's devices
+    # kind, bfloat16, TF32, float32, interconnect, ports, memory, bandwidth
+    ("Tesla T4", None, None, 8.1, None, None, 14.7, 320),
+    ("NVIDIA L4", 121, 60, 30.3, None, None, 22.1, 300),
+    ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5, 300, None, 79.2, 2039),
+    ("NVIDIA A100 80GB", 312, 156, 19.5, None, None, 79.2, 1935),
+    ("NVIDIA A100-SXM4-40GB", 312, 156, 19.5, 300, None, 39.3, 1555),
+    ("NVIDIA A100-PCIE-40GB", 312, 156, 19.5, None, None, 39.3, 1555),
+    ("NVIDIA H100 80GB HBM3", 989, 494, 67, 450, None, 79.1, 3350),
+    ("NVIDIA H100 PCIe", 756, 378, 51, None, None, 79.1, 2000),
+    ("NVIDIA H200 NVL", 835, 417, 60, None, None, 139.0, 4800),
+    ("NVIDIA H200", 989, 494, 67, 450, None, 139.0, 4800),
+    ("NVIDIA B200", 2250, 1100, 80, 900, None, 178.3, 7700),
+    ("TPU v4", 275, None, None, 300, 6, 30.75, 1200),
+    ("TPU v5 lite", 197, None, None, 200, 4, 15.75, 819),
+    ("TPU v5e", 197, None, None, 200, 4, 15.75, 819),
+    ("TPU v5", 459, None, None, 600, 6, 95.74, 2765),  # v5p says "TPU v5" or "TPU v5p"
+    ("TPU v6 lite", 918, None, None, 400, 4, 31.25, 1640),
+    ("TPU v6e", 918, None, None, 400, 4, 31.25, 1640),
+    # A chip is two of jax's devices, which share its links.
+    ("TPU7x", 1153.5, None, None, None, None, 94.75, 3690),
   )
   return tuple(
     Accelerator(
@@ -69,8 +79,10 @@ def _list_accelerators() -> tuple[Accelerator, ...]:
       *(None if tera is None else tera * 1e12 for tera in peaks),
       memory=int(gibi * 2**30),
       bandwidth=giga * 1e9,
+      interconnect=network and network * 1e9,
+      ports=ports,
     )
-    for kind, *peaks, gibi, giga in rows
+    for kind, *peaks, network, ports, gibi, giga in rows
   )
 
 

@@ -12,13 +12,14 @@ import stat
 import sys
 import warnings
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jgpt.config import ComputeConfig
+from jgpt.devices import processes
 from jgpt.devices.compute import PRECISIONS, describe_products
 from jgpt.devices.limits import TPU_PASSES, find_memory_limit, find_peak
 from jgpt.errors import UserError, first_line
@@ -43,6 +44,7 @@ NUMERIC_OPTIONS = {
 NUMERIC_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # Platform of JAX_PLATFORMS -> what brings its devices.
 PLATFORM_EXTRAS = {"cuda": "cuda12 or cuda13", "gpu": "cuda12 or cuda13", "tpu": "tpu"}
+BY_EXTRA = {"cuda12": "a GPU of NVIDIA's", "tpu": "a TPU"}  # by the extra that brings it
 
 
 def set_up() -> str:
@@ -204,14 +206,19 @@ def has_room(tree: Any) -> bool:
   return True
 
 
-def devices() -> list[jax.Device]:
-  """Returns the devices that jax finds.
+def devices(*, to_train: bool = False, is_local: bool = False) -> list[jax.Device]:
+  """Returns the devices that jax finds, of all processes.
+
+  Args:
+    to_train: whether it is an error that jax would compute on the CPU although an accelerator is
+      there.
+    is_local: whether to return those of this process only, for what it computes alone.
 
   Raises:
-    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks.
+    UserError: where there are none, as with a JAX_PLATFORMS that this machine lacks, and for that.
   """
   try:
-    return jax.devices()
+    found = processes.wait("the devices of all processes", jax.devices)
   # Where "cuda" is asked for and its plugin is not installed, an assertion of jax's fails.
   except (RuntimeError, AssertionError) as error:
     asked = jax.config.jax_platforms or ""
@@ -222,6 +229,47 @@ def devices() -> list[jax.Device]:
       f"jax finds no device (JAX_PLATFORMS={asked!r}){reason}. Try JAX_PLATFORMS=cpu before the "
       f"command{advice}"
     ) from error
+  if to_train:
+    there = find_accelerator_files(os.environ)
+    check_no_fallback({device.platform for device in found}, jax.config.jax_platforms, there)
+  return jax.local_devices() if is_local else found
+
+
+def check_no_fallback(platforms: set[str], asked: str | None, there: str | None) -> None:
+  """Checks that jax does not compute on the CPU for want of what finds an accelerator.
+
+  Args:
+    platforms: of the devices that jax finds.
+    asked: JAX_PLATFORMS; where it is set, its platforms are meant.
+    there: from `find_accelerator_files`.
+
+  Raises:
+    UserError: with what to install.
+  """
+  if there is not None and not asked and platforms == {"cpu"}:
+    raise UserError(
+      f"this machine has {BY_EXTRA[there]}, and jax finds the CPU only. Install what finds "
+      f"it, pip install 'jgpt[{there}]' (python -m jgpt.doctor says more), or put "
+      "JAX_PLATFORMS=cpu before the command to compute on the CPU"
+    )
+
+
+def find_accelerator_files(env: Mapping[str, str], root: Path = Path("/")) -> str | None:
+  """Finds an accelerator of this machine by its device files, without jax.
+
+  Args:
+    env: environment variables; a GPU that they hide is none.
+    root: folder that contains dev. The folders of a driver in /proc are a host's, and in a
+      container without GPUs too.
+
+  Returns:
+    The extra of jgpt that finds it, "cuda12" or "tpu"; None where there is none.
+  """
+  is_hidden = env.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+  if not is_hidden and any((root / "dev").glob("nvidia[0-9]*")):
+    return "cuda12"
+  is_tpu = any(name.startswith("TPU_") for name in env) and (root / "dev/vfio/0").exists()
+  return "tpu" if is_tpu or (root / "dev/accel0").exists() else None
 
 
 def describe_precision(device: jax.Device, compute: ComputeConfig) -> str:

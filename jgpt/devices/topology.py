@@ -18,6 +18,7 @@ import importlib.metadata
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jgpt.devices.limits import find_accelerator
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # jax is imported after the environment is set
   import jax
 
 GPUS_PER_HOST = 8
+POD_SIDE = 16  # of a pod of v5e or v6e
+CUBE_SIDE = 4  # of chips of v4 and v5p, whose cubes are joined to tori
 # libtpu looks for a TPU's metadata server and for a lock on the TPU unless it is told not to; any
 # type of TPU will do. Another platform than the CPU would be searched for devices.
 TPU_ENVIRONMENT = {
@@ -118,6 +121,23 @@ class Target:
   platform: str
   kind: str
   shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """How the devices of a program are joined.
+
+  Attributes:
+    shape: chips in each dimension of a TPU's torus; () for GPUs.
+    wraps: of each dimension, whether its last chip is joined to its first.
+    coords: of each device in the order of the program's mesh; of a GPU its host.
+    link: bytes/s of one link of a TPU in one direction, of a GPU all that it can send.
+  """
+
+  shape: tuple[int, ...]
+  wraps: tuple[bool, ...]
+  coords: tuple[tuple[int, ...], ...]
+  link: float
 
 
 def parse_target(name: str) -> Target:
@@ -213,6 +233,32 @@ def find_target_devices(target: Target) -> list[jax.Device]:
         f"'jgpt[{extra}]'"
       ) from error
     raise UserError(f"{target.name}: {first_line(error)}") from error
+
+
+def find_network(target: Target, devices: Sequence[jax.Device]) -> Network | None:
+  """Finds how devices are joined; None where what joins them is not known.
+
+  Args:
+    target: of the devices.
+    devices: those of the program, in the order of its mesh.
+
+  Source: a dimension of a v5e or v6e is a ring where it is the pod's 16; slices of v4 and v5p are
+  tori from 4x4x4 on (docs.cloud.google.com/tpu/docs/v5p; "How to Scale Your Model", part 2).
+  """
+  known = find_accelerator(devices[0].device_kind)
+  if known is None or known.interconnect is None:
+    return None
+  if target.platform == "gpu":
+    hosts = tuple((device.id // GPUS_PER_HOST,) for device in devices)
+    return Network((), (), hosts, known.interconnect)
+  dims = TPUS[target.kind].dims
+  shape = target.shape
+  if dims == 2:
+    wraps = tuple(size == POD_SIDE for size in shape)
+  else:
+    wraps = (all(size % CUBE_SIDE == 0 for size in shape),) * dims
+  coords = tuple(tuple(device.coords[:dims]) for device in devices)
+  return Network(shape, wraps, coords, known.interconnect / known.ports)
 
 
 def find_clock(target: Target) -> float | None:

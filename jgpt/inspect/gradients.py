@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jgpt import batches
 from jgpt.batches import Corpus
-from jgpt.config import Experiment
+from jgpt.config import Experiment, MeshConfig
 from jgpt.data.corpus import Data
 from jgpt.data.feed import make_feed
 from jgpt.devices import runtime
@@ -66,7 +66,7 @@ def compute_next_update(run: Run, data: Data) -> NextUpdate:
     >>> found = compute_next_update(run, run.data())
     >>> rows = measure_params(run.params, found.grads, found.updates, run.experiment.model)
   """
-  devices = runtime.devices()
+  devices = runtime.devices(is_local=True)
   experiment, step = _fit_mesh(run.experiment, len(devices)), max(0, run.step - 1)
   mesh = make_mesh(experiment, devices)
   place = replicated(mesh)
@@ -83,9 +83,10 @@ def compute_next_update(run: Run, data: Data) -> NextUpdate:
 
 def _fit_mesh(experiment: Experiment, num_devices: int) -> Experiment:
   """Returns the experiment for the devices there are, which may be fewer than the run had."""
-  if experiment.mesh.data is not None and experiment.mesh.data <= num_devices:
+  size = experiment.mesh.num_devices
+  if size is not None and size <= num_devices:
     return experiment
-  mesh = dataclasses.replace(experiment.mesh, data=count_usable_devices(experiment, num_devices))
+  mesh = MeshConfig(data=count_usable_devices(experiment, num_devices))
   return dataclasses.replace(experiment, mesh=mesh)
 
 

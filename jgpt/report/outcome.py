@@ -45,6 +45,7 @@ import math
 from typing import Any
 
 from jgpt.config import Experiment
+from jgpt.devices import processes
 from jgpt.devices.footprint import estimate_footprint
 from jgpt.devices.runtime import read_memory_stats
 from jgpt.evaluation import HeldoutLoss, count_bytes
@@ -133,7 +134,7 @@ def conclude_run(
 
 def write_outcome(plan: Plan, result: Result) -> None:
   """Writes result.json; leaves that of a finished run which is only sampled again."""
-  if plan.workdir is None:
+  if plan.workdir is None or not processes.is_lead():
     return
   if result.step > plan.start_step or not _is_there(plan, result.step):
     write_result(plan.workdir, describe_outcome(plan, result))

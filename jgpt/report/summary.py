@@ -61,10 +61,15 @@ def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, 
   mesh = sharding.make_mesh(experiment, devices)
   used, device = mesh.devices.size, devices[0]
   kind = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-  count = f"{used} of {len(devices)} devices (mesh.data={used}): " if len(devices) > 1 else ""
+  count = (
+    f"{used} of {len(devices)} devices ({sharding.describe_shape(mesh)}): "
+    if len(devices) > 1
+    else ""
+  )
   lines = [
     ("experiment", plan.name or "(from Python)"),
     ("device", f"{count}{device.platform.upper()} ({kind}), jax {jax.__version__}"),
+    *(("", line) for line in describe_undivided(experiment, mesh)),
     *_describe_numeric_options(),
     ("data", f"{data.text.location} ({data.text.kind}, SHA-256 {data.text.sha256[:12]})"),
   ]
@@ -93,6 +98,36 @@ def describe_plan(plan: Plan, devices: Sequence[jax.Device]) -> list[tuple[str, 
     *describe_profile(plan),
   ]
   return [(label, printable(line)) for label, line in lines]  # names of files may be anything
+
+
+def describe_undivided(experiment: Experiment, mesh: jax.sharding.Mesh) -> list[str]:
+  """Describes which parameters an axis of a mesh leaves whole, since it does not divide them.
+
+  Args:
+    experiment: resolved.
+    mesh: of the run.
+
+  Returns:
+    A line for each axis and size that do not go together; none where all is divided.
+  """
+  model, found = experiment.model, {}
+  names = {
+    "embed": "model.d_model",
+    "heads": "model.num_heads",
+    "mlp": "model.d_ff",
+    "vocab": "padded vocabulary",
+  }
+  for name, param, _ in walk(model):
+    for axis, size in zip(param.axes, param.shape, strict=True):
+      for over in sharding.RULES.get(axis, ()):
+        if size % mesh.shape[over]:
+          whole = found.setdefault((over, f"{names[axis]}={size}"), [])
+          whole.append(name.removeprefix("blocks/"))
+  return [
+    f"mesh.{over}={mesh.shape[over]} does not divide {what}: each of its "
+    f"devices has all of {', '.join(dict.fromkeys(whole))}"
+    for (over, what), whole in found.items()
+  ]
 
 
 def describe_profile(plan: Plan) -> list[tuple[str, str]]:

@@ -6,33 +6,46 @@ Only this file uses orbax. The files of a checkpoint, and when one exists, are d
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import math
 import os
+import secrets
+import shutil
+import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jgpt.batches import Seen
+from jgpt.devices import processes
 from jgpt.errors import TrainingError, UserError, first_line
 from jgpt.evaluation import HeldoutLoss
 from jgpt.runs import manifest
 from jgpt.runs.digest import format_digest, name_leaves, survey_leaves
 from jgpt.runs.folder import check_no_link, make_subfolder, read_file, read_run_json
-from jgpt.runs.manifest import Manifest, list_steps
-from jgpt.sharding import stack_blocks
+from jgpt.runs.manifest import PARTIAL_SUFFIX, Manifest, list_steps
+from jgpt.sharding import beside, stack_blocks
 from jgpt.step import TrainState
 from jgpt.system.files import write_file
 from jgpt.system.memory import measure_memory
 from jgpt.system.signals import print_stderr
 
 COPIES = ("experiment.json", "tokenizer.json")  # of the run folder's files, in each checkpoint
-survey_jit, stack_jit = jax.jit(survey_leaves), jax.jit(stack_blocks)
+SAVES, READS = "save", "read"  # threads with exchanges of their own (`devices/processes.py`)
+# In which a host sees what another one has made: NFS keeps for so long that there was nothing.
+SHARING_SECONDS = 60.0
 
 # --- Writing ---
 
@@ -54,22 +67,49 @@ class StepNote(NamedTuple):
 class Manager:
   """A run's checkpoints, open for writing; from `open_checkpoints`.
 
-  A thread completes each save: it waits for orbax, writes the manifest and deletes old checkpoints.
+  A thread completes each save. Of a run's processes each one writes its part of the arrays, which
+  no process gathers. The lead does everything else: it makes folders, writes the manifest when all
+  parts are on disk, and deletes old checkpoints. What fails in one process fails in all.
 
   Attributes:
     folder: of the run's checkpoints.
+    steps: of the checkpoints that were there after the last save, ascending.
   """
 
   def __init__(self, workdir: Path, keep_latest: int, keep_best: int):
-    self.folder = make_subfolder(workdir, "checkpoints").resolve()
+    self.folder = workdir.resolve() / "checkpoints"
     self._workdir, self._keep = workdir, (keep_latest, keep_best)
-    self._copies = {name: read_file(workdir / name) for name in COPIES}
-    self._data = read_run_json(workdir / "experiment.json")["data"]
-    # With asynchronous folders orbax waits for ever where it cannot make one.
-    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    self._arrays = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+    self._copies, self._data = {}, {}
+    self.steps: list[int] = processes.on_lead("the checkpoints", self._open)
+    processes.together("the run folder", self._check_shared)
+    self._writer = _make_handler()
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="jgpt-save")
     self._saves: list[Future] = []  # that `wait` waits for
+
+  def _open(self) -> list[int]:
+    """Makes the folder and reads what every checkpoint holds; returns the steps that are there."""
+    make_subfolder(self._workdir, "checkpoints")
+    self._copies = {name: read_file(self._workdir / name) for name in COPIES}
+    self._data = read_run_json(self._workdir / "experiment.json")["data"]
+    return list_steps(self._workdir)
+
+  def _check_shared(self) -> None:
+    """Checks that this process sees the folder that the lead made.
+
+    Raises:
+      UserError: if it does not: then each process would keep its part of the arrays to itself.
+    """
+    end = time.monotonic() + SHARING_SECONDS
+    while not self.folder.is_dir() and time.monotonic() < end:
+      for folder in self.folder.parents[:2]:  # a list asks the server again
+        with contextlib.suppress(OSError):
+          os.listdir(folder)
+      time.sleep(0.5)
+    if not self.folder.is_dir():
+      raise UserError(
+        f"process {jax.process_index()} on {socket.gethostname()} does not see {self.folder}, "
+        "which process 0 made. Try a --workdir on a file system that all hosts share"
+      )
 
   def begin_save(
     self, note: StepNote, items: dict[str, Any], leaves: dict[str, Any], *, is_held: bool
@@ -79,7 +119,7 @@ class Manager:
     Args:
       note: see `save_checkpoint`.
       items: trees of arrays, by the name of their folder.
-      leaves: of `items`, from `survey_leaves`.
+      leaves: of `items`, from `survey`.
       is_held: the arrays are never donated, and so this returns at once; the saves before need not
         have been waited for.
     """
@@ -100,20 +140,27 @@ class Manager:
       for save in saves:  # two threads may wait: the loop, and the one that ends the process
         save.result()
     except Exception as error:  # orbax and TensorStore have no base class for their errors
-      raise TrainingError(self.describe_failure(error)) from error
+      raise self.describe_failure(error) from error
 
-  def describe_failure(self, error: BaseException) -> str:
-    """Describes a failed save, and which checkpoint is the last one now."""
-    return (
-      f"a checkpoint could not be written to {self.folder}: {_shorten(error)}. "
-      f"{_describe_last(self._workdir)}"
+  def describe_failure(self, error: BaseException) -> TrainingError:
+    """Describes a failed save, and which checkpoint is the last one now, in every process alike."""
+    return processes.mark_told(
+      TrainingError(
+        f"a checkpoint could not be written to {self.folder}: {_shorten(error)}. "
+        f"{self.describe_last()}"
+      )
     )
+
+  def describe_last(self) -> str:
+    """Describes in a sentence which checkpoint is the last one."""
+    if not self.steps:
+      return "There is no checkpoint yet"
+    return f"The last checkpoint is of step {self.steps[-1]}"
 
   def close(self) -> None:
     """Waits for the save in progress and ends the thread."""
     self._thread.shutdown()
-    with contextlib.suppress(Exception):  # of the last save, which `wait` raised
-      self._arrays.close()
+    self._writer.close()
 
   def _save(
     self,
@@ -125,27 +172,63 @@ class Manager:
     """Saves one checkpoint, in the thread; sets `copied` when the arrays may be donated."""
     folder = self.folder / str(note.step)
     try:
-      described = {
-        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-        for name, leaf in name_leaves(items).items()
-      }
-      if os.path.lexists(folder):
-        manifest.remove_step(folder)  # left by a save that failed
-      args = ocp.args.Composite(
-        **{name: ocp.args.StandardSave(item) for name, item in items.items()}
-      )
-      self._arrays.save(folder, args=args)  # returns when the arrays are copied
+      make = functools.partial(_make_folders, folder, list(items))
+      name = processes.on_lead("the folder of a checkpoint", make, thread=SAVES)
+      partial = folder.with_name(name)
+      write = functools.partial(self._write_arrays, partial, items, copied)
+      processes.together("the arrays of a checkpoint", write, thread=SAVES)
     finally:
       copied.set()
-    for name, (sums, _) in leaves.items():
-      described[name]["digest"] = format_digest(sums)
-    self._arrays.wait_until_finished()
-    for name, content in self._copies.items():
-      write_file(folder / name, content)
-    counts = {} if note.seen is None else note.seen._asdict()
-    loss, tokens, batches = note.heldout or (None, None, None)
-    data = {**self._data, **counts}
-    manifest.write_manifest(folder, Manifest(note.step, data, loss, described, {}, tokens, batches))
+    complete = functools.partial(self._complete, note, items, leaves, partial, folder)
+    self.steps = processes.on_lead("a checkpoint", complete, thread=SAVES)
+
+  def _write_arrays(self, partial: Path, items: dict[str, Any], copied: threading.Event) -> None:
+    """Writes this process's part of the arrays, and waits until it is written."""
+    with _naming_process():
+      writes = []
+      for name, item in items.items():
+        arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), item)
+        args = ocp.args.PyTreeSave(arrays)  # they are copied when `async_save` returns
+        writes += asyncio.run(self._writer.async_save(epath.Path(partial / name), args=args)) or []
+      copied.set()
+      for write in writes:
+        write.result()
+
+  def _complete(
+    self,
+    note: StepNote,
+    items: dict[str, Any],
+    leaves: dict[str, Any],
+    partial: Path,
+    folder: Path,
+  ) -> list[int]:
+    """Makes a checkpoint of the folder in which all processes have written their arrays.
+
+    Old checkpoints are deleted.
+
+    Returns:
+      The steps that are there.
+    """
+    with _naming_process():
+      for name in items:
+        self._writer.finalize(epath.Path(partial / name))  # the processes' parts become one
+      os.rename(partial, folder)
+      for name, content in self._copies.items():
+        write_file(folder / name, content)
+      described = {
+        name: {
+          "dtype": str(leaf.dtype),
+          "shape": list(leaf.shape),
+          "digest": format_digest(leaves[name][0]),
+        }
+        for name, leaf in name_leaves(items).items()
+      }
+      counts = {} if note.seen is None else note.seen._asdict()
+      loss, tokens, batches = note.heldout or (None, None, None)
+      data = {**self._data, **counts}
+      manifest.write_manifest(
+        folder, Manifest(note.step, data, loss, described, {}, tokens, batches)
+      )
     try:
       manifest.delete_old_steps(self._workdir, *self._keep)
     # Some systems delete no file that another process has open. The new checkpoint is complete.
@@ -153,6 +236,53 @@ class Manager:
       print_stderr(
         f"WARNING: an old checkpoint could not be deleted: {error.filename}: {error.strerror}"
       )
+    return list_steps(self._workdir)
+
+
+def _make_handler() -> ocp.PyTreeCheckpointHandler:
+  """Makes what reads and writes trees of arrays.
+
+  It is used without orbax's checkpointers. The processes of those wait for one another by computing
+  on the devices, in the background, beside programs of the training that may wait for just that;
+  and for a process that failed they wait until a deadline of minutes.
+  """
+  # The default array handler writes metadata that nothing here reads, for which the others poll
+  # the disk until process 0 has made a folder.
+  types = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+
+
+def _make_folders(folder: Path, items: Collection[str]) -> str:
+  """Makes the folders in which a checkpoint is written, and deletes what failed saves left.
+
+  Returns:
+    The name of the temporary folder. Each attempt has its own, because a process whose save has
+    failed may still be writing.
+  """
+  with _naming_process():
+    if os.path.lexists(folder):
+      manifest.remove_step(folder)
+    for left in folder.parent.glob(f"{folder.name}{PARTIAL_SUFFIX}*"):
+      shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}{PARTIAL_SUFFIX}-{secrets.token_hex(4)}")
+    os.mkdir(partial)
+    for name in items:
+      os.mkdir(partial / name)
+    return partial.name
+
+
+@contextlib.contextmanager
+def _naming_process() -> Iterator[None]:
+  """Turns the errors of a save, of any kind, into one that all processes can raise."""
+  try:
+    yield
+  except TrainingError:
+    raise
+  except Exception as error:
+    where = "" if processes.is_alone() else f"process {jax.process_index()}: "
+    raise TrainingError(f"{where}{_shorten(error)}") from error
 
 
 @contextlib.contextmanager
@@ -168,19 +298,7 @@ def open_checkpoints(
     keep_latest: see `manifest.delete_old_steps`.
     keep_best: see `manifest.delete_old_steps`.
   """
-  newest = max(list_steps(workdir), default=None)
-  removed, aside = manifest.clear_leftovers(workdir)
-  for folder in removed:
-    if folder.name.isdigit() and newest is not None and int(folder.name) > newest:
-      print_stderr(
-        f"{folder} had no {manifest.MANIFEST_FILE}, as a save leaves it that is cut short: it was "
-        "removed"
-      )
-  for kept in aside:
-    print_stderr(
-      f"WARNING: no checkpoint is complete; one without its manifest is kept as {kept}, and "
-      "training begins anew"
-    )
+  processes.on_lead("the checkpoints", functools.partial(_clear_leftovers, workdir))
   manager = Manager(workdir, keep_latest, keep_best)
   try:
     yield manager
@@ -197,13 +315,84 @@ def open_checkpoints(
     manager.close()
 
 
+def _clear_leftovers(workdir: Path) -> None:
+  """Deletes what killed writers left, and says so where work was lost."""
+  newest = max(list_steps(workdir), default=None)
+  removed, aside = manifest.clear_leftovers(workdir)
+  for folder in removed:
+    if folder.name.isdigit() and newest is not None and int(folder.name) > newest:
+      print_stderr(
+        f"{folder} had no {manifest.MANIFEST_FILE}, as a save leaves it that is cut short: it was "
+        "removed"
+      )
+  for kept in aside:
+    print_stderr(
+      f"WARNING: no checkpoint is complete; one without its manifest is kept as {kept}, and "
+      "training begins anew"
+    )
+
+
 def lower_save(shapes: TrainState) -> jax.stages.Lowered:
   """Traces the program with which `save_checkpoint` computes digests.
 
   Args:
     shapes: of the state, with shardings; blocks stacked.
   """
-  return survey_jit.lower(_to_items(shapes))
+  items = _to_items(shapes)
+  return _jit_survey(beside(items)).lower(items)
+
+
+def lower_stack(shapes: TrainState) -> jax.stages.Lowered:
+  """Traces the program with which `save_checkpoint` stacks blocks.
+
+  Args:
+    shapes: of the state, with shardings; blocks a list.
+  """
+  return _jit_stack(shapes).lower(shapes)
+
+
+def survey(tree: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Computes `survey_leaves`, compiled; every process gets the results."""
+  return _jit_survey(beside(tree))(tree)
+
+
+@functools.cache
+def _jit_survey(whole: jax.sharding.Sharding | None) -> Callable:
+  return jax.jit(survey_leaves, out_shardings=whole)
+
+
+def _jit_stack(state: TrainState) -> Callable:
+  """Returns what stacks blocks, compiled: stacked ones are divided as those of a list are."""
+  shardings, structure = jax.tree.flatten(jax.tree.map(_stack_shardings, state, is_leaf=_is_list))
+  return _jit_stack_to(tuple(shardings), structure)
+
+
+@functools.cache
+def _jit_stack_to(shardings: tuple[jax.sharding.Sharding | None, ...], structure: Any) -> Callable:
+  return jax.jit(stack_blocks, out_shardings=structure.unflatten(shardings))
+
+
+def _is_list(tree: Any) -> bool:
+  """Returns whether a tree has blocks that are a list."""
+  return isinstance(tree, dict) and isinstance(tree.get("blocks"), list)
+
+
+def _stack_shardings(tree: Any) -> Any:
+  """Returns the shardings of a tree's arrays once its blocks are stacked."""
+
+  def add_layers(x: jax.Array) -> jax.sharding.Sharding:
+    spec = x.sharding
+    return (
+      NamedSharding(spec.mesh, P(None, *spec.spec)) if isinstance(spec, NamedSharding) else spec
+    )
+
+  def find(x: Any) -> Any:
+    return jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), x)
+
+  if not _is_list(tree):
+    return find(tree)
+  others = {name: find(x) for name, x in tree.items() if name != "blocks"}
+  return {**others, "blocks": jax.tree.map(add_layers, tree["blocks"][0])}
 
 
 def save_checkpoint(
@@ -226,7 +415,7 @@ def save_checkpoint(
   """
   note = note or StepNote(int(jax.device_get(state.step)))
   if isinstance(state.params["blocks"], list):
-    state = stack_jit(state)
+    state = _jit_stack(state)(state)
   try:
     if not is_held:
       manager.wait()
@@ -234,7 +423,7 @@ def save_checkpoint(
     _begin_save(manager, state, note, is_held)
     with contextlib.suppress(TrainingError):
       manager.wait()
-    raise TrainingError(manager.describe_failure(error.__cause__)) from error.__cause__
+    raise manager.describe_failure(error.__cause__) from error.__cause__
   _begin_save(manager, state, note, is_held)
 
 
@@ -244,23 +433,20 @@ def _begin_save(manager: Manager, state: TrainState, note: StepNote, is_held: bo
   Raises:
     TrainingError: if it is not.
   """
-  if note.step in list_steps(manager.folder.parent):
+  if note.step in manager.steps:
     return
   items = _to_items(state)
-  leaves = jax.device_get(survey_jit(items))
+  surveyed = survey(items)
+  leaves = processes.wait("the digests", lambda: jax.device_get(surveyed), surveyed)
   bad = [name for name, (_, is_finite) in leaves.items() if not is_finite]
   if bad:
-    raise TrainingError(
-      f"after step {note.step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are "
-      f"not): that is not saved. {_describe_last(manager.folder.parent)}. "
-      "Try a lower optimizer.peak_lr"
+    raise processes.mark_told(
+      TrainingError(
+        f"after step {note.step} {bad[0]} is not finite ({len(bad)} of {len(leaves)} arrays are "
+        f"not): that is not saved. {manager.describe_last()}. Try a lower optimizer.peak_lr"
+      )
     )
   manager.begin_save(note, items, leaves, is_held=is_held)
-
-
-def _describe_last(workdir: Path) -> str:
-  steps = list_steps(workdir)
-  return f"The last checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint yet"
 
 
 def _to_items(state: TrainState) -> dict[str, Any]:
@@ -302,7 +488,31 @@ def restore_items(folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
     UserError: if a leaf has another shape, dtype or digest, which it names, or the files are
       damaged.
   """
-  leaves = manifest.read_manifest(folder).leaves
+  is_shared = not all(x.sharding.is_fully_addressable for x in jax.tree.leaves(targets))
+  restored, leaves = {}, {}
+
+  def read() -> None:
+    leaves.update(manifest.read_manifest(folder).leaves)
+    restored.update(_read_items(folder, targets, leaves))
+
+  if is_shared:
+    processes.together("the checkpoint", read, thread=READS)
+  else:
+    read()
+  found = {name: format_digest(sums) for name, (sums, _) in survey(restored).items()}
+  for name, digest in found.items():
+    if digest != leaves[name]["digest"]:
+      raise UserError(
+        f"{folder}: {name} is not what was saved: its digest is {digest} instead of "
+        f"{leaves[name]['digest'][:16]!r}"
+      )
+  return restored
+
+
+def _read_items(
+  folder: Path, targets: dict[str, Any], leaves: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Reads folders of arrays, each process the parts that its devices hold; see `restore_items`."""
   there = {
     name: f"{leaf['dtype']}{leaf['shape']}"
     for name, leaf in leaves.items()
@@ -312,27 +522,20 @@ def restore_items(folder: Path, targets: dict[str, Any]) -> dict[str, Any]:
   _check_fits(folder, targets)
   for item in targets:
     check_no_link(folder / item)
+  reader = _make_handler()
 
-  def read() -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-      args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-      return dict(reader.restore(folder.resolve(), args=ocp.args.Composite(**args)).items())
+  def read(item: str) -> Any:
+    how = ocp.checkpoint_utils.construct_restore_args(targets[item])
+    args = ocp.args.PyTreeRestore(targets[item], restore_args=how)
+    return reader.restore(epath.Path((folder / item).resolve()), args=args)
 
   with _explain_errors(folder):
     # Orbax casts another dtype silently, and leaves reads running where a shape differs.
     for item, target in targets.items():
-      saved = ocp.StandardCheckpointHandler().metadata((folder / item).resolve()).tree
+      saved = reader.metadata(epath.Path((folder / item).resolve())).tree
       _check_chunks(folder, saved)
       _check_same_leaves(folder, _describe_leaves(saved), _describe_leaves(target))
-    restored = _call_in_thread(read)
-  found = {name: format_digest(sums) for name, (sums, _) in survey_jit(restored).items()}
-  for name, digest in found.items():
-    if digest != leaves[name]["digest"]:
-      raise UserError(
-        f"{folder}: {name} is not what was saved: its digest is {digest} instead of "
-        f"{leaves[name]['digest'][:16]!r}"
-      )
-  return restored
+    return {item: _call_in_thread(functools.partial(read, item)) for item in targets}
 
 
 def _describe_leaves(tree: Any) -> dict[str, str]:
@@ -379,7 +582,7 @@ def _check_fits(folder: Path, targets: dict[str, Any]) -> None:
   def count_host_bytes(x: jax.ShapeDtypeStruct) -> int:
     """Counts a leaf's bytes in the host's memory: on the CPU every replica is there."""
     devices = x.sharding.addressable_devices
-    replicas = len(devices) if next(iter(devices)).platform == "cpu" else 1
+    replicas = len(devices) if {d.platform for d in devices} == {"cpu"} else 1
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * replicas
 
   need = sum(count_host_bytes(x) for x in jax.tree.leaves(targets))

@@ -190,9 +190,11 @@ def explain_skip(experiment: Experiment, state: TrainState, corpus: Corpus, step
     loss, grads = loss_and_grads(params, batch, step, experiment)
     return loss, optax.tree.norm(grads), _are_finite(params), _are_finite(grads)
 
-  program = jax.jit(compute, compiler_options=choose_step_options(experiment))
+  whole = sharding.beside(state.params)  # so that every process can read all of it
+  options = choose_step_options(experiment)
+  program = jax.jit(compute, out_shardings=whole, compiler_options=options)
   with sharding.use_mesh(state.params):
-    count = jax.device_put(np.int32(step - 1), sharding.beside(state.params))
+    count = sharding.place(np.int32(step - 1), whole)
     found = program(state.params, corpus, count)
   loss, norm, *finite = jax.device_get(found)
   params, grads = map(_name_nonfinite, finite)

@@ -24,6 +24,7 @@ import numpy as np
 from jgpt.batches import make_seen_counter
 from jgpt.config import Experiment
 from jgpt.data.corpus import Data
+from jgpt.devices import processes
 from jgpt.devices.footprint import Budget
 from jgpt.devices.limits import count_train_flops
 from jgpt.evaluation import (
@@ -192,6 +193,28 @@ def _describe_sample(heldout: HeldoutLoss) -> dict[str, int]:
   return {"heldout/tokens": heldout.num_tokens, **batches}
 
 
+def open_log(
+  workdir: Path, step: int, writers: Sequence[Writer], stack: contextlib.ExitStack
+) -> tuple[list[dict], list[Writer]]:
+  """Opens a run's metrics.jsonl until the stack closes; in the lead, as the others write nothing.
+
+  Args:
+    workdir: a run folder.
+    step: that the run goes on from.
+    writers: further ones.
+    stack: closes the file.
+
+  Returns:
+    The rows of earlier starts, as `JsonlWriter.kept`, in every process; and all writers.
+  """
+  rows, writers = None, list(writers)
+  if processes.is_lead():
+    log_file = JsonlWriter(workdir / "metrics.jsonl", step)
+    stack.callback(close_quietly, log_file)
+    rows, writers = log_file.kept, [log_file, *writers]
+  return processes.decide("metrics.jsonl", rows), writers
+
+
 class Call(NamedTuple):
   """A compiled call that was made, and what was started after it.
 
@@ -304,18 +327,22 @@ class Log:
     """
     if call is None:
       return
-    metrics = {k: column[: call.num_steps] for k, column in jax.device_get(call.metrics).items()}
+    metrics = processes.wait(_name_call(call), lambda: jax.device_get(call.metrics), call.metrics)
+    metrics = {k: column[: call.num_steps] for k, column in metrics.items()}
     losses = np.asarray(metrics.get("train/loss", ()), np.float32)
     self.losses.frombytes(losses.tobytes())
     seconds = self.clock.look("training" if call.num_steps else "evaluating")
     heldout, evaluation = None, call.evaluation
-    while evaluation is not None and not evaluation.nats.is_ready() and not stop:
-      time.sleep(0.002)
-    if evaluation is not None and evaluation.nats.is_ready():
+    if evaluation is not None:
+      processes.wait("the held-out loss", lambda: _wait_unless(stop, evaluation))
+    # With a stop, devices may be done in one process and not in another.
+    if evaluation is not None and processes.decide("the loss", evaluation.nats.is_ready()):
       heldout = HeldoutLoss(*finish_evaluation(evaluation), self._sample_batches)
       self.evaluations.append((call.step, heldout))
       self.clock.look("evaluating")
-    drawn = tuple(call.texts()) if call.texts and not stop else ()
+    drawn = ()
+    if call.texts and not stop:
+      drawn = tuple(processes.wait("the samples", call.texts))
     if drawn:
       self.clock.look("sampling")
     loss, tokens = heldout.loss if heldout else None, self.count_seen(call.step).tokens
@@ -323,7 +350,8 @@ class Log:
     budget, self._has_begun = None if self._has_begun else self.budget, True
     chunk = Chunk(call.step, metrics, seconds, loss, drawn, heldout, tokens, perf, budget)
     for line in self.health.observe(call.step, metrics) if call.num_steps else ():
-      print_stderr(line)
+      if processes.is_lead():
+        print_stderr(line)
     self._for_each_writer(lambda writer: writer.write(chunk), call.step)
 
   def _measure(self, call: Call, tokens: int, seconds: float) -> Perf:
@@ -369,6 +397,19 @@ class Log:
         )
 
 
+def _wait_unless(stop: Stop, evaluation: EvalSums) -> None:
+  """Waits until an evaluation is done, or for a stop."""
+  while not evaluation.nats.is_ready() and not stop:
+    processes.check()
+    time.sleep(0.002)
+
+
+def _name_call(call: Call) -> str:
+  """Describes the updates of a call, for processes that wait for one another."""
+  first, last = call.step - call.num_steps + 1, call.step
+  return f"update {last}" if first >= last else f"updates {first} to {last}"
+
+
 def _read_heldout(row: dict[str, float]) -> HeldoutLoss:
   """Reads the held-out loss of a row; those of older runs do not say what it is over."""
   tokens, batches = (row.get(f"heldout/{name}") for name in ("tokens", "batches"))
@@ -386,10 +427,12 @@ def collect_losses(
 ) -> tuple[np.ndarray, list[tuple[int, float]]]:
   """Returns the losses of a run up to a step, those of earlier starts included.
 
+  In other processes than the lead, which alone writes them, those of this start.
+
   Returns:
     Training losses, float32 [updates], and (step, held-out loss) pairs, nats per token.
   """
-  if workdir is not None:
+  if workdir is not None and processes.is_lead():
     return read_losses(workdir / "metrics.jsonl", step)
   pairs = [(at, heldout.loss) for at, heldout in log.evaluations]
   return np.asarray(log.losses, np.float32), pairs

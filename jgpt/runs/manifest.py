@@ -34,11 +34,11 @@ manifest.json:
     sha256        of the other fields, as JSON with sorted keys, no spaces, and non-ASCII characters
                   escaped (u00e9)
 
-A checkpoint exists if and only if its folder contains a manifest, which is written last: orbax
-renames its temporary folder to <step>, the JSON files are written, everything is synced to disk,
-and the manifest is written under a temporary name and renamed. A checkpoint is deleted manifest
-first. What a killed process leaves has no manifest; it is never read, and the next writer deletes
-it.
+A checkpoint exists if and only if its folder contains a manifest, which is written last: the arrays
+are written to a temporary folder, by each process of a run its part; when all are done, one process
+joins the parts, renames the folder to <step>, writes the JSON files, syncs everything to disk, and
+writes the manifest under a temporary name and renames it. A checkpoint is deleted manifest first.
+What a killed process leaves has no manifest; it is never read, and the next writer deletes it.
 
 No link is followed, and no path from a manifest is opened. Imports no jax; arrays are saved and
 restored in `checkpoint.py`.
@@ -67,8 +67,8 @@ MANIFEST_FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 ITEMS = ("params", "train_state")
 STEP = re.compile("0|[1-9][0-9]{0,9}")
-# A step's folder, or orbax's name for one that it is writing.
-PARTIAL = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")
+PARTIAL_SUFFIX = ".orbax-checkpoint-tmp"  # of a step's folder while its arrays are written
+PARTIAL = re.compile(rf"({STEP.pattern})({re.escape(PARTIAL_SUFFIX)}.*)?")
 
 
 @dataclasses.dataclass(frozen=True)

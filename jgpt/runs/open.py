@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jgpt.batches import Stream
-from jgpt.config import Experiment, SampleConfig
+from jgpt.config import Experiment, MeshConfig, SampleConfig
 from jgpt.config.synonyms import describe_synonym
 from jgpt.data.corpus import Data, make_documents
 from jgpt.data.sources import split_documents
@@ -32,7 +32,7 @@ from jgpt.runs.folder import read_run_files
 from jgpt.runs.locate import BEST, Step, describe_better_step, locate_run, order_steps
 from jgpt.runs.rows import Series, read_jsonl, read_series
 from jgpt.runs.text import find_run_data
-from jgpt.sharding import count_usable_devices
+from jgpt.sharding import count_usable_devices, leave_mesh
 from jgpt.system.files import is_temporary
 from jgpt.system.signals import print_stderr
 from jgpt.text.tokenizer import Tokenizer
@@ -156,6 +156,7 @@ def choose_sample(
   return config, train.seed
 
 
+@leave_mesh()
 def open_run(workdir: str | Path, step: Step = None) -> Run:
   """Reads a run's parameters and settings from one of its checkpoints, and verifies them.
 
@@ -175,7 +176,7 @@ def open_run(workdir: str | Path, step: Step = None) -> Run:
   workdir, step = locate_run(workdir, step)
   if not os.path.isdir(workdir / "checkpoints"):
     read_run_files(workdir)  # raises an error that says what is missing
-  devices = runtime.devices()
+  devices = runtime.devices(is_local=True)
   if step is not None and step != BEST:
     return _open_step(workdir, manifest.find_step(workdir, step), devices)
   while True:
@@ -214,8 +215,7 @@ def _open_step(workdir: Path, step: int, devices: Sequence[jax.Device]) -> Run:
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
   params = checkpoint.restore_items(folder, {"params": target})["params"]
   experiment = resolve_compute(files.experiment, devices[0])
-  if experiment.mesh.data is None:  # evaluation takes as many sequences at once as training
-    num_data = count_usable_devices(experiment, len(devices))
-    mesh = dataclasses.replace(experiment.mesh, data=num_data)
+  if experiment.mesh.num_devices is None:  # evaluation takes as many sequences as training
+    mesh = MeshConfig(data=count_usable_devices(experiment, len(devices)))
     experiment = dataclasses.replace(experiment, mesh=mesh)
   return Run(params, files.tokenizer, experiment, step, workdir)

@@ -19,6 +19,7 @@ import numpy as np
 from jgpt import sharding
 from jgpt.batches import Seen
 from jgpt.config import Experiment
+from jgpt.devices import processes
 from jgpt.devices.compilations import Compilations
 from jgpt.errors import UserError, show
 from jgpt.evaluation import HeldoutLoss
@@ -40,7 +41,8 @@ class Result:
   Attributes:
     state: after the last update; blocks stacked or a list, as the run used them.
     step: of the state.
-    losses: training loss of each update since the run first began, nats per token, float32.
+    losses: training loss of each update since the run first began, nats per token, float32; of
+      this start in other processes than the lead, as are `heldout_losses`.
     heldout_losses: (updates, nats per token) of each evaluation since the run first began.
     heldout_loss: nats per token over the whole held-out part; None where nothing is held out or the
       run was interrupted.
@@ -103,8 +105,9 @@ def find_best(evaluations: Sequence[tuple[int, HeldoutLoss]]) -> tuple[int, Held
 
 
 def remove_result(workdir: Path) -> None:
-  """Deletes result.json, which is of an end that is one no more."""
-  (workdir / RESULT_FILE).unlink(missing_ok=True)
+  """Deletes result.json of an earlier end; only the lead does."""
+  if processes.is_lead():
+    (workdir / RESULT_FILE).unlink(missing_ok=True)
 
 
 def write_result(workdir: Path, content: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import time
 import jax
 
 from jgpt.config import TrainConfig
+from jgpt.devices import processes
 from jgpt.devices.runtime import has_room
 from jgpt.evaluation import HeldoutLoss
 from jgpt.runs import manifest
@@ -35,6 +36,9 @@ class Saver:
 
   With `train.keep_best` it also holds a copy of the state with the lowest held-out loss, which is
   saved together with the next state that is due, or the last.
+
+  Every process of a run has one, and all of them decide alike: by the lead's clock and its disk,
+  and by the memory of the process that has the least.
   """
 
   def __init__(self, manager: Manager | None, log: Log, train: TrainConfig):
@@ -51,9 +55,8 @@ class Saver:
     self._evaluations = EVALUATIONS_PER_SAVE  # since a best state was saved at once
     self.saved: dict[int, HeldoutLoss] = {}
     if manager is not None:
-      for step, found in manifest.read_manifests(manager.folder.parent).items():
-        if found.is_rated:
-          self.saved[step] = HeldoutLoss(found.heldout_loss, *found.targets)
+      rated = processes.on_lead("the checkpoints' losses", lambda: _list_rated(manager))
+      self.saved = {step: HeldoutLoss(*loss) for step, loss in rated}
 
   def wait(self) -> None:
     """Waits until every save is on disk; see `Manager.wait`."""
@@ -64,8 +67,7 @@ class Saver:
     """Finds the saved step of the lowest loss, over the same targets as the last evaluation."""
     if self._manager is None:
       return None
-    steps = manifest.list_steps(self._manager.folder.parent)
-    saved = [(step, self.saved[step]) for step in steps if step in self.saved]
+    saved = [(step, self.saved[step]) for step in self._manager.steps if step in self.saved]
     if last := self._log.list_evaluations()[-1:]:
       saved = [e for e in saved if e[1].targets == last[0][1].targets]
     return find_best(saved)
@@ -78,7 +80,10 @@ class Saver:
     return is_rated or self._is_due(call.step)
 
   def _is_due(self, step: int) -> bool:
-    return is_save_due(step, self._train, time.monotonic() - self._last_save)
+    seconds = time.monotonic() - self._last_save
+    if self._train.save_every_seconds is not None:
+      seconds = processes.decide("the time of a save", seconds)
+    return is_save_due(step, self._train, seconds)
 
   def keep(self, state: TrainState, step: int) -> None:
     """Saves a state if it is due; otherwise holds it if it is the best so far.
@@ -98,7 +103,7 @@ class Saver:
     if not self._is_best(heldout):
       return
     self._held = None  # its memory is free before the copy is made
-    if has_room(state):
+    if all(processes.together("the free memory", lambda: has_room(state))):
       copy = jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), state)
       self._held = copy, StepNote(step, self._log.count_seen(step), heldout)
     elif self._evaluations >= EVALUATIONS_PER_SAVE:
@@ -130,3 +135,9 @@ class Saver:
       save_checkpoint(self._manager, *held, is_held=True)
       self.saved[held[1].step] = held[1].heldout
     self._log.clock.look("saving")
+
+
+def _list_rated(manager: Manager) -> list[tuple[int, HeldoutLoss]]:
+  """Lists (step, held-out loss) of the checkpoints whose manifests have a loss."""
+  found = manifest.read_manifests(manager.folder.parent)
+  return [(n, HeldoutLoss(m.heldout_loss, *m.targets)) for n, m in found.items() if m.is_rated]

@@ -70,6 +70,13 @@ class Stop:
 
   def __init__(self):
     self.signal: int | None = None
+    # Of a run of several processes: what ends this one together with the others, what tells them
+    # that it ends at once, whether another one prints, and whether the signal reached another one,
+    # so that this one's own, where a launcher sends it to all, is still to come.
+    self.leave_process: Callable[[int, str], None] = _exit
+    self.tell_end: Callable[[int, str], None] | None = None
+    self.is_quiet = False
+    self.is_relayed = False
 
   def __bool__(self) -> bool:
     return self.signal is not None
@@ -89,7 +96,17 @@ class Stop:
 
   def leave(self, line: str) -> None:
     """Prints what was saved after a signal; a command's process then ends."""
-    print_stderr(line)
+    if not self.is_quiet:
+      print_stderr(line)
+
+  def receive(self, number: int) -> None:
+    """Records a signal that has reached another process of the run."""
+    if self.signal is None:
+      self.signal, self.is_relayed = number, True
+
+  def agree(self, num_steps: int) -> int:
+    """Returns the updates that the next call makes; `SharedStop` asks the other processes."""
+    return num_steps
 
 
 # --- Signal handling for library users ---
@@ -123,13 +140,16 @@ def stop_signals() -> Iterator[Stop]:
 
   def on_signal(number: int, frame: object) -> None:
     nonlocal first
-    if stop.is_leaving or (stop and time.monotonic() - first > REPEAT_SECONDS):
+    if stop.is_relayed and not stop.is_leaving:
+      stop.is_relayed, first = False, time.monotonic()
+    elif stop.is_leaving or (stop and time.monotonic() - first > REPEAT_SECONDS):
       signal.signal(number, previous[number])
       signal.raise_signal(number)
     elif not stop:
       first = time.monotonic()
       stop.signal = number
-      print_stderr(STOPPING)
+      if not stop.is_quiet:
+        print_stderr(STOPPING)
 
   with _install_handlers(on_signal) as previous:
     yield stop
@@ -170,25 +190,38 @@ class _CommandStop(Stop):
   def leave(self, line: str) -> None:
     self._end(self.signal, line)
 
+  def receive(self, number: int) -> None:
+    self._has_arrived = True
+    self.on_signal(number, is_relayed=True)
+
   def on_arrival(self, number: int, frame: object) -> None:
     """Records that a signal has arrived; Python's handler, in the main thread."""
     self._has_arrived = True
 
-  def on_signal(self, number: int) -> None:
-    """Handles a signal, in the thread that reads signals."""
+  def on_signal(self, number: int, *, is_relayed: bool = False) -> None:
+    """Handles a signal, in the thread that reads signals, or one that reached another process."""
+    now = time.monotonic()
     with self._lock:
       is_first = self.signal is None
       if is_first:
-        self._first, self.signal = time.monotonic(), number
-      elif time.monotonic() - self._first <= REPEAT_SECONDS:
+        self._first, self.signal, self.is_relayed = now, number, is_relayed
+      elif self.is_relayed and not is_relayed:  # the same signal, by a launcher
+        self._first, self.is_relayed = now, False
+        return
+      elif is_relayed or now - self._first <= REPEAT_SECONDS:
         return
       block = self._block
     if not is_first:
-      _exit(EXIT_BY_SIGNAL + number, "\nstopped at once; the last checkpoint is as it was")
+      status, line = EXIT_BY_SIGNAL + number, "\nstopped at once; the last checkpoint is as it was"
+      if self.tell_end is not None:
+        self.tell_end(status, line)
+      _exit(status, line)
     if block is None:
-      print_stderr(STOPPING)
+      if not self.is_quiet:
+        print_stderr(STOPPING)
       return
-    print_stderr("\nstopping")
+    if not self.is_quiet:
+      print_stderr("\nstopping")
     # In a thread of its own, so that this one can handle a second signal.
     threading.Thread(target=self._end, args=(number, *block), daemon=True).start()
 
@@ -200,8 +233,8 @@ class _CommandStop(Stop):
     try:
       finish()
     except Exception as error:  # the last save failed
-      _exit(TrainingError.status, f"error: {error}")
-    _exit(EXIT_BY_SIGNAL + number, line)
+      self.leave_process(TrainingError.status, f"error: {error}")
+    self.leave_process(EXIT_BY_SIGNAL + number, line)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ def main(spec: dict) -> dict:
       ],
       "kernels": hlo.count_kernels(module),
       "cycles": hlo.estimate_cycles(module),
+      "text": compiled.as_text() if spec.get("text") else None,
       "batch_arrays": [f"{shape.dtype}{shape.dims}" for shape in arrays],
     }
   return {

@@ -339,7 +339,7 @@ def test_a_worker_times_plain_python_and_ends(tmp_path):
   }
   with rounds.open_workers({"plain Python": spec}) as workers:
     worker = workers["plain Python"]
-    assert worker.versions == {}
+    assert worker.about["versions"] == {}
     assert 0 < worker(2) < math.inf
     process = worker.process
   assert process.returncode == 0
@@ -385,7 +385,7 @@ def test_a_worker_with_torch_trains_a_tiny_model(tmp_path):
   }
   with rounds.open_workers({"torch": spec | {"platform": "cpu", "warm_up": 1}}) as workers:
     worker = workers["torch"]
-    assert list(worker.versions) == ["torch"]
+    assert list(worker.about["versions"]) == ["torch"]
     assert 0 < worker(3) < math.inf and 0 < worker(1) < math.inf
 
 

@@ -83,6 +83,98 @@ def test_a_programs_collectives_are_counted_with_the_loops_around_them():
   assert [loop.op for loop in found[1].loops] == ["", "a/b"]
 
 
+# A loop over what is gathered in a ring: it counts to 4 by 2, and sends a part on each way. And a
+# gather that XLA:TPU does beside others: it starts before the loop and goes on in it.
+RING = """HloModule ring
+
+%begin (b0: bf16[8,4]) -> (bf16[8,4], bf16[64,4]) {
+  %b0 = bf16[8,4] parameter(0)
+  %g0 = bf16[64,4] all-gather(%b0), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t0 = (bf16[8,4], bf16[64,4]) custom-call(%b0, %g0), custom_call_target="Start"
+}
+
+%beside (c0: bf16[8,4], c1: bf16[64,4]) -> (f32[], bf16[64,4]) {
+  %c0 = bf16[8,4] parameter(0)
+  %c1 = bf16[64,4] parameter(1)
+  %g1 = bf16[64,4] all-gather(%c0), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t1 = (f32[], bf16[64,4]) tuple(%c0, %g1)
+}
+
+%all-reduce-scatter (d0: f32[16,8]) -> f32[16,1] {
+  %d0 = f32[16,8] parameter(0)
+  %r0 = f32[16,8] all-reduce(%d0), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %part = f32[16,1] dynamic-slice(%r0, %zero, %zero), dynamic_slice_sizes={16,1}
+}
+
+%cond (c: (u32[], f32[4,2])) -> pred[] {
+  %c = (u32[], f32[4,2]) parameter(0)
+  %i = u32[] get-tuple-element(%c), index=0
+  %end = u32[] constant(4)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+%body (t: (u32[], f32[4,2])) -> (u32[], f32[4,2]) {
+  %t = (u32[], f32[4,2]) parameter(0)
+  %j = u32[] get-tuple-element(%t), index=0
+  %x = f32[4,2] get-tuple-element(%t), index=1
+  %s.1 = (f32[4,2], f32[4,2], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %d.1 = f32[4,2] collective-permute-done(%s.1)
+  %s.2 = (f32[4,2], f32[4,2], u32[]) collective-permute-start(%x), source_target_pairs={{1,2},{2,1}}
+  %d.2 = f32[4,2] collective-permute-done(%s.2)
+  %went = (f32[], bf16[64,4]) fusion(%x, %x), kind=kCustom, calls=%beside
+  %two = u32[] constant(2)
+  %next = u32[] add(%j, %two)
+  ROOT %r = (u32[], f32[4,2]) tuple(%next, %d.1)
+}
+
+ENTRY %main (p: (u32[], f32[4,2])) -> f32[16,1] {
+  %p = (u32[], f32[4,2]) parameter(0)
+  %q = f32[16,8] parameter(1)
+  %begun = (bf16[8,4], bf16[64,4]) fusion(%q), kind=kCustom, calls=%begin
+  %pair = (f32[6], f32[2,2]) all-reduce(%q, %q), channel_id=4, replica_groups={}, to_apply=%add
+  %while = (u32[], f32[4,2]) while(%p), condition=%cond, body=%body
+  ROOT %kept = f32[16,1] fusion(%q), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once_and_a_loop_may_count_by_two():
+  found = hlo.find_collectives(hlo.parse_module(RING))
+  got = [(c.kind, c.num_bytes, c.trips, c.groups) for c in found]
+  everyone = (tuple(range(8)),)
+  assert got == [
+    ("all-gather", 512, 1, everyone),
+    ("all-reduce", 2 * 512, 1, ()),
+    ("collective-permute", 32, 2, ((0, 1), (1, 0))),
+    ("collective-permute", 32, 2, ((1, 2), (2, 1))),
+    ("reduce-scatter", 512, 1, ((0, 1, 2, 3),)),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("text", "groups"),
+  [
+    ("replica_groups={{0,1},{2,3}}, to_apply=%add", ((0, 1), (2, 3))),
+    ("replica_groups={{0, 2}, {1, 3}}", ((0, 2), (1, 3))),
+    ("source_target_pairs={{0,3},{1,0}}, channel_id=1", ((0, 3), (1, 0))),
+    ("replica_groups=[2,4]<=[8], x={1}", ((0, 1, 2, 3), (4, 5, 6, 7))),
+    ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", ((0, 4), (1, 5), (2, 6), (3, 7))),
+    ("replica_groups=[2,2]<=[2,1,2]T(2,1,0)", ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", ((0, 1), (2, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", None),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
+    ("replica_groups={}, to_apply=%add", ()),
+  ],
+)
+def test_groups_of_devices_are_read_in_every_notation(text, groups):
+  if groups is None:  # 0 2 4 6 1 3 5 7 in two rows, whose columns are the groups
+    groups = ((0, 1), (2, 3), (4, 5), (6, 7))
+  assert hlo.parse_groups(text) == groups
+
+
 def test_cycles_and_kernels_are_multiplied_by_the_trips():
   """An estimate that means none is not counted, nor what XLA's own calls do."""
   module = hlo.parse_module(TEXT)
@@ -121,3 +213,4 @@ def test_a_compiled_loop_and_its_sum_over_devices_are_found():
     ("all-reduce", 16, 1),
     ("all-reduce", 16, 3),
   ]
+  assert all(c.groups in ((), (tuple(range(8)),)) for c in found)

@@ -112,7 +112,10 @@ OTHER_VALUES = {
   "sample.top_k": (5, True),
   "sample.top_p": (0.9, True),
   "sample.max_tokens": (4, True),
-  "mesh.data": (None, True),
+  "mesh.data": (-1, True),
+  "mesh.fsdp": (2, True),
+  "mesh.tensor": (2, True),
+  "mesh.timeout_seconds": (60.0, True),
   "compute.tricks": (False, True),
   "compute.dtype": ("bfloat16", False),
   "compute.precision": ("high", True),
@@ -289,7 +292,7 @@ def test_grouping_documents_is_true_false_or_auto(text, value):
     {"model.dropout": 0.1, "model.dropout_places": ("mlp_out",)},
     {"train.micro_batch_size": 8},
     {"mesh.data": 2},
-    {"mesh.data": None},
+    {"mesh.data": -1},
   ],
 )
 def test_documents_are_not_grouped_where_that_would_not_be_the_definition(changes):
@@ -397,6 +400,7 @@ def experiments(draw):
   text = st.text().map(str.strip).filter(lambda t: t.lower() not in ("none", "null"))
   num_heads, mesh, micro, seq_len = count(64), maybe(count(4)), maybe(count(4)), count(2**30)
   micro = micro and micro * (mesh or 1)
+  tensor = count(4)
   norm = draw(st.sampled_from(["rms", "layer", "layer_no_bias"]))
   batching = draw(st.sampled_from(["documents", "random", "sequential", "epochs"]))
   streams = ["characters", "bytes", "bpe", "gpt2"]
@@ -473,7 +477,7 @@ def experiments(draw):
       top_p=number(0, 1),
       max_tokens=maybe(count(100)),
     ),
-    mesh=MeshConfig(data=mesh),
+    mesh=MeshConfig(data=mesh or -1, tensor=tensor),
     compute=ComputeConfig(
       tricks=draw(st.booleans()),
       attention=draw(st.sampled_from(["auto", "plain", "blocks"])),
@@ -521,7 +525,7 @@ def test_optional_fields_that_an_older_file_lacks_count_as_their_defaults():
   read = experiment_from_json(value)
   assert read.optimizer.clip_norm is None
   assert read.train.seed == 0
-  assert read.mesh == MeshConfig(data=None)
+  assert read.mesh == MeshConfig()
   # Computing in another dtype came later.
   assert read.compute == ComputeConfig(dtype="float32")
 

@@ -108,6 +108,9 @@ SETTINGS = {
   "amp=False": "compute.dtype=float32",
   "allow_tf32=false": "compute.precision=highest",
   "gradient_checkpointing=True": "compute.remat=block",
+  "n_gpu=all": "mesh.data=-1",
+  "fsdp=4": "mesh.fsdp=4",
+  "tensor_parallel=2": "mesh.tensor=2",
 }
 # What nothing stands for, and a word of the reason.
 REASONS = {
@@ -115,7 +118,11 @@ REASONS = {
   "fp16=True": "bfloat16, which needs no scaled loss",
   "compile=True": "compiled",
   "wandb_log=True": r"metrics\.jsonl",
-  "backend=nccl": "one process",
+  "backend=nccl": "mesh.data, mesh.fsdp and mesh.tensor divide the work",
+  "zero_stage=3": "mesh.fsdp devices share parameters",
+  "fsdp=full_shard": "mesh.fsdp=-1 takes all",
+  "nnodes=4": "--num-processes N",
+  "master_addr=10.0.0.1": "--coordinator HOST:PORT",
   "always_save_checkpoint=False": r"train\.keep_best",
   "init_from=resume": "--resume",
   "eval_only=True": r"jgpt\.evaluate",

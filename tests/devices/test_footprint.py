@@ -16,7 +16,6 @@ from jgpt.config.settings import change, is_circumstance, resolve
 from jgpt.devices import runtime
 from jgpt.devices.compute import resolve_compute
 from jgpt.devices.footprint import (
-  Footprint,
   estimate_footprint,
   list_remedies,
   measure_program,
@@ -26,6 +25,7 @@ from jgpt.errors import UserError
 from jgpt.plan import plan_run
 from jgpt.report.console import ConsoleWriter
 from jgpt.runs.result import read_result
+from jgpt.sharding import AXES
 from jgpt.system.memory import measure_memory, measure_obtainable_memory
 from jgpt.train import train_run
 
@@ -67,15 +67,48 @@ def test_remedies_are_circumstances_and_take_less_the_least_at_the_end():
   compute = resolve_compute(experiment, TPU).compute
   found = list_remedies(experiment, compute, 8, TPU.device_kind)
   assert {"compute.loss_chunks": 8} in found and {"train.micro_batch_size": 32} in found
-  assert {"compute.remat": "block"} in found and len(found) == 4 * 6 - 1  # 8, 4, 2, 1 a device
+  # 8, 4, 2 or 1 on a device, whose parameters are whole or shared.
+  assert {"compute.remat": "block"} in found and len(found) == 2 * 4 * 6 - 1
   sizes = [estimate(change(experiment, changes)).total for changes in found]
   assert all(map(is_circumstance, found[-1])) and sizes[-1] == min(sizes)
-  assert found[-1]["train.micro_batch_size"] == 8 and len(found[-1]) == 3
+  assert found[-1]["train.micro_batch_size"] == 8 and len(found[-1]) == 5
   # Half of a batch at a time costs a second pass over the gradients; recomputing, a quarter more.
   assert found.index({"train.micro_batch_size": 32}) < found.index({"compute.remat": "block"})
   done = dataclasses.replace(compute, remat="block", loss_chunks=8)
   left = list_remedies(experiment, done, 8, TPU.device_kind)
-  assert [list(changes) for changes in left] == [["train.micro_batch_size"]] * 3
+  mesh, parts = ["mesh.data", "mesh.fsdp"], ["train.micro_batch_size"]
+  assert sorted(list(changes) for changes in left) == [mesh, *[mesh + parts] * 3, *[parts] * 3]
+
+
+def test_a_mesh_divides_a_footprint():
+  """GPT-2 on 8 devices: each has its part of the matrices, the tables and the batch."""
+  whole = estimate(gpt2())
+  fsdp = estimate(gpt2(**{"mesh.data": 1, "mesh.fsdp": 8}))
+  # Besides what every device has: gains, and biases.
+  assert whole.parameters / 8 < fsdp.parameters < whole.parameters / 7.9
+  assert fsdp.moments == 2 * fsdp.gradients == 2 * fsdp.parameters
+  assert (fsdp.activations, fsdp.logits) == (whole.activations, whole.logits)
+  tensor = estimate(gpt2(**{"mesh.data": 2, "mesh.tensor": 4}))
+  assert tensor.logits == whole.logits  # four times the tokens, a quarter of the vocabulary
+  per_layer = 8 * 768 + 2 * 3072 + 12 * 1024
+  assert tensor.activations == 2 * 32 * 1024 * 12 * (4 * 768 + (per_layer - 4 * 768) // 4)
+  assert whole.parameters / 4 < tensor.parameters < whole.parameters / 3.9
+  # Eight devices divide the hidden units, but not the 12 heads.
+  uneven = estimate(gpt2(**{"mesh.data": 1, "mesh.tensor": 8}))
+  assert uneven.parameters > whole.parameters / 8 * 2
+
+
+def test_devices_that_share_parameters_are_a_remedy():
+  """Where one has no room for the state, it is the only one; otherwise one of many."""
+  experiment = gpt2()
+  resolved = resolve_compute(experiment, TPU)
+  assert {"mesh.data": 1, "mesh.fsdp": 8} in list_remedies(experiment, resolved.compute, 8, "")
+  words = r"free\. Try --set mesh\.data=1 --set mesh\.fsdp=8, with which they take 188 MB"
+  with pytest.raises(UserError, match=words):
+    program.check_state_memory(resolved, 8, 10**9)
+  alone = change(resolved, {"mesh.data": 1})
+  with pytest.raises(UserError, match="a smaller model"):
+    program.check_state_memory(alone, 1, 10**9)
 
 
 def test_the_compilers_peak_counts_but_on_a_cpu_and_where_there_is_none():
@@ -143,12 +176,29 @@ def test_what_is_too_large_is_refused_with_settings_that_fit(plan, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)])
+def test_the_formula_is_near_what_compilers_say_of_a_mesh(plan, shape):
+  """Within a factor of 2.2; of the state, which is the arguments, within 3%."""
+  sizes = {f"mesh.{axis}": n for axis, n in zip(AXES, shape, strict=True)}
+  wide = {"model.d_model": 64, "model.d_ff": 256, "model.num_heads": 4, "model.num_layers": 4}
+  experiment = resolve_compute(change(plan.experiment, wide | sizes), jax.devices()[0])
+  lowered = program.lower_programs(experiment, jax.devices(), 200, names=("steps",))["steps"]
+  compiled = lowered.compile(compiler_options=small_runs.QUICK)
+  formula = estimate_footprint(experiment, 8)
+  state = formula.parameters + formula.moments
+  assert compiled.memory_analysis().alias_size_in_bytes == pytest.approx(state, rel=0.03)
+  assert formula.total / 2.2 < measure_program(compiled) < 2.2 * formula.total
+
+
+@pytest.mark.slow
 def test_what_no_setting_makes_fit_is_said(plan):
-  state = Footprint(4, 8, 4, 0, 0)
+  experiment = resolve_compute(plan.experiment, jax.devices()[0])
+  state = estimate_footprint(experiment, 1)
+  size = state.parameters + state.moments
   with pytest.raises(UserError, match=r"parameters and moments alone take .* a smaller model"):
-    program.check_state_memory(state, 11)
-  program.check_state_memory(state, 12)
-  program.check_state_memory(state, None)
+    program.check_state_memory(experiment, 1, size - 1)
+  program.check_state_memory(experiment, 1, size)
+  program.check_state_memory(experiment, 1, None)
   size = sum(x.nbytes for x in jax.tree.leaves(compile_with(None, plan).state.params))
   with pytest.raises(UserError, match=r"The least is .* with --set .*: what fits is a smaller"):
     compile_with(4 * size, plan)

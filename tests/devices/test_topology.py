@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,30 @@ def test_every_kind_of_device_is_in_the_table_of_accelerators():
     text = topology.describe_gpu(kind)
     assert f"device_memory_size: {known.memory}" in text and "None" not in text
     assert f'device_description_str: "{kind.kind}"' in text
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "shape", "wraps", "link"),
+  [
+    ("tpu:v5e:2x4", "TPU v5 lite", (2, 4), (False, False), 50e9),
+    ("tpu:v6e:8x16", "TPU v6 lite", (8, 16), (False, True), 100e9),
+    ("tpu:v5p:4x4x8", "TPU v5p", (4, 4, 8), (True, True, True), 100e9),
+    ("tpu:v4:2x2x4", "TPU v4", (2, 2, 4), (False, False, False), 50e9),
+    ("gpu:h100:16", "NVIDIA H100 80GB HBM3", (), (), 450e9),
+  ],
+)
+def test_the_network_is_that_of_the_kind_and_its_shape(name, kind, shape, wraps, link):
+  """A v5e or v6e has rings of 16, others whole cubes; published rates count both directions."""
+  devices = [SimpleNamespace(device_kind=kind, id=9, coords=(1, 3, 0))]
+  network = topology.find_network(topology.parse_target(name), devices)
+  assert (network.shape, network.wraps, network.link) == (shape, wraps, link)
+  assert network.coords == (((1, 3, 0)[: len(shape)]) if shape else (1,),)
+
+
+@pytest.mark.parametrize("kind", ["TPU7x", "Tesla T4", "TPU v99"])
+def test_where_the_network_is_not_known_there_is_none(kind):
+  devices = [SimpleNamespace(device_kind=kind)]
+  assert topology.find_network(topology.parse_target("gpu:t4"), devices) is None
 
 
 @pytest.mark.parametrize(("name", "extra"), [("tpu:v5e:2x4", "aot-tpu"), ("gpu:t4", "aot-gpu")])

@@ -979,7 +979,7 @@ def test_numbers_that_are_not_finite_are_a_problem(run):
   }
   shutil.rmtree(run / "checkpoints" / "60")
   with checkpoint.open_checkpoints(run) as manager:
-    leaves = checkpoint.survey_jit(items)
+    leaves = checkpoint.survey(items)
     manager.begin_save(checkpoint.StepNote(60), items, leaves, is_held=False)
   assert "step 60: params/tok_embed is not finite" in only_problem(examine(run)).text
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,6 +201,47 @@ class Child:
         return self.process.returncode
       visit(self.fired[-1])
       self.process.send_signal(signal.SIGCONT)
+
+
+def find_port() -> int:
+  """A free port of this machine."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
+
+
+def start_processes(
+  stack: contextlib.ExitStack,
+  *args: object,
+  cwd: Path,
+  faults: dict[int, str] | None = None,
+  more: dict[int, list[str]] | None = None,
+  num: int = 2,
+  num_devices: int = 1,
+  **options: object,
+) -> list[Child]:
+  """Starts the processes of one run of `jgpt.run`, which are killed when the stack closes.
+
+  Args:
+    stack: ends them.
+    args: the command's.
+    cwd: where they run.
+    faults: by process, as for `Child`.
+    more: arguments by process.
+    num: processes.
+    num_devices: of each.
+    options: of `Child`.
+  """
+  told = ["--coordinator", f"127.0.0.1:{find_port()}", "--num-processes", num]
+  flags = f"--xla_force_host_platform_device_count={num_devices}"
+  env = {"XLA_FLAGS": flags} | options.pop("env", {})
+  found = []
+  for i in range(num):
+    here = [*told, "--process-id", i, *args, *(more or {}).get(i, [])]
+    fault = (faults or {}).get(i)
+    found.append(
+      stack.enter_context(Child("jgpt.run", *here, cwd=cwd, fault=fault, env=env, **options))
+    )
+  return found
 
 
 def run(module: str, *args: object, cwd: Path, timeout: float = 200, **options: object) -> Child:

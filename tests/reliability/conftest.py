@@ -25,6 +25,12 @@ IN_CI = (
   "test_row_07_a_disk_that_is_full",
   "test_row_07_a_result_that_cannot_be_written",
   "test_row_10_a_second_writer_is_refused",
+  "test_row_11_restored_on_another_mesh_the_leaves_are_the_same[2x2x2-1x1x1]",
+  "test_row_11_restored_on_another_mesh_the_leaves_are_the_same[1x1x1-1x4x1]",
+  "test_row_11_restored_on_another_mesh_the_leaves_are_the_same[2x2x2-4x1x2]",
+  "test_row_11_any_reader_has_one_device",
+  "test_row_11_a_run_goes_on_over_other_processes[fsdp]",
+  "test_row_11_two_processes_save_and_restore",
   "test_row_12_options_of_jax_in_the_environment_change_no_bit",
   "test_row_13_a_run_that_gets_worse_keeps_its_best",
   "test_row_14_a_skipped_update_changes_nothing_but_step_and_rate[infinite loss]",
@@ -34,6 +40,15 @@ IN_CI = (
   "test_row_26_names_that_are_no_words",
   "test_row_28_every_transfer_is_explicit",
   "test_row_28_without_jit_the_plain_functions_train",
+  "test_row_30_a_process_that[dies in a step]",
+  "test_row_30_a_process_that[hangs in a step]",
+  "test_row_30_a_process_that_never_starts[0",
+  "test_row_31_an_end_that_is_caught_does_not_end_what_comes_next",
+  "test_row_31_a_signal_to_one_process_ends_all[training]",
+  "test_row_31_a_signal_to_one_process_ends_all[evaluating]",
+  "test_row_31_an_error_of_one_process_is_shown_once",
+  "test_the_tasks_of_srun_are_one_run",
+  "test_mpirun_starts_one_run",
 )
 # Whole files that the default run, which is to take less than five minutes, leaves to CI.
 SLOW_FILES = (

@@ -6,7 +6,9 @@
     before anything else is done JGPT_FAULT=full@json           the operation fails as on a full
     disk JGPT_FAULT=term@call=evaluation.begin_evaluation    SIGTERM to itself where that function
     is called JGPT_FAULT=freeze@any          stopped before every operation in the run folder, until
-    the parent lets it go on JGPT_FAULT=mark@call=...       nothing but the mark
+    the parent lets it go on JGPT_FAULT=hang@call=...       the thread that calls it sleeps, and
+    others go on JGPT_FAULT=fail@call=...       the call raises an error
+    JGPT_FAULT=mark@call=...       nothing but the mark
 
 What happens is written to the file JGPT_FAULT_MARK, one line for each time, before it happens.
 Several faults are separated by ";". Nothing of jgpt is replaced: Python reports each operation on a
@@ -21,6 +23,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +35,11 @@ POINTS = {
     "os.mkdir",
     r"/checkpoints/[0-9]+\.orbax-checkpoint-tmp[^/]*",
   ),  # before anything of a save
-  "leaf": ("os.mkdir", r"/(params|train_state)\.orbax-checkpoint-tmp[^/]*"),  # before the arrays
+  "leaf": ("os.mkdir", r"-tmp[^/]*/(params|train_state)"),  # before the arrays
   "metadata": (
     "open",
     r"/(params|train_state)[^/]*/_METADATA",
   ),  # between the arrays and the commit
-  "item": ("os.rename", r"/(params|train_state)"),  # one of the two is complete
   "commit": ("os.rename", STEP),
   "json": ("os.rename", STEP + r"/experiment\.json"),
   "tokenizer": ("os.rename", STEP + r"/tokenizer\.json"),
@@ -65,7 +67,7 @@ class Fault:
     self.point, self.count = where.removesuffix("+"), int(count or 1)
     self.after = where.endswith("+")
     self.seen, self.done, self.waits_for = 0, False, None
-    if self.action not in {"kill", "full", "freeze", "mark", *SIGNALS}:
+    if self.action not in {"kill", "full", "fail", "freeze", "hang", "mark", *SIGNALS}:
       raise ValueError(text)
     if not self.calls and self.point not in {*POINTS, "any", "deleting"}:
       raise ValueError(text)
@@ -111,6 +113,10 @@ class Fault:
         os.kill(os.getpid(), signal.SIGKILL)
       case "freeze":  # to this thread: the process has stopped before this call returns
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+      case "fail":
+        raise ValueError("what failed here")
+      case "hang":
+        time.sleep(1e6)
       case "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), what.split(" ", 1)[1])
       case "term" | "int":

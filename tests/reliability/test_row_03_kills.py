@@ -51,7 +51,6 @@ MOMENTS = [
   ("save", 1, None),
   ("save", 3, 12),
   ("leaf", 5, 12),
-  ("item", 5, 12),
   ("commit", 3, 12),
   ("commit+", 3, 12),
   ("manifest", 3, 12),

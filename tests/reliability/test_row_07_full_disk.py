@@ -149,7 +149,6 @@ POINTS = [
   "save",
   "leaf",
   "metadata",
-  "item",
   "commit",
   "json",
   "tokenizer",
@@ -163,7 +162,7 @@ POINTS = [
 def test_row_08_an_error_in_the_second_save_surfaces_at_the_third(texts, point):
   """It happens in the background while the run trains on, and ends the run at its next save."""
   count = (
-    3 if point in ("leaf", "metadata", "item") else 2
+    3 if point in ("leaf", "metadata") else 2
   )  # those come once for each of the two folders of arrays
   args = children.arguments("names", "run", **RUN)
   child = children.run("jgpt.run", *args, cwd=texts, fault=f"full@{point}:{count}")

@@ -4,6 +4,8 @@
 through data and devices too.
 """
 
+import re
+
 import pytest
 from bad_input import NO_DEVICE, TRAINS, Case, advice, assert_refused, give, settings
 
@@ -22,6 +24,16 @@ BEFORE_DEVICES = {
     "train.micro_batch_size=2",
     "mesh.data=4",
   ): "train.micro_batch_size=2 must be a multiple",
+  ("names", "mesh.data=none"): "Try --set mesh.data=-1, which takes all devices",
+  ("names", "mesh.tensor=0"): "or -1 for the devices left over. Try --set mesh.tensor=1",
+  ("names", "mesh.data=-1", "mesh.fsdp=-1"): "can be -1. Try --set mesh.fsdp=1",
+  ("names", "mesh.data=-1", "mesh.fsdp=2"): "data.batch_size=1 must be a multiple of mesh.fsdp=2",
+  (
+    "names",
+    "data.batch_size=8",
+    "mesh.data=2",
+    "mesh.fsdp=3",
+  ): "must be a multiple of mesh.data * mesh.fsdp=6. Try --set mesh.fsdp=1",
   ("names", "model.norm=layer"): "Try --set model.norm_embed=false",
   ("names", "model.dropout=0.1"): "Try --set model.dropout_places=mlp_out",
   ("names", "data.tokenizer=bytes"): "Try --set data.batching=random",
@@ -70,9 +82,34 @@ DIVIDED = {
   (
     "names",
     "data.batch_size=6",
-    "mesh.data=none",
+    "mesh.data=-1",
   ): "nearest: 8. Try --set mesh.data=6, or for a new run --set data.batch_size=8",
-  ("names", "mesh.data=none"): "data.batch_size=1 must be a multiple of the 8 devices",
+  ("names", "mesh.data=-1"): "data.batch_size=1 must be a multiple of the 8 devices",
+  (
+    "names",
+    "data.batch_size=8",
+    "mesh.data=-1",
+    "mesh.tensor=3",
+  ): "mesh.tensor=3 must divide the 8 devices there are, since mesh.data=-1 takes the others",
+  (
+    "names",
+    "data.batch_size=12",
+    "mesh.data=-1",
+    "mesh.fsdp=6",
+    "mesh.tensor=4",
+  ): "mesh.fsdp=6 * mesh.tensor=4 must divide the 8 devices",
+  (
+    "names",
+    "data.batch_size=8",
+    "mesh.data=4",
+    "mesh.tensor=4",
+  ): "mesh.data=4, mesh.tensor=4 asks for more than the 8 devices there are. Try --set mesh.data=8",
+  (
+    "shakespeare_bytes",
+    "data.batch_size=12",
+    "mesh.data=-1",
+    "mesh.fsdp=2",
+  ): "nearest: 8 or 16. Try --set mesh.data=6 --set mesh.fsdp=1",
   (
     "names",
     "data.batch_size=9",
@@ -82,9 +119,9 @@ DIVIDED = {
     "names",
     "data.batch_size=12",
     "train.micro_batch_size=6",
-    "mesh.data=none",
+    "mesh.data=-1",
   ): "train.micro_batch_size=6 must be",
-  ("names", "data.batch_size=20", "train.micro_batch_size=5", "mesh.data=none"): (
+  ("names", "data.batch_size=20", "train.micro_batch_size=5", "mesh.data=-1"): (
     "mesh.data=5, or for a new run --set train.micro_batch_size=8 --set data.batch_size=24"
   ),
   (
@@ -96,9 +133,9 @@ DIVIDED = {
   (
     "shakespeare_bytes",
     "data.batch_size=12",
-    "mesh.data=none",
+    "mesh.data=-1",
   ): "nearest: 8 or 16. Try --set mesh.data=6, or for a new run --set data.batch_size=16",
-  ("shakespeare_bytes", "data.batch_size=2147", *SMALL, "mesh.data=none"): "nearest: 2144 or 2152",
+  ("shakespeare_bytes", "data.batch_size=2147", *SMALL, "mesh.data=-1"): "nearest: 2144 or 2152",
 }
 
 
@@ -119,9 +156,8 @@ def test_row_20_advice_before_devices_leads_to_them(tmp_path):
   outcomes = give([Case(argv=settings(*case), follow=3) for case in BEFORE_DEVICES], cwd=tmp_path)
   for outcome, words in zip(outcomes, BEFORE_DEVICES.values(), strict=True):
     assert_refused(outcome, words)
-    if "weights" not in outcome.err and "weights" not in " ".join(
-      outcome.argv
-    ):  # those are not there
+    # Weights are not there, and what is no value stays on the command line.
+    if not re.search("weights|must be a whole number", " ".join([outcome.err, *outcome.argv])):
       assert_leads_on(outcome, NO_DEVICE)
   assert list(tmp_path.iterdir()) == []
 

@@ -13,9 +13,11 @@ from jgpt.report.summary import (
   describe_groups,
   describe_length,
   describe_throughput,
+  describe_undivided,
   describe_untrained,
   describe_widths,
 )
+from jgpt.sharding import AXES
 
 
 def test_the_ratio_of_the_mlps_width_is_said_where_it_is_not_four():
@@ -45,6 +47,23 @@ def test_the_start_names_the_optimizer_and_what_decays_how():
   assert describe(name="adam", **decays) == f"Adam, L2 decay 0.1 in the gradient of {what}"
   line = describe(name="sgd", momentum=0.9, **decays)
   assert line == f"SGD, momentum 0.9, L2 decay 0.1 in the gradient of {what}{ends}"
+
+
+def test_the_start_names_what_an_axis_does_not_divide():
+  """Of GPT-2 twelve heads, over eight devices; where all is divided nothing is said."""
+  experiment = resolve(catalog.load_experiment("gpt2_shakespeare"), 50257)
+
+  def describe(*shape):
+    return describe_undivided(experiment, jax.sharding.AbstractMesh(shape, AXES))
+
+  assert describe(8, 1, 1) == describe(2, 2, 2) == describe(1, 2, 4) == []
+  (line,) = describe(1, 1, 8)
+  assert line == (
+    "mesh.tensor=8 does not divide model.num_heads=12: each of its devices has all of w_qkv, "
+    "b_qkv, w_out"
+  )
+  first, *_ = describe(1, 5, 1)
+  assert "mesh.fsdp=5 does not divide model.d_model=768: " in first and "tok_embed" in first
 
 
 def test_the_start_names_the_formula_and_the_peak_of_the_mfu():

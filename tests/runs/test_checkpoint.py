@@ -217,3 +217,19 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest(tmp_path, state,
   needed = {folder.parent, folder, *folder.rglob("*")} - {folder / "manifest.json"}
   assert {str(path) for path in needed} <= set(before)
   assert synced.index(str(folder), len(before)) and str(tmp_path) in before
+
+
+def test_a_folder_that_another_host_made_may_be_seen_late(tmp_path, monkeypatch):
+  """As on NFS, which keeps for a while that there was nothing; one that is never seen is named."""
+  write_run_files(tmp_path, FILES)
+  with checkpoint.open_checkpoints(tmp_path) as manager:
+    manager.folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(
+      checkpoint.time, "sleep", lambda _: (tmp_path / "elsewhere").rename(manager.folder)
+    )
+    manager._check_shared()
+    manager.folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(checkpoint, "SHARING_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"does not see .*checkpoints.*all hosts share"):
+      manager._check_shared()
+    (tmp_path / "elsewhere").rename(manager.folder)

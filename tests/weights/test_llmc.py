@@ -601,7 +601,7 @@ def test_the_batch_is_the_one_after_the_step(text, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("devices", [None, 2])
+@pytest.mark.parametrize("devices", [-1, 2])
 def test_the_batch_of_tokens_that_are_read_from_the_disk(devices, tmp_path, monkeypatch):
   """Token files too large to be kept on a device.
 
