@@ -449,13 +449,13 @@ def _join(
   args: argparse.Namespace, experiment: Experiment, stop: Stop, stack: contextlib.ExitStack
 ) -> None:
   """Joins the other processes of the run, if there are any; the lead alone prints from then on."""
-  from jgpt.devices import cluster, processes
+  from jgpt.devices import cluster, processes, watch
 
   cluster.join(
     *(args.coordinator, args.num_processes, args.process_id),
     timeout=experiment.mesh.timeout_seconds,
   )
-  stack.enter_context(processes.watching(stop, cli.describe_failure))
+  stack.enter_context(watch.watching(stop, cli.describe_failure))
   if not processes.is_lead():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries in C++ print too
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jgpt.devices import processes, runtime
+from jgpt.devices import processes, runtime, watch
 from jgpt.errors import TrainingError
 from jgpt.evaluation import begin_due_evaluation, evaluate_heldout
 from jgpt.generate import begin_samples
@@ -65,8 +65,8 @@ def train_run(
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_signals()) if stop is None else stop
     seconds = plan.experiment.mesh.timeout_seconds
-    stack.enter_context(processes.watching(stop, seconds=seconds))
-    stop = processes.share_stop(stop)
+    stack.enter_context(watch.watching(stop, seconds=seconds))
+    stop = watch.share_stop(stop)
     saved_step, manager, rows, clock = None, None, (), stack.enter_context(start_clock())
     stack.enter_context(end_profile(plan.profile))
     for writer in writers:

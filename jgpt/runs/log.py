@@ -176,7 +176,7 @@ class JsonlWriter:
       )
     self._file.truncate(self._cut_at)
     self._file.write("" if self._is_whole else "\n")
-    self._cut_at = None
+    self._cut_at = self._final_step = None  # an end is never kept
 
   def sync(self) -> None:
     """Waits until the rows written so far are on disk; called before a checkpoint is saved."""

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 
-from jgpt.devices import cluster, processes, runtime
-from jgpt.devices.cluster import Member, call_roll, find_member
+from jgpt.devices import cluster, processes, runtime, watch
+from jgpt.devices.cluster import find_member
+from jgpt.devices.roll import Member, call_roll
 from jgpt.errors import UserError
 
 SLURM = {
@@ -220,9 +221,9 @@ def test_alone_every_exchange_is_a_call():
   assert processes.wait("it", lambda: 7, jax.numpy.zeros(2)) == 7
   assert cluster.survey_devices(jax.devices()) == []
   threads = threading.active_count()
-  with processes.watching():
+  with watch.watching():
     assert threading.active_count() == threads
-  with pytest.raises(ZeroDivisionError), processes.watching():
+  with pytest.raises(ZeroDivisionError), watch.watching():
     processes.on_lead("it", lambda: 1 / 0)
 
 

@@ -8,7 +8,7 @@ import time
 import jax
 from jax._src import distributed
 
-from jgpt.devices import processes
+from jgpt.devices import processes, watch
 from jgpt.errors import TrainingError
 from jgpt.system.signals import Stop
 
@@ -19,7 +19,7 @@ def main() -> None:
   coordinator, number = sys.argv[1], int(sys.argv[2])
   jax.distributed.initialize(coordinator, 2, number)
   stop = Stop()
-  with processes.watching(stop, seconds=20):
+  with watch.watching(stop, seconds=20):
     for i in range(EXCHANGES):
       assert processes.decide("a number", i + 1000 * number) == i
     stop.signal = 15 if number else None
@@ -28,14 +28,14 @@ def main() -> None:
     print(f"signal {stop.signal}, {keys} keys", flush=True)
   for error in (LookupError("nothing there"), KeyboardInterrupt()):
     try:
-      with processes.watching(None, seconds=20):
+      with watch.watching(None, seconds=20):
         if number:
           raise error
         processes.together("what never comes", lambda: None)
     except (LookupError, TrainingError, KeyboardInterrupt) as caught:
       print(f"caught {type(caught).__name__} {caught}", flush=True)
   stop = Stop()
-  with processes.watching(stop, seconds=20):
+  with watch.watching(stop, seconds=20):
     time.sleep(0.6)  # until news would have come
     assert processes.together("the numbers", lambda: number) == [0, 1] and stop.signal is None
   print("the end", flush=True)

@@ -78,7 +78,7 @@ def test_evaluations_stand_in_rows_of_their_own(tmp_path):
 
 def test_rows_of_time_and_of_the_end_stand_apart(tmp_path):
   """Rows of time are the only ones with "perf/"; the end's is cut off by a run that goes on, and
-  written once by one that does not.
+  written once by one that does not, and again by one that has come to the same end again.
   """
   path = tmp_path / "metrics.jsonl"
   writer = JsonlWriter(path, 0)
@@ -111,6 +111,12 @@ def test_rows_of_time_and_of_the_end_stand_apart(tmp_path):
   writer.close()
   assert [row for row in read_jsonl(path) if "final" in row] == []
   assert [row["step"] for row in read_jsonl(path)] == [1, 2, 2, 2, 3]
+  for _ in range(2):
+    writer = JsonlWriter(path, 2)
+    writer.write(make_chunk(3, [2.0]))
+    writer.write_final(3, whole, 3.5)
+    writer.close()
+    assert [row["step"] for row in read_jsonl(path) if "final" in row] == [3]
 
 
 @hypothesis_settings(deadline=None)
