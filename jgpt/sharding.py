@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,7 +69,36 @@ def make_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> Mesh:
       f"nearest: {nearest}. Try --set {advice}, or for a new run --set {name}={above}{batches}"
     )
   check_all_take_part(experiment, devices, num_devices)
-  return jax.make_mesh(shape, AXES, devices=devices[:num_devices], axis_types=(AxisType.Auto,) * 3)
+  return Mesh(arrange_devices(shape, devices[:num_devices]), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange_devices(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Arranges devices so that those next to each other on the last axes have the fastest links.
+
+  `jax.make_mesh` takes no devices of several slices, which to it are also GPUs of several hosts,
+  and on most TPUs no axis that is a part of a torus's.
+
+  Args:
+    shape: sizes of data, fsdp and tensor.
+    devices: as many.
+
+  Raises:
+    UserError: if `mesh.data` cannot be divided over several slices of TPUs.
+  """
+  slices = {getattr(device, "slice_index", 0) for device in devices}
+  if devices[0].platform != "tpu" or len(slices) == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  data, fsdp, tensor = shape
+  if data % len(slices):
+    raise UserError(
+      f"the TPUs are in {len(slices)} slices, which only mesh.data may lie across, and mesh.data="
+      f"{data} is no multiple of it. Try --set mesh.data={len(slices)} --set mesh.fsdp=-1 --set "
+      "mesh.tensor=1"
+    )
+  within, across = (data // len(slices), fsdp, tensor), (len(slices), 1, 1)
+  return mesh_utils.create_hybrid_device_mesh(
+    within, across, devices, allow_split_physical_axes=True
+  )
 
 
 def check_all_take_part(

@@ -98,6 +98,7 @@ PYTHON = {
 
 
 # What makes a large experiment small, on a text of the reader's; its other settings stay.
+LARGE = ("text", "shakespeare_bytes", "shakespeare_char_cpu", "gpt2_shakespeare")
 SMALL = {
   "model.num_layers": 1,
   "model.num_heads": 2,
@@ -336,7 +337,7 @@ def list_executed() -> list[tuple[str, str, tuple[str, ...]]]:
 
 def shrink(args: list[str]) -> list[str]:
   """Adds settings to the arguments of `run` that make a large experiment small."""
-  large = [name for name in args if name in ("text", "shakespeare_char_cpu", "gpt2_shakespeare")]
+  large = [name for name in args if name in LARGE]
   if not large or "--print-config" in args:
     return args
   given = {arg.partition("=")[0] for arg in args}

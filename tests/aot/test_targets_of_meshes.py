@@ -4,6 +4,8 @@ Nothing is run. On 8 virtual CPUs the same is tested in tests/test_collectives.p
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 from collectives import add_bytes, count_step_bytes, find_collectives, list_arrays
@@ -69,3 +71,34 @@ def test_what_moves_is_what_has_to_move_on_tpus(name):
   large = [a for a in list_arrays(steps["text"]) if a[1][:2] == (B, LENGTH)]
   assert all(math.prod(dims) < B * LENGTH * D for _, dims in large), large
   assert bool(steps["kernels"]) == (changes["compute.attention"] == "splash")
+
+
+ARRANGE = """
+from jgpt.devices import topology
+topology.set_target_environment()
+from jax.experimental.topologies import get_topology_desc
+from jgpt.errors import UserError
+from jgpt.sharding import arrange_devices
+for name, slices, num in (("v6e:16x16", 1, 256), ("v5p:4x4x4", 1, 64), ("v5e:2x4", 2, 16)):
+  devices = get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+  sizes = [2**i for i in range(num.bit_length())]
+  for shape in ((d, f, num // d // f) for d in sizes for f in sizes if num % (d * f) == 0):
+    try:
+      found = arrange_devices(shape, devices)
+    except UserError as error:
+      assert shape[0] % slices and "2 slices" in str(error), (name, shape)
+      continue
+    assert shape[0] % slices == 0 and found.shape == shape, (name, shape)
+    assert len(set(found.flat)) == num
+    for i, part in enumerate(found.reshape(slices, -1) if slices > 1 else ()):
+      assert {device.slice_index for device in part} == {i}, (name, shape)
+"""
+
+
+@needs_tpu
+def test_tpus_make_meshes_of_any_shape():
+  """Also where an axis is a part of a torus's, and over two slices, which only data lies across."""
+  done = subprocess.run(
+    [sys.executable, "-c", ARRANGE], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr[-3000:]

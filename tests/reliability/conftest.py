@@ -44,6 +44,7 @@ IN_CI = (
   "test_row_30_a_process_that[hangs in a step]",
   "test_row_30_a_process_that_never_starts[0",
   "test_row_31_an_end_that_is_caught_does_not_end_what_comes_next",
+  "test_row_31_two_processes_train_as_one",
   "test_row_31_a_signal_to_one_process_ends_all[training]",
   "test_row_31_a_signal_to_one_process_ends_all[evaluating]",
   "test_row_31_an_error_of_one_process_is_shown_once",

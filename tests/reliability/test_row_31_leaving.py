@@ -50,6 +50,7 @@ def losses_of(workdir):
   return [float(loss) for loss in re.findall(r'"(?:train|heldout)/loss": ([0-9.e-]+)', log)]
 
 
+@pytest.mark.slow
 def test_row_31_two_processes_train_as_one(texts, monkeypatch, capsys, quick):
   """The losses are those of one process with two devices; process 0 alone prints and writes."""
   monkeypatch.chdir(texts)
