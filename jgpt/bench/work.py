@@ -95,7 +95,7 @@ def count_traffic(module: Module) -> int:
       continue
     if instruction.opcode == "fusion":
       (inside,) = (module.computations.get(name, {}) for name in instruction.called()[:1])
-      num_bytes = sum(_list_fused(place, inside, seen))
+      num_bytes = sum(_list_fused(place, inside, module, seen))
     else:
       num_bytes = sum(_list_plain(place))
     total += place.trips * num_bytes
@@ -129,30 +129,27 @@ def _list_plain(place: Place) -> Iterator[int]:
 
 
 def _list_fused(
-  place: Place, inside: dict[str, Instruction], seen: set[str | None]
+  place: Place, inside: dict[str, Instruction], module: Module, seen: set[str | None]
 ) -> Iterator[int]:
   """Lists the bytes that a fusion reads and writes.
 
   Args:
     place: of the fusion.
     inside: its computation.
+    module: the whole program.
     seen: channels of collectives that were counted; those in fusions are added.
   """
-  users: dict[str, list[Instruction]] = {name: [] for name in inside}
-  for found in inside.values():
-    for name in found.operands:
-      users.get(name, []).append(found)
+  users = _find_users(inside)
   root = next(reversed(inside.values()), None)
   results = [root] if root and root.opcode != "tuple" else []
   if root and root.opcode == "tuple":
     results = [inside[name] for name in root.operands if name in inside]
   for found in inside.values():
     if found.opcode == "parameter":
-      number = int(re.match(r"\((\d+)\)", found.attributes)[1])
-      given = place.scope.get(place.instruction.operands[number])
+      given = place.scope.get(place.instruction.operands[_find_number(found)])
       if given is not None and any(given.spaces) and len(given.spaces) == 1:
         continue
-      yield _measure_read(found, users, root)
+      yield _measure_read(found, users, root, module)
     elif found.opcode in COLLECTIVES:
       channel = re.search(r"channel_id=\d+", found.attributes)
       if channel is None or channel[0] not in seen:
@@ -162,12 +159,28 @@ def _list_fused(
   for result in results:
     count = len(result.shapes)
     if not any(spaces[first : first + count]):
-      yield _measure_written(result, inside)
+      yield _measure_written(result, inside, module)
     first += count
 
 
+def _find_users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
+  """Finds the instructions of a computation that take the result of each."""
+  users: dict[str, list[Instruction]] = {name: [] for name in inside}
+  for found in inside.values():
+    for name in dict.fromkeys(found.operands):
+      users.get(name, []).append(found)
+  return users
+
+
+def _find_number(parameter: Instruction) -> int:
+  return int(re.match(r"\((\d+)\)", parameter.attributes)[1])
+
+
 def _measure_read(
-  parameter: Instruction, users: dict[str, list[Instruction]], root: Instruction | None
+  parameter: Instruction,
+  users: dict[str, list[Instruction]],
+  root: Instruction | None,
+  module: Module,
 ) -> int:
   """Measures what a fusion reads of a parameter: of slices of it, no more than they return."""
   total, names = 0, [parameter.name]
@@ -182,12 +195,30 @@ def _measure_read(
         continue  # in place
       elif (user is root and user.opcode == "tuple") or user.opcode in COLLECTIVES:
         continue  # handed on; a collective is counted by itself
+      elif user.opcode == "fusion":
+        total += _measure_read_within(user, name, module)
       else:
         return parameter.num_bytes
   return min(total, parameter.num_bytes)
 
 
-def _measure_written(result: Instruction, inside: dict[str, Instruction]) -> int:
+def _measure_read_within(fusion: Instruction, operand: str, module: Module) -> int:
+  """Measures what a fusion in a fusion reads of an operand."""
+  inside = module.computations[fusion.called()[0]]
+  users, root = _find_users(inside), next(reversed(inside.values()))
+  total = 0
+  for found in inside.values():
+    if found.opcode != "parameter" or fusion.operands[_find_number(found)] != operand:
+      continue
+    last = found
+    while len(users[last.name]) == 1 and users[last.name][0].opcode == "bitcast":
+      (last,) = users[last.name]
+    # What it returns as it is, is read by others.
+    total += found.num_bytes if last is root else _measure_read(found, users, root, module)
+  return total
+
+
+def _measure_written(result: Instruction, inside: dict[str, Instruction], module: Module) -> int:
   """Measures what a fusion writes of a result: of an update in place, what is new."""
   while result.opcode == "bitcast" and result.operands[0] in inside:
     result = inside[result.operands[0]]
@@ -195,4 +226,7 @@ def _measure_written(result: Instruction, inside: dict[str, Instruction]) -> int
     return 0
   if result.opcode == "dynamic-update-slice" and result.operands[1] in inside:
     return inside[result.operands[1]].num_bytes
+  if result.opcode == "fusion" and len(result.shapes) == 1:
+    nested = module.computations[result.called()[0]]
+    return _measure_written(next(reversed(nested.values())), nested, module)
   return result.num_bytes

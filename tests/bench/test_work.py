@@ -43,8 +43,9 @@ PRODUCTS = PRODUCTS.replace("WINDOW", "window={size=8x12 stride=7x11 lhs_dilate=
   "CONFIG", 'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
 )
 
-# What reads slices of a stack of 12 layers in the large memory, what updates it in place, what
-# stays in the fast memory, and what is copied to it while others compute.
+# What reads slices of a stack of 12 layers in the large memory, what updates it in place, what does
+# both in fusions of its own, what stays in the fast memory, and what is copied to it while others
+# compute.
 TRAFFIC = """HloModule traffic
 
 %read (p0: f32[12,100], p1: s32[]) -> f32[1,100] {
@@ -61,6 +62,23 @@ TRAFFIC = """HloModule traffic
   %q2 = s32[] parameter(2)
   %none = s32[] constant(0)
   ROOT %update = f32[12,100]{1,0} dynamic-update-slice(%q0, %q1, %q2, %none)
+}
+
+%within (s0: s32[], s1: f32[12,100]) -> f32[1,100] {
+  %s0 = s32[] parameter(0)
+  %s1 = f32[12,100]{1,0} parameter(1)
+  %nought = s32[] constant(0)
+  %piece = f32[1,100]{1,0} dynamic-slice(%s1, %s0, %nought), dynamic_slice_sizes={1,100}
+  ROOT %cast = f32[1,100]{1,0} bitcast(%piece)
+}
+
+%nest (u0: f32[12,100], u1: f32[1,100], u2: s32[]) -> f32[12,100] {
+  %u0 = f32[12,100]{1,0} parameter(0)
+  %u1 = f32[1,100]{1,0} parameter(1)
+  %u2 = s32[] parameter(2)
+  %inner = f32[1,100]{1,0} fusion(%u2, %u0), kind=kLoop, calls=%within
+  %product = f32[1,100]{1,0} multiply(%inner, %u1)
+  ROOT %outer = f32[12,100]{1,0} fusion(%u0, %product, %u2), kind=kLoop, calls=%write
 }
 
 %beside (r0: f32[50], r1: f32[10], r2: f32[80]) -> (f32[50], f32[10], f32[80]) {
@@ -86,7 +104,8 @@ ENTRY %main (stack: f32[12,100], i: s32[], part: f32[10], whole: f32[80]) -> f32
   %fifty = f32[50]{0} slice(%whole), slice={[0:50]}
   %one = (f32[50], f32[10], f32[80]) fusion(%fifty, %part, %whole), kind=kCustom, calls=%beside
   %two = (f32[50], f32[10], f32[80]) fusion(%fifty, %part, %whole), kind=kCustom, calls=%beside
-  ROOT %result = f32[12,100]{1,0} bitcast(%new)
+  %nested = f32[12,100]{1,0} fusion(%new, %more, %i), kind=kOutput, calls=%nest
+  ROOT %result = f32[12,100]{1,0} bitcast(%nested)
 }
 """
 
@@ -119,4 +138,5 @@ def test_bytes_are_those_of_the_large_memory():
   started = 320
   sliced = 2 * 200
   beside = 2 * (200 + 200) + 320  # what is gathered beside both counts once
-  assert counted == read_layer + to_fast + update + started + sliced + beside
+  nested = 400 + 400  # a fusion in it reads a slice, another one updates in place
+  assert counted == read_layer + to_fast + update + started + sliced + beside + nested
