@@ -85,8 +85,10 @@ def arrange_devices(shape: tuple[int, int, int], devices: Sequence[jax.Device]) 
   Raises:
     UserError: if `mesh.data` cannot be divided over several slices of TPUs.
   """
+  if devices[0].platform != "tpu":  # numbered host by host
+    return np.asarray(sorted(devices, key=lambda device: device.id)).reshape(shape)
   slices = {getattr(device, "slice_index", 0) for device in devices}
-  if devices[0].platform != "tpu" or len(slices) == 1:
+  if len(slices) == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   data, fsdp, tensor = shape
   if data % len(slices):
