@@ -36,6 +36,7 @@ def test_each_setup_has_a_mesh_of_all_its_devices():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_and_devices_compute_the_losses_of_one_device():
   """The sum of the gradients is sent in a step, by each of two devices once: 4,192 parameters."""
   setups = (Setup(1, 1, {}), Setup(1, 2, {"fsdp": 2}), Setup(2, 1, {"data": 2}))
