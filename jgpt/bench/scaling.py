@@ -221,8 +221,9 @@ def format_scaling(rows: Sequence[Scaled], name: str) -> str:
       f"which has {os.cpu_count()} cores",
       align(table),
       "efficiency: time of one device, which has all cores too, by this one, medians of rounds.",
-      "Virtual devices share the cores: it shows what dividing a step costs, not how it scales. At "
-      f"most it is 100%. Losses are of {len(rows[0].losses)} steps.",
+      "Virtual devices share the cores: it shows what dividing a step costs, not how it scales. It "
+      "is more than 100% where the parts of a step keep cores busy that the whole one leaves idle. "
+      f"Losses are of {len(rows[0].losses)} steps.",
     ]
   )
 
