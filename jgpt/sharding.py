@@ -85,10 +85,14 @@ def arrange_devices(shape: tuple[int, int, int], devices: Sequence[jax.Device]) 
   Raises:
     UserError: if `mesh.data` cannot be divided over several slices of TPUs.
   """
-  if devices[0].platform != "tpu":  # numbered host by host
-    return np.asarray(sorted(devices, key=lambda device: device.id)).reshape(shape)
+  numbered = np.asarray(sorted(devices, key=lambda device: device.id))  # host by host
+  if devices[0].platform != "tpu":
+    return numbered.reshape(shape)
   slices = {getattr(device, "slice_index", 0) for device in devices}
   if len(slices) == 1:
+    places = np.asarray([(*device.coords, device.core_on_chip) for device in devices])
+    if np.prod(np.ptp(places, axis=0) + 1) > len(devices):  # 3 of 4 chips, which fill no box
+      return numbered.reshape(shape)
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   data, fsdp, tensor = shape
   if data % len(slices):

@@ -92,12 +92,19 @@ for name, slices, num in (("v6e:16x16", 1, 256), ("v5p:4x4x4", 1, 64), ("v5e:2x4
     assert len(set(found.flat)) == num
     for i, part in enumerate(found.reshape(slices, -1) if slices > 1 else ()):
       assert {device.slice_index for device in part} == {i}, (name, shape)
+for name, num in (("v6e:4x4", 16), ("v5p:2x2x2", 8)):
+  devices = get_topology_desc(platform="tpu", topology_name=name).devices
+  for used in range(1, num + 1):
+    found = arrange_devices((1, used, 1), devices[:used])
+    assert found.shape == (1, used, 1) and set(found.flat) == set(devices[:used])
 """
 
 
 @needs_tpu
 def test_tpus_make_meshes_of_any_shape():
-  """Also where an axis is a part of a torus's, and over two slices, which only data lies across."""
+  """Also where an axis is a part of a torus's, over two slices, which only data lies across, and of
+  some of the devices.
+  """
   done = subprocess.run(
     [sys.executable, "-c", ARRANGE], capture_output=True, text=True, check=False
   )
